@@ -1,0 +1,8 @@
+"""The pipeline in Prefect: one file per stage with one flow, and loop.py that chains them."""
+
+import os
+
+# Nothing is reported to anybody; people see progress bars, and Prefect's own log only from warnings on.
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")

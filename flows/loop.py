@@ -1,0 +1,56 @@
+"""The whole pipeline.
+
+    prepare ──► dataset ─┬─► rollout ──► rollouts ──► score ──► scores ──► train ──► policy ─┐
+                         │      ▲                    (one column per      (mix, advantages,  │
+                         │      └── policy ◄──────────  reward component)  GRPO steps) ◄─────┘   × iterations
+                         └─► evaluate ──► evaluation
+
+Killed anywhere and started again it goes on: what is complete is found in the store and reads *Cached*.
+"""
+
+from flows._common import Overrides, Preset, main, opened
+from flows.evaluate import evaluate
+from flows.prepare import prepare
+from flows.rollout import rollout
+from flows.score import score
+from flows.train import train
+from flows.warmstart import warmstart
+from prefect import flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from thinkimg import console, report, tracking
+from thinkimg.machines import Machines
+
+
+@flow(name="thinkimg")
+def loop(preset: Preset = "development", overrides: Overrides = []):
+    """Train for `iterations`; returns the reference of the final policy."""
+    config, store = opened(preset, overrides)
+    settings = {"preset": preset, "overrides": overrides}
+    # A sub-flow lives and dies with this flow: its own heartbeat would cost a second each time.
+    with (
+        Machines(config, console.say),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+        tracking.open_loop(config, store) as tracker,
+    ):
+
+        def note(step: int, **references: str) -> None:
+            tracker.log_iteration(step, artifacts={name: store.resolve(ref) for name, ref in references.items()})
+            report.step(tracker.record, step)
+
+        ends = config.evaluate.samples_ends
+        dataset = prepare(**settings)
+        policy = first = warmstart(dataset, **settings)
+        note(0, prepare=dataset, warmstart=policy, evaluate=evaluate(policy, samples=ends, **settings))
+        for iteration in range(1, config.iterations + 1):
+            rollouts = rollout(policy, iteration=iteration, **settings)
+            scores = score(rollouts, **settings)
+            policy = train(scores, reference=first, **settings)
+            last = iteration == config.iterations
+            evaluation = evaluate(policy, samples=ends if last else config.evaluate.samples, **settings)
+            note(iteration, rollout=rollouts, score=scores, train=policy, evaluate=evaluation)
+        report.final(tracker.record, store.resolve(policy), config)
+    return policy
+
+
+if __name__ == "__main__":
+    main(loop)

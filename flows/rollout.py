@@ -1,0 +1,26 @@
+"""rollout: a policy plays this iteration's samples."""
+
+from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened, origin
+from prefect import flow
+from thinkimg import console
+from thinkimg.stages import rollout as stage
+
+
+@flow(name="rollout")
+def rollout(
+    policy: Reference,
+    dataset: Optional = None,
+    iteration: Iteration = 1,
+    preset: Preset = "development",
+    overrides: Overrides = [],
+    force: Force = False,
+):
+    config, store = opened(preset, overrides)
+    player = store.resolve(policy, "policy")
+    data = store.resolve(dataset, "dataset") if dataset else origin(store, player, "dataset")
+    with console.progress(f"rollout {iteration}") as progress:
+        return ended(*stage.rollout(config, data, player, store, iteration=iteration, force=force, progress=progress))
+
+
+if __name__ == "__main__":
+    main(rollout)

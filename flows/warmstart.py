@@ -1,0 +1,23 @@
+"""warmstart: demonstrations make the first policy."""
+
+from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
+from prefect import flow
+from thinkimg import console
+from thinkimg.stages import warmstart as stage
+
+
+@flow(name="warmstart")
+def warmstart(
+    dataset: Reference,
+    preset: Preset = "development",
+    overrides: Overrides = [],
+    force: Force = False,
+):
+    config, store = opened(preset, overrides)
+    data = store.resolve(dataset, "dataset")
+    with console.progress("warmstart") as progress:
+        return ended(*stage.warmstart(config, data, store, force=force, progress=progress))
+
+
+if __name__ == "__main__":
+    main(warmstart)

@@ -1,0 +1,233 @@
+"""How a turn is written: parsing the model's untrusted text, rendering turns, and the texts that the model is told."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from thinkimg.images.tools import IMAGE_ARGUMENT, Tool
+
+MAX_BRACKETS = 100  # in a call: a fixed limit on nesting, where Python's own depends on the caller's stack
+MAX_DIGITS = 20  # of an integer in a call
+
+Content = list[dict[str, str]]
+"""Parts of a message in the chat template's form: IMAGE, or text(…)."""
+IMAGE = {"type": "image"}
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call as the model wrote it: any name, any JSON object of finite numbers and valid Unicode."""
+
+    name: str
+    args: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    """Not empty, no white space around."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    reason: str
+    """A sentence that tells the model how to correct itself; quotes nothing of its text."""
+
+
+class Protocol(ABC):
+    """A turn is a thought, then exactly one call or one answer, and nothing after it."""
+
+    open_call: ClassVar[str]
+    close_call: ClassVar[str]
+    args_key: ClassVar[str]
+    call_form: ClassVar[str]
+    """A call as shown to the model."""
+    turn_form: ClassVar[str]
+    """What precedes the call or answer, as shown to the model."""
+
+    @property
+    def tags(self) -> tuple[str, str, str, str]:
+        return self.open_call, self.close_call, "<answer>", "</answer>"
+
+    @abstractmethod
+    def split(self, turn: str) -> tuple[str, str] | Malformed:
+        """(thought, rest) of a turn without white space around."""
+
+    @abstractmethod
+    def render_thought(self, thought: str) -> str: ...
+
+    @abstractmethod
+    def render_call(self, name: str, args: dict[str, Any]) -> str: ...
+
+    @abstractmethod
+    def observation(self, value: str, *, image: bool) -> Content:
+        """What a tool call gave, as the content of a user's message; the image precedes the text."""
+
+    def parse(self, turn: str) -> ToolCall | Answer | Malformed:
+        """What a turn says. Never raises, whatever the text is; takes time linear in its length."""
+        if not is_unicode(turn):
+            return Malformed("Write valid Unicode text only.")
+        parts = self.split(turn.strip())
+        if isinstance(parts, Malformed):
+            return parts
+        thought, rest = parts
+        form = f"After the thought write exactly one {self.call_form} or one <answer>…</answer>, and nothing else."
+        for opening, closing in (self.tags[:2], self.tags[2:]):
+            if rest.startswith(opening) and rest.endswith(closing):
+                body = rest[len(opening) : -len(closing)]
+                if any(tag in part for tag in self.tags for part in (thought, body)):
+                    return Malformed(form)
+                return self._parse_call(body) if opening == self.open_call else parse_answer(body)
+        return Malformed(form)
+
+    def _parse_call(self, body: str) -> ToolCall | Malformed:
+        try:
+            call = strict_json(body)
+        except ValueError as error:
+            return Malformed(f"The call is not valid JSON ({error}); write {self.call_form}.")
+        if not isinstance(call, dict) or call.keys() != {"name", self.args_key}:
+            return Malformed(f'The call must have exactly "name" and "{self.args_key}"; write {self.call_form}.')
+        name, args = call["name"], call[self.args_key]
+        if not isinstance(name, str) or not isinstance(args, dict):
+            return Malformed(f'"name" must be a string and "{self.args_key}" an object; write {self.call_form}.')
+        return ToolCall(name, args)
+
+    def render_turn(self, thought: str, action: ToolCall | Answer) -> str:
+        """The turn that parses as `action`. Thought and answer must hold none of the protocol's tags."""
+        if isinstance(action, ToolCall):
+            turn = self.render_thought(thought) + self.render_call(action.name, action.args)
+        else:
+            turn = f"{self.render_thought(thought)}<answer>{action.text}</answer>"
+        assert self.parse(turn) == action, f"the turn would not be read as it is meant: {turn}"
+        return turn
+
+    def system(self, tools: Sequence[Tool]) -> str:
+        """The default system prompt: the protocol and every tool."""
+        answer = f"{self.turn_form}<answer>your answer</answer>"
+        if not tools:
+            return f"Answer the question about the image. Think first, then answer, and write nothing else:\n{answer}"
+        lines = [
+            "Answer the question about the image. Think first, then call one tool or answer, and write nothing else:",
+            f"{self.turn_form}{self.call_form}",
+            answer,
+            "The result of a call is shown to you as the next image.",
+            "Coordinates are pixels of an image as you see it, at the size stated with it, from its top left corner.",
+            f"Every tool also takes {IMAGE_ARGUMENT}.",
+            "Tools:",
+        ]
+        return "\n".join(lines + [f"- {tool.signature()}: {' '.join(tool.description.split())}" for tool in tools])
+
+
+class Think(Protocol):
+    """<think>…</think>, then <tool>{"name": …, "args": {…}}</tool> or <answer>…</answer>; only white space around."""
+
+    open_call, close_call, args_key = "<tool>", "</tool>", "args"
+    call_form = '<tool>{"name": "…", "args": {…}}</tool>'
+    turn_form = "<think>your thoughts</think>"
+
+    def split(self, turn: str) -> tuple[str, str] | Malformed:
+        thought, end, rest = turn.removeprefix("<think>").partition("</think>")
+        if not turn.startswith("<think>") or not end or "<think>" in thought:
+            return Malformed("Begin with one <think>…</think>.")
+        return thought, rest.lstrip()
+
+    def render_thought(self, thought: str) -> str:
+        return f"<think>{thought}</think>"
+
+    def render_call(self, name: str, args: dict[str, Any]) -> str:
+        return f"<tool>{call_json(name, self.args_key, args)}</tool>"
+
+    def observation(self, value: str, *, image: bool) -> Content:
+        return [IMAGE] * image + [text(value)]
+
+
+class Qwen(Protocol):
+    """What Qwen models are trained on: <tool_call>{"name", "arguments"}</tool_call>, results in <tool_response>.
+
+    The thought is whatever precedes the call or the answer, with <think> tags or without: the stock models write prose
+    there. An answer has no form of its own in Qwen's template, so that it is <answer>…</answer> here, too.
+    """
+
+    open_call, close_call, args_key = "<tool_call>", "</tool_call>", "arguments"
+    call_form = '<tool_call>{"name": "…", "arguments": {…}}</tool_call>'
+    turn_form = "your thoughts\n"
+
+    def split(self, turn: str) -> tuple[str, str] | Malformed:
+        starts = [start for tag in (self.open_call, "<answer>") if (start := turn.find(tag)) >= 0]
+        start = min(starts, default=len(turn))
+        return turn[:start], turn[start:]
+
+    def render_thought(self, thought: str) -> str:
+        return f"{thought}\n" if thought else ""
+
+    def render_call(self, name: str, args: dict[str, Any]) -> str:
+        return f"<tool_call>\n{call_json(name, self.args_key, args)}\n</tool_call>"
+
+    def observation(self, value: str, *, image: bool) -> Content:
+        return [text("<tool_response>\n"), *[IMAGE] * image, text(f"{value}\n</tool_response>")]
+
+
+PROTOCOLS: dict[str, Protocol] = {"think": Think(), "qwen": Qwen()}
+
+
+def parse_answer(body: str) -> Answer | Malformed:
+    answer = body.strip()
+    return Answer(answer) if answer else Malformed("The answer is empty; write it between <answer> and </answer>.")
+
+
+def call_json(name: str, args_key: str, args: dict[str, Any]) -> str:
+    # "<" occurs in strings only: escaped, no value can be taken for a tag.
+    return json.dumps({"name": name, args_key: args}, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def strict_json(body: str) -> Any:
+    """The value of a JSON text. Raises ValueError, with a reason fit for the model, for all that is not plain JSON:
+
+    NaN, Infinity, numbers that overflow, integers of many digits, a key twice, lone surrogates, deep nesting.
+    """
+    if body.count("[") + body.count("{") > MAX_BRACKETS:
+        raise ValueError("too many brackets")
+    hooks = {"object_pairs_hook": _object, "parse_constant": _constant, "parse_float": _float, "parse_int": _integer}
+    value = json.loads(body, **hooks)
+    if not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("a string is not valid Unicode")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def _constant(literal: str) -> float:
+    raise ValueError(f"{literal} is no number in JSON")
+
+
+def _float(literal: str) -> float:
+    value = float(literal)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _integer(literal: str) -> int:
+    if len(literal.lstrip("-")) > MAX_DIGITS:
+        raise ValueError("a number has too many digits")
+    return int(literal)
+
+
+def is_unicode(value: str) -> bool:
+    """Whether a text can be stored as UTF-8: json.loads makes lone surrogates from escapes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,150 @@
+"""The command line: every stage and the loop, from presets and overrides."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from thinkimg import __version__
+from thinkimg.errors import UserError
+
+app = App(name="thinkimg", help="Teach a vision-language model to think with images.", version=__version__)
+
+Preset = Annotated[str, Parameter(name=["--preset", "-p"], help="Name of a preset, or the path of a YAML file.")]
+Set = Annotated[list[str] | None, Parameter(name=["--set", "-s"], help="A setting, as a.b=value; may be repeated.", negative=[])]
+DryRun = Annotated[bool, Parameter(help="Print the resolved config and what is there already, do nothing.", negative=[])]
+Force = Annotated[bool, Parameter(help="Make a new attempt even if there is one.", negative=[])]
+Reference = Annotated[str, Parameter(help="An artifact: the beginning of its fingerprint, or its path.")]
+
+
+def settings(preset: str, overrides: list[str] | None) -> dict:
+    return {"preset": preset, "overrides": overrides or []}
+
+
+def stage(name: str, preset: str, overrides: list[str] | None, dry_run: bool, **arguments) -> None:
+    """Run one stage as a flow of its own and say what it made."""
+    from thinkimg.config import load
+
+    config = load(preset, overrides or ())
+    if dry_run:
+        plan(config)
+        return
+    from importlib import import_module
+
+    flow = getattr(import_module(f"flows.{name}"), name)
+    made = flow(**settings(preset, overrides), **arguments)
+    print(made)
+
+
+@app.command
+def prepare(*, preset: Preset = "development", set: Set = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Turn a source of questions and pictures into a data set."""
+    stage("prepare", preset, set, dry_run, force=force)
+
+
+@app.command
+def warmstart(
+    *, dataset: Reference, preset: Preset = "development", set: Set = None, dry_run: DryRun = False, force: Force = False
+) -> None:
+    """Make the first policy from demonstrations, a checkpoint, or the base model as it is."""
+    stage("warmstart", preset, set, dry_run, dataset=dataset, force=force)
+
+
+@app.command
+def rollout(
+    *, policy: Reference, dataset: Reference | None = None, iteration: int = 1, preset: Preset = "development",
+    set: Set = None, dry_run: DryRun = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Let a policy play an iteration's samples. The data set is the one that the policy was made from, unless named."""
+    stage("rollout", preset, set, dry_run, policy=policy, dataset=dataset, iteration=iteration, force=force)
+
+
+@app.command
+def score(
+    *, rollouts: Reference, preset: Preset = "development", set: Set = None, dry_run: DryRun = False, force: Force = False
+) -> None:
+    """Score stored rollouts: one raw column per reward component."""
+    stage("score", preset, set, dry_run, rollouts=rollouts, force=force)
+
+
+@app.command
+def train(
+    *, scores: Reference, reference: Reference | None = None, preset: Preset = "development", set: Set = None,
+    dry_run: DryRun = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Take GRPO steps from scored rollouts to the next policy."""
+    stage("train", preset, set, dry_run, scores=scores, reference=reference, force=force)
+
+
+@app.command
+def evaluate(
+    *, policy: Reference, dataset: Reference | None = None, samples: int | None = None, blind: bool = False,
+    preset: Preset = "development", set: Set = None, dry_run: DryRun = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Measure held-out accuracy. --blind shows grey images in place of those that tools make."""
+    stage("evaluate", preset, set, dry_run, policy=policy, dataset=dataset, samples=samples, blind=blind, force=force)
+
+
+@app.command
+def run(*, preset: Preset = "development", set: Set = None, dry_run: DryRun = False) -> None:
+    """Run the whole loop, or go on with it."""
+    from thinkimg.config import load
+
+    config = load(preset, set or ())
+    if dry_run:
+        plan(config)
+        return
+    from flows.loop import loop
+
+    loop(**settings(preset, set))
+
+
+@app.command
+def schema() -> None:
+    """Print the JSON Schema of presets, for editors."""
+    import json
+
+    from thinkimg.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+track = App(name="track", help="MLflow, the projection of the store.")
+app.command(track)
+
+
+@track.command
+def sync(*, preset: Preset = "development", set: Set = None) -> None:
+    """Add to MLflow what it lacks; doing it again adds nothing."""
+    from thinkimg import tracking
+    from thinkimg.artifacts import Store
+    from thinkimg.config import load
+
+    config = load(preset, set or ())
+    print(tracking.sync(Store(config.where.store), config.where.tracking))
+
+
+def plan(config) -> None:
+    """Print the resolved config as YAML and, stage by stage, what the store holds already."""
+    import yaml
+
+    from thinkimg.stages.plan import planned
+
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    for line in planned(config):
+        print(line)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    sys.path.insert(0, str(Path.cwd()))  # a user's own reward functions
+    try:
+        app()
+    except UserError as error:
+        print(f"thinkimg: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""One frozen tree of settings: sparse YAML presets, dotted overrides, JSON Schema; a key that it does not know is refused.
+
+Each stage takes the slices that determine its output (see thinkimg/stages). `where` says on what machines and how fast
+things run: it is recorded in manifests and never part of a fingerprint.
+"""
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from thinkimg.errors import UserError
+from thinkimg.grpo.loss_config import LossConfig
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class TinyModel(Settings):
+    """Shape of a Qwen2.5-VL made from nothing, for machines without a GPU and without a hub."""
+
+    vocab_size: Positive = 2048
+    """Upper limit of the tokenizer's vocabulary, special tokens included."""
+    hidden_size: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+    rope_theta: float = 20.0
+    """Base of the rotary frequencies; Qwen's 1e6 leaves a tiny model blind to columns."""
+    vision_layers: Positive = 4
+    vision_hidden_size: Positive = 64
+    vision_heads: Positive = 2
+
+
+class ModelConfig(Settings):
+    path: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Hub id or directory of the base model. Not read where `tiny` is set."""
+    revision: str | None = None
+    """Commit or tag on the Hub."""
+    tiny: TinyModel | None = None
+    """Make a tiny model instead of loading one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the base weights in engine and trainer; trained weights and optimizer are float32."""
+    load_in_4bit: bool = False
+    """Keep frozen base weights in 4 bits (bitsandbytes, GPU only)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model repository."""
+    adaptation: Literal["lora", "full"] = "lora"
+    lora_rank: Positive = 64
+    lora_alpha: Positive = 128
+    train_vision: bool = False
+    """Train the vision tower, too (only with adaptation: full)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.adaptation == "lora" and self.train_vision:
+            raise ValueError("model.train_vision needs model.adaptation: full")
+        if self.adaptation == "full" and self.load_in_4bit:
+            raise ValueError("model.load_in_4bit needs model.adaptation: lora")
+        return self
+
+
+class Columns(Settings):
+    """Which column of the source holds what; null where there is none."""
+
+    image: str = "image"
+    """A path inside the data set, {bytes, path} as the Hub stores it, raw bytes, or a list of these."""
+    question: str = "question"
+    answer: str = "answer"
+    choices: str | None = None
+    id: str | None = None
+    group: str | None = None
+    """Rows that share this value (the photograph, say) stay on one side of the split; else the image's content decides."""
+
+
+class Puzzles(Settings):
+    families: tuple[Literal["detail", "dark", "turned", "both"], ...] = ("detail", "dark", "turned", "both")
+
+
+class DataConfig(Settings):
+    source: Literal["puzzles", "folder", "jsonl", "parquet", "hub"] = "puzzles"
+    path: str | None = None
+    """Folder, JSONL file, Parquet file or folder, or the id of a data set on the Hub."""
+    hub_config: str | None = None
+    """Configuration name of a Hub data set."""
+    hub_split: str = "train"
+    revision: str | None = None
+    columns: Columns = Columns()
+    answer_type: Literal["choice", "number", "text", "box", "maths"] = "text"
+    """How answers are compared (the built-in puzzles are choices)."""
+    train: Positive = 100
+    """Samples in the training split, at most."""
+    held_out: Positive = 300
+    """Samples in the held-out split, at most."""
+    held_out_share: Share = 0.3
+    """Share of the photographs (or groups) that is held out."""
+    max_refused: Share = 0.05
+    """More bad rows than this share fail the stage."""
+    url_hosts: tuple[str, ...] = ()
+    """Hosts from which images named by URL may be fetched; none by default."""
+    puzzles: Puzzles = Puzzles()
+    seed: int = 0
+
+
+class ImagesConfig(Settings):
+    """The picture as the model sees it has between min_pixels and max_pixels; tools work on the full resolution."""
+
+    min_pixels: Positive = 56 * 56
+    max_pixels: Positive = 1280 * 28 * 28
+    max_bytes: Positive = 32 * 2**20
+    """Larger files are refused before they are decoded."""
+    max_decoded_pixels: Positive = 50_000_000
+
+
+class ConversationConfig(Settings):
+    protocol: Literal["think", "qwen"] = "think"
+    tools: tuple[str, ...] | None = None
+    """Names of the tools on offer; null: all eleven, []: none."""
+    system: str | None = None
+    """System prompt; null: a description of the protocol and of every tool, made from their code."""
+    max_turns: Positive = 5
+    max_images: Positive = 8
+    """Images in one conversation, the sample's own included."""
+    max_turn_tokens: Positive = 512
+    max_tokens: Positive = 8192
+    """Tokens of a conversation, images expanded."""
+
+
+class Flaws(Settings):
+    """How the scripted demonstrations are wrong on purpose, so that something is left for reinforcement learning."""
+
+    guess: Share = 0.3
+    """Answers at once with a random choice, no tool."""
+    wrong_call: Share = 0.3
+    """Makes one systematically wrong call (the neighbouring cell, too little light, the wrong way round), then guesses."""
+
+
+class WarmstartConfig(Settings):
+    demonstrations: str | None = None
+    """JSONL of conversations {image, question, turns: [text]}; null: scripted ones for the built-in puzzles.
+    Without either the base model is taken as it is."""
+    steps: int = Field(300, ge=0)
+    batch: Positive = 64
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    flaws: Flaws = Flaws()
+    checkpoint: str | None = None
+    """Directory of a warm-started policy to take instead of training; `flaws`, `steps` and so on then say how it was made."""
+
+
+class RolloutConfig(Settings):
+    samples: Positive = 64
+    """Samples per iteration, drawn without repetition within an epoch."""
+    group_size: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class RewardsConfig(Settings):
+    number_tolerance: float = Field(0.01, ge=0)
+    """Relative tolerance of numeric answers."""
+    functions: tuple[str, ...] = ()
+    """A user's own rewards by import path, `package.module:function`, as fn(completions, **columns) -> list[float]."""
+
+
+class ParityConfig(Settings):
+    trajectories: Positive = 16
+    """How many are compared before the first step of an iteration."""
+    max_kl: float = Field(0.05, gt=0)
+    """Mean of |log p(engine) - log p(trainer)| over sampled tokens, above which the stage refuses to train."""
+
+
+class TrainConfig(Settings):
+    loss: LossConfig = LossConfig()
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps from the first iteration on over which the rate rises to learning_rate; constant afterwards."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    steps: Positive = 1
+    """Optimizer steps per iteration and epoch: the groups are dealt into this many batches."""
+    epochs: Positive = 1
+    min_std: float = Field(0.02, ge=0)
+    """Groups whose total reward varies less are silent."""
+    token_budget: Positive = 16384
+    """Padded tokens per micro-batch."""
+    gradient_checkpointing: bool = False
+    parity: ParityConfig = ParityConfig()
+
+
+class EvaluateConfig(Settings):
+    samples: Positive = 100
+    """Held-out samples per iteration."""
+    samples_ends: Positive = 300
+    """Held-out samples before the first and after the last iteration."""
+    k: int = Field(4, ge=0)
+    """Samples per question for Avg@k at `temperature`; 0: greedy only."""
+    temperature: float = Field(1.0, gt=0)
+
+
+class EngineConfig(Settings):
+    """Where and how vLLM runs."""
+
+    urls: tuple[str, ...] = ()
+    """Running vLLM servers; none: a loop starts one on localhost and keeps it."""
+    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: Share = 0.45
+    """Share of the GPU that vLLM takes; the trainer needs the rest where both share one."""
+    cpu_kvcache_gib: Positive = 2
+    cpu_threads_bind: str | None = None
+    """VLLM_CPU_OMP_THREADS_BIND: the cores of a server on a CPU."""
+    max_num_seqs: Positive = 256
+    media: Literal["auto", "file", "data"] = "auto"
+    """Images as file:// where the server shares the disk, as data: elsewhere."""
+    concurrency: Positive = 256
+    """Trajectories in flight."""
+    timeout_s: Positive = 600
+    """A request that takes longer fails and is sent again."""
+
+
+class TrainerConfig(Settings):
+    """Where and how the trainer runs."""
+
+    processes: Positive = 1
+    accelerate_config: str | None = None
+    """A file of `accelerate config`, for several GPUs or machines."""
+    threads: Positive = 2
+    """Threads of a trainer on a CPU: results are bit-equal at a fixed number."""
+    keep: bool = True
+    """Keep the worker between iterations; off where memory does not hold engine and trainer both."""
+
+
+class TrackingConfig(Settings):
+    enabled: bool = True
+    uri: str | None = None
+    """MLflow tracking URI; null: sqlite at <store>/mlflow.db."""
+    traces: int = Field(8, ge=0)
+    """Trajectories per iteration that are logged as traces with their images."""
+
+
+class WhereConfig(Settings):
+    """On what machines and how fast: recorded, never fingerprinted."""
+
+    store: str = "artifacts"
+    """Root of the artifact store."""
+    engine: EngineConfig = EngineConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    workers: Positive = 4
+    """Threads for decoding images, image tools and scoring."""
+
+
+class Config(Settings):
+    """Everything that a loop needs."""
+
+    preset: str = "development"
+    """Name of the preset or path of the YAML file that this came from."""
+    iterations: Positive = 10
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    images: ImagesConfig = ImagesConfig()
+    conversation: ConversationConfig = ConversationConfig()
+    warmstart: WarmstartConfig = WarmstartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    mix: dict[str, Annotated[float, Field(ge=0)]] = {"format": 0.2, "tool": 0.3, "answer": 0.5}
+    """Weight of each reward component; applied when advantages are computed, so that another mix needs no new scores."""
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    where: WhereConfig = WhereConfig()
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("thinkimg.presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The resolved config of a preset (a name or the path of a YAML file) with overrides like "train.loss.beta=0.01".
+
+    Raises UserError with one sentence for an unknown preset or key and for a value that does not fit.
+    """
+    tree = {"preset": preset} | read_preset(preset)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"The override '{override}' has no value.", hint="Write it as a.b=value.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"The value of '{override}' is no YAML.", hint="Quote texts with special characters.") from None
+        assign(tree, key.strip().split("."), value)
+    return validate(tree)
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    path = Path(preset)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"There is no preset file {preset}.", hint=f"Presets by name: {', '.join(presets())}.")
+        text = path.read_text(encoding="utf-8")
+    elif preset in presets():
+        text = resources.files("thinkimg.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
+    else:
+        near = difflib.get_close_matches(preset, presets(), 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(presets())}, or the path of a .yaml file."
+        raise UserError(f"There is no preset named '{preset}'.", hint=hint)
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"The preset {preset} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"The preset {preset} is no mapping of settings.", hint="Start from `thinkimg schema`.")
+    base = tree.pop("extends", None)
+    return merge(read_preset(base), tree) if base else tree
+
+
+def merge(base: dict, top: dict) -> dict:
+    """top over base, mappings merged key by key; `mix` is replaced whole, since half of another mix is no mix."""
+    merged = dict(base)
+    for key, value in top.items():
+        deep = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "mix"
+        merged[key] = merge(base[key], value) if deep else value
+    return merged
+
+
+def assign(tree: dict, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = tree.get(key)
+        tree[key] = inner = dict(inner) if isinstance(inner, dict) else {}
+        tree = inner
+    tree[keys[-1]] = value
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(*explain(error.errors()[0])) from None
+
+
+def explain(error: dict[str, Any]) -> tuple[str, str | None]:
+    """One sentence and a hint for pydantic's first complaint."""
+    where = [str(part) for part in error["loc"]]
+    name = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        known = known_keys(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, 1)
+        place = ".".join(where[:-1]) or "the top level"
+        hint = f"Did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"At {place} there are {', '.join(known)}."
+        return f"There is no setting '{name}'.", hint
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return (message if message.endswith(".") else message + "."), None
+    given = json.dumps(error["input"], default=str)
+    return f"The setting '{name}' does not fit ({given}): {message}.", "See `thinkimg schema`."
+
+
+def known_keys(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)

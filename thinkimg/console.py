@@ -1,0 +1,43 @@
+"""Progress bars and tables for people; in a pipe or a log file, a line now and then."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+EVERY_S = 15.0  # between lines where there is no terminal
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield progress(done, total) that shows a bar on a terminal, and lines elsewhere; silent if it is never called."""
+    if not console.is_terminal:
+        yield _Lines(label)
+        return
+    columns = (
+        TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(label, total=None)
+
+        def show(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield show
+
+
+class _Lines:
+    def __init__(self, label: str):
+        self.label, self.told = label, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.told >= EVERY_S:
+            self.told = time.monotonic()
+            console.print(f"{self.label}: {done} of {total}")
+
+
+def say(line: str) -> None:
+    console.print(line, markup=False)

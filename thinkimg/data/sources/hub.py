@@ -1,0 +1,80 @@
+"""A data set of the Hugging Face Hub, or a local copy of one, through `datasets`; images stay encoded for our own decoder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkimg.data.sources._files import ImageFiles
+from thinkimg.data.sources._rows import RawRow, Refused, Source, raw_row, require_columns
+from thinkimg.errors import UserError
+from thinkimg.manifest import directory_digest
+
+if TYPE_CHECKING:
+    import datasets
+
+    from thinkimg.config import DataConfig
+    from thinkimg.images.decode import ImageLimits
+
+
+def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
+    """The data set's Arrow file is mapped, not read. Its digest is the library's fingerprint, which follows the commit;
+    for a local directory it is the hash of its files. Raises UserError where it can't be loaded."""
+    if data.path is None:
+        raise UserError("The source hub needs data.path.", hint="Set it to the id of a data set, such as user/name.")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(data.path, data.hub_config, split=data.hub_split, revision=data.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"The data set {data.path} can't be loaded: {message}",
+                        hint="Check data.path, data.hub_config, data.hub_split and data.revision.") from error
+    require_columns(data.columns, loaded.column_names, data.path)
+    local = Path(data.path).is_dir()
+    digest = directory_digest(Path(data.path).resolve()) if local else loaded._fingerprint
+    root = Path(data.path) if local else Path(datasets.config.HF_DATASETS_CACHE)
+    caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME), root]
+    images = ImageFiles(root, limits, data.url_hosts, also=caches)
+    encoded = _undecoded(loaded, {name for _, name in data.columns})
+    return Source("hub" if local else data.path, digest, lambda: _rows(encoded, data, images))
+
+
+def _rows(dataset: "datasets.Dataset", data: "DataConfig", images: ImageFiles) -> Iterator[RawRow | Refused]:
+    answers = dataset.features[data.columns.answer]
+    for number, record in enumerate(dataset, 1):
+        if hasattr(answers, "int2str") and record[data.columns.answer] is not None:
+            record[data.columns.answer] = answers.int2str(record[data.columns.answer])
+        yield raw_row(record, data, images.reader_of, id=f"{data.hub_split}:{number}", where=f"row {number}")
+
+
+def _undecoded(dataset: "datasets.Dataset", mapped: set[str | None]) -> "datasets.Dataset":
+    """The data set with images as {bytes, path}, without media columns that are not mapped."""
+    for name, feature in dataset.features.items():
+        if not _holds_media(feature):
+            continue
+        if name in mapped:
+            dataset = dataset.cast_column(name, _with_encoded_images(feature))
+        else:
+            dataset = dataset.remove_columns(name)
+    return dataset
+
+
+def _holds_media(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return _holds_media(inner)
+    if isinstance(feature, dict):
+        return any(_holds_media(value) for value in feature.values())
+    return hasattr(feature, "decode_example") and hasattr(feature, "decode")
+
+
+def _with_encoded_images(feature: Any) -> Any:
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(_with_encoded_images(feature.feature))
+    raise UserError(f"A column of type {type(feature).__name__} holds no images.", hint="Set data.columns.image.")

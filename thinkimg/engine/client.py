@@ -1,0 +1,284 @@
+"""Asynchronous client of vLLM's tokens-in-tokens-out interface, over any number of servers with the same weights."""
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import httpx
+
+from thinkimg.engine import EngineError
+
+RETRIES = 3
+BACKOFF_S = 0.25  # doubled with each retry
+# So much more work than the least busy server may a prompt's own server have before the prompt goes elsewhere.
+AFFINITY_SLACK = 8
+# vLLM clips a bias at 100: e^-100 is below what float32 adds to a normaliser, and nothing was ever sampled from it.
+BAN_BIAS = -100.0
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image of a prompt as the model sees it. uuid: the hash of its pixels; vLLM trusts it and caches by it."""
+
+    uuid: str
+    path: Path | None = None
+    """The file in a folder that the server may read (media="file")."""
+    data: bytes | None = None
+    """The encoded image (media="data"); read from `path` if None."""
+
+    def url(self, media: Literal["file", "data"]) -> str:
+        if media == "file":
+            assert self.path is not None, "media='file' needs a path"
+            return self.path.absolute().as_uri()
+        data = self.path.read_bytes() if self.data is None else self.data
+        kind = "jpeg" if data[:2] == b"\xff\xd8" else "webp" if data[8:12] == b"WEBP" else "png"
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a turn is sampled; it ends at one of stop_token_ids, which is kept, or after max_tokens, at nothing else."""
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    banned_token_ids: tuple[int, ...] = ()
+    """Never sampled: 100 is taken off their logits before the temperature; the others are normalised without them."""
+
+    def params(self) -> dict:
+        """vLLM's SamplingParams as JSON."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "stop_token_ids": list(self.stop_token_ids),
+            "ignore_eos": True,  # what ends a turn is our decision, not that of a generation_config.json
+            "logit_bias": {str(token): BAN_BIAS for token in self.banned_token_ids} or None,
+            "logprobs": 0,  # of the sampled token only
+            "detokenize": False,
+        }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was sampled."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Natural logarithms, one per token, of the distribution that was sampled from: after ban, temperature, top_p."""
+    prompt_token_ids: list[int]
+    """The prompt as the engine expanded it: compare it with yours, always."""
+    finish_reason: str
+    """"stop": the last token is one of stop_token_ids; "length": max_tokens or the end of the context; "abort"."""
+    weight_version: str
+    """The adapter's name if there was one, else what the server reports; "a>b" if weights were changed in between."""
+
+
+class EngineClient:
+    """Talks to `urls`, which must hold the same weights: `async with EngineClient(urls, media="file") as engine`.
+
+    media: how images travel: "file" where the servers read our disk, else "data".
+    concurrency: requests under way at once, over all servers. timeout_s: for one request, waiting in the server's
+    queue included. Every method raises EngineError: at once if a server refuses a request (4xx), after retries if none
+    can be reached or serve it.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], *, media: Literal["file", "data"], concurrency: int = 64, timeout_s: float = 1800.0
+    ):
+        assert urls, "an engine client needs at least one url"
+        self.urls = [url.rstrip("/") for url in urls]
+        self.media = media
+        self._outstanding = dict.fromkeys(self.urls, 0)
+        self._slots = asyncio.Semaphore(concurrency)
+        limits = httpx.Limits(max_connections=concurrency + 8, max_keepalive_connections=concurrency + 8)
+        self._http = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(timeout_s, connect=10.0), trust_env=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def generate(
+        self, token_ids: Sequence[int], images: Sequence[ImageRef], sampling: Sampling, adapter: str | None = None
+    ) -> Generation:
+        """Sample one continuation of a compact prompt: one image pad per entry of `images`, in order."""
+        body = await self._generate(token_ids, images, sampling.params(), adapter)
+        choice = body["choices"][0]
+        versions = [adapter] if adapter else [span["version"] for span in choice["weight_versions"]]
+        return Generation(
+            token_ids=choice["token_ids"],
+            logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
+            prompt_token_ids=body["prompt_token_ids"],
+            finish_reason=choice["finish_reason"],
+            weight_version=">".join(versions),
+        )
+
+    async def next_token_logprobs(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[ImageRef],
+        candidates: Sequence[int],
+        adapter: str | None = None,
+    ) -> list[float]:
+        """Log-probabilities of up to 127 candidates as next token (temperature 1, nothing banned), in one step."""
+        # The server cuts its answer, which begins with the sampled token, to as many entries as were asked for: ask
+        # for one more.
+        asked = [*candidates, candidates[0]]
+        params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True, "detokenize": False}
+        params |= {"logprobs": len(asked), "logprob_token_ids": asked}
+        body = await self._generate(token_ids, images, params, adapter)
+        found = {e["token_id"]: e["logprob"] for e in body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+        return [found[token] for token in candidates]
+
+    async def load_weights(self, model_dir: Path, version: str) -> None:
+        """Replace the weights of all servers in place by those of a saved model of the same architecture.
+
+        Requests under way end first, caches are dropped, and from then on `version` is what the servers report.
+        """
+
+        async def load(url: str) -> None:
+            await self._post(url, "/pause?mode=wait", {})
+            try:
+                # Until it has succeeded the weights are unknown, and must not go by the name of the old ones.
+                await self._post(url, "/update_weight_version", {"new_version": f"loading {version}"})
+                arguments = {"method": "load_model_dir", "kwargs": {"path": str(Path(model_dir).absolute())}}
+                await self._post(url, "/collective_rpc", arguments)
+                await self._post(url, "/reset_prefix_cache", {})
+                await self._post(url, "/update_weight_version", {"new_version": version})
+            finally:
+                await self._post(url, "/resume", {})
+
+        await self._on_all(load)
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Make an adapter available to all servers. Each version needs a new name: prefix caches are keyed by it."""
+        body = {"lora_name": name, "lora_path": str(Path(path).absolute())}
+        await self._on_all(lambda url: self._post(url, "/v1/load_lora_adapter", body))
+
+    async def version(self) -> str:
+        """The weight version that the servers report. Raises EngineError if they differ."""
+        versions = await self._on_all(lambda url: self._request(url, "GET", "/weight_info"))
+        names = {body["weight_version"] for body in versions}
+        if len(names) != 1:
+            told = ", ".join(f"{url}: {body['weight_version']}" for url, body in zip(self.urls, versions, strict=True))
+            raise EngineError(f"the servers hold different weights ({told})", hint="load the same weights into all")
+        return names.pop()
+
+    async def checksum(self) -> str:
+        """sha256 over the checksums of all tensors that the servers hold: tied to the weights, whatever their version.
+
+        Comparable between servers of the same settings only. Reads all weights: not free for a large model.
+        """
+        answers = await self._on_all(lambda url: self._post(url, "/weight_checker", {"action": "checksum"}))
+        sums = {hashlib.sha256(json.dumps(body["checksums"], sort_keys=True).encode()).hexdigest() for body in answers}
+        if len(sums) != 1:
+            raise EngineError("the servers hold different weights", hint="load the same weights into all")
+        return sums.pop()
+
+    async def _on_all(self, call) -> list:
+        return await asyncio.gather(*(call(url) for url in self.urls))
+
+    async def _generate(
+        self, token_ids: Sequence[int], images: Sequence[ImageRef], params: dict, adapter: str | None
+    ) -> dict:
+        parts = [{"type": "image_url", "url": image.url(self.media), "uuid": image.uuid} for image in images]
+        body = {
+            "token_ids": list(token_ids),
+            "content_parts": parts or None,
+            "sampling_params": {key: value for key, value in params.items() if value is not None},
+            "return_token_ids": True,
+            "model": adapter,
+        }
+        # Prompts about one image share a prefix, as do the turns of one conversation: let one server's cache have
+        # them all.
+        affinity = images[0].uuid if images else json.dumps(list(token_ids[:256]))
+        content = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+        async with self._slots:
+            return await self._send(affinity, content)
+
+    async def _send(self, affinity: str, content: bytes) -> dict:
+        failed: set[str] = set()
+        attempt = 0
+        while True:
+            url = self._choose(affinity, failed)
+            self._outstanding[url] += 1
+            try:
+                return await self._request(url, "POST", "/inference/v1/generate", content)
+            except _Unavailable:
+                if attempt == RETRIES:
+                    raise
+                failed.add(url)
+                if failed.issuperset(self.urls):
+                    failed.clear()
+                    await asyncio.sleep(BACKOFF_S * 2**attempt)
+                attempt += 1
+            finally:
+                self._outstanding[url] -= 1
+
+    def _choose(self, affinity: str, failed: set[str]) -> str:
+        """The affinity's own server (rendezvous hashing), unless that failed or is much busier than the least busy."""
+        urls = [url for url in self.urls if url not in failed]
+        own = max(urls, key=lambda url: hashlib.sha256(f"{url} {affinity}".encode()).digest())
+        least = min(urls, key=lambda url: self._outstanding[url])
+        return least if self._outstanding[own] > self._outstanding[least] + AFFINITY_SLACK else own
+
+    async def _post(self, url: str, path: str, body: dict) -> dict:
+        content = json.dumps(body).encode()
+        try:
+            return await self._request(url, "POST", path, content)
+        except _Unreachable:  # vLLM closes a connection after an error; all that is posted here may be posted twice
+            return await self._request(url, "POST", path, content)
+
+    async def _request(self, url: str, method: str, path: str, content: bytes | None = None) -> dict:
+        headers = {"Content-Type": "application/json"} if content is not None else None
+        try:
+            response = await self._http.request(method, url + path, content=content, headers=headers)
+        except httpx.TransportError as error:
+            raise _Unreachable(
+                f"{url}{path}: {type(error).__name__} {error}".rstrip(),
+                hint="is the server running, and did it run out of memory?",
+            ) from error
+        if response.status_code >= 500:
+            raise _Unavailable(
+                f"{url}{path} answered {response.status_code}: {told(response)}", hint="read the server's log"
+            )
+        if response.status_code >= 400:
+            hint = (
+                "start the server with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
+                if response.status_code == 404
+                else ""
+            )
+            raise EngineError(f"{url}{path} answered {response.status_code}: {told(response)}", hint=hint)
+        # /v1/load_lora_adapter answers in plain text, /pause and others in JSON
+        return response.json() if response.headers.get("content-type", "").startswith("application/json") else {}
+
+
+class _Unavailable(EngineError):
+    """Not this request's fault: another server, or a later attempt, may serve it."""
+
+
+class _Unreachable(_Unavailable):
+    """No answer came at all."""
+
+
+def told(response: httpx.Response) -> str:
+    """The server's own message, or the beginning of whatever it sent."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:500]
+    error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]

@@ -1,0 +1,164 @@
+"""The one file layer: everything persistent is written beside, synced, renamed, and its directory synced.
+
+Every operation that touches the disk is an `op`, so that tests can stop the process before and after each of them.
+There is no clean-up on failure anywhere: an exception leaves what a kill would leave, and one path recovers from both.
+"""
+
+import errno
+import functools
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from thinkimg.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TEMPORARY = ".tmp-"
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ENTRY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+
+
+def hook(event: str, *paths: Path) -> None:
+    """Called before and after each operation; does nothing but let tests watch and interrupt."""
+
+
+@contextmanager
+def op(name: str, *paths: Path) -> Iterator[None]:
+    """One operation on `paths`; a full or unwritable disk becomes a UserError of one sentence, the rest passes."""
+    try:
+        hook(f"before {name}", *paths)
+        yield
+        hook(f"after {name}", *paths)
+    except OSError as error:
+        # Inside a "write" a stage's own code runs: a file that it may not read somewhere else is not ours to explain.
+        ours = str(error.filename or paths[0]).startswith(str(paths[0]))
+        if error.errno in NO_SPACE:
+            raise UserError(f"cannot {name} {paths[0]}: {os.strerror(error.errno)}",
+                            hint="free some space and run again, closed parts are kept") from error
+        if error.errno in NO_ENTRY and ours:
+            raise UserError(f"cannot {name} {paths[0]}: {os.strerror(error.errno)}",
+                            hint="name a root that this user can write to") from error
+        raise
+
+
+def sync(path: Path) -> None:
+    """fsync one file or one directory."""
+    with op("sync", path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """fsync a file, or all files and directories under a directory, leaves first."""
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            sync_tree(child)
+    sync(path)
+
+
+def make_directory(path: Path) -> None:
+    """Make `path` and its parents, each synced into its own parent; one that exists is left alone."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with op("make", path):
+        path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within one directory and sync that directory."""
+    with op("rename", source, target):
+        source.rename(target)
+    sync(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a tree; nothing there is fine."""
+    if not path.exists() and not path.is_symlink():
+        return
+    with op("remove", path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write one file or directory under; when the block ends it is synced and renamed."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    remove(temporary)
+    with op("write", temporary):
+        yield temporary
+        assert temporary.exists(), f"nothing was written for {path}"
+    sync_tree(temporary)
+    rename(temporary, path)
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Replace the file at `path` by `data` (text as UTF-8) at once: a reader sees all of the old or all of the new."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def append(path: Path, line: str) -> None:
+    """Add one line to a file that exists, synced; a crash may leave it torn."""
+    with op("append", path), path.open("ab") as file:
+        file.write(f"{line}\n".encode())
+    sync(path)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file at `path`, which stays; yields False if another process has it and `wait` is False.
+
+    It is a kernel lock (flock): it ends with the process that holds it, however that ends.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        with op("lock", path):
+            lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            yield False
+            return
+        log.info("waiting for another process that works on %s", path.parent)
+        lock.acquire()
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def files_under(directory: Path) -> list[str]:
+    """Names of everything under `directory` that is not a directory, relative with forward slashes, sorted."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*")
+                  if path.is_symlink() or not path.is_dir())
+
+
+def sha256(path: Path) -> str:
+    """64 hex digits over the file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """As `sha256`, but a file whose inode, size and times have not changed is read once per process."""
+    stat = path.stat()
+    return _sha256_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.cache
+def _sha256_of(path: Path, *_stat: int) -> str:
+    return sha256(path)

@@ -1,0 +1,287 @@
+"""Policy directories: a model or an adapter, its optimizer and its counters, as safetensors and JSON and nothing else.
+
+    model/                   full fine-tuning: a complete Hugging Face directory, float32, with tokenizer, processor, template
+    adapter/                 LoRA: adapter_config.json, adapter_model.safetensors (float32), tokenizer, processor, template
+    optimizer.safetensors    exp_avg.<parameter>, exp_avg_sq.<parameter> (AdamW), rng (torch's CPU generator, uint8)
+    state.json               counters, learning rate, seed, base
+
+Equal policies give equal bytes, and a loaded policy trains on bit by bit as if it had stayed in memory (at a fixed number
+of threads). The bases of adapters are named in state.json, never by a path: where they lie may change.
+"""
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from thinkimg.config import ModelConfig
+from thinkimg.errors import UserError
+from thinkimg.grpo.vision import batch_equal_chunks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+COPIED = (".json", ".txt", ".jinja", ".model")  # tokenizer, processor and template beside the weights
+NOT_COPIED = ("config.json", "generation_config.json", "adapter_config.json", "state.json", "manifest.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model from outside: `name` is a Hub id, or says what lies in `directory`."""
+
+    name: str
+    revision: str | None = None
+    directory: str | None = None
+
+    def locate(self) -> Path:
+        """Its directory, downloaded if it has none. Raises UserError if it can't be had."""
+        if self.directory is not None:
+            if not Path(self.directory, "config.json").is_file():
+                raise UserError(f"{self.directory} is no model: it has no config.json.")
+            return Path(self.directory)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(self.name, revision=self.revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"The base model {self.name} can't be loaded: {detail}", hint="Is it a Hub id, and is the Hub reachable?"
+            ) from error
+
+
+@dataclass
+class Policy:
+    """A model that is being trained. Parameters are named as transformers and peft name them."""
+
+    model: "PreTrainedModel"
+    config: ModelConfig
+    base: Base
+    files: dict[str, bytes] = field(repr=False)
+    """Tokenizer, processor and chat template, by file name."""
+    updates: int = 0
+    """Optimizer steps of GRPO so far; the warm start's are not counted."""
+    moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """As in optimizer.safetensors, until an optimizer takes them."""
+    optimizer: torch.optim.AdamW | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> AbstractContextManager:
+        """bfloat16 where the config says so; the trained weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def train_only(self, *, vision: bool) -> dict[str, torch.nn.Parameter]:
+        """Freeze all but what the config lets train, and the vision tower too if not `vision`; name -> parameter."""
+        chosen = {}
+        for name, parameter in self.model.named_parameters():
+            wanted = "lora_" in name if self.config.adaptation == "lora" else vision or ".visual." not in name
+            parameter.requires_grad_(wanted)
+            if wanted:
+                assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
+                chosen[name] = parameter
+        return chosen
+
+    def resume_optimizer(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+        """AdamW over the parameters, with the moments of the steps so far. Raises UserError if these belong to others."""
+        if self.optimizer is None:
+            self.optimizer = new_optimizer(parameters.values(), weight_decay)
+            known = {name.partition(".")[2] for name in self.moments}
+            if known and known != set(parameters):
+                raise UserError(
+                    "The policy's optimizer belongs to other parameters than those to be trained.",
+                    hint="Keep model.adaptation and model.train_vision as they were, or start a new policy.",
+                )
+            for name in known:
+                self.optimizer.state[parameters[name]] = {
+                    "step": torch.tensor(float(self.updates), device=self._step_device),
+                    "exp_avg": self.moments[f"exp_avg.{name}"].to(self.device),
+                    "exp_avg_sq": self.moments[f"exp_avg_sq.{name}"].to(self.device),
+                }
+            self.moments = {}
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = weight_decay
+        return self.optimizer
+
+    @property
+    def _step_device(self) -> torch.device:
+        return self.device  # where the fused AdamW wants its step counter
+
+
+def new_optimizer(parameters, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW whose learning rate is set before each step."""
+    return torch.optim.AdamW(list(parameters), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+
+
+def from_base(base: Base, config: ModelConfig, device: torch.device | str, *, seed: int) -> Policy:
+    """A policy that has not been trained: the base itself, or the base under an adapter that changes nothing yet.
+
+    Raises UserError if the base can't be loaded as configured.
+    """
+    torch.manual_seed(seed)
+    source = base.locate()
+    model = load_model(source, config, device)
+    if config.adaptation == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=language_linears(model))
+        model = get_peft_model(model, lora)
+    return Policy(model.eval(), config, base, companions(source))
+
+
+def load(directory: Path | str, config: ModelConfig, device: torch.device | str, base: Base | None = None) -> Policy:
+    """The policy in a directory. base: where an adapter's base lies; by default its name in state.json is a Hub id.
+
+    Raises UserError if there is no policy, or it is of another kind than config.adaptation, or has another base.
+    """
+    directory = Path(directory)
+    state = read_state(directory)
+    if state["adaptation"] != config.adaptation:
+        raise UserError(
+            f"{directory} holds a policy with model.adaptation {state['adaptation']}, not {config.adaptation}.",
+            hint="Start a new loop to change it.",
+        )
+    base = check_base(state, base)
+    if config.adaptation == "lora":
+        from peft import PeftModel
+
+        inner = load_model(base.locate(), config, device)
+        model = PeftModel.from_pretrained(inner, str(directory / "adapter"), is_trainable=True, torch_device=str(device))
+        source = directory / "adapter"
+    else:
+        source = directory / "model"
+        model = load_model(source, config, device)
+    from safetensors.torch import load_file
+
+    moments = load_file(directory / "optimizer.safetensors")
+    torch.set_rng_state(moments.pop("rng"))
+    return Policy(model.eval(), config, base, companions(source), state["updates"], moments)
+
+
+def save(policy: Policy, directory: Path | str, *, learning_rate: float, seed: int) -> None:
+    """Write a policy directory (it may exist, empty). learning_rate: of the last step; seed: of the job."""
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    lora = policy.config.adaptation == "lora"
+    target = directory / ("adapter" if lora else "model")
+    target.mkdir(parents=True)
+    if lora:
+        save_adapter(policy, target)
+    else:
+        policy.model.save_pretrained(target, max_shard_size="5GB")
+    for name, data in policy.files.items():
+        (target / name).write_bytes(data)
+    tensors = dict(policy.moments)
+    if policy.optimizer is not None:
+        names = {parameter: name for name, parameter in policy.model.named_parameters()}
+        for parameter, values in policy.optimizer.state.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{names[parameter]}"] = values[moment].cpu().contiguous()
+    save_file(tensors | {"rng": torch.get_rng_state()}, directory / "optimizer.safetensors")
+    state = {
+        "version": 1,
+        "adaptation": policy.config.adaptation,
+        "base": {"name": policy.base.name, "revision": policy.base.revision},
+        "updates": policy.updates,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    write_json(directory / "state.json", state)
+
+
+def export_merged(directory: Path | str, out: Path | str, *, base: Base | None = None, dtype: str = "float32") -> None:
+    """Write a complete model directory with a LoRA policy's weights merged into its base, for servers on a CPU.
+
+    base: as in `load`. dtype: "float32" or "bfloat16". Raises UserError if the policy holds no adapter.
+    """
+    config = ModelConfig(dtype=dtype, adaptation="lora")
+    policy = load(directory, config, "cpu", base)
+    merged = policy.model.merge_and_unload()
+    merged.save_pretrained(out, max_shard_size="5GB")
+    for name, data in policy.files.items():
+        (Path(out) / name).write_bytes(data)
+
+
+def save_adapter(policy: Policy, target: Path) -> None:
+    """peft's own save_pretrained would write sets in random order and a README."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(policy.model).items()}
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = policy.model.peft_config["default"].to_dict()
+    settings |= {"base_model_name_or_path": policy.base.name, "revision": policy.base.revision, "inference_mode": True}
+    write_json(target / "adapter_config.json", {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()})
+
+
+def load_model(directory: Path, config: ModelConfig, device: torch.device | str) -> "PreTrainedModel":
+    """Base weights in the dtype they are used in: float32 masters for full fine-tuning, else config.dtype or 4 bits."""
+    from transformers import AutoModelForImageTextToText
+
+    options = {}
+    if config.load_in_4bit:
+        if torch.device(device).type != "cuda":
+            raise UserError("model.load_in_4bit needs a GPU.", hint="Set model.load_in_4bit=false.")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["visual", "lm_head"],
+        )
+        options["device_map"] = {"": torch.device(device).index or 0}
+    dtype = torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa", **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"The model in {directory} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    if model.config.model_type != "qwen2_5_vl":
+        raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
+    batch_equal_chunks(model)
+    return model if config.load_in_4bit else model.to(device)
+
+
+def language_linears(model: "PreTrainedModel") -> str:
+    """Regular expression for all linear layers of the language model (a set would be saved in random order)."""
+    layers = model.model.language_model.named_modules()
+    leaves = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear)})
+    return rf".*\.language_model\..*\.({'|'.join(leaves)})"
+
+
+def check_base(state: dict, base: Base | None) -> Base:
+    recorded = state["base"]
+    if base is None:
+        return Base(**recorded)
+    if (base.name, base.revision) != (recorded["name"], recorded["revision"]):
+        raise UserError(f"The policy was trained on {recorded['name']}, not on {base.name}.")
+    return base
+
+
+def read_state(directory: Path) -> dict:
+    """state.json. Raises UserError if the directory holds no policy."""
+    path = directory / "state.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is no policy: it has no state.json.")
+    return json.loads(path.read_text())
+
+
+def companions(directory: Path) -> dict[str, bytes]:
+    """Bytes of the files that make token ids, pixels and prompts, by name."""
+    paths = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in COPIED)
+    return {p.name: p.read_bytes() for p in paths if p.name not in NOT_COPIED and not p.name.endswith(".index.json")}
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")

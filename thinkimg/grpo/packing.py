@@ -1,0 +1,83 @@
+"""Turns conversations into batches: expanded token ids, mRoPE positions, the patches of each unique image once."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+PATCH, MERGE, TEMPORAL = 14, 2, 2  # Qwen2.5-VL's patch side, merged patches per token side, frames per patch
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the trainer needs of one trajectory.
+
+    tokens: (T,) int64, expanded (one id per image token). scored: (T,) bool, the tokens with a log-probability (never the
+    first). images: keys of the pictures in order. grids: (n_images, 3) int64 patches (t, h, w).
+    extras: further per-scored-token arrays, each (scored.sum(),), that travel with the row.
+    """
+
+    tokens: np.ndarray
+    scored: np.ndarray
+    images: tuple[str, ...]
+    grids: np.ndarray
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def patches(image) -> np.ndarray:
+    """An RGB picture whose sides are multiples of 28 -> (h * w, 3 * 2 * 14 * 14) float32 in Qwen2VLImageProcessor's order."""
+    pixels = (np.asarray(image, dtype=np.float32) / 255 - MEAN) / STD
+    height, width, _ = pixels.shape
+    assert height % (PATCH * MERGE) == 0 and width % (PATCH * MERGE) == 0, f"{width} x {height} is no multiple of 28"
+    h, w = height // PATCH, width // PATCH
+    blocks = pixels.reshape(h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, 1, PATCH, PATCH)
+    return np.repeat(blocks, TEMPORAL, axis=2).reshape(h * w, -1)
+
+
+def image_tokens(grid: Sequence[int]) -> int:
+    """Number of tokens that an image of (t, h, w) patches takes in the language model."""
+    return int(grid[0] * grid[1] * grid[2]) // (MERGE * MERGE)
+
+
+def mrope_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
+    """(3, T) int64 temporal, height and width positions, as Qwen2.5-VL's get_rope_index gives them for still images.
+
+    Images are told apart by their grids in order, so two images may stand side by side.
+    """
+    positions = np.empty((3, len(tokens)), dtype=np.int64)
+    index, position = 0, 0
+    starts = np.flatnonzero(tokens == image_token)
+    taken = 0
+    for grid in grids:
+        assert taken < len(starts), "more grids than image tokens"
+        start, count = int(starts[taken]), image_tokens(grid)
+        taken += count
+        text = np.arange(position, position + start - index)
+        positions[:, index:start] = text
+        position += start - index
+        rows, columns = int(grid[1]) // MERGE, int(grid[2]) // MERGE
+        positions[0, start : start + count] = position
+        positions[1, start : start + count] = position + np.repeat(np.arange(rows), columns)
+        positions[2, start : start + count] = position + np.tile(np.arange(columns), rows)
+        position += max(rows, columns)
+        index = start + count
+    assert taken == len(starts), f"{len(starts)} image tokens, grids hold {taken}"
+    positions[:, index:] = np.arange(position, position + len(tokens) - index)
+    return positions
+
+
+def micro_batches(conversations: Iterable[Conversation], token_budget: int) -> Iterator[list[int]]:
+    """Indices of conversations of similar length, each batch at most token_budget padded tokens (or a single row)."""
+    lengths = [len(c.tokens) for c in conversations]
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batch: list[int] = []
+    for i in order:  # ascending: the newest is the longest
+        if batch and lengths[i] * (len(batch) + 1) > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,18 @@
+"""Blur (Gaussian), to suppress noise and fine texture; radius in pixels."""
+
+from PIL import Image, ImageFilter
+from pydantic import Field
+
+from thinkimg.images.coordinates import Frame
+from thinkimg.images.tools._base import Number, ToolArgs
+
+
+class Args(ToolArgs):
+    """Standard deviation in pixels of the image as the model sees it."""
+
+    radius: Number = Field(ge=0, le=256)
+
+
+def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
+    """The blurred image; the radius is scaled along each axis, so that the model sees the blur that it asked for."""
+    return image.filter(ImageFilter.GaussianBlur(frame.to_full(args.radius, args.radius)))

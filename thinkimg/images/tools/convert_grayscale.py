@@ -1,0 +1,15 @@
+"""Remove the colours."""
+
+from PIL import Image
+
+from thinkimg.images.coordinates import Frame
+from thinkimg.images.tools._base import ToolArgs
+
+
+class Args(ToolArgs):
+    """Nothing to choose."""
+
+
+def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
+    """Luma (ITU-R 601-2) in all three channels."""
+    return image.convert("L").convert("RGB")

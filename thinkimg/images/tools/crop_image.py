@@ -1,0 +1,25 @@
+"""Cut out a rectangle at full resolution, to see small details; x and y are its left and top edge in pixels."""
+
+from PIL import Image
+from pydantic import Field
+
+from thinkimg.images.coordinates import Frame
+from thinkimg.images.tools._base import ToolArgs, ToolError, Whole
+
+
+class Args(ToolArgs):
+    """Rectangle in pixels of the image as the model sees it."""
+
+    x: Whole = Field(ge=0)
+    y: Whole = Field(ge=0)
+    width: Whole = Field(ge=1)
+    height: Whole = Field(ge=1)
+
+
+def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
+    """All full-resolution pixels that the rectangle touches."""
+    right, bottom = args.x + args.width, args.y + args.height
+    if right > frame.view[0] or bottom > frame.view[1]:
+        seen = f"{frame.view[0]}x{frame.view[1]}"
+        raise ToolError(f"the rectangle ends at x={right}, y={bottom}, but the image is {seen} pixels as you see it")
+    return image.crop(frame.box_to_full((args.x, args.y, right, bottom)))

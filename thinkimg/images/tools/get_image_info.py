@@ -1,0 +1,16 @@
+"""Tell an image's size, as you see it and at full resolution."""
+
+from PIL import Image
+
+from thinkimg.images.coordinates import Frame
+from thinkimg.images.tools._base import ToolArgs
+
+
+class Args(ToolArgs):
+    """Nothing to choose."""
+
+
+def apply(image: Image.Image, args: Args, frame: Frame) -> str:
+    """Both sizes, width x height in pixels."""
+    (width, height), (view_w, view_h) = image.size, frame.view
+    return f"The image is {view_w}x{view_h} pixels as you see it and {width}x{height} pixels at full resolution."

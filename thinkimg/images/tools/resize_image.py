@@ -1,0 +1,24 @@
+"""Resize to a width and height in pixels; with keep_aspect to the largest size within them in proportion."""
+
+from PIL import Image
+from pydantic import Field
+
+from thinkimg.images.coordinates import Frame
+from thinkimg.images.tools._base import ToolArgs, Whole
+
+
+class Args(ToolArgs):
+    """Size in pixels of the resulting image."""
+
+    width: Whole = Field(ge=1, le=4096)
+    height: Whole = Field(ge=1, le=4096)
+    keep_aspect: bool = True
+
+
+def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
+    """The resized image (BICUBIC); no side vanishes."""
+    size = args.width, args.height
+    if args.keep_aspect:
+        scale = min(args.width / image.width, args.height / image.height)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)

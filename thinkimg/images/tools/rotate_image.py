@@ -1,0 +1,26 @@
+"""Rotate counter-clockwise by an angle in degrees; with expand the result grows so that no corner is lost."""
+
+import math
+
+from PIL import Image
+from pydantic import Field
+
+from thinkimg.images.coordinates import Frame
+from thinkimg.images.tools._base import Number, ToolArgs, require_acceptable
+
+
+class Args(ToolArgs):
+    """Angle in degrees, counter-clockwise."""
+
+    angle: Number = Field(ge=-360, le=360)
+    expand: bool = True
+
+
+def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
+    """Exact for multiples of 90 degrees with expand, else resampled (BICUBIC); what comes in from outside is black."""
+    if args.expand:
+        # Before the work: a 50-megapixel strip of 100,000 x 500, rotated by 45 degrees, would take 15 GB.
+        cos, sin = (abs(ratio(math.radians(args.angle))) for ratio in (math.cos, math.sin))
+        width, height = image.width * cos + image.height * sin, image.width * sin + image.height * cos
+        require_acceptable(round(width), round(height), what="this rotation with expand")
+    return image.rotate(args.angle, Image.Resampling.BICUBIC, expand=args.expand)

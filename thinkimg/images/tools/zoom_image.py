@@ -1,0 +1,37 @@
+"""Magnify the surroundings of a point by a factor, at full resolution; the result is as large as the whole image."""
+
+import math
+
+from PIL import Image
+from pydantic import Field
+
+from thinkimg.images.coordinates import Frame
+from thinkimg.images.tools._base import Number, ToolArgs, ToolError
+
+
+class Args(ToolArgs):
+    """Magnification, and its centre in pixels of the image as the model sees it."""
+
+    factor: Number = Field(ge=1, le=64)
+    center_x: Number = Field(ge=0)
+    center_y: Number = Field(ge=0)
+
+
+def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
+    """1/factor of the frame around the centre, moved inside if it would cross the border, resized to the view size."""
+    if args.center_x > frame.view[0] or args.center_y > frame.view[1]:
+        seen = f"{frame.view[0]}x{frame.view[1]}"
+        center = f"x={args.center_x:g}, y={args.center_y:g}"
+        raise ToolError(f"the center {center} is outside of the image, which is {seen} pixels as you see it")
+    left, right = _window(frame.to_full(args.center_x, 0)[0], image.width, args.factor)
+    top, bottom = _window(frame.to_full(0, args.center_y)[1], image.height, args.factor)
+    # Cut first, as resize would blend in pixels from beyond its box; the rest of the box keeps the factor exact.
+    x, y = math.floor(left), math.floor(top)
+    part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    return part.resize(frame.view, Image.Resampling.BICUBIC, box=(left - x, top - y, right - x, bottom - y))
+
+
+def _window(center: float, size: int, factor: float) -> tuple[float, float]:
+    length = size / factor
+    low = min(max(center - length / 2, 0.0), size - length)
+    return low, min(low + length, size)

@@ -1,0 +1,138 @@
+"""What a loop starts once and keeps: a vLLM engine and a trainer, each when the first stage needs it.
+
+A loop that finds everything cached starts neither. A stage that runs alone opens machines of its own.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thinkimg.config import Config
+
+if TYPE_CHECKING:
+    from thinkimg.artifacts import Artifact
+    from thinkimg.engine.client import EngineClient
+    from thinkimg.engine.server import Server
+    from thinkimg.grpo.worker import Trainer
+
+CURRENT: ContextVar["Machines | None"] = ContextVar("machines", default=None)
+
+
+class Machines:
+    """Context manager; ends everything that it started. `report` takes lines about slow starts."""
+
+    def __init__(self, config: Config, report=print):
+        self.config, self.report = config, report
+        self._stack = contextlib.ExitStack()
+        self._server: Server | None = None
+        self._trainer: Trainer | None = None
+
+    def __enter__(self) -> "Machines":
+        self._stack.__enter__()
+        self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkimg-")))
+        self._stack.callback(CURRENT.reset, CURRENT.set(self))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    @property
+    def trainer(self) -> "Trainer":
+        """The kept worker, started by the first job."""
+        from thinkimg.grpo.worker import Trainer
+
+        if self._trainer is None:
+            self._trainer = self._stack.enter_context(Trainer(self.config.where.trainer, log_path=self.log("trainer")))
+        return self._trainer
+
+    def release_trainer(self) -> None:
+        """Let the worker go where memory does not hold engine and trainer both."""
+        if self._trainer is not None and not self.config.where.trainer.keep:
+            self._trainer.close()
+            self._trainer = None
+
+    async def engine(self, policy: "Artifact") -> "EngineClient":
+        """A client whose servers hold the weights of `policy`: starts the loop's own server, or loads into those of
+        `engine.urls`. Close it with `aclose` in the same event loop."""
+        from thinkimg.engine.client import EngineClient
+
+        where = self.config.where.engine
+        urls = where.urls
+        if not urls:
+            urls = [self.server(policy).url]
+        media = where.media
+        if media == "auto":
+            media = "data" if where.urls else "file"
+        client = EngineClient(urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s)
+        if await client.version() != policy.digest:
+            await client.load_weights(self.weights(policy), policy.digest)
+        return client
+
+    def server(self, policy: "Artifact") -> "Server":
+        from thinkimg.engine.server import Server, ServerSettings
+
+        if self._server is None or not self._server.alive:
+            config, where = self.config, self.config.where.engine
+            settings = ServerSettings(
+                max_model_len=config.conversation.max_tokens,
+                max_images=config.conversation.max_images,
+                max_num_seqs=where.max_num_seqs,
+                tensor_parallel_size=where.tensor_parallel_size,
+                gpu_memory_utilization=where.gpu_memory_utilization,
+                cpu_kvcache_gib=where.cpu_kvcache_gib,
+                cpu_threads_bind=where.cpu_threads_bind,
+            )
+            server = Server(
+                self.weights(policy), log_path=self.log("engine"), version=policy.digest, settings=settings,
+                media_dir=self.media, progress=self.report,
+            )  # fmt: skip
+            self._server = self._stack.enter_context(server)
+        return self._server
+
+    @property
+    def media(self) -> Path:
+        """Folder in which the engine finds the pictures of running conversations."""
+        folder = self.scratch / "media"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def vocabulary(self, policy: "Artifact") -> Path:
+        """The directory with the policy's tokenizer, processor and chat template."""
+        return policy.checked(f"policy/{'model' if is_full(policy) else 'adapter'}")
+
+    def weights(self, policy: "Artifact") -> Path:
+        """A complete model directory: the policy's own, or for adapters the base model with them merged in (in scratch)."""
+        if is_full(policy):
+            return policy.checked("policy/model")
+        from thinkimg.grpo.checkpoint import Base, export_merged
+
+        merged = self.scratch / f"merged-{policy.digest[:16]}"
+        if not merged.exists():
+            for old in self.scratch.glob("merged-*"):
+                shutil.rmtree(old)
+            export_merged(policy.directory / "policy", merged, Base(**base_entry(self.config)))
+        return merged
+
+    def log(self, name: str) -> Path:
+        folder = Path(self.config.where.store) / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.log"
+
+
+def is_full(policy: "Artifact") -> bool:
+    """Whether the policy is a whole model and not an adapter."""
+    return "policy/model/config.json" in policy.files
+
+
+@contextlib.contextmanager
+def machines(config: Config, report=print) -> Iterator[Machines]:
+    """The loop's machines where there are some, else new ones for this stage alone."""
+    if (current := CURRENT.get()) is not None:
+        yield current
+    else:
+        with Machines(config, report) as own:
+            yield own

@@ -1,0 +1,1 @@
+"""Sparse YAML presets; `extends` names the preset that one starts from."""

@@ -1,0 +1,57 @@
+"""What a loop tells at its end: one line per iteration as it goes, and the table of all of them."""
+
+from rich.table import Table
+
+from thinkimg import tracking
+from thinkimg.artifacts import Artifact
+from thinkimg.config import Config
+from thinkimg.console import console, say
+
+STAGES = ("prepare", "warmstart", "rollout", "score", "train", "evaluate")
+
+
+def step(record: tracking.LoopRecord, number: int) -> None:
+    """One line on an iteration."""
+    found = record.iteration(number).metrics
+    parts = [f"{name.removeprefix('reward/')} {value:.2f}" for name, value in sorted(found.items())
+             if name.startswith("reward/") and name.count("/") == 1 and name != "reward/total"]  # fmt: skip
+    accuracy = f"held-out accuracy {percent(found, 'eval/accuracy')} (95 %: {interval(found)})"
+    seconds = sum(value for name, value in found.items() if name.startswith("time/"))
+    say(f"iteration {number}: {accuracy}, {', '.join([*parts, f'{seconds:.0f} s'])}")
+
+
+def final(record: tracking.LoopRecord, policy: Artifact, config: Config) -> None:
+    """The table, how to open MLflow, and where the policy is."""
+    console.print(table(record))
+    if config.where.tracking.enabled:
+        say(f"Open MLflow with: {tracking.ui_command(config)}")
+    say(f"Final policy: {policy.directory / 'policy'}")
+
+
+def table(record: tracking.LoopRecord) -> Table:
+    """Per iteration: every reward component, tool rate, held-out accuracy with its 95 % interval, seconds per stage."""
+    rows = [(iteration.step, iteration.metrics) for iteration in record.iterations]
+    rewards = sorted({name for _, found in rows for name in found if name.startswith("reward/") and name.count("/") == 1})
+    stages = [name for name in STAGES if any(f"time/{name}_s" in found for _, found in rows)]
+    shown = Table(title=record.name, caption="Seconds per stage on the right; iteration 0 is before training.")
+    headings = ["iteration", *(name.removeprefix("reward/") for name in rewards), "tool rate", "accuracy", "95 %", "avg@k"]
+    for heading in [*headings, *stages]:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for number, found in rows:
+        cells = [str(number), *(decimal(found, name) for name in rewards), percent(found, "eval/tool_rate")]
+        cells += [percent(found, "eval/accuracy"), interval(found), percent(found, "eval/avg_at_k")]
+        shown.add_row(*cells, *(decimal(found, f"time/{name}_s", 0) for name in stages))
+    return shown
+
+
+def decimal(found: dict[str, float], name: str, digits: int = 2) -> str:
+    return f"{found[name]:.{digits}f}" if name in found else ""
+
+
+def percent(found: dict[str, float], name: str) -> str:
+    return f"{100 * found[name]:.0f} %" if name in found else ""
+
+
+def interval(found: dict[str, float]) -> str:
+    low, high = found.get("eval/accuracy_low"), found.get("eval/accuracy_high")
+    return "" if low is None or high is None else f"{100 * low:.0f}–{100 * high:.0f}"

@@ -1,0 +1,40 @@
+"""What a loop would do: the stages in order, and which of them the store holds already."""
+
+from collections.abc import Iterator
+
+from thinkimg.artifacts import Artifact, Recipe, Store
+from thinkimg.config import Config
+from thinkimg.stages import evaluate, prepare, rollout, score, train, warmstart
+
+
+def planned(config: Config) -> Iterator[str]:
+    """One line per stage, up to the first that is missing: the fingerprints of all later ones depend on its content."""
+    store = Store(config.where.store)
+
+    def find(kind: str, recipe: Recipe, label: str) -> tuple[Artifact | None, str]:
+        found = store.find(kind, recipe.fingerprint)
+        return found, f"{label:<14} {'Cached ' if found else 'missing'} {kind}/{recipe.fingerprint[:12]}"
+
+    dataset, line = find("dataset", prepare.recipe(config, prepare.source_of(config)), "prepare")
+    yield line
+    if dataset is None:
+        return
+    policy, line = find("policy", warmstart.recipe(config, dataset), "warmstart")
+    yield line
+    first = policy
+    for iteration in range(1, config.iterations + 1):
+        if policy is None:
+            return
+        rollouts, line = find("rollouts", rollout.recipe(config, dataset, policy, iteration), f"rollout {iteration}")
+        yield line
+        if rollouts is None:
+            return
+        scores, line = find("scores", score.recipe(config, dataset, rollouts), f"score {iteration}")
+        yield line
+        if scores is None:
+            return
+        reference = train.reference_of(config, first)
+        recipe = train.recipe(config, dataset, policy, rollouts, scores, reference)
+        policy, line = find("policy", recipe, f"train {iteration}")
+        yield line
+    yield f"{'evaluate':<14} {evaluate.recipe(config, dataset, policy, config.evaluate.samples_ends, False).fingerprint[:12]}"

@@ -1,0 +1,126 @@
+"""The train stage: a mix of the raw scores, group-relative advantages, and GRPO steps from one policy to the next."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.chat.codec import Codec
+from thinkimg.config import Config
+from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows, mix_rewards
+from thinkimg.machines import Machines, machines
+from thinkimg.rollout import view_limits
+from thinkimg.schemas import SCHEMA_VERSION, StopReason
+from thinkimg.stages.score import read_scores
+from thinkimg.stages.warmstart import base_entry
+
+STAGE, VERSION, KIND = "train", 1, "policy"
+EXCLUDED = (StopReason.FAILED, StopReason.MAX_TURNS, StopReason.MAX_TOKENS)
+
+
+def recipe(config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifact, scores: Artifact,
+           reference: Artifact | None) -> Recipe:  # fmt: skip
+    inputs = {"dataset": dataset, "policy": policy, "rollouts": rollouts, "scores": scores}
+    if reference is not None:
+        inputs["reference"] = reference
+    return Recipe(
+        STAGE, VERSION, SCHEMA_VERSION,
+        config={
+            "images": view_limits(config),
+            "mix": config.mix,
+            "model": config.model.model_dump(mode="json"),
+            "temperature": config.rollout.temperature,
+            "train": config.train.model_dump(mode="json"),
+            "seed": config.seed,
+        },
+        inputs={name: artifact.reference for name, artifact in inputs.items()},
+        packages=package_versions("torch", "transformers", "peft"),
+    )  # fmt: skip
+
+
+def train(
+    config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifact, scores: Artifact, store: Store, *,
+    reference: Artifact | None = None, force: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Artifact, bool]:  # fmt: skip
+    """The policy after this iteration. reference: the policy that the KL term is measured against (loss.beta > 0).
+
+    Raises UserError where the parity gate refuses. Where no group is left to learn from, no step is taken and the next
+    policy has the same weights; the metric train/rows is 0.
+    """
+    reference = reference if config.train.loss.beta > 0 and config.model.adaptation == "full" else None
+
+    def produce(work: Work) -> None:
+        with machines(config) as crew:
+            step(work, config, dataset, policy, rollouts, scores, reference, crew, progress)
+
+    where = config.where.model_dump(mode="json")
+    plan = recipe(config, dataset, policy, rollouts, scores, reference)
+    return store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
+
+
+def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifact, scores: Artifact,
+         reference: Artifact | None, crew: Machines, progress) -> None:  # fmt: skip
+    import pyarrow as pa
+
+    ends = rollouts.table("trajectories", ["trajectory_id", "stop"]).to_pydict()
+    components, ids, groups = read_scores(scores)
+    assert ids == ends["trajectory_id"], "scores are in the order of their rollouts"
+    stops = np.array(ends["stop"])
+    totals, result = weigh(config, components, np.array(groups), stops)
+    rows = included_rows(
+        result.included, stops == StopReason.TRUNCATED,
+        mask_truncated_completions=config.train.loss.mask_truncated_completions,
+    )  # fmt: skip
+    if not work.has("advantages.parquet"):
+        table = {
+            "trajectory_id": ids,
+            "group_id": groups,
+            "total": totals,
+            "advantage": result.advantages,
+            "included": result.included,
+            "reason": [str(reason) for reason in result.reasons],
+        }
+        work.table("advantages.parquet", pa.table(table))
+    chosen = crew.scratch / "advantages.parquet"  # the job's own copy: included rows only
+    pa.parquet.write_table(
+        pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), chosen
+    )
+    codec = Codec.load(crew.vocabulary(policy))
+    job = {
+        "kind": "train",
+        "policy": {"directory": str((policy.directory / "policy").resolve()), "digest": policy.digest},
+        "base": base_entry(config),
+        "model": config.model.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json"),
+        "rollouts": str(rollouts.directory.resolve()),
+        "images": {"tables": [str(a.directory.resolve()) for a in (dataset, rollouts)], **view_limits(config)},
+        "advantages": str(chosen),
+        "conversation": {
+            "temperature": config.rollout.temperature,
+            "banned": list(codec.banned),
+            "max_tokens": config.conversation.max_tokens,
+        },
+        "reference": reference and str((reference.directory / "policy").resolve()),
+        "seed": config.seed,
+    }
+    with work.part("policy") as output:
+        done = crew.trainer.submit(job | {"output": str(output.resolve())}, progress=progress)
+    crew.release_trainer()
+    valid = ~np.isin(stops, EXCLUDED)
+    work.metrics |= done["metrics"] | {
+        "reward/total": float(totals[valid].mean()) if valid.any() else None,
+        "train/rows": len(rows),
+        "train/silent_groups": len(result.silent_groups) / len(set(groups)),
+    }
+    for reason in Inclusion:
+        work.metrics[f"train/rows_{reason}"] = int((result.reasons == reason).sum())
+
+
+def weigh(config: Config, components: dict[str, np.ndarray], groups: np.ndarray, stops: np.ndarray
+          ) -> tuple[np.ndarray, AdvantageResult]:  # fmt: skip
+    """Totals of the mix and the advantages within groups; over-turn and failed rows count nowhere."""
+    valid = ~np.isin(stops, EXCLUDED)
+    weights = {name: weight for name, weight in config.mix.items() if weight > 0}
+    totals = mix_rewards(components, weights, groups, valid)
+    scale = config.train.loss.scale_rewards
+    return totals, advantages(totals, groups, valid, scale_rewards=scale, min_std=config.train.min_std)
