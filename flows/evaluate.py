@@ -1,7 +1,8 @@
 """evaluate: held-out accuracy of a policy."""
 
-from flows._common import Force, Optional, Overrides, Preset, Reference, ended, main, opened, origin
 from prefect import flow
+
+from flows._common import Force, Optional, Overrides, Preset, Reference, ended, main, opened, origin
 from thinkimg import console
 from thinkimg.stages import evaluate as stage
 

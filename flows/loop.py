@@ -8,6 +8,9 @@
 Killed anywhere and started again it goes on: what is complete is found in the store and reads *Cached*.
 """
 
+from prefect import flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
 from flows._common import Overrides, Preset, main, opened
 from flows.evaluate import evaluate
 from flows.prepare import prepare
@@ -15,8 +18,6 @@ from flows.rollout import rollout
 from flows.score import score
 from flows.train import train
 from flows.warmstart import warmstart
-from prefect import flow
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from thinkimg import console, report, tracking
 from thinkimg.machines import Machines
 

@@ -1,7 +1,8 @@
 """prepare: a source of questions and pictures becomes a data set."""
 
-from flows._common import Force, Overrides, Preset, ended, main, opened
 from prefect import flow
+
+from flows._common import Force, Overrides, Preset, ended, main, opened
 from thinkimg import console
 from thinkimg.stages import prepare as stage
 

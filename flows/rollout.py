@@ -1,7 +1,8 @@
 """rollout: a policy plays this iteration's samples."""
 
-from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened, origin
 from prefect import flow
+
+from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened, origin
 from thinkimg import console
 from thinkimg.stages import rollout as stage
 

@@ -1,7 +1,8 @@
 """score: every reward component of stored rollouts, raw and unweighted."""
 
-from flows._common import Force, Overrides, Preset, Reference, ended, main, opened, origin
 from prefect import flow
+
+from flows._common import Force, Overrides, Preset, Reference, ended, main, opened, origin
 from thinkimg import console
 from thinkimg.stages import score as stage
 

@@ -1,7 +1,8 @@
 """train: the mix of the scores makes advantages, and GRPO steps the next policy."""
 
-from flows._common import Force, Optional, Overrides, Preset, Reference, ended, main, opened, origin
 from prefect import flow
+
+from flows._common import Force, Optional, Overrides, Preset, Reference, ended, main, opened, origin
 from thinkimg import console
 from thinkimg.stages import train as stage
 

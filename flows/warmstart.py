@@ -1,7 +1,8 @@
 """warmstart: demonstrations make the first policy."""
 
-from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
 from prefect import flow
+
+from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
 from thinkimg import console
 from thinkimg.stages import warmstart as stage
 

@@ -1,7 +1,11 @@
 """Fixtures that are dear to make and so are made once: tiny models, and one vLLM server for all tests that need one."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,12 +39,50 @@ def media_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("media")
 
 
+# The server's parent is a process of its own, so that the last thing we do to it can be the worst.
+KEEPER = """
+import sys, time
+from pathlib import Path
+from thinkimg.engine.server import Server, ServerSettings
+model, log, media = map(Path, sys.argv[1:])
+settings = ServerSettings(max_model_len=2048, cpu_kvcache_gib=1)
+server = Server(model, log_path=log, version="v0", settings=settings, media_dir=media)
+server.start()
+print(server.url, flush=True)
+time.sleep(1e6)
+"""
+
+
 @pytest.fixture(scope="session")
 def engine(tiny_models, media_dir, tmp_path_factory):
-    """A running Server with the first tiny model, version "v0". Who loads other weights loads these again when done."""
-    from thinkimg.engine.server import Server, ServerSettings
+    """A running vLLM server (`.url`) with the first tiny model, version "v0"; who loads other weights loads these again.
 
-    log_path = tmp_path_factory.mktemp("engine") / "engine.log"
-    settings = ServerSettings(max_model_len=2048, cpu_kvcache_gib=1)
-    with Server(tiny_models[0], log_path=log_path, version="v0", settings=settings, media_dir=media_dir) as server:
-        yield server
+    At the end its parent gets SIGKILL, and everything that descends from that has to be gone within seconds: without the
+    watchdog VLLM::EngineCore is what stays alive.
+    """
+    from thinkimg.watchdog import descendants
+
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
+    argv = [sys.executable, "-c", KEEPER, str(tiny_models[0]), str(log), str(media_dir)]
+    with subprocess.Popen(argv, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as keeper:
+        try:
+            url = keeper.stdout.readline().strip()
+            assert url, "the server did not start: see the captured stderr"
+            family = descendants(keeper.pid)
+            titles = [title(pid) for pid in family]
+            assert any("EngineCore" in name for name in titles), titles
+            yield SimpleNamespace(url=url)
+        finally:
+            keeper.kill()
+    deadline = time.monotonic() + 10
+    while survivors := [name for pid, name in zip(family, titles, strict=True) if title(pid)]:
+        assert time.monotonic() < deadline, f"these outlived their parent: {survivors}"
+        time.sleep(0.05)
+
+
+def title(pid: int) -> str:
+    """A living process's command line, "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -121,25 +121,38 @@ good_calls = st.sampled_from(
 )  # fmt: skip
 names = st.sampled_from(list(TOOLS)) | st.text()
 argument_names = st.sampled_from(["x", "y", "width", "height", "factor", "angle", "image", "expand"]) | st.text()
-calls = good_calls | st.tuples(names, st.dictionaries(argument_names, values, max_size=5))
-written = st.one_of(
-    calls.map(lambda c: f"<think>t</think><tool>{json.dumps({'name': c[0], 'args': c[1]})}</tool>"),
-    calls.map(lambda c: f"<tool_call>{json.dumps({'name': c[0], 'arguments': c[1]})}</tool_call>"),
+calls = st.tuples(names, st.dictionaries(argument_names, values, max_size=5))
+others = st.one_of(
     st.text().map(lambda text: f"<think>t</think><answer>{text}</answer>"),
     st.lists(st.sampled_from(["<think>", "</think>", "<tool>", "<|im_end|>", "<|image_pad|>", "\ud800"])).map("".join),
 )
-configs = st.fixed_dictionaries(
-    {
-        "protocol": st.sampled_from(["think", "qwen"]),
-        "tools": st.sampled_from([None, (), ("crop_image", "get_image_info")]),
-        "max_turns": st.integers(1, 4),
-        "max_images": st.integers(1, 4),
-        "max_turn_tokens": st.sampled_from([3, 200, 2000]),
-        "max_tokens": st.integers(20, 1200),
-        "images": st.integers(0, 2),
-        "choices": st.sampled_from([(), ("a", "b<|im_end|>")]),
+
+
+@st.composite
+def scenes(draw) -> tuple[dict, list[str]]:
+    """Settings, mostly generous, and turns, mostly calls in the protocol's form."""
+
+    def mostly(usual, *rare):
+        return draw(st.sampled_from([usual] * 2 * len(rare) + list(rare)))
+
+    config = {
+        "protocol": mostly("think", "qwen"),
+        "tools": mostly(None, (), ("crop_image", "get_image_info")),
+        "max_turns": mostly(5, 1, 2),
+        "max_images": mostly(5, 2, 3),
+        "max_turn_tokens": mostly(2000, 3, 100),
+        "max_tokens": mostly(5000, 20, 150, 400),
+        "images": mostly(1, 0, 2),
+        "choices": draw(st.sampled_from([(), ("a", "b<|im_end|>")])),
     }
-)
+    protocol = PROTOCOLS[config["protocol"]]
+
+    def written(call) -> str:  # without the checks of render_turn, so that NaN and the like are written, too
+        body = json.dumps({"name": call[0], protocol.args_key: call[1]})
+        return protocol.render_thought("t") + protocol.open_call + body + protocol.close_call
+
+    kinds = [good_calls.map(written)] * 5 + [calls.map(written), others]
+    return config, [draw(draw(st.sampled_from(kinds))) for _ in range(4)]
 
 
 finishes = st.sampled_from(["stop", "length", "abort"])
@@ -150,8 +163,9 @@ def encoded(text: str) -> tuple[list[int], str]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(configs, st.lists(written, max_size=4))
-def test_written_turns_always_lead_to_an_end(config, texts):
+@given(scenes())
+def test_written_turns_always_lead_to_an_end(scene):
+    config, texts = scene
     turns = [*map(encoded, texts)] + [encoded("hm")] * config["max_turns"]
     trajectory = play(make(**config), turns)
     assert trajectory == play(make(**config), turns)
@@ -159,8 +173,9 @@ def test_written_turns_always_lead_to_an_end(config, texts):
 
 
 @settings(deadline=None)
-@given(configs, st.lists(st.tuples(st.lists(st.integers(0, 400)), finishes), max_size=4))
-def test_any_tokens_lead_to_an_end(config, turns):
+@given(scenes(), st.lists(st.tuples(st.lists(st.integers(0, 400), min_size=1), finishes), max_size=4))
+def test_any_tokens_lead_to_an_end(scene, turns):
+    config, _ = scene
     play(make(**config), [*turns, *[encoded("hm")] * config["max_turns"]])
 
 
@@ -246,7 +261,13 @@ def test_what_is_wrong_goes_back_to_the_model_and_counts_as_a_turn():
 def test_without_tools_a_call_is_an_error():
     trajectory = scripted(make(tools=(), system=None), [call("crop_image", **CROP), answer()])
     assert trajectory.turns[0].status is CallStatus.ERROR and "no tools" in trajectory.turns[0].error
-    assert trajectory.stop is StopReason.ANSWER
+    assert trajectory.stop is StopReason.ANSWER and trajectory.turns[0].source == 0
+
+
+def test_without_images_a_call_is_an_error():
+    trajectory = scripted(make(images=0), [call("get_image_info"), answer()])
+    assert trajectory.turns[0].source is None and "no images" in trajectory.turns[0].error
+    assert trajectory.stop is StopReason.ANSWER and trajectory.images == ()
 
 
 def test_the_default_system_prompt_names_the_offered_tools_only():

@@ -5,11 +5,8 @@ import hashlib
 import json
 import math
 import random
-import signal
-import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +20,6 @@ from thinkimg.engine import server as server_module
 from thinkimg.engine.client import EngineClient, ImageRef, Sampling
 from thinkimg.engine.server import Server
 from thinkimg.errors import UserError
-from thinkimg.watchdog import descendants
 
 SIZES = [(112, 84), (28, 28), (56, 196), (140, 28), (84, 84)]
 
@@ -206,35 +202,6 @@ def test_refused_requests_are_told_at_once(engine, tokenizer, picture, sampling)
         ask([engine.url], lambda client: client.generate(ids, [outside], sampling))
     with pytest.raises(EngineError, match="maximum model length"):
         ask([engine.url], lambda client: client.generate([50] * 3000, [], sampling))
-
-
-def test_kill_of_the_parent_ends_the_server(tiny_models, tmp_path):
-    """With EngineCore already there: it is what stayed alive for minutes without a watchdog."""
-    code = "import sys; from pathlib import Path; from thinkimg.engine.server import Server\n"
-    code += "Server(sys.argv[1], log_path=Path(sys.argv[2]), version='v0').start()"
-    repository = Path(__file__).parents[1]
-    log = tmp_path / "log"
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tiny_models[0]), str(log)], cwd=repository)
-    family = []
-    deadline = time.monotonic() + 120
-    while not any("EngineCore" in name_of(pid) for pid in family):
-        assert time.monotonic() < deadline, log.read_text()[-2000:]
-        time.sleep(0.2)
-        family = descendants(parent.pid)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    deadline = time.monotonic() + 5
-    while any(name_of(pid) for pid in family):
-        assert time.monotonic() < deadline, [name_of(pid) for pid in family]
-        time.sleep(0.05)
-
-
-def name_of(pid: int) -> str:
-    """A living process's command line or title, "" if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 def test_missing_model_is_the_users_mistake(tmp_path):

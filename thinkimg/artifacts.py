@@ -152,13 +152,9 @@ class Work:
                 continue  # torn by the crash: its part is made again
             if all(is_intact(self.directory, entry) for entry in part["files"]):
                 self._parts[part["part"]] = part["files"]
-        kept = {entry["name"] for entries in self._parts.values() for entry in entries}
-        for name in files.files_under(self.directory):
-            if name not in kept:
-                files.remove(self.directory / name)
-        for path in self.directory.iterdir():
+        for path in sorted(self.directory.iterdir()):
             if path.name not in self._parts:
-                files.remove(path)  # what is left of a directory part
+                files.remove(path)
         files.write(self._journal, "".join(
             canonical({"part": name, "files": entries}) + "\n" for name, entries in self._parts.items()))
         if self._parts:
@@ -313,6 +309,6 @@ def write_table(path: Path, table: "pa.Table") -> None:
     import pyarrow.parquet as pq
 
     heavy = any(pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) for column in table.schema)
-    # Arrow ends pages and dictionaries where a chunk ends: combined, the bytes don't tell how the table was put together.
+    # Arrow ends pages and dictionaries where a chunk ends: combined, the bytes don't tell where those were.
     pq.write_table(table.combine_chunks(), path, row_group_size=IMAGES_PER_GROUP if heavy else ROWS_PER_GROUP,
                    version="2.6", data_page_version="1.0", compression="zstd", compression_level=1)

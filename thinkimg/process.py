@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
 WATCHDOG = Path(__file__).with_name("watchdog.py")
+WATCHDOG_TIMEOUT_S = 15.0  # it needs five to end everything
 
 
 class Child:
@@ -44,13 +45,11 @@ class Child:
         return self._process.wait(timeout)
 
     def terminate(self, timeout: float = 10.0) -> int:
-        """SIGTERM to the command's group, SIGKILL to all that is left after `timeout` seconds; the exit status."""
+        """SIGTERM to the command, SIGKILL to all that is left after `timeout` seconds; the exit status."""
         if self._pipe is not None:
             if self.alive:
-                try:
+                with suppress(BrokenPipeError):  # it ended between the two lines
                     os.write(self._pipe, f"{timeout}\n".encode())
-                except BrokenPipeError:
-                    pass  # it ended between the two lines
                 self._process.wait()
             os.close(self._pipe)
             self._pipe = None
@@ -113,7 +112,9 @@ def spawn(
         raise
     finally:
         os.close(read_end)
-    write_record(record, {"name": name, "session": process.pid, "parent": identity(os.getpid())})
+    watchdog = identity(process.pid)
+    if watchdog is not None:  # else it has ended already
+        write_record(record, {"name": name, "parent": identity(os.getpid()), "watchdog": watchdog})
     return Child(name, process, write_end, log_path, log_start)
 
 
@@ -127,23 +128,24 @@ def run_directory() -> Path:
 
 
 def clear_leftovers() -> list[str]:
-    """End the children whose parent is gone and whose watchdog was killed as well; returns their names."""
+    """End the children whose parent is gone; returns their names. Where the watchdog lives this only waits for it."""
     cleared = []
     for path in sorted(run_directory().glob("*.json")):
         try:
             record = json.loads(path.read_text())
         except FileNotFoundError:  # its watchdog was quicker
             continue
-        parent = record["parent"]
+        parent, watchdog = record["parent"], record["watchdog"]
         if identity(parent["pid"]) == parent:
             continue
         if parent["boot"] == boot_id():
-            for pid in session_members(record["session"]):
-                cleared.append(record["name"])
-                try:
+            cleared.append(record["name"])
+            deadline = time.monotonic() + WATCHDOG_TIMEOUT_S
+            while identity(watchdog["pid"]) == watchdog and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for pid in session_members(watchdog["pid"]):
+                with suppress(ProcessLookupError):  # ended meanwhile
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # ended meanwhile
         path.unlink(missing_ok=True)
     return sorted(set(cleared))
 

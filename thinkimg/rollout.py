@@ -155,7 +155,7 @@ class Players:
 
     async def __aexit__(self, *error: object) -> None:
         self.pool.shutdown(cancel_futures=True)
-        await self.engine.aclose()
+        await self.engine.__aexit__(*error)
 
     async def play(
         self, jobs: Sequence[tuple[Sample, int, Any]], how: Play, progress: Callable[[int], None] = lambda done: None

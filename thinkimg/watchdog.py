@@ -14,10 +14,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-PARENT_GONE_GRACE_S = 1.0  # from SIGTERM to SIGKILL: time to unlink shared memory
-LEFTOVER_GRACE_S = 2.0  # what descendants may take to leave after the command itself has ended
+PARENT_GONE_GRACE_S = 3.0  # from SIGTERM to SIGKILL; a vLLM server needs two to leave no shared memory behind
+LEFTOVER_GRACE_S = 3.0  # what descendants may take to leave after the command itself has ended
+TRACKER_GRACE_S = 1.0  # what Python's resource trackers may then take to unlink what the killed ones left
 
 
 def prctl(option: int, value: int) -> None:
@@ -49,15 +51,14 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def signal_all(number: int) -> bool:
-    """Send a signal to every descendant; True if there was one."""
-    living = descendants(os.getpid())
-    for pid in living:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass  # ended meanwhile
-    return bool(living)
+def kill_all(*, trackers: bool) -> None:
+    """SIGKILL to every descendant, to Python's resource trackers only if told so."""
+    for pid in descendants(os.getpid()):
+        with suppress(ProcessLookupError, FileNotFoundError):  # ended meanwhile
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                is_tracker = b"multiprocessing.resource_tracker" in file.read()
+            if trackers or not is_tracker:
+                os.kill(pid, signal.SIGKILL)
 
 
 def reap(command: subprocess.Popen) -> None:
@@ -82,10 +83,9 @@ def supervise(command: subprocess.Popen, pipe: int, parent: int, wake: int) -> N
         nonlocal kill_at
         if kill_at is None or time.monotonic() + grace_s < kill_at:
             kill_at = time.monotonic() + grace_s
-        try:
-            os.killpg(command.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass  # ended meanwhile
+        # To the command alone: vLLM ends its own processes in good order, and loses shared memory if they all get it.
+        with suppress(ProcessLookupError):  # ended meanwhile
+            os.kill(command.pid, signal.SIGTERM)
 
     while command.returncode is None:
         # The timeout is for a parent whose own forked children still hold the pipe's other end.
@@ -103,11 +103,11 @@ def supervise(command: subprocess.Popen, pipe: int, parent: int, wake: int) -> N
             stop(PARENT_GONE_GRACE_S)
         reap(command)
         if kill_at is not None and time.monotonic() >= kill_at:
-            signal_all(signal.SIGKILL)
+            kill_all(trackers=False)
     give_up = min(kill_at or float("inf"), time.monotonic() + LEFTOVER_GRACE_S)
     while descendants(os.getpid()):
         if time.monotonic() >= give_up:
-            signal_all(signal.SIGKILL)
+            kill_all(trackers=time.monotonic() >= give_up + TRACKER_GRACE_S)
         time.sleep(0.02)
         reap(command)
 
@@ -128,7 +128,7 @@ def main() -> int:
         print(f"cannot start {argv[0]}: {error.strerror}", file=sys.stderr)
         code = 127
     else:
-        signal.signal(signal.SIGTERM, lambda *_: os.killpg(command.pid, signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(command.pid, signal.SIGTERM))
         supervise(command, pipe, parent, wake)
         code = command.returncode
     if os.path.exists(record):

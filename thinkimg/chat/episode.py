@@ -37,8 +37,11 @@ class PendingCall:
 
     def run(self) -> Outcome:
         """A wrong call is an outcome with an error; what raises here is broken (see Episode.fail)."""
-        if not self.offered:
-            return Outcome(tools.ToolResult(len(self.images) - 1, error="There are no tools here; give an answer."))
+        if not self.offered or not self.images:
+            missing = "images" if self.offered else "tools"
+            return Outcome(
+                tools.ToolResult(len(self.images) - 1, error=f"There are no {missing} here; give an answer.")
+            )
         sizes = partial(size_seen, config=self.config)
         result = tools.run(self.call.name, self.call.args, self.images, sizes, self.offered)
         return Outcome(result, picture(result.image, self.config) if result.image else None)
@@ -154,7 +157,7 @@ class Episode:
         turn, result, new = self._called, outcome.result, outcome.picture
         assert turn is not None, "no call is pending"
         self._called = None
-        turn = replace(turn, source=result.source)
+        turn = replace(turn, source=result.source if self.pictures else None)
         error = result.error
         if new and len(self.pictures) >= self.config.max_images:
             error = f"No more than {self.config.max_images} images can be shown; give an answer."

@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 SIZE = 448  # side of a picture in pixels
 SCALE = 4  # view pixels are SCALE x SCALE picture pixels
 CELL = SIZE // 4  # side of a grid cell in pixels; one image token of the view
-FRAME = 8  # width of the frame around the marked cell, pixels
+FRAME = 16  # width of the frame around the marked cell, pixels
 PLATE = 80  # side of the striped plate in a cell, pixels
 TAPER = 24  # pixels over which a plate's stripes set in
-CHIP = 16  # side of a cell's colour chips, pixels
-CHIPS = ((40, 80, 230), (30, 170, 60), (240, 210, 40), (170, 50, 200))  # of rows, and of columns
+COLOURS = ((40, 80, 230), (30, 170, 60), (240, 210, 40), (170, 50, 200))  # of rows, and of columns
 RED, WHITE = (230, 40, 40), (235, 235, 235)
 STRIPES = ("horizontal", "vertical", "rising", "falling")
 ARROWS = ("up", "down", "left", "right")
@@ -146,10 +145,9 @@ def detail(name: str, rng: "Generator") -> Puzzle:
     kinds = [STRIPES[k] for k in rng.integers(4, size=4)]
     for cell, kind in zip(cells, kinds, strict=True):
         plate(picture, cell)[...] = np.rint(128 + 120 * taper() * (stripes(kind) - 0.25))[..., None]
-    chips(picture)
-    frame(picture, cells[0], RED)
+    frame(picture, cells[0])
     return Puzzle(
-        Family.DETAIL, name, picture, "Which way do the stripes in the red frame run?", kinds[0], STRIPES,
+        Family.DETAIL, name, picture, "Which way do the stripes in the frame run?", kinds[0], STRIPES,
         (crop(cells[0]),), target(cells[0]),
     )  # fmt: skip
 
@@ -160,10 +158,9 @@ def both(name: str, rng: "Generator") -> Puzzle:
     kinds = [STRIPES[k] for k in rng.integers(4, size=4)]
     for cell, kind in zip(cells, kinds, strict=True):
         plate(picture, cell)[...] = stripes(kind)[..., None]
-    chips(picture)
-    frame(picture, cells[0], RED)
+    frame(picture, cells[0])
     return Puzzle(
-        Family.BOTH, name, picture, "It is dark. Which way do the stripes in the red frame run?", kinds[0], STRIPES,
+        Family.BOTH, name, picture, "It is dark. Which way do the stripes in the frame run?", kinds[0], STRIPES,
         (crop(cells[0]), Call("adjust_brightness", {"factor": 200})), target(cells[0]),
     )  # fmt: skip
 
@@ -224,20 +221,16 @@ def plate(picture: np.ndarray, cell: int) -> np.ndarray:
     return picture[y : y + PLATE, x : x + PLATE]
 
 
-def chips(picture: np.ndarray) -> None:
-    """Each cell's row and column as two colour chips in its corner, as a map prints its grid: rotary positions are relative
-    and give a tiny model no absolute place to read off, so that without them it takes very long to learn where a cell is."""
-    for cell in range(16):
-        x, y = corner(cell)
-        for i, place in enumerate((cell // 4, cell % 4)):
-            left = x + FRAME + i * CHIP
-            picture[y + FRAME : y + FRAME + CHIP, left : left + CHIP] = CHIPS[place]
+def frame(picture: np.ndarray, cell: int) -> None:
+    """Mark a cell: the upper half of its frame has the colour of its row, the lower half that of its column.
 
-
-def frame(picture: np.ndarray, cell: int, colour: tuple[int, int, int]) -> None:
+    Like the letter and number of a map's square. Rotary positions are relative: without such a cue a tiny model takes very
+    long to learn where on the picture a cell is.
+    """
     x, y = corner(cell)
     inside = picture[y + FRAME : y + CELL - FRAME, x + FRAME : x + CELL - FRAME].copy()
-    picture[y : y + CELL, x : x + CELL] = colour
+    picture[y : y + CELL // 2, x : x + CELL] = COLOURS[cell // 4]
+    picture[y + CELL // 2 : y + CELL, x : x + CELL] = COLOURS[cell % 4]
     picture[y + FRAME : y + CELL - FRAME, x + FRAME : x + CELL - FRAME] = inside
 
 

@@ -217,7 +217,7 @@ class EngineClient:
             self._outstanding[url] += 1
             try:
                 return await self._request(url, "POST", "/inference/v1/generate", content)
-            except _Unavailable:
+            except EngineUnavailable:
                 if attempt == RETRIES:
                     raise
                 failed.add(url)
@@ -252,7 +252,7 @@ class EngineClient:
                 hint="is the server running, and did it run out of memory?",
             ) from error
         if response.status_code >= 500:
-            raise _Unavailable(
+            raise EngineUnavailable(
                 f"{url}{path} answered {response.status_code}: {told(response)}", hint="read the server's log"
             )
         if response.status_code >= 400:
@@ -266,11 +266,11 @@ class EngineClient:
         return response.json() if response.headers.get("content-type", "").startswith("application/json") else {}
 
 
-class _Unavailable(EngineError):
+class EngineUnavailable(EngineError):
     """Not this request's fault: another server, or a later attempt, may serve it."""
 
 
-class _Unreachable(_Unavailable):
+class _Unreachable(EngineUnavailable):
     """No answer came at all."""
 
 

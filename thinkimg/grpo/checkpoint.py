@@ -102,7 +102,7 @@ class Policy:
                 )
             for name in known:
                 self.optimizer.state[parameters[name]] = {
-                    "step": torch.tensor(float(self.updates), device=self._step_device),
+                    "step": torch.tensor(float(self.updates), device=self.device),
                     "exp_avg": self.moments[f"exp_avg.{name}"].to(self.device),
                     "exp_avg_sq": self.moments[f"exp_avg_sq.{name}"].to(self.device),
                 }
@@ -110,10 +110,6 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = weight_decay
         return self.optimizer
-
-    @property
-    def _step_device(self) -> torch.device:
-        return self.device  # where the fused AdamW wants its step counter
 
 
 def new_optimizer(parameters, weight_decay: float = 0.0) -> torch.optim.AdamW:
@@ -216,7 +212,9 @@ def save_adapter(policy: Policy, target: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(policy.model).items()}
+    # Asked about embeddings, which are not adapted, peft would look for the base on the Hub.
+    state = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = policy.model.peft_config["default"].to_dict()
     settings |= {"base_model_name_or_path": policy.base.name, "revision": policy.base.revision, "inference_mode": True}

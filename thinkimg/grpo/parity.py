@@ -60,9 +60,9 @@ def check_numbers(
     worst = max(metrics["parity/mean_abs"], metrics["parity/kl"])
     if worst <= limit:  # NaN is not
         return
-    differences = [np.abs(t - row.engine) for t, row in zip(trainer, rows, strict=True)]
-    number = int(np.argmax([np.nanmax(d, initial=0.0) for d in differences]))
-    place = int(np.nanargmax(differences[number]))
+    differences = [np.nan_to_num(np.abs(t - row.engine), nan=np.inf) for t, row in zip(trainer, rows, strict=True)]
+    number = int(np.argmax([d.max() for d in differences]))
+    place = int(differences[number].argmax())
     row = rows[number]
     position = int(np.flatnonzero(row.conversation.scored)[place])
     raise UserError(

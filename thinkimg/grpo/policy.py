@@ -13,6 +13,7 @@ from thinkimg.grpo.packing import Conversation, mrope_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FEATURE_BYTES = 2 * 2**30  # kept features of a frozen vision tower: 600 tokens of the 7B in bfloat16 are 4 MB
 HEAD_CHUNK = 2048  # scored tokens per slice of logits: 2048 x 152,064 float32 are 1.2 GB
 
 
@@ -163,3 +164,10 @@ class Scorer:
             self.head, states, targets,
             temperature=self.temperature, banned=self.banned, entropy=entropy, entropy_grad=entropy_grad,
         )  # fmt: skip
+
+    def trim(self) -> None:
+        """Forget the oldest features beyond FEATURE_BYTES."""
+        if self.features:
+            size = sum(feature.nbytes for feature in self.features.values())
+            while size > FEATURE_BYTES:
+                size -= self.features.pop(next(iter(self.features))).nbytes

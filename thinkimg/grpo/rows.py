@@ -1,8 +1,7 @@
 """What a training job reads: trajectories with their advantages, and the patches of their images."""
 
-import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from thinkimg.schemas import Trajectory, from_row
 
 CACHE_BYTES = 2 * 2**30  # patches, float32: an image of 1,000 tokens is 19 MB
 PIXEL_CACHE_BYTES = 64 * 2**20  # full-resolution images behind them are hardly read twice
+PATCH_BYTES = 1176 * 4
 READERS = 8
 
 
@@ -86,61 +86,60 @@ class Patches:
     """Image hash -> patches as the vision tower takes them, made once while they fit and checked against hash and grid."""
 
     def __init__(self, tables: Iterable[Path | str], *, min_pixels: int, max_pixels: int, cache_bytes: int = CACHE_BYTES):
+        """tables: artifacts with an `images` table. The limits are those under which the engine saw the images."""
         self._images = ImageTable([Artifact.open(Path(table)) for table in tables], PIXEL_CACHE_BYTES)
         self._limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        self._grids: dict[str, tuple[int, ...]] = {}
         self._made: OrderedDict[str, Future[np.ndarray]] = OrderedDict()
         self._room = cache_bytes
-        self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="patches")
 
-    def prepare(self, conversations: Iterable[Conversation]) -> None:
-        """Begin to make what these will need, in threads, while the model computes on others."""
-        wanted = {key: tuple(g) for c in conversations for key, g in zip(c.images, c.grids, strict=True)}
-        for key, patch_grid in wanted.items():
-            self._request(key, patch_grid)
+    def prepare(self, conversations: Iterable[Conversation], known: Container[str] = ()) -> None:
+        """Begin to make what these will need and is not known, in threads, while the model computes on others."""
+        for c in conversations:
+            for key, patch_grid in zip(c.images, c.grids, strict=True):
+                self._grids[key] = tuple(patch_grid.tolist())
+                if key not in known:
+                    self._request(key)
 
     def __call__(self, key: str) -> np.ndarray:
-        """(h * w, 1176) float32 of an image that was prepared before.
+        """(h * w, 1176) float32 of an image of a conversation that was prepared before.
 
-        Raises UserError if the pixels don't have the hash that they are stored under, or a row has them in another grid.
+        Raises UserError if the pixels don't have the hash that they are stored under, or have another grid in a row.
         """
-        return self._request(key, None).result()
-
-    def _request(self, key: str, patch_grid: tuple[int, ...] | None) -> "Future[np.ndarray]":
-        with self._lock:
-            if key in self._made:
-                self._made.move_to_end(key)
-                return self._made[key]
-            self._room -= 0 if patch_grid is None else _bytes(patch_grid)
-            future = self._readers.submit(self._make, key, patch_grid)
-            self._made[key] = future
-            return future
+        return self._request(key).result()
 
     def trim(self) -> None:
-        """Forget the images that were not asked for longest, down to the limit; call it between batches."""
-        with self._lock:
-            while self._room < 0 and self._made:
-                _, future = self._made.popitem(last=False)
-                self._room += future.result().nbytes
-
-    def _make(self, key: str, patch_grid: tuple[int, ...] | None) -> np.ndarray:
-        try:
-            image = self._images.decoded(key)
-        except KeyError:
-            raise UserError(f"The image {key} is in none of the image tables.", hint="Does the data set belong to the rollouts?") from None
-        if (found := pixel_hash(image)) != key:
-            raise UserError(f"The pixels stored as {key[:16]}… have the hash {found[:16]}….", hint="See `thinkimg verify`.")
-        seen = view(image, **self._limits)
-        if patch_grid is not None and grid(*seen.size) != tuple(patch_grid):
-            raise UserError(
-                f"The image {key[:16]}… was {tuple(patch_grid)} patches to the engine and is {grid(*seen.size)} to the trainer.",
-                hint="images.min_pixels and images.max_pixels must be those of the rollouts.",
-            )
-        return patches(seen)
+        """Forget the images that were not asked for longest, down to the limit."""
+        while self._room < 0:
+            key, _ = self._made.popitem(last=False)
+            self._room += self._bytes(key)
 
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
 
+    def _request(self, key: str) -> "Future[np.ndarray]":
+        if key not in self._made:
+            self._made[key] = self._readers.submit(self._make, key, self._grids[key])
+            self._room -= self._bytes(key)
+        self._made.move_to_end(key)
+        return self._made[key]
 
-def _bytes(patch_grid: tuple[int, ...]) -> int:
-    return int(np.prod(patch_grid)) * 1176 * 4
+    def _bytes(self, key: str) -> int:
+        return int(np.prod(self._grids[key])) * PATCH_BYTES
+
+    def _make(self, key: str, patch_grid: tuple[int, ...]) -> np.ndarray:
+        try:
+            image = self._images.decoded(key)
+        except KeyError:
+            hint = "Does the data set belong to the rollouts?"
+            raise UserError(f"The image {key} is in none of the image tables.", hint=hint) from None
+        if (found := pixel_hash(image)) != key:
+            raise UserError(f"The pixels stored as {key[:16]}… have the hash {found[:16]}….", hint="See `thinkimg verify`.")
+        seen = view(image, **self._limits)
+        if grid(*seen.size) != patch_grid:
+            raise UserError(
+                f"The image {key[:16]}… was {patch_grid} patches to the engine and is {grid(*seen.size)} to the trainer.",
+                hint="images.min_pixels and images.max_pixels must be those of the rollouts.",
+            )
+        return patches(seen)

@@ -26,3 +26,257 @@ Results: {"metrics": {name: float} (means over the steps, parity/*, memory, seco
 "updates": optimizer steps since the base, "reloaded": whether weights had to be read from disk}.
 Progress lines have {"step", "steps", "loss", …} of one optimizer step each.
 """
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from thinkimg import files, process
+from thinkimg.errors import UserError
+
+if TYPE_CHECKING:
+    from thinkimg.config import TrainerConfig
+    from thinkimg.grpo.checkpoint import Base, Policy
+
+STATES = ("state.json", "optimizer.safetensors", "model", "adapter")
+POLL_S = 0.05
+HEARTBEAT_S = 60.0  # the other processes wait for rank 0 in a collective, which may not last longer than some minutes
+LOG_LINES = 30
+
+
+class TrainerError(RuntimeError):
+    """The worker died, or a job failed for a reason that is not the user's; the message ends with log or traceback."""
+
+
+class Trainer:
+    """Hands jobs to a kept worker. Leaving the context ends it; so does our own death, however it comes.
+
+    It starts at once, so that its imports (some 12 s) run while something else is being done, and again when a job comes
+    after it has left (config.keep off, or it died).
+    """
+
+    def __init__(self, config: "TrainerConfig", *, log_path: Path):
+        """log_path: where its output is appended."""
+        self._config, self._log_path = config, log_path
+        self._child: process.Child | None = None
+        self._spool: tempfile.TemporaryDirectory | None = None
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def submit(self, job: dict, progress: Callable[[dict], None] | None = None) -> dict:
+        """Run a job and return its result; `progress` gets each step's line.
+
+        Raises UserError for what the user can mend, TrainerError for the rest. After a failed job the worker lives on
+        (several processes end, and start again with the next job), but has to read the policy again.
+        """
+        if self._child is None or not self._child.alive:
+            self.release()
+            self._start()
+        spool = Path(self._spool.name)
+        self._count += 1
+        name = f"{self._count:06}"
+        files.write(spool / f"{name}.job.json", json.dumps(job))
+        try:
+            result = self._wait(spool / f"{name}.result.json", spool / f"{name}.progress.jsonl", progress or (lambda _: None))
+        except BaseException:
+            self.release()  # dead, or in the middle of a job that nobody waits for any more
+            raise
+        if not self._config.keep or ("error" in result and self._config.processes > 1):
+            self.release()
+        if "error" in result:
+            error = result["error"]
+            if error["user"]:
+                raise UserError(error["message"], error["hint"])
+            raise TrainerError(f"The training job failed: {error['message']}\n{error['traceback']}")
+        return result
+
+    def release(self) -> None:
+        """End the worker and free its memory; the next job starts another."""
+        if self._child is not None:
+            self._child.terminate()
+            self._spool.cleanup()
+            self._child = None
+
+    def _start(self) -> None:
+        self._spool, self._count = tempfile.TemporaryDirectory(prefix="thinkimg-trainer-"), 0
+        env = os.environ | {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
+        command = launch_command(self._config, gpus=len(glob("/dev/nvidia[0-9]*")))
+        argv = [*command, self._spool.name, str(self._config.processes)]
+        self._child = process.spawn(argv, name="trainer", env=env, log_path=self._log_path)
+
+    def _wait(self, result: Path, lines: Path, progress: Callable[[dict], None]) -> dict:
+        seen = 0
+        while True:
+            alive, done = self._child.alive, result.exists()
+            if lines.exists():
+                with lines.open() as file:
+                    file.seek(seen)
+                    while (line := file.readline()).endswith("\n"):
+                        progress(json.loads(line))
+                        seen += len(line)  # ASCII
+            if done:
+                return json.loads(result.read_text())
+            if not alive:
+                raise TrainerError(
+                    f"The trainer ended with status {self._child.returncode}; its log is {self._log_path} and ends with\n"
+                    f"{self._child.log_tail(LOG_LINES)}"
+                )
+            time.sleep(POLL_S)
+
+
+def launch_command(config: "TrainerConfig", *, gpus: int) -> list[str]:
+    """The command line up to the worker's own arguments.
+
+    `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15), so several on a CPU take torchrun.
+    """
+    module = ["-m", "thinkimg.grpo.worker"]
+    if config.accelerate_config is not None:
+        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.accelerate_config, *module]
+    if config.processes > 1 and not gpus:
+        port = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(config.processes), *port, *module]
+    count = ["--num_machines", "1", "--num_processes", str(config.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    where = ["--multi_gpu", "--main_process_port", str(free_port())] if config.processes > 1 else []
+    return [sys.executable, "-m", "accelerate.commands.launch", *count, *where, *([] if gpus else ["--cpu"]), *module]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Worker:
+    """The other side: polls the spool directory and runs jobs on the policy that it holds."""
+
+    def __init__(self, spool: Path, processes: int):
+        import torch
+        import transformers
+        from accelerate import Accelerator
+
+        from thinkimg.grpo import checkpoint, train, warmstart  # noqa: F401  all imports before the first job
+        from thinkimg.grpo.optimise import Ranks
+
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        assert self.accelerator.num_processes == processes, f"{self.accelerator.num_processes} processes, not {processes}"
+        self.spool, self.ranks = spool, Ranks(self.accelerator.process_index, processes)
+        self.policy: Policy | None = None
+        self.held: list[tuple] | None = None
+
+    def serve(self) -> None:
+        number = 1
+        while True:
+            job = self._next(f"{number:06}.job.json")
+            if job is None:
+                continue
+            result = self._answer(job, self.spool / f"{number:06}.progress.jsonl")
+            if self.ranks.rank == 0:
+                files.write(self.spool / f"{number:06}.result.json", json.dumps(result))
+            if "error" in result and self.ranks.count > 1:
+                sys.exit(1)  # some processes may still wait for others in the middle of a step
+            number += 1
+
+    def _next(self, name: str) -> dict | None:
+        """The job, or None after a while without one; the same in every process."""
+        job = None
+        if self.ranks.rank == 0:
+            start = time.monotonic()
+            while not (self.spool / name).exists() and time.monotonic() - start < HEARTBEAT_S:
+                time.sleep(POLL_S)
+            if (self.spool / name).exists():
+                job = json.loads((self.spool / name).read_text())
+        if self.ranks.count == 1:
+            return job
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([job])[0]
+
+    def _answer(self, job: dict, lines: Path) -> dict:
+        def progress(line: dict) -> None:
+            if self.ranks.rank == 0:
+                with lines.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+        try:
+            return self._run(job, progress)
+        except Exception as error:  # the job failed, not the worker: the parent gets told
+            self.policy = self.held = None
+            user = isinstance(error, UserError)
+            message = error.message if user else f"{type(error).__name__}: {error}"
+            tail = "".join(traceback.format_exception(error)[-8:])
+            print(tail, file=sys.stderr, flush=True)
+            hint = error.hint if user else ""
+            return {"error": {"user": user, "message": message, "hint": hint, "traceback": tail}}
+
+    def _run(self, job: dict, progress: Callable[[dict], None]) -> dict:
+        import torch
+
+        from thinkimg.config import ModelConfig
+        from thinkimg.grpo import train, warmstart
+        from thinkimg.grpo.checkpoint import Base
+
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        config = ModelConfig.model_validate(job["model"])
+        base = Base(**job["base"]) if job.get("base") else None
+        reloaded = not self._holds(job, config)
+        if reloaded:
+            self.policy = self.held = None  # before the next one takes memory
+            self.policy = self.ranks.together(lambda: self._load(job, config, base))
+        policy, self.held = self.policy, None  # until the job is done the weights are those of no directory
+        if job["kind"] == "train":
+            result = train.TrainJob(job, policy, self.ranks).run(progress)
+        else:
+            assert job["kind"] == "warmstart", job["kind"]
+            result = warmstart.run(job, policy, self.ranks, progress)
+        self.held = self.ranks.gather(stamps(Path(job["output"])) if self.ranks.rank == 0 else [])[0]
+        return result | {"reloaded": reloaded}
+
+    def _load(self, job: dict, config, base: "Base | None") -> "Policy":
+        from thinkimg.grpo import checkpoint
+
+        if job["kind"] == "warmstart":
+            return checkpoint.from_base(base, config, self.accelerator.device, seed=job["seed"])
+        return checkpoint.load(job["policy"]["directory"], config, self.accelerator.device, base)
+
+    def _holds(self, job: dict, config) -> bool:
+        """Whether the job's policy is the one in memory: its files are those that this worker wrote last, renamed or not."""
+        if job["kind"] != "train" or self.held is None or self.policy.config != config:
+            return False
+        mine = stamps(Path(job["policy"]["directory"])) == self.held if self.ranks.rank == 0 else False
+        return self.ranks.gather(mine)[0]
+
+
+def stamps(directory: Path) -> list[tuple]:
+    """(name, inode, size, time of change) of a policy's files: renaming a directory above them changes none of these."""
+    found = []
+    for top in STATES:
+        path = directory / top
+        for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []:
+            stat = file.stat()
+            found.append((f"{top}/{file.name}", stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def main() -> None:
+    Worker(Path(sys.argv[1]), int(sys.argv[2])).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,13 @@ def planned(config: Config) -> Iterator[str]:
     yield line
     if dataset is None:
         return
-    policy, line = find("policy", warmstart.recipe(config, dataset), "warmstart")
+    demonstrations = None
+    if warmstart.has_script(config):
+        demonstrations, line = find("demonstrations", warmstart.script_recipe(config, dataset), "demonstrate")
+        yield line
+        if demonstrations is None:
+            return
+    policy, line = find("policy", warmstart.recipe(config, dataset, demonstrations), "warmstart")
     yield line
     first = policy
     for iteration in range(1, config.iterations + 1):
@@ -37,4 +43,6 @@ def planned(config: Config) -> Iterator[str]:
         recipe = train.recipe(config, dataset, policy, rollouts, scores, reference)
         policy, line = find("policy", recipe, f"train {iteration}")
         yield line
-    yield f"{'evaluate':<14} {evaluate.recipe(config, dataset, policy, config.evaluate.samples_ends, False).fingerprint[:12]}"
+    if policy is not None:
+        recipe = evaluate.recipe(config, dataset, policy, config.evaluate.samples_ends, blind=False)
+        yield find("evaluation", recipe, "evaluate")[1]

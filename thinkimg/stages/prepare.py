@@ -41,6 +41,15 @@ def recipe(config: Config, source: Source | None) -> Recipe:
     return Recipe(STAGE, VERSION, SCHEMA_VERSION, settings, {"source": Reference("source", source.digest)}, packages=packages)
 
 
+def limits_of(config: Config) -> ImageLimits:
+    return ImageLimits(max_bytes=config.images.max_bytes, max_pixels=config.images.max_decoded_pixels)
+
+
+def source_of(config: Config) -> Source | None:
+    """The opened source; None for the built-in puzzles. Raises UserError where it cannot be read."""
+    return None if config.data.source == "puzzles" else open_source(config.data, limits_of(config))
+
+
 def prepare(
     config: Config, store: Store, *, force: bool = False, progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Artifact, bool]:  # fmt: skip
@@ -50,8 +59,7 @@ def prepare(
     progress(done, total) counts stored samples. Raises UserError where the source can't be read, too many of its rows are
     refused, or it can't be split.
     """
-    limits = ImageLimits(max_bytes=config.images.max_bytes, max_pixels=config.images.max_decoded_pixels)
-    source = None if config.data.source == "puzzles" else open_source(config.data, limits)
+    limits, source = limits_of(config), source_of(config)
 
     def produce(work: Work) -> None:
         with ThreadPoolExecutor(config.where.workers, "prepare") as pool:

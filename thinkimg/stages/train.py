@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.base import base_entry
 from thinkimg.chat.codec import Codec
 from thinkimg.config import Config
 from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows, mix_rewards
@@ -12,7 +13,6 @@ from thinkimg.machines import Machines, machines
 from thinkimg.rollout import view_limits
 from thinkimg.schemas import SCHEMA_VERSION, StopReason
 from thinkimg.stages.score import read_scores
-from thinkimg.stages.warmstart import base_entry
 
 STAGE, VERSION, KIND = "train", 1, "policy"
 EXCLUDED = (StopReason.FAILED, StopReason.MAX_TURNS, StopReason.MAX_TOKENS)
@@ -47,7 +47,7 @@ def train(
     Raises UserError where the parity gate refuses. Where no group is left to learn from, no step is taken and the next
     policy has the same weights; the metric train/rows is 0.
     """
-    reference = reference if config.train.loss.beta > 0 and config.model.adaptation == "full" else None
+    reference = reference_of(config, reference)
 
     def produce(work: Work) -> None:
         with machines(config) as crew:
@@ -56,6 +56,11 @@ def train(
     where = config.where.model_dump(mode="json")
     plan = recipe(config, dataset, policy, rollouts, scores, reference)
     return store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
+
+
+def reference_of(config: Config, first: Artifact | None) -> Artifact | None:
+    """The policy of the KL term; with LoRA that is the base model, which needs no artifact."""
+    return first if config.train.loss.beta > 0 and config.model.adaptation == "full" else None
 
 
 def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifact, scores: Artifact,
@@ -104,8 +109,7 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
         "seed": config.seed,
     }
     with work.part("policy") as output:
-        done = crew.trainer.submit(job | {"output": str(output.resolve())}, progress=progress)
-    crew.release_trainer()
+        done = crew.trainer.submit(job | {"output": str(output.resolve())}, progress=lambda line: progress(line["step"], line["steps"]))
     valid = ~np.isin(stops, EXCLUDED)
     work.metrics |= done["metrics"] | {
         "reward/total": float(totals[valid].mean()) if valid.any() else None,

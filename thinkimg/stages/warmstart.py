@@ -1,13 +1,17 @@
 """The warm start: a first policy that knows the protocol, from scripted demonstrations that leave something to learn."""
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from thinkimg import files, schemas
 from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, directory_digest, package_versions
+from thinkimg.base import base_entry, base_reference
 from thinkimg.chat.codec import Codec
 from thinkimg.chat.episode import Episode, default_system, offered_tools, question, scripted
 from thinkimg.chat.picture import picture
@@ -18,44 +22,60 @@ from thinkimg.data.images import ImageTable, encode, image_writer, load_samples
 from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
 from thinkimg.rollout import view_limits
-from thinkimg.schemas import SCHEMA_VERSION, Sample, to_row
+from thinkimg.schemas import SCHEMA_VERSION, Sample, StopReason, to_row
 
 STAGE, VERSION, KIND = "warmstart", 1, "policy"
 SCRIPT = "script"  # policy of the demonstrations' rows
 
 
-def recipe(config: Config, dataset: Artifact) -> Recipe:
+def recipe(config: Config, dataset: Artifact, demonstrations: Artifact | None) -> Recipe:
     settings = config.warmstart
     inputs = {"dataset": dataset.reference}
-    if config.model.tiny is None:
-        inputs["base"] = base_reference(config)
-    if settings.demonstrations is not None:
-        inputs["demonstrations"] = Reference("demonstrations", demonstrations_digest(settings.demonstrations))
-    if settings.checkpoint is not None:
-        inputs["checkpoint"] = Reference("checkpoint", directory_digest(checkpoint_directory(settings.checkpoint)))
+    if demonstrations is not None:
+        inputs["demonstrations"] = demonstrations.reference
     return Recipe(
         STAGE, VERSION, SCHEMA_VERSION,
         config={
-            "conversation": config.conversation.model_dump(mode="json"),
             "images": view_limits(config),
             "model": config.model.model_dump(mode="json"),
-            "warmstart": settings.model_dump(mode="json", exclude={"demonstrations", "checkpoint"}),
+            "warmstart": settings.model_dump(mode="json", include={"steps", "batch", "learning_rate", "warmup_steps"}),
+            "token_budget": config.train.token_budget,
             "seed": config.seed,
         },
-        inputs=inputs,
-        packages=package_versions("torch", "transformers", "tokenizers", "peft", "pillow"),
+        inputs=inputs | base_inputs(config),
+        packages=package_versions("torch", "transformers", "tokenizers", "peft"),
     )  # fmt: skip
 
 
-def base_reference(config: Config) -> Reference:
-    """A directory's digest, or a Hub id with its revision."""
-    path = Path(config.model.path)
-    if path.is_dir():
-        return Reference("base", directory_digest(path))
-    if path.is_absolute() or config.model.path.count("/") != 1:
-        hint = "name a directory that save_pretrained wrote, or a Hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
-        raise UserError(f"there is no model directory {config.model.path}", hint=hint)
-    return Reference("base", f"{config.model.path}@{config.model.revision or 'main'}")
+def script_recipe(config: Config, dataset: Artifact) -> Recipe:
+    """Of the demonstrations, which are an artifact of their own in the form of rollouts."""
+    inputs = {"dataset": dataset.reference} | base_inputs(config)
+    if config.warmstart.demonstrations is not None:
+        inputs["script"] = Reference("script", demonstrations_digest(config.warmstart.demonstrations))
+    return Recipe(
+        "demonstrate", VERSION, SCHEMA_VERSION,
+        config={
+            "conversation": config.conversation.model_dump(mode="json"),
+            "images": view_limits(config),
+            "tiny": config.model.tiny and config.model.tiny.model_dump(mode="json"),
+            "flaws": config.warmstart.flaws.model_dump(mode="json"),
+            "seed": config.seed,
+        },
+        inputs=inputs,
+        packages=package_versions("transformers", "tokenizers", "pillow", "numpy"),
+    )  # fmt: skip
+
+
+def has_script(config: Config) -> bool:
+    """Whether there is anything to demonstrate: the built-in puzzles have scripts, other data needs a file."""
+    settings = config.warmstart
+    return settings.checkpoint is None and (config.data.source == "puzzles" or settings.demonstrations is not None)
+
+
+def base_inputs(config: Config) -> dict[str, Reference]:
+    if config.warmstart.checkpoint is not None:
+        return {"checkpoint": Reference("checkpoint", directory_digest(checkpoint_directory(config.warmstart.checkpoint)))}
+    return {} if config.model.tiny else {"base": base_reference(config)}
 
 
 def demonstrations_digest(path: str) -> str:
@@ -76,61 +96,70 @@ def warmstart(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Artifact, bool]:  # fmt: skip
     """The first policy: trained on demonstrations, or a checkpoint, or the base model as it is."""
-
-    def produce(work: Work) -> None:
-        with machines(config) as crew:
-            train(work, config, dataset, crew, progress)
-
     where = config.where.model_dump(mode="json")
-    return store.build(KIND, recipe(config, dataset), produce, seed=config.seed, where=where, force=force)
+    with contextlib.ExitStack() as stack:
+        base = BaseModel(config, dataset, stack)
+        demonstrations = None
+        if has_script(config):
+            demonstrations, _ = store.build(
+                "demonstrations", script_recipe(config, dataset), lambda work: demonstrate(work, config, dataset, base, progress),
+                seed=config.seed, where=where,
+            )  # fmt: skip
+
+        def produce(work: Work) -> None:
+            with machines(config) as crew:
+                train(work, config, dataset, demonstrations, base, crew, progress)
+
+        plan = recipe(config, dataset, demonstrations)
+        return store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
 
 
-def train(work: Work, config: Config, dataset: Artifact, crew: Machines, progress) -> None:
-    base = base_model(config, dataset, crew)
-    demonstrations = None
-    if config.data.source == "puzzles" or config.warmstart.demonstrations is not None:
-        write_demonstrations(work, config, dataset, base)
-        demonstrations = str(work.directory.resolve())
-    if work.has("policy"):
-        return
-    codec = Codec.load(base)
+def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifact | None, base: "BaseModel",
+          crew: Machines, progress) -> None:  # fmt: skip
+    codec = Codec.load(base.directory)
     job = {
         "kind": "warmstart",
-        "base": base_entry(config) | {"directory": str(Path(base).resolve())},
+        "base": base_entry(config) | {"directory": str(base.directory.resolve())},
         "model": config.model.model_dump(mode="json"),
-        "warmstart": config.warmstart.model_dump(mode="json")
-        | {"steps": config.warmstart.steps if demonstrations and config.warmstart.checkpoint is None else 0},
-        "rollouts": demonstrations,
-        "images": {"tables": [str(dataset.directory.resolve()), str(work.directory.resolve())], **view_limits(config)},
+        "warmstart": config.warmstart.model_dump(mode="json") | {"steps": config.warmstart.steps if demonstrations else 0},
+        "rollouts": demonstrations and str(demonstrations.directory.resolve()),
+        "images": {
+            "tables": [str(artifact.directory.resolve()) for artifact in (dataset, demonstrations) if artifact],
+            **view_limits(config),
+        },
+        "token_budget": config.train.token_budget,
         "conversation": {"temperature": 1.0, "banned": list(codec.banned), "max_tokens": config.conversation.max_tokens},
         "seed": config.seed,
     }
     with work.part("policy") as output:
-        result = crew.trainer.submit(job | {"output": str(output.resolve())}, progress=progress)
+        job["output"] = str(output.resolve())
+        result = crew.trainer.submit(job, progress=lambda line: progress(line["step"], line["steps"]))
     work.metrics |= result["metrics"]
 
 
-def write_demonstrations(work: Work, config: Config, dataset: Artifact, base: Path) -> None:
+def demonstrate(work: Work, config: Config, dataset: Artifact, base: "BaseModel", progress) -> None:
     """Scripted conversations in the form of rollouts, so that the trainer reads both with the same code."""
     import pyarrow as pa
 
-    if work.has("trajectories.parquet"):
-        return
-    codec, images = Codec.load(base), ImageTable([dataset])
+    codec, images = Codec.load(base.directory), ImageTable([dataset])
     rows: list[dict] = []
     made: dict[str, tuple[bytes, int, int]] = {}  # encoded at once: thousands of decoded pictures would not fit
-    for sample, index, turns in scripts(config, dataset):
+    todo = list(scripts(config, dataset))
+    for number, (sample, index, turns) in enumerate(todo, 1):
         pictures = [picture(images.decoded(sha), config.images) for sha in sample.images]
         episode = Episode(
             sample, pictures, config.conversation, config.images, codec,
             trajectory_id=f"{sample.sample_id}-{index}", group_id=sample.sample_id, index=index, policy=SCRIPT,
         )  # fmt: skip
-        rows.append(to_row(scripted(episode, turns)))
+        trajectory = scripted(episode, turns)
+        if trajectory.stop is StopReason.FAILED:
+            raise UserError(f"the demonstration for {sample.sample_id} does not work: {trajectory.error}")
+        rows.append(to_row(trajectory))
         made |= {sha: (encode(image), *image.size) for sha, image in episode.made_images.items() if sha not in made}
-    if not work.has("images.parquet"):
-        with work.part("images.parquet") as path, image_writer(path) as add:
-            for sha in sorted(made):
-                add(sha, *made[sha])
+        progress(number, len(todo))
+    with work.part("images.parquet") as path, image_writer(path) as add:
+        for sha in sorted(made):
+            add(sha, *made[sha])
     work.table("trajectories.parquet", pa.Table.from_pylist(rows, schemas.trajectories()))
 
 
@@ -158,29 +187,26 @@ def scripts(config: Config, dataset: Artifact) -> Iterator[tuple[Sample, int, li
         yield known[sample_id], number, turns
 
 
-def base_model(config: Config, dataset: Artifact, crew: Machines) -> Path:
-    """Directory of the model to start from; the tiny one is made on the spot, the same every time."""
-    if config.warmstart.checkpoint is not None:
-        return checkpoint_directory(config.warmstart.checkpoint)
-    if config.model.tiny is None:
-        from thinkimg.grpo.checkpoint import Base
+class BaseModel:
+    """Directory of the model to start from; a tiny one is made when it is asked for, the same every time."""
 
-        return Base(**base_entry(config)).locate()
-    from thinkimg.tiny import create_tiny
+    def __init__(self, config: Config, dataset: Artifact, stack: contextlib.ExitStack):
+        self._config, self._dataset, self._stack = config, dataset, stack
 
-    directory = crew.scratch / "tiny"
-    create_tiny(directory, config.model.tiny, corpus(config, dataset), seed=config.seed)
-    return directory
+    @cached_property
+    def directory(self) -> Path:
+        config = self._config
+        if config.warmstart.checkpoint is not None:
+            return checkpoint_directory(config.warmstart.checkpoint)
+        if config.model.tiny is None:
+            from thinkimg.grpo.checkpoint import Base
 
+            return Base(**base_entry(config)).locate()
+        from thinkimg.tiny import create_tiny
 
-def base_entry(config: Config) -> dict[str, str | None]:
-    """The base model as jobs name it (grpo.checkpoint.Base): by Hub id, or by the digest of its directory."""
-    if config.model.tiny is not None:
-        return {"name": "tiny", "revision": None, "directory": None}
-    reference, path = base_reference(config), Path(config.model.path)
-    if path.is_dir():
-        return {"name": f"model/{reference.digest}", "revision": None, "directory": str(path.resolve())}
-    return {"name": config.model.path, "revision": config.model.revision, "directory": None}
+        scratch = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkimg-base-"))
+        create_tiny(Path(scratch), config.model.tiny, corpus(config, self._dataset), seed=config.seed)
+        return Path(scratch)
 
 
 def corpus(config: Config, dataset: Artifact) -> list[str]:

@@ -38,13 +38,17 @@ class LoopTracker:
         """Add to a step, as often as there is something new; 0 is before training.
 
         artifacts: stage -> what it made or reused; an Artifact brings its headline metrics (see `records.headline`).
-        metrics: full keys such as `reward/total`. A step that has rollouts and scores gets its traces.
+        metrics: full keys such as `reward/total`. A step that has rollouts and scores gets its traces, an artifact the
+        run of its stage.
         """
         self.record.add(step, artifacts or {}, metrics or {})
         self._changed()
+        for artifact in (artifacts or {}).values():
+            if isinstance(artifact, Artifact):
+                self.log_stage(artifact)
 
     def log_stage(self, artifact: Artifact, cached: bool = False) -> None:
-        """The short run of a stage that has been executed; none for a cached one."""
+        """The short run of a stage that has been executed; it has one already if it is cached."""
         if self.connection and not cached:
             with self._forgiving("stages"), self.connection.alone():
                 project_stage(self.connection, artifact)
@@ -69,21 +73,25 @@ class LoopTracker:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
 
     def _changed(self) -> None:
-        save_record(self.store, self.record)
-        self._project()
+        if self.connection is None:
+            save_record(self.store, self.record)
+            return
+        # Saved under the lock: else a sync could add the new points before we do, and we, who remember what MLflow has,
+        # would add them again.
+        with self.connection.alone():
+            save_record(self.store, self.record)
+            self._project()
 
     def _project(self) -> None:
-        if self.connection is None:
-            return
-        with self._forgiving("runs"), self.connection.alone():
+        with self._forgiving("runs"):
             self._run = self._run or open_run(self.connection, self.record)
             project_loop(self.connection, self.record, self._run)
         run = self._run
         if run is None:
             return
-        with self._forgiving("traces"), self.connection.alone():
+        with self._forgiving("traces"):
             log_missing_traces(self.connection, self.store, self.record, run.run_id, self._traced)
-        with self._forgiving("policies"), self.connection.alone():
+        with self._forgiving("policies"):
             project_policies(self.connection, self.store, self.record, run.run_id)
 
     @contextmanager
@@ -108,8 +116,8 @@ def open_loop(config: Config, store: Store, record: LoopRecord | None = None, *,
     identity = loop_id(config)
     record = record or load_record(store, identity)
     if record is None:
-        preset = Path(config.preset).stem
-        record = LoopRecord(identity, resolved(config), name or f"{preset} {readable_mix(config.mix)} s{config.seed}")
+        name = name or f"{readable_mix(config.mix)} seed={config.seed} {identity[:6]}"
+        record = LoopRecord(identity, resolved(config), name, system=system_prompt(config))
     assert record.loop_id == identity, f"the record of loop {record.loop_id} for loop {identity}"
     record.config, record.status, record.finished = resolved(config), "RUNNING", None
     tracking = config.where.tracking
@@ -121,6 +129,15 @@ def open_loop(config: Config, store: Store, record: LoopRecord | None = None, *,
         run = open_run(connection, record)
         project_loop(connection, record, run)
     return LoopTracker(store, record, connection, run)
+
+
+def system_prompt(config: Config) -> str:
+    """As the conversations have it."""
+    from thinkimg.chat.episode import default_system, offered_tools
+
+    conversation = config.conversation
+    return default_system(conversation.protocol, offered_tools(conversation.tools)) if conversation.system is None \
+        else conversation.system
 
 
 def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> None:
@@ -145,7 +162,7 @@ def log_missing_traces(connection: Connection, store: Store, record: LoopRecord,
         if sum(key.startswith(trace_key(run_id, step, "")) for key in known) < count:
             found = stored(store, record, step)
             added += log_traces(connection, run_id, step, found.trajectories, found.images, found.scores, found.samples,
-                                count=count, system=record.config["conversation"]["system"], reasons=found.reasons,
+                                count=count, system=record.system, reasons=found.reasons,
                                 known=known)
     return added
 

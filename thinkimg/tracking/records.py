@@ -19,9 +19,9 @@ from thinkimg.manifest import canonical, git_revision, now
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-SPACES = ("data", "rollout", "reward", "tool", "parity", "train", "eval", "time")
-"""What a metric's key may begin with."""
-SPACE_OF_KIND = {"dataset": "data", "rollouts": "rollout", "scores": "reward", "policy": "train", "evaluation": "eval"}
+SPACES = {"dataset": ("data",), "rollouts": ("rollout", "tool"), "scores": ("reward",),
+          "policy": ("train", "parity", "reward", "time"), "evaluation": ("eval",)}
+"""Kind -> what the keys of its metrics may begin with; the first is put before names that don't."""
 
 
 @dataclass
@@ -45,6 +45,8 @@ class LoopRecord:
     """The resolved config as JSON; plain, so that records of older versions stay readable."""
     name: str
     iterations: list[IterationRecord] = field(default_factory=list)
+    system: str | None = None
+    """System prompt of the conversations."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Name -> rows."""
     git: str | None = field(default_factory=git_revision)
@@ -76,8 +78,7 @@ class LoopRecord:
                 iteration.metrics |= headline(artifact)
                 artifact = artifact.reference
             iteration.artifacts[stage] = artifact
-        wrong = [key for key in metrics if key.split("/")[0] not in SPACES]
-        assert not wrong, f"metrics begin with one of {SPACES}: {wrong}"
+        assert all("/" in key for key in metrics), f"keys have a space, as in eval/accuracy: {list(metrics)}"
         iteration.metrics |= finite(metrics)
         iteration.time = now()
 
@@ -105,11 +106,12 @@ def without_password(uri: str) -> str:
 def headline(artifact: Artifact) -> dict[str, float]:
     """The manifest's metrics under the keys of a loop's run, and the stage's seconds as `time/<stage>_s`.
 
-    A name that begins with one of SPACES is a key already; others get the space of the artifact's kind, so that
-    `accuracy` of an evaluation becomes `eval/accuracy`, and `detail/accuracy` becomes `eval/detail/accuracy`.
+    Of an evaluation `accuracy` becomes `eval/accuracy`, `detail/accuracy` becomes `eval/detail/accuracy`; of rollouts
+    `tool/rate` stays as it is (see SPACES), and of scores `tool` becomes `reward/tool`.
     """
-    space = SPACE_OF_KIND.get(artifact.kind, artifact.kind)
-    keys = {name: name if name.split("/")[0] in SPACES else f"{space}/{name}" for name in artifact.metrics}
+    spaces = SPACES.get(artifact.kind, (artifact.kind,))
+    keys = {name: name if name.startswith(tuple(f"{space}/" for space in spaces)) else f"{spaces[0]}/{name}"
+            for name in artifact.metrics}
     seconds = (milliseconds(artifact.manifest["finished"]) - milliseconds(artifact.manifest["started"])) / 1000
     return {f"time/{artifact.manifest['recipe']['stage']}_s": seconds} | finite(
         {keys[name]: value for name, value in artifact.metrics.items()})

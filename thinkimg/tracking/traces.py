@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.schemas import CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.schemas import Sample, StopReason, Trajectory, Turn, TurnKind
 from thinkimg.tracking.connection import Connection, load_mlflow
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def log_trace(connection: Connection, run_id: str, tags: Mapping[str, str], row:
     mlflow.set_tracking_uri(connection.uri)  # global state: another connection may have been opened since
     with mlflow.start_span(f"step {tags['step']} {tags['why']}", SpanType.CHAT_MODEL, run_id=run_id,
                            trace_destination=MlflowExperimentLocation(connection.loops)) as span:
-        mlflow.update_current_trace(tags=dict(tags), request_preview=sample.question,
+        mlflow.update_current_trace(tags=dict(tags), request_preview=f"{tags['why']}, step {tags['step']}: {sample.question}",
                                     response_preview=row.answer if row.answer is not None else f"({row.stop})")
         span.set_inputs({"messages": messages})
         span.set_outputs({"choices": [{"index": 0, "message": last, "finish_reason": "stop"}]} if last else None)
@@ -128,37 +128,42 @@ def conversation(row: Trajectory, sample: Sample, images: Callable[[str], "Image
 
     Before the image of a successful crop or zoom comes the image that it was taken from, with the box drawn on it.
     """
-    choices = "".join(f"\n- {choice}" for choice in sample.choices)
+    sizes = [f"Image {number}: {wide * PATCH}x{high * PATCH} pixels."
+             for number, (_, high, wide) in enumerate(row.grids[: len(sample.images)])]
+    choices = [f"Choices: {', '.join(sample.choices)}."] if sample.choices else []
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": [*(shown(images(image)) for image in sample.images),
-                                                 text_part(sample.question + choices)]})
+                                                 text_part(" ".join([*sizes, sample.question, *choices]))]})
     for number, turn in enumerate(row.turns):
         if turn.kind != TurnKind.TOOL:
             messages.append({"role": "assistant", "content": turn.text})
-            if turn.error:
-                messages.append({"role": "user", "content": turn.error})
+            if turn.observation:
+                messages.append({"role": "user", "content": turn.observation})
             continue
         call = {"id": f"call_{number}", "type": "function",
                 "function": {"name": turn.tool or "?", "arguments": turn.args or "{}"}}
         messages.append({"role": "assistant", "content": CALL.sub("", turn.text).strip(), "tool_calls": [call]})
-        messages.append({"role": "tool", "tool_call_id": call["id"], "content": observation(row, turn, images)})
+        said = turn.observation or turn.error or ""
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})
+        came = pictures(row, turn, images)
+        if came:  # MLflow's chat view shows no images in a tool's message; to the model it is one user turn anyway
+            messages.append({"role": "user", "content": came})
     return messages
 
 
-def observation(row: Trajectory, turn: Turn, images: Callable[[str], "Image"]) -> list[dict[str, Any]]:
-    """What came back from a tool call, as parts of a message."""
-    said = turn.observation or turn.error
-    parts = [text_part(said)] if said else []
-    if turn.status in (CallStatus.OK, CallStatus.DUPLICATE) and turn.source is not None:
-        _, high, wide = row.grids[turn.source]
-        source, view = images(row.images[turn.source]), (wide * PATCH, high * PATCH)
-        box = taken_box(turn.tool, json.loads(turn.args or "{}"), view)
-        if box:
-            parts += [text_part(f"Taken from image {turn.source}:"),
-                      shown(with_box(source, Frame(source.size, view).box_to_full(box)))]
-    if turn.image:
-        parts.append(shown(images(turn.image)))
-    return parts
+def pictures(row: Trajectory, turn: Turn, images: Callable[[str], "Image"]) -> list[dict[str, Any]]:
+    """The image that came back from a tool call, after the one that it was taken from, as parts of a message."""
+    if turn.image is None:
+        return []
+    _, high, wide = row.grids[turn.source]
+    source, view, result = images(row.images[turn.source]), (wide * PATCH, high * PATCH), images(turn.image)
+    parts = [text_part(f"Result, {result.width}x{result.height} pixels:"), shown(result)]
+    box = taken_box(turn.tool, json.loads(turn.args), view)
+    if box is None:
+        return parts
+    box = Frame(source.size, view).box_to_full(box)
+    where = f"Taken from image {turn.source}, {source.width}x{source.height} pixels, at {box}:"
+    return [text_part(where), shown(with_box(source, box)), *parts]
 
 
 def taken_box(tool: str | None, args: Mapping[str, Any], view: tuple[int, int]) -> tuple[float, ...] | None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 ROWS = 8
 """Rows in memory: a row may hold megabytes of images."""
 BUFFER = 2**20
-"""Bytes read of a column at a time; without a buffer a whole row group's column is read at once."""
+"""Bytes read of a column at a time; without a buffer a whole row group's column is read at once. One page is decoded at a
+time, though, and Arrow's writers make one page of up to 1,024 images: memory is that of the file's largest row group."""
 
 
 def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:

@@ -1,0 +1,341 @@
+"""Training jobs: resuming, micro-batches, processes, exclusion, the parity gate, and the kept worker."""
+
+import dataclasses
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from thinkimg import schemas
+from thinkimg.artifacts import Recipe, Store
+from thinkimg.config import ModelConfig, ParityConfig, TinyModel, TrainConfig, TrainerConfig, WarmstartConfig
+from thinkimg.data.images import encode, image_writer
+from thinkimg.errors import UserError
+from thinkimg.grpo import checkpoint, warmstart
+from thinkimg.grpo.checkpoint import Base
+from thinkimg.grpo.loss_config import LossConfig
+from thinkimg.grpo.optimise import Ranks, score_all
+from thinkimg.grpo.policy import Scorer
+from thinkimg.grpo.rows import Patches, Row, read_rows
+from thinkimg.grpo.train import TrainJob, deal
+from thinkimg.grpo.worker import Trainer, TrainerError, launch_command
+from thinkimg.images.decode import pixel_hash
+from thinkimg.images.view import grid
+from thinkimg.schemas import StopReason, Trajectory
+from thinkimg.tiny import create_tiny
+from thinkimg.watchdog import descendants
+
+FULL = ModelConfig(dtype="float32", adaptation="full", train_vision=True)
+LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4, lora_alpha=8)
+TRAIN = TrainConfig(learning_rate=1e-2, parity=ParityConfig(trajectories=4), token_budget=400)
+BANNED = (1, 5)
+NAMES = {"trajectory_id": "", "sample_id": "s", "policy": "p", "answer": None, "error": None, "turns": ()}
+
+
+class World:
+    """A tiny base, a data set with images, and rollouts of it with the log-probabilities that the base gives them."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.store = Store(root / "store")
+        tiny = TinyModel(
+            vocab_size=280, hidden_size=32, layers=2, heads=2, vision_layers=2, vision_hidden_size=32, vision_heads=2
+        )
+        create_tiny(root / "base", tiny, ["crop the image", "answer"], seed=0)
+        self.base = Base("tiny", directory=str(root / "base"))
+        rng = np.random.default_rng(0)
+        pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((56, 84), (28, 56), (84, 28))]
+        self.pictures = {pixel_hash(picture): picture for picture in pictures}
+        self.images = self.image_table("dataset", self.pictures)
+        self.policies: dict[str, Path] = {}
+        for name, config in (("full", FULL), ("lora", LORA)):
+            policy = checkpoint.from_base(self.base, config, "cpu", seed=0)
+            self.policies[name] = root / name
+            checkpoint.save(policy, self.policies[name], learning_rate=0.0, seed=0)
+        image_token = policy.model.get_base_model().config.image_token_id
+        self.trajectories = [self.trajectory(i, rng, image_token) for i in range(8)]
+        rows = read_rows(self.rollouts("unscored", self.trajectories), image_token)
+        pixels = Patches([self.images], min_pixels=784, max_pixels=7056)
+        scorer = Scorer(policy.model, pixels, temperature=0.9, banned=BANNED, features={})
+        logps, _ = score_all(policy, scorer, pixels, rows, 400)
+        pixels.close()
+        self.trajectories = [
+            dataclasses.replace(t, logprobs=tuple(map(float, logp))) for t, logp in zip(self.trajectories, logps, strict=True)
+        ]
+        self.artifact = self.rollouts("rollouts", self.trajectories)
+
+    def trajectory(self, i: int, rng: np.random.Generator, image_token: int) -> Trajectory:
+        keys = tuple(rng.choice(sorted(self.pictures), 1 + i % 2))
+        tokens: list[int] = []
+        roles: list[int] = []
+        for _ in keys:
+            tokens += [10, image_token, 11, *rng.integers(20, 200, 5 + i)]
+            roles += [0, 0, 0, *[1] * (5 + i)]
+        if len(keys) == 2:  # the second message is an observation
+            roles[len(roles) // 2 : len(roles) // 2 + 3] = [2, 2, 2]
+        return Trajectory(
+            **NAMES | {"trajectory_id": f"t{i}"}, group_id=f"g{i // 2}", index=i % 2, tokens=tuple(map(int, tokens)),
+            roles=tuple(roles), logprobs=(0.0,) * roles.count(1), images=keys,
+            grids=tuple(grid(*self.pictures[key].size) for key in keys), stop=StopReason.ANSWER, weights="v0",
+        )  # fmt: skip
+
+    def build(self, name: str, write) -> Path:
+        fingerprinted = Recipe("test", 1, 1, {"name": name})
+        return self.store.build("test", fingerprinted, write)[0].directory
+
+    def image_table(self, name: str, pictures: dict) -> Path:
+        def write(work):
+            with work.part("images.parquet") as path, image_writer(path) as add:
+                for key, picture in pictures.items():
+                    add(key, encode(picture), *picture.size)
+
+        return self.build(name, write)
+
+    def rollouts(self, name: str, trajectories: list[Trajectory]):
+        table = pa.Table.from_pylist([schemas.to_row(t) for t in trajectories], schemas.trajectories())
+        directory = self.build(name, lambda work: work.table("trajectories.parquet", table))
+        return self.store.resolve(directory)
+
+    def advantages(self, values: dict[str, float]) -> str:
+        table = pa.table({"trajectory_id": list(values), "advantage": list(values.values())})
+        path = self.root / f"{hashlib.sha256(repr(values).encode()).hexdigest()[:8]}.parquet"
+        pq.write_table(table, path)
+        return str(path)
+
+    def job(self, output: str, *, model: ModelConfig = FULL, train: TrainConfig = TRAIN, **changes) -> dict:
+        values = {f"t{i}": (-1.0) ** i * (1 + i / 10) for i in range(6)}  # t6 and t7 are excluded
+        base = dataclasses.asdict(self.base) if model.adaptation == "lora" else None
+        return {
+            "kind": "train", "policy": {"directory": str(self.policies[model.adaptation]), "digest": "v0"}, "base": base,
+            "model": model.model_dump(mode="json"), "train": train.model_dump(mode="json"),
+            "rollouts": str(self.artifact.directory), "advantages": self.advantages(values), "reference": None,
+            "images": {"tables": [str(self.images)], "min_pixels": 784, "max_pixels": 7056},
+            "conversation": {"temperature": 0.9, "banned": list(BANNED), "max_tokens": 100},
+            "output": str(self.root / output), "seed": 0,
+        } | changes  # fmt: skip
+
+    def warmstart_job(self, output: str, **changes) -> dict:
+        config = WarmstartConfig(steps=6, batch=4, learning_rate=5e-3, warmup_steps=2)
+        job = self.job(output) | {"kind": "warmstart", "base": dataclasses.asdict(self.base)}
+        return job | {"warmstart": config.model_dump(mode="json")} | changes
+
+    def train(self, job: dict, policy=None) -> dict:
+        """As the worker, in this process."""
+        policy = policy or checkpoint.load(
+            job["policy"]["directory"], ModelConfig.model_validate(job["model"]), "cpu", Base(**job["base"]) if job["base"] else None
+        )
+        return TrainJob(job, policy, Ranks()).run(lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield World(tmp_path_factory.mktemp("world"))
+    torch.set_num_threads(before)
+
+
+def digest(directory: Path) -> dict[str, str]:
+    paths = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def weights(directory: Path | str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (path,) = [p for p in Path(directory).rglob("*.safetensors") if p.parent.name in ("model", "adapter")]
+    return load_file(path)
+
+
+@pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
+def test_a_loaded_policy_trains_on_bit_by_bit_as_one_that_stayed(world, model):
+    name = model.adaptation
+    loose = TRAIN.model_copy(update={"parity": ParityConfig(max_kl=1e9)})  # the rollouts are the first policy's
+    job = world.job(f"{name}-1", model=model, train=loose)
+    kept = checkpoint.load(job["policy"]["directory"], model, "cpu", world.base)
+    first = world.train(job, kept)
+    assert first["metrics"]["parity/mean_abs"] < 1e-5 and first["metrics"]["grad_norm"] > 0
+    following = {"policy": {"directory": job["output"], "digest": "v0"}, "model": model.model_dump(mode="json")}
+    world.train(job | following | {"output": str(world.root / f"{name}-2")}, kept)
+    world.train(job | following | {"output": str(world.root / f"{name}-2-loaded")})
+    assert digest(world.root / f"{name}-2") == digest(world.root / f"{name}-2-loaded")
+    assert digest(world.root / f"{name}-1") != digest(world.root / f"{name}-2")
+    changed = [key for key, value in weights(job["output"]).items() if not torch.equal(value, weights(world.policies[name])[key])]
+    assert any("visual" not in key for key in changed)
+    assert any("visual" in key for key in changed) == (name == "full")
+
+
+def test_excluded_rows_and_micro_batches_leave_the_gradient_alone(world):
+    whole = world.train(world.job("whole", train=TRAIN.model_copy(update={"token_budget": 10_000})))
+    cut = world.train(world.job("cut", train=TRAIN.model_copy(update={"token_budget": 1})))
+    assert cut["steps"][0]["grad_norm"] == pytest.approx(whole["steps"][0]["grad_norm"], rel=1e-5)
+    assert cut["steps"][0]["loss"] == pytest.approx(whole["steps"][0]["loss"], rel=1e-5)
+    spoiled = [*world.trajectories[:6], *(dataclasses.replace(t, logprobs=(-99.0,) * len(t.logprobs)) for t in world.trajectories[6:])]
+    rollouts = world.rollouts("spoiled", spoiled)
+    job = world.job("excluded", train=TRAIN.model_copy(update={"token_budget": 10_000}), rollouts=str(rollouts.directory))
+    world.train(job)
+    assert digest(world.root / "excluded") == digest(world.root / "whole")
+
+
+def test_frozen_vision_stays_and_several_steps_use_old_logps(world):
+    loss = LossConfig(beta=0.1, top_entropy_quantile=0.5, entropy_coef=0.01)
+    train = TRAIN.model_copy(update={"steps": 2, "epochs": 2, "loss": loss, "gradient_checkpointing": True, "warmup_steps": 2})
+    model = FULL.model_copy(update={"train_vision": False})
+    job = world.job("several", model=model, train=train, reference=str(world.policies["full"]))
+    result = world.train(job)
+    assert [step["lr"] for step in result["steps"]] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+    assert result["steps"][0]["kl"] == pytest.approx(0, abs=1e-9) and result["steps"][-1]["kl"] > 1e-4
+    before, after = weights(world.policies["full"]), weights(job["output"])
+    assert all(torch.equal(before[key], after[key]) for key in before if "visual" in key)
+    assert checkpoint.read_state(Path(job["output"]))["updates"] == 4
+
+
+def test_groups_are_dealt_whole():
+    rows = [Row(str(i), f"g{i % 5}", "", None, np.empty(0)) for i in range(20)]
+    batches = deal(rows, 3, 2, seed=1)
+    assert len(batches) == 6 and deal(rows, 3, 2, seed=1) == batches != deal(rows, 3, 2, seed=2)
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(20))
+        assert all(len({b for b, batch in enumerate(epoch) for i in batch if i % 5 == g}) == 1 for g in range(5))
+    assert len(deal(rows, 9, 1, seed=0)) == 5
+
+
+def shifted(world, job):
+    rows = [dataclasses.replace(t, logprobs=(t.logprobs[0] - 3, *t.logprobs[1:])) for t in world.trajectories]
+    return job | {"rollouts": str(world.rollouts("shifted", rows).directory)}
+
+
+def swapped_pixels(world, job):
+    keys, pictures = list(world.pictures), list(world.pictures.values())
+    table = world.image_table("swapped", dict(zip(keys, [*pictures[1:], pictures[0]], strict=True)))
+    return job | {"images": job["images"] | {"tables": [str(table)]}}
+
+
+def other_weights(world, job):
+    return job | {"policy": job["policy"] | {"digest": "v1"}}
+
+
+def other_limits(world, job):
+    return job | {"images": job["images"] | {"max_pixels": 784}}
+
+
+def other_temperature(world, job):
+    return job | {"conversation": job["conversation"] | {"temperature": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shifted, "Engine and trainer disagree.*token .* of trajectory"),
+        (swapped_pixels, "have the hash"),
+        (other_weights, "sampled with the weights v0"),
+        (other_limits, "patches to the engine"),
+        (other_temperature, "Engine and trainer disagree"),
+    ],
+)
+def test_the_parity_gate_trips(world, change, message):
+    job = change(world, world.job("refused"))
+    with pytest.raises(UserError, match=message):
+        world.train(job)
+    assert not Path(job["output"]).exists()
+
+
+@pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
+def test_the_warm_start_learns_and_makes_a_policy(world, model):
+    job = world.warmstart_job(f"warm-{model.adaptation}", model=model.model_dump(mode="json"))
+    policy = checkpoint.from_base(world.base, model, "cpu", seed=0)
+    lines = []
+    result = warmstart.run(job, policy, Ranks(), lines.append)
+    assert result["steps"][-1]["loss"] < result["steps"][0]["loss"] - 0.02 and len(lines) == 6
+    assert [step["lr"] for step in result["steps"]][:2] == pytest.approx([2.5e-3, 5e-3])
+    assert result["steps"][-1]["lr"] == pytest.approx(5e-4)
+    loaded = checkpoint.load(job["output"], model, "cpu", world.base)
+    assert loaded.moments == {} and loaded.updates == 0
+    for (name, a), b in zip(policy.model.named_parameters(), loaded.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_merged_adapter_gives_the_same_logits(world):
+    from transformers import AutoModelForImageTextToText
+
+    job = world.job("lora-trained", model=LORA)
+    policy = checkpoint.load(world.policies["lora"], LORA, "cpu", world.base)
+    world.train(job, policy)
+    checkpoint.export_merged(job["output"], world.root / "merged", base=world.base)
+    merged = AutoModelForImageTextToText.from_pretrained(world.root / "merged")
+    tokens = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        expected = policy.model(input_ids=tokens).logits
+        torch.testing.assert_close(merged(input_ids=tokens).logits, expected, atol=1e-4, rtol=1e-4)
+        with policy.model.disable_adapter():
+            assert not torch.allclose(policy.model(input_ids=tokens).logits, expected, atol=1e-3)
+    assert {"tokenizer.json", "preprocessor_config.json", "chat_template.json", "config.json"} <= set(digest(world.root / "merged"))
+
+
+def test_policies_refuse_what_they_are_not(world):
+    with pytest.raises(UserError, match="adaptation"):
+        checkpoint.load(world.policies["lora"], FULL, "cpu")
+    with pytest.raises(UserError, match="not on other"):
+        checkpoint.load(world.policies["lora"], LORA, "cpu", Base("other"))
+    with pytest.raises(UserError, match="no policy"):
+        checkpoint.load(world.root / "base", FULL, "cpu")
+    with pytest.raises(UserError, match="GPU"):
+        checkpoint.from_base(world.base, LORA.model_copy(update={"load_in_4bit": True}), "cpu", seed=0)
+
+
+def test_the_worker_is_kept_and_survives_a_failing_job(world, tmp_path):
+    lines = []
+    with Trainer(TrainerConfig(threads=1), log_path=tmp_path / "log") as trainer:
+        job = world.job("kept-1")
+        first = trainer.submit(job, lines.append)
+        assert first["reloaded"] and [line["step"] for line in lines] == [1] and lines[0]["steps"] == 1
+        assert digest(job["output"]) == digest_of_in_process(world)
+        renamed = world.root / "published"
+        Path(job["output"]).rename(renamed)
+        loose = TRAIN.model_copy(update={"parity": ParityConfig(max_kl=1e9)})
+        second = trainer.submit(world.job("kept-2", train=loose, policy={"directory": str(renamed), "digest": "v0"}))
+        assert not second["reloaded"] and second["updates"] == 2
+        with pytest.raises(UserError, match="sampled with the weights") as caught:
+            trainer.submit(other_weights(world, world.job("kept-3")))
+        assert caught.value.hint
+        with pytest.raises(TrainerError, match="KeyError"):
+            trainer.submit({"kind": "train"})
+        pid = trainer._child.pid
+        assert trainer.submit(world.job("kept-4"))["reloaded"] and trainer._child.pid == pid
+        for descendant in descendants(pid):
+            os.kill(descendant, signal.SIGKILL)
+        with pytest.raises(TrainerError, match="ended with status"):
+            trainer._wait(tmp_path / "never", tmp_path / "neither", print)
+
+
+def digest_of_in_process(world) -> dict[str, str]:
+    world.train(world.job("in-process"))
+    return digest(world.root / "in-process")
+
+
+def test_two_processes_are_one(world, tmp_path):
+    train = TRAIN.model_copy(update={"loss": LossConfig(top_entropy_quantile=0.5), "token_budget": 60})
+    one = world.train(world.job("one", train=train))
+    with Trainer(TrainerConfig(threads=1, processes=2), log_path=tmp_path / "log") as trainer:
+        two = trainer.submit(world.job("two", train=train))
+        with pytest.raises(UserError, match="have the hash"):
+            trainer.submit(swapped_pixels(world, world.job("refused", train=train)))
+        assert trainer._child is None
+    for name in ("grad_norm", "loss", "entropy", "parity/mean_abs", "tokens"):
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5, abs=1e-6), name
+
+
+def test_launch_commands():
+    several = launch_command(TrainerConfig(processes=2), gpus=0)
+    assert "torch.distributed.run" in several and several[several.index("--nproc_per_node") + 1] == "2"
+    assert "--cpu" in launch_command(TrainerConfig(), gpus=0)
+    on_gpus = launch_command(TrainerConfig(processes=4), gpus=4)
+    assert "--multi_gpu" in on_gpus and "--cpu" not in on_gpus and "accelerate.commands.launch" in on_gpus
+    assert "--config_file" in launch_command(TrainerConfig(accelerate_config="a.yaml"), gpus=0)

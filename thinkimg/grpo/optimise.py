@@ -1,0 +1,170 @@
+"""One optimizer step over any number of micro-batches and processes; what GRPO and the warm start share."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thinkimg.errors import UserError
+from thinkimg.grpo.checkpoint import Policy
+from thinkimg.grpo.packing import Conversation, micro_batches
+from thinkimg.grpo.policy import Scorer
+from thinkimg.grpo.rows import Patches, Row
+
+T = TypeVar("T")
+Progress = Callable[[dict], None]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a job. Models are not wrapped: gradients are summed here, so uneven work is no trouble."""
+
+    rank: int = 0
+    count: int = 1
+
+    def share(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """This process's part of rows (indices into lengths): dealt by length, so that all have about as much to do."""
+        return sorted(rows, key=lambda i: (lengths[i], i))[self.rank :: self.count]
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum in place over processes."""
+        if self.count > 1:
+            for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call it in every process; if it fails in one, it fails in all, so that none waits for another.
+
+        Raises what it raised here; elsewhere a UserError as it is, anything else as a RuntimeError.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as caught:  # raised again below, in every process
+            error = caught
+        told = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        failures = [failure for failure in self.gather(told) if failure is not None]
+        if failures:
+            first = failures[0]
+            raise error or (first if isinstance(first, UserError) else RuntimeError(f"in another process: {first}"))
+        return result
+
+
+class Stepper:
+    """Accumulates gradients and steps AdamW. Parameters without a gradient in a step count as gradient 0."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        parameters: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.AdamW,
+        ranks: Ranks,
+        max_grad_norm: float,
+    ):
+        self.policy, self.ranks, self.max_grad_norm = policy, ranks, max_grad_norm
+        self.parameters, self.optimizer = list(parameters.values()), optimizer
+        self.clear()
+
+    def clear(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    def step(self, learning_rate: float) -> float:
+        """Sum the gradients over processes, clip, update, clear; returns the norm before clipping.
+
+        Raises ArithmeticError if that is not finite; the weights are then unchanged.
+        """
+        self.ranks.sum([parameter.grad for parameter in self.parameters])
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if not np.isfinite(norm):
+            raise ArithmeticError(f"the gradient's norm is {norm}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.clear()
+        return norm
+
+    def release(self) -> None:
+        """Give the gradients' memory back."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class MicroBatches:
+    """Iterates over lists of indices, the longest conversations first, while the next one's images are being read.
+
+    The longest go first so that a batch that is too large for the memory shows at once.
+    """
+
+    def __init__(self, conversations: Sequence[Conversation], token_budget: int, scorer: Scorer, pixels: Patches):
+        self.conversations, self.scorer, self.pixels = conversations, scorer, pixels
+        self.batches = list(micro_batches(conversations, token_budget))[::-1]
+
+    def __iter__(self):
+        self._prepare(0)
+        for number, batch in enumerate(self.batches):
+            self._prepare(number + 1)
+            yield batch
+            self.pixels.trim()
+            self.scorer.trim()
+
+    def _prepare(self, number: int) -> None:
+        for batch in self.batches[number : number + 1]:
+            self.pixels.prepare([self.conversations[i] for i in batch], self.scorer.features or ())
+
+
+def score_all(
+    policy: Policy, scorer: Scorer, pixels: Patches, rows: Sequence[Row], token_budget: int, *, entropy: bool = False
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Log-probabilities, and entropies if asked for, of the scored tokens of each row, without gradient."""
+    logps: list[np.ndarray] = [np.empty(0)] * len(rows)
+    entropies = list(logps)
+    conversations = [row.conversation for row in rows]
+    with torch.no_grad():
+        for batch in MicroBatches(conversations, token_budget, scorer, pixels):
+            with policy.autocast():
+                found, spread = scorer([conversations[i] for i in batch], entropy=entropy)
+            for target, values in ((logps, found), (entropies, spread)):
+                if values is not None:
+                    counts = [len(rows[i].engine) for i in batch]
+                    parts = values.float().cpu().numpy()
+                    for i, part in zip(batch, np.split(parts, np.cumsum(counts)[:-1]), strict=True):
+                        target[i] = part
+    return logps, entropies
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Of the device since the job began, or of this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Clock:
+    """Seconds between calls, the device's queue included."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last

@@ -1,0 +1,96 @@
+"""The warm start: supervised learning of demonstrations, with the same reading code as GRPO; makes the first policy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from thinkimg.artifacts import Artifact
+from thinkimg.config import WarmstartConfig
+from thinkimg.errors import UserError
+from thinkimg.grpo import checkpoint
+from thinkimg.grpo.checkpoint import Policy
+from thinkimg.grpo.optimise import Clock, MicroBatches, Progress, Ranks, Stepper, peak_memory_mb
+from thinkimg.grpo.policy import Scorer, unwrap
+from thinkimg.grpo.rows import Patches, read_rows
+
+MAX_GRAD_NORM = 1.0
+TOKEN_BUDGET = 16384  # padded tokens per micro-batch
+FLOOR = 0.1  # share of the learning rate at the end
+
+
+def learning_rate(config: WarmstartConfig, step: int) -> float:
+    """Of step 0, 1, …: linear warm-up, then linear decay to a tenth."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
+    return config.learning_rate * (1 - (1 - FLOOR) * done)
+
+
+def draw(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """`steps` batches of row indices, each row once before any comes again."""
+    rng = np.random.default_rng([seed, 2])
+    pool: list[int] = []
+    for _ in range(steps):
+        while len(pool) < batch:
+            pool += rng.permutation(count).tolist()
+        yield pool[:batch]
+        pool = pool[batch:]
+
+
+def run(job: dict, policy: Policy, ranks: Ranks, progress: Progress) -> dict:
+    """Minimise the mean negative log-likelihood per sampled token; all weights, or the adapter. Rank 0 writes `output`.
+
+    With 0 steps the base becomes a policy as it is. The policy's optimizer starts afresh afterwards.
+    """
+    config = WarmstartConfig.model_validate(job["warmstart"])
+    clock = Clock(policy.device)
+    steps: list[dict] = []
+    if config.steps:
+        steps = _learn(job, config, policy, ranks, clock, progress)
+    if ranks.rank == 0:
+        checkpoint.save(policy, job["output"], learning_rate=steps[-1]["lr"] if steps else 0.0, seed=job["seed"])
+    metrics = {"peak_memory_mb": peak_memory_mb(policy.device)}
+    if steps:
+        metrics |= {"loss": steps[-1]["loss"], "seconds": sum(step["seconds"] for step in steps)}
+    return {"metrics": metrics, "steps": steps, "updates": policy.updates}
+
+
+def _learn(
+    job: dict, config: WarmstartConfig, policy: Policy, ranks: Ranks, clock: Clock, progress: Progress
+) -> list[dict]:
+    rows = ranks.together(lambda: _read(job, policy))
+    lengths = [len(row.conversation.tokens) for row in rows]
+    parameters = policy.train_only(vision=True)
+    optimizer = checkpoint.new_optimizer(parameters.values())
+    stepper = Stepper(policy, parameters, optimizer, ranks, MAX_GRAD_NORM)
+    images, talk = job["images"], job["conversation"]
+    pixels = Patches(images["tables"], min_pixels=images["min_pixels"], max_pixels=images["max_pixels"])
+    features = {} if policy.config.adaptation == "lora" else None
+    scorer = Scorer(policy.model, pixels, temperature=talk["temperature"], banned=talk["banned"], features=features)
+    steps = []
+    for number, batch in enumerate(draw(len(rows), config.batch, config.steps, job["seed"])):
+        tokens = sum(len(rows[i].engine) for i in batch)
+        conversations = [rows[i].conversation for i in ranks.share(batch, lengths)]
+        share = 0.0
+        for micro in MicroBatches(conversations, TOKEN_BUDGET, scorer, pixels):
+            with policy.autocast():
+                logps, _ = scorer([conversations[k] for k in micro])
+            loss = -logps.sum() / tokens
+            loss.backward()
+            share += float(loss.detach())
+        rate = learning_rate(config, number)
+        norm = stepper.step(rate)
+        loss = sum(ranks.gather(share))
+        steps.append({"step": number + 1, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": clock.lap()})
+        progress(steps[-1] | {"steps": config.steps})
+    stepper.release()
+    pixels.close()
+    return steps
+
+
+def _read(job: dict, policy: Policy) -> list:
+    rows = read_rows(Artifact.open(Path(job["rollouts"])), unwrap(policy.model).config.image_token_id)
+    if not rows:
+        raise UserError("There are no demonstrations to start from.")
+    return rows

@@ -1,0 +1,170 @@
+"""The score stage: what each reward component makes of each trajectory, raw and unweighted."""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thinkimg import schemas
+from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.config import Config, RewardsConfig
+from thinkimg.errors import UserError
+from thinkimg.rewards import Batch, Score, components, sources
+from thinkimg.schemas import SCHEMA_VERSION, Sample, Trajectory
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from thinkimg.data.images import ImageTable
+
+STAGE, VERSION, KIND = "score", 1, "scores"
+IDENTITY = ("trajectory_id", "sample_id", "group_id")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One component on one part of the rollouts: small, and complete wherever the artifacts can be read."""
+
+    component: str
+    part: str
+    rewards: RewardsConfig
+    dataset: Path
+    rollouts: Path
+
+
+Mapper = Callable[[Callable[[Job], list[Score]], list[Job]], Iterable[list[Score]]]
+"""Runs a function on jobs, results in order: `map`, an executor's, or one that submits tasks to a Prefect task runner."""
+
+
+def recipe(config: Config, dataset: Artifact, rollouts: Artifact) -> Recipe:
+    return Recipe(
+        STAGE, VERSION, SCHEMA_VERSION,
+        config={"rewards": config.rewards.model_dump(mode="json"), "components": list(components(config.rewards))},
+        inputs={"dataset": dataset.reference, "rollouts": rollouts.reference},
+        sources=sources(config.rewards),
+        packages=package_versions("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy"),
+    )  # fmt: skip
+
+
+def score(
+    config: Config, dataset: Artifact, rollouts: Artifact, store: Store, *, force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None, mapper: Mapper | None = None,
+) -> tuple[Artifact, bool]:  # fmt: skip
+    """Score every trajectory; returns the artifact, and if it was there. One part of the rollouts is in memory at a time.
+
+    mapper: who runs the components of a part; None is a pool of `where.workers` threads. progress counts trajectories.
+    Raises UserError for rollouts of another data set and for a user's function that is not as it must be.
+    """
+    played = rollouts.manifest["recipe"]["inputs"]["dataset"]
+    if played["digest"] != dataset.digest:
+        raise UserError(
+            f"{rollouts.reference} was not made from {dataset.reference}.",
+            hint=f"Its data set is dataset/{played['fingerprint']}/{played['attempt']}.",
+        )
+
+    def produce(work: Work) -> None:
+        with ExitStack() as stack:
+            stack.callback(forget)
+            run = mapper or stack.enter_context(ThreadPoolExecutor(config.where.workers)).map
+            fill(work, config.rewards, dataset, rollouts, run, progress)
+
+    where = config.where.model_dump(mode="json")
+    return store.build(KIND, recipe(config, dataset, rollouts), produce, where=where, force=force)
+
+
+def fill(work: Work, rewards: RewardsConfig, dataset: Artifact, rollouts: Artifact, run: Mapper, progress) -> None:
+    """Score part after part, and close one of the same number for each."""
+    names = list(components(rewards))
+    parts = [path.name for path in rollouts.table_files("trajectories")]
+    total, done = sum(rollouts.files[part]["rows"] for part in parts), 0
+    for part in parts:
+        if not work.has(scores_name(part)):
+            jobs = [Job(name, part, rewards, dataset.directory, rollouts.directory) for name in names]
+            columns = dict(zip(names, run(run_job, jobs), strict=True))
+            work.table(scores_name(part), table_of(rollouts, part, columns))
+        done += rollouts.files[part]["rows"]
+        progress(done, total)
+    work.metrics |= summary([work.path(scores_name(part)) for part in parts], names)
+
+
+def scores_name(part: str) -> str:
+    return part.replace("trajectories", "scores", 1)
+
+
+def table_of(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(rollouts.checked(part), columns=list(IDENTITY)).to_pydict()
+    for name, found in columns.items():
+        assert len(found) == len(table["trajectory_id"]), f"{name} has {len(found)} scores"
+        table[name] = [one.row() for one in found]
+    return pa.Table.from_pydict(table, schemas.scores(list(columns)))
+
+
+def run_job(job: Job) -> list[Score]:
+    """One score per trajectory of the part, in order."""
+    with _lock:  # the components of a part share it: who comes first reads it
+        batch = _batch(job.rollouts, job.dataset, job.part, job.rewards)
+    return components(job.rewards)[job.component](batch)
+
+
+_lock = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _batch(rollouts: Path, dataset: Path, part: str, rewards: RewardsConfig) -> Batch:
+    import pyarrow.parquet as pq
+
+    samples, images = _inputs(rollouts, dataset)
+    rows = pq.read_table(Artifact.open(rollouts).checked(part)).to_pylist()
+    return Batch([schemas.from_row(Trajectory, row) for row in rows], samples, rewards, images)
+
+
+@lru_cache(maxsize=1)
+def _inputs(rollouts: Path, dataset: Path) -> "tuple[dict[str, Sample], ImageTable]":
+    from thinkimg.data.images import ImageTable, load_samples
+
+    artifacts = [Artifact.open(dataset), Artifact.open(rollouts)]
+    return {sample.sample_id: sample for sample in load_samples(artifacts[0])}, ImageTable(artifacts)
+
+
+def forget() -> None:
+    """Let go of what the last jobs have read."""
+    _batch.cache_clear()
+    _inputs.cache_clear()
+
+
+def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
+    """reward/<component>: mean over the present values (None without one); missing/<component>: how many there are not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metrics: dict[str, float | None] = {}
+    for name in names:
+        values = _values(pa.concat_tables(pq.read_table(path, columns=[name]) for path in parts), name)
+        present = values[values == values]
+        metrics[f"reward/{name}"] = float(present.mean()) if len(present) else None
+        metrics[f"missing/{name}"] = len(values) - len(present)
+    return metrics | {"trajectories": len(values)}
+
+
+def read_scores(artifact: Artifact) -> "tuple[dict[str, np.ndarray], list[str], list[str]]":
+    """component -> (N,) float64 with NaN where a value is missing; trajectory ids; group ids; all in order of the rollouts."""
+    table = artifact.table("scores")
+    names = [name for name in table.column_names if name not in IDENTITY]
+    ids, groups = (table.column(name).to_pylist() for name in ("trajectory_id", "group_id"))
+    return {name: _values(table, name) for name in names}, ids, groups
+
+
+def _values(table: "pa.Table", name: str) -> "np.ndarray":
+    import numpy as np
+    import pyarrow.compute as pc
+
+    found = pc.struct_field(table.column(name), "value").to_pylist()
+    return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
