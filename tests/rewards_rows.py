@@ -8,7 +8,9 @@ from thinkimg.rewards import Batch
 from thinkimg.schemas import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
 
 
-def sample(answer: str = "red", kind: AnswerType = AnswerType.TEXT, choices: tuple[str, ...] = (), **metadata) -> Sample:
+def sample(
+    answer: str = "red", kind: AnswerType = AnswerType.TEXT, choices: tuple[str, ...] = (), **metadata
+) -> Sample:
     return Sample("s0", "Which colour?", answer, kind, choices, ("ab" * 32,), "test", "train", metadata)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -35,7 +36,9 @@ class Images:
         return IMAGE
 
 
-def answered(answer: str, right: str, kind: AnswerType, choices: tuple[str, ...] = (), metadata=None, **config) -> Score:
+def answered(
+    answer: str, right: str, kind: AnswerType, choices: tuple[str, ...] = (), metadata=None, **config
+) -> Score:
     one = sample(right, kind, choices, **(metadata or {}))
     return score(batch([trajectory(answer=answer)], one, Images(), **config))[0]
 
@@ -63,7 +66,9 @@ def test_hostile_answers_are_judged_quickly_and_earn_nothing(kind, tmp_path, mon
 # Choices
 
 
-@pytest.mark.parametrize("answer", ["Red", " red. ", "A", "a", "(A)", "a)", "A.", "[a]", "A. red", "(a) Red!", "**RED**", '"red"'])
+@pytest.mark.parametrize(
+    "answer", ["Red", " red. ", "A", "a", "(A)", "a)", "A.", "[a]", "A. red", "(a) Red!", "**RED**", '"red"']
+)
 def test_a_choice_is_named_by_text_or_letter(answer):
     assert answered(answer, "red", AnswerType.CHOICE, ("red", "blue")).value == 1
     assert answered(answer, "A", AnswerType.CHOICE, ("red", "blue")).value == 1
@@ -112,7 +117,10 @@ def test_numbers_as_people_write_them(text, value):
     assert read_number(text).value == Fraction(value)
 
 
-@pytest.mark.parametrize("text", ["5 or 6", "1,5", "12,34", "1.2.3", "5²", "5⅓", "1_000", "0x10", "five", "x5", "1 234", "$5 cm", "--5", "3/0"])
+@pytest.mark.parametrize(
+    "text",
+    ["5 or 6", "1,5", "12,34", "1.2.3", "5²", "5⅓", "1_000", "0x10", "five", "x5", "1 234", "$5 cm", "--5", "3/0"],
+)
 def test_what_is_no_plain_number_is_not_guessed_at(text):
     assert read_number(text) is None
 
@@ -186,12 +194,16 @@ def test_iou_counts_pixels(a, b):
     assert iou(a, b) == pytest.approx(len(pixels(a) & pixels(b)) / len(pixels(a) | pixels(b)))
 
 
-@pytest.mark.parametrize("text", ["1, 2, 3, 4", "[1, 2, 3, 4]", "(1.0,2.0,3.0,4.0)", " 1 2 3 4 ", json.dumps([1.0, 2, 3, 4e0])])
+@pytest.mark.parametrize(
+    "text", ["1, 2, 3, 4", "[1, 2, 3, 4]", "(1.0,2.0,3.0,4.0)", " 1 2 3 4 ", json.dumps([1.0, 2, 3, 4e0])]
+)
 def test_boxes_are_read_in_several_forms(text):
     assert read_box(text) == (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("text", ["1, 2, 3", "1, 2, 0, 4", "1, 2, -3, 4", "1, 2, 3, 4, 5", "a, b, c, d", "1e99, 2, 3, nan"])
+@pytest.mark.parametrize(
+    "text", ["1, 2, 3", "1, 2, 0, 4", "1, 2, -3, 4", "1, 2, 3, 4, 5", "a, b, c, d", "1e99, 2, 3, nan"]
+)
 def test_what_is_no_box_is_none(text):
     assert read_box(text) is None
 
@@ -209,24 +221,27 @@ def test_a_box_is_answered_in_pixels_as_the_model_sees_them():
 
 def test_maths_answers_are_compared_as_formulas():
     equal = [("0.5", r"\frac{1}{2}"), (r"$2\sqrt{2}$", r"\sqrt{8}"), ("(x-1)*(x+1)", "x^2-1"), ("x**2", "x^2"), (r"\boxed{3}", "x=3"),
-             ("{2, 1}", r"\{1, 2\}"), ("Blue.", "blue"), ("1 + x", "x+1")]  # fmt: skip
+             (r"\{2, 1\}", r"\{1, 2\}"), ("0.333333", "1/3"), ("1.50", r"\frac32"), ("50\\%", "0.5"), ("Blue.", "blue"), ("1 + x", "x+1")]  # fmt: skip
     different = [("0.51", r"\frac{1}{2}"), ("x^2+1", "x^2-1"), ("lube", "blue"), ("", "3"), ("x=", "3"), ("3", "]")]
-    verdicts = check(equal[:5] + equal[6:] + different)
-    assert [pair for pair in verdicts if not verdicts[pair].equal] == different
+    verdicts = check(equal + different)
+    assert [pair for pair in different if verdicts[pair].equal] == []
+    assert [pair for pair in equal if not verdicts[pair].equal] == []
 
 
 def test_a_formula_without_end_costs_two_seconds_and_not_its_neighbours():
-    started = time.monotonic()
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     endless = r"9^{9^{9^{9}}}"
     verdicts = check([(endless, "3"), (endless, "3"), ("4/2", "2"), ("(" * 240 + ")" * 240, "3"), ("x" * 501, "3")])
-    assert [verdict.equal for verdict in verdicts.values()] == [False, True, False, False]
+    assert [pair for pair, verdict in verdicts.items() if verdict.equal] == [("4/2", "2")]
     assert verdicts[endless, "3"].reason == f"Comparing the formulas took more than {SECONDS:g} s of CPU time."
     assert "too long" in verdicts["x" * 501, "3"].reason
-    assert time.monotonic() - started < 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started < 15
 
 
 def test_the_worker_ends_with_its_parent_even_while_it_computes():
-    with subprocess.Popen([sys.executable, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         process.stdout.readline()
         process.stdin.write(json.dumps(["3", "9^{9^{9^{9}}}"]).encode() + b"\n")
         process.stdin.close()
@@ -236,13 +251,16 @@ def test_the_worker_ends_with_its_parent_even_while_it_computes():
 def test_no_text_of_the_model_is_ever_compiled():
     code = """
 import sys
-from thinkimg.rewards._maths_worker import compare
+from thinkimg.rewards._maths_worker import close_eval, compare
+close_eval()
 compiled = []
 sys.addaudithook(lambda event, args: compiled.append(str(args[0])) if event == "compile" else None)
 sys.addaudithook(lambda event, args: sys.exit(event) if event in ("os.system", "subprocess.Popen") else None)
-for text in ["__import__('os').system('id')", "4242+1", "(4242)*(2)", "4242", "\\\\operatorname{eval}(4242)", "\\\\text{4242}", "$4242$"]:
+for text in ["__import__('os').system('id')", "4242+1", "1.4242", "4242.5", "4242\\\\%", "(4242)*(2)", "4242", "\\\\operatorname{eval}(4242)", "\\\\text{4242}", "$4242$"]:
     compare("1/2", text)
     compare(text, "1/2")
-assert not [source for source in compiled if "4242" in source or "system" in source], compiled
+sources = [source for source in compiled if "4242" in source or "system" in source]
+assert not sources, sources
+assert compare("8484.0", "4242 \\\\times 2.0") == (True, None)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

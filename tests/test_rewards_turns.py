@@ -54,7 +54,9 @@ def test_tool_is_in_range_and_perfect_only_if_every_call_brought_something_new(t
     found = value("tool", *turns, final(), answer="red")
     calls = [turn for turn in turns if turn != malformed()]
     assert 0 <= found.value <= 1
-    assert (found.value == 1) == (len(calls) > 0 and len(set(calls)) == len(calls) and call(status=CallStatus.ERROR) not in calls)
+    assert (found.value == 1) == (
+        len(calls) > 0 and len(set(calls)) == len(calls) and call(status=CallStatus.ERROR) not in calls
+    )
 
 
 @given(middles)

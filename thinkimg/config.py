@@ -49,7 +49,7 @@ class ModelConfig(Settings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the base weights in engine and trainer; trained weights and optimizer are float32."""
     load_in_4bit: bool = False
-    """Keep frozen base weights in 4 bits (bitsandbytes, GPU only)."""
+    """Keep frozen base weights in 4 bits in engine and trainer (bitsandbytes, GPU only)."""
     trust_remote_code: bool = False
     """Run code that comes with the model repository."""
     adaptation: Literal["lora", "full"] = "lora"

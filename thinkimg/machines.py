@@ -86,6 +86,7 @@ class Machines:
                 max_images=config.conversation.max_images,
                 max_num_seqs=where.max_num_seqs,
                 max_lora_rank=config.model.lora_rank if adapter else None,
+                quantization="bitsandbytes" if config.model.load_in_4bit else None,
                 tensor_parallel_size=where.tensor_parallel_size,
                 gpu_memory_utilization=where.gpu_memory_utilization,
                 cpu_kvcache_gib=where.cpu_kvcache_gib,

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from thinkimg.engine import EngineError
 from thinkimg.engine.client import EngineClient, EngineUnavailable, ImageRef, Sampling
 from thinkimg.machines import Machines
 from thinkimg.schemas import Sample
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,12 @@ async def play(episode: Episode, engine: EngineClient, media: Media, how: Play, 
             break
         call = episode.feed(sampled.token_ids, sampled.logprobs, sampled.finish_reason, sampled.weight_version)
         if call is not None:
-            outcome = await loop.run_in_executor(pool, call.run)
+            try:
+                outcome = await loop.run_in_executor(pool, call.run)
+            except Exception as error:  # a tool of ours or of the user's is broken: one row fails, not the run
+                log.exception("the tool %s broke", call.call.name)
+                episode.fail(f"The tool {call.call.name} broke: {type(error).__name__}: {error}")
+                break
             episode.observe(grey(outcome, episode) if how.blind else outcome)
     return episode
 

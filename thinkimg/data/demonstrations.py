@@ -70,7 +70,14 @@ def right_calls(sample: Sample, calls: list[ToolCall]) -> bool:
             return lit and seen
         case Family.TURNED:
             right = sample.metadata["solution"][0]
-            return any(call.name == right["name"] and call.args == right["args"] for call in calls)
+            return any(call.name == right["name"] and undoes(call.args, right["args"]) for call in calls)
+
+
+def undoes(args: dict, right: dict) -> bool:
+    """Whether a rotation or mirroring is the right one; angles count by where they end."""
+    if "angle" in right:
+        return (args["angle"] - right["angle"]) % 360 == 0
+    return args["direction"] == right["direction"]
 
 
 def holds(crop: dict, target: list[int]) -> bool:

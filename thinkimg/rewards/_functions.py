@@ -5,6 +5,7 @@ trainer_state=, log_extra=, log_metric=) -> one float or None for each completio
 """
 
 import asyncio
+import functools
 import importlib
 import inspect
 import json
@@ -74,8 +75,12 @@ class UserFunction:
         return values
 
 
+@functools.cache
 def load(path: str) -> UserFunction:
-    """The function at `package.module:function`. Raises UserError with what is wrong with it."""
+    """The function at `package.module:function`. Raises UserError with what is wrong with it.
+
+    Cached as the import is: a file that is changed later is neither run nor recorded by this process.
+    """
     module_name, _, name = path.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise UserError(f"The reward '{path}' is no import path.", hint="Write it as package.module:function.")

@@ -1,11 +1,12 @@
 """The child of _maths.py: for each line [right answer, answer] one line [equal, reason or null].
 
-It reads LaTeX with math-verify's own grammar. Its other reader, for plain expressions, is left out: it ends in sympy's
-parse_expr, which is eval.
+It reads LaTeX with math-verify's own grammar. Its other reader, for plain expressions, is left out, for that is sympy's
+parse_expr, which is eval; the grammar uses it as well, but for nothing else than numbers: see `close_eval`.
 """
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -14,6 +15,24 @@ SECONDS = 2.0
 """CPU time for one comparison: usual formulas take 0.001 to 0.3 s. CPU and not wall time, so that a busy machine decides
 as an idle one does."""
 MEMORY = 2 * 2**30
+
+
+def close_eval() -> None:
+    """Put in place of the eval inside of sympy's parse_expr what makes the same of a number, and refuses all else."""
+    import sympy.physics.units  # noqa: F401  (simplify imports it, and it evaluates its own names)
+    from sympy import Float, Integer
+    from sympy.parsing import sympy_parser
+
+    def eval_expr(code: str, local_dict: dict, global_dict: dict) -> Integer | Float:
+        integer = re.fullmatch(r"Integer \(([0-9]+) \)", code)
+        if integer:
+            return Integer(int(integer[1]))
+        decimal = re.fullmatch(r"Float \('([0-9.]+)' \)", code)
+        if decimal:
+            return Float(decimal[1])
+        raise ValueError("not a number")
+
+    sympy_parser.eval_expr = eval_expr
 
 
 def read(text: str) -> list:
@@ -49,7 +68,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process without asking Python
     logging.disable(logging.CRITICAL)  # it warns of the time-outs that are off
-    compare("x^2+1", "1+x^2")  # the imports and first use are nobody's CPU time
+    close_eval()
+    compare("x^2+1.5", "1.5+x^2")  # the imports and first use are nobody's CPU time
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         right, answer = json.loads(line)

@@ -10,7 +10,7 @@ from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.chat.protocol import ToolCall
 from thinkimg.config import Config
 from thinkimg.data.demonstrations import right_calls
-from thinkimg.data.images import load_samples
+from thinkimg.data.images import ImageTable, load_samples
 from thinkimg.engine import package as engine_package
 from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
@@ -81,7 +81,7 @@ async def fill(work: Work, config: Config, dataset: Artifact, policy: Artifact, 
     rows = [found[n, i] for n in range(len(samples)) for i in indices]
     if not work.has("trajectories.parquet"):
         work.table("trajectories.parquet", pa.Table.from_pylist([to_row(row) for row in rows], schemas.trajectories()))
-    batch = Batch(trajectories=rows, samples={sample.sample_id: sample for sample in samples}, config=config.rewards)
+    batch = Batch(trajectories=rows, samples={sample.sample_id: sample for sample in samples}, config=config.rewards, images=ImageTable([dataset]))
     values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(indices))
     work.metrics |= report(samples, np.array(rows, dtype=object).reshape(values.shape), values)
 

@@ -130,7 +130,8 @@ def save_record(store: Store, record: LoopRecord) -> None:
     """Replace the loop's file at once: a reader sees all of the old or all of the new."""
     directory = store.root / "loops"
     files.make_directory(directory)
-    text = json.dumps({"format": FORMAT} | asdict(record), indent=1, sort_keys=True, allow_nan=False)
+    # Keys in their order: it is that of the stages, and of a table's columns.
+    text = json.dumps({"format": FORMAT} | asdict(record), indent=1, allow_nan=False)
     files.write(directory / f"{record.loop_id}.json", text + "\n")
 
 

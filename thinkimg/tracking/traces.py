@@ -109,7 +109,8 @@ def log_trace(connection: Connection, run_id: str, tags: Mapping[str, str], row:
     mlflow.set_tracking_uri(connection.uri)  # global state: another connection may have been opened since
     with mlflow.start_span(f"step {tags['step']} {tags['why']}", SpanType.CHAT_MODEL, run_id=run_id,
                            trace_destination=MlflowExperimentLocation(connection.loops)) as span:
-        mlflow.update_current_trace(tags=dict(tags), request_preview=f"{tags['why']}, step {tags['step']}: {sample.question}",
+        asked = f"{tags['why']} of step {tags['step']}: {sample.question}"
+        mlflow.update_current_trace(dict(tags), request_preview=asked,
                                     response_preview=row.answer if row.answer is not None else f"({row.stop})")
         span.set_inputs({"messages": messages})
         span.set_outputs({"choices": [{"index": 0, "message": last, "finish_reason": "stop"}]} if last else None)

@@ -1,0 +1,101 @@
+"""What an evaluation says of known trajectories, and which samples an iteration draws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinkimg.data.puzzles import Family, generate, photographs
+from thinkimg.schemas import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.stages.evaluate import bootstrap, report, wilson
+from thinkimg.stages.rollout import draw, summary
+
+
+def sample(number: int, answer: str = "a", metadata: dict | None = None) -> Sample:
+    return Sample(f"s{number}", "?", answer, AnswerType.CHOICE, ("a", "b", "c", "d"), (), "test", "train", metadata or {})
+
+
+def trajectory(turns: tuple[Turn, ...] = (), answer: str | None = "a", stop: StopReason = StopReason.ANSWER) -> Trajectory:
+    return Trajectory("t", "s", "g", 0, "p", (), (), (), (), (), turns, answer, stop, None, "w")
+
+
+def call(name: str, args: str, status: CallStatus = CallStatus.OK) -> Turn:
+    return Turn("", TurnKind.TOOL, name, args, status, image="i", tokens=3)
+
+
+@given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 5))
+def test_every_sample_is_drawn_once_before_any_is_drawn_again(count, per_iteration, seed):
+    samples = [sample(i) for i in range(count)]
+    drawn = [s.sample_id for i in range(1, 9) for s in draw(samples, per_iteration, i, seed)]
+    assert len(drawn) == 8 * per_iteration
+    for start in range(0, len(drawn) - count + 1, count):
+        assert len(set(drawn[start : start + count])) == count
+    assert [s.sample_id for s in draw(samples, per_iteration, 3, seed)] == drawn[2 * per_iteration : 3 * per_iteration]
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_wilson_holds_the_share_and_stays_within_bounds(right, count):
+    right = min(right, count)
+    low, high = wilson(right, count)
+    assert 0 <= low <= right / count + 1e-12 and right / count - 1e-12 <= high <= 1
+    assert wilson(2 * right, 2 * count)[1] - wilson(2 * right, 2 * count)[0] < high - low
+
+
+def test_wilson_is_the_published_interval():
+    assert wilson(15, 50) == pytest.approx((0.191, 0.4375), abs=5e-4)  # statsmodels proportion_confint(15, 50, method="wilson")
+
+
+def test_bootstrap_is_repeatable_and_holds_the_mean():
+    values = np.random.default_rng(1).uniform(size=80)
+    low, high = bootstrap(values)
+    assert low < values.mean() < high and (low, high) == bootstrap(values)
+
+
+def solved(puzzle, answer: str) -> tuple[Sample, Trajectory]:
+    import json
+
+    solution = [{"name": c.name, "args": c.args} for c in puzzle.solution]
+    metadata = {"family": str(puzzle.family), "solution": solution, "target": puzzle.target and list(puzzle.target)}
+    turns = tuple(call(c.name, json.dumps(c.args)) for c in puzzle.solution)
+    asked = replace(sample(0, puzzle.answer, metadata), choices=puzzle.choices)
+    return asked, trajectory((*turns, Turn("", TurnKind.ANSWER)), answer)
+
+
+def test_accuracy_is_broken_down_into_arguments_and_reading():
+    puzzles = list(generate(list(Family), sorted(photographs())[:3], 8, seed=3))
+    pairs = [solved(puzzle, puzzle.answer) for puzzle in puzzles]
+    wrong = next(choice for choice in puzzles[0].choices if choice != puzzles[0].answer)
+    asked, row = pairs[0]
+    pairs[0] = asked, replace(row, answer=wrong)  # right calls, wrong reading
+    asked, row = pairs[1]
+    pairs[1] = asked, replace(row, turns=(row.turns[-1],))  # no call, right answer by luck
+    rows = np.array([[row, row] for _, row in pairs], dtype=object)
+    values = np.array([[float(row.answer == asked.answer)] * 2 for asked, row in pairs])
+    found = report([asked for asked, _ in pairs], rows, values)
+    assert found["accuracy"] == found["avg_at_k"] == 7 / 8
+    assert found["tool_rate"] == found["right_arguments"] == 7 / 8
+    assert found["right_reading"] == pytest.approx(6 / 7)
+    assert found["chance"] == 0.25
+    assert found["detail/accuracy"] == 0.5 and found["both/accuracy"] == 1.0
+    assert found["dark/right_arguments"] == 0.5
+
+
+def test_a_failed_call_is_no_use_of_a_tool():
+    failed = call("crop_image", "{}", CallStatus.ERROR)
+    asked = sample(0, metadata={"family": "dark", "solution": [], "target": None})
+    rows = np.array([[trajectory((failed, Turn("", TurnKind.ANSWER)))]], dtype=object)
+    assert report([asked], rows, np.array([[1.0]]))["tool_rate"] == 0
+
+
+def test_summary_counts_calls_ends_and_tokens():
+    rows = [
+        trajectory((call("flip_image", "{}"), call("flip_image", "{}", CallStatus.DUPLICATE), Turn("", TurnKind.ANSWER, tokens=4))),
+        trajectory((Turn("", TurnKind.MALFORMED, tokens=2),), None, StopReason.MAX_TURNS),
+    ]
+    found = summary(rows)
+    assert found["tool/rate"] == 0.5 and found["tool/calls"] == 1.0
+    assert found["tool/ok"] == found["tool/duplicate"] == 0.5
+    assert found["stop/answer"] == found["stop/max_turns"] == 0.5
+    assert found["malformed"] == 0.25 and found["turns"] == 2.0 and found["tokens"] == 6.0
