@@ -263,7 +263,10 @@ class FakeServer:
             def log_message(self, *_):
                 """Silent."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Listener(ThreadingHTTPServer):
+            request_queue_size = 128  # with the usual 5 a crowd is refused, and retried elsewhere
+
+        self._http = Listener(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 

@@ -123,14 +123,14 @@ class World:
 
     def warmstart_job(self, output: str, **changes) -> dict:
         config = WarmstartConfig(steps=6, batch=4, learning_rate=5e-3, warmup_steps=2)
-        job = self.job(output) | {"kind": "warmstart", "base": dataclasses.asdict(self.base)}
+        job = self.job(output) | {"kind": "warmstart", "base": dataclasses.asdict(self.base), "token_budget": 400}
         return job | {"warmstart": config.model_dump(mode="json")} | changes
 
     def train(self, job: dict, policy=None) -> dict:
         """As the worker, in this process."""
-        policy = policy or checkpoint.load(
-            job["policy"]["directory"], ModelConfig.model_validate(job["model"]), "cpu", Base(**job["base"]) if job["base"] else None
-        )
+        if policy is None:
+            base = Base(**job["base"]) if job["base"] else None
+            policy = checkpoint.load(job["policy"]["directory"], ModelConfig.model_validate(job["model"]), "cpu", base)
         return TrainJob(job, policy, Ranks()).run(lambda _: None)
 
 
@@ -177,10 +177,10 @@ def test_excluded_rows_and_micro_batches_leave_the_gradient_alone(world):
     cut = world.train(world.job("cut", train=TRAIN.model_copy(update={"token_budget": 1})))
     assert cut["steps"][0]["grad_norm"] == pytest.approx(whole["steps"][0]["grad_norm"], rel=1e-5)
     assert cut["steps"][0]["loss"] == pytest.approx(whole["steps"][0]["loss"], rel=1e-5)
-    spoiled = [*world.trajectories[:6], *(dataclasses.replace(t, logprobs=(-99.0,) * len(t.logprobs)) for t in world.trajectories[6:])]
-    rollouts = world.rollouts("spoiled", spoiled)
-    job = world.job("excluded", train=TRAIN.model_copy(update={"token_budget": 10_000}), rollouts=str(rollouts.directory))
-    world.train(job)
+    excluded = [dataclasses.replace(t, logprobs=(-99.0,) * len(t.logprobs)) for t in world.trajectories[6:]]
+    rollouts = world.rollouts("spoiled", [*world.trajectories[:6], *excluded])
+    train = TRAIN.model_copy(update={"token_budget": 10_000})
+    world.train(world.job("excluded", train=train, rollouts=str(rollouts.directory)))
     assert digest(world.root / "excluded") == digest(world.root / "whole")
 
 
@@ -276,7 +276,8 @@ def test_a_merged_adapter_gives_the_same_logits(world):
         torch.testing.assert_close(merged(input_ids=tokens).logits, expected, atol=1e-4, rtol=1e-4)
         with policy.model.disable_adapter():
             assert not torch.allclose(policy.model(input_ids=tokens).logits, expected, atol=1e-3)
-    assert {"tokenizer.json", "preprocessor_config.json", "chat_template.json", "config.json"} <= set(digest(world.root / "merged"))
+    needed = {"tokenizer.json", "preprocessor_config.json", "chat_template.json", "config.json"}
+    assert needed <= set(digest(world.root / "merged"))
 
 
 def test_policies_refuse_what_they_are_not(world):

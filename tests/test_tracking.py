@@ -177,15 +177,16 @@ def run_loop(store, config, iterations=2, status="FINISHED", after=lambda step: 
     return tracker
 
 
-def contents(store):
+def contents(store, uri=None):
     """All that MLflow holds, without what it makes up itself."""
-    connection = Connection(store.root, configuration.TrackingConfig())
+    connection = Connection(store.root, configuration.TrackingConfig(uri=uri))
     client, found = connection.client, {}
     for experiment in (connection.loops, connection.stages):
         for run in connection.all_runs(experiment):
             key = run.data.tags.get("thinkimg.loop") or run.data.tags["thinkimg.artifact"]
-            points = Counter((name, point.step, point.value, point.timestamp) for name in run.data.metrics
-                             for point in client.get_metric_history(run.info.run_id, name))
+            history = [point for name in run.data.metrics for point in client.get_metric_history(run.info.run_id, name)]
+            points = Counter((point.key, point.step, point.value) for point in history)
+            assert max(point.timestamp for point in history) <= run.info.end_time, "the story's times, not the sync's"
             traces = client.search_traces(locations=[experiment], run_id=run.info.run_id)
             assert key not in found, f"{key} doubled"
             tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.user")}
@@ -216,13 +217,13 @@ def test_two_mixes_outage_and_sync(store, caplog):
     before, models = contents(store)
 
     runs = [before[tracker.record.loop_id] for tracker in trackers]
-    keys = [{name for name, *_ in run["points"]} for run in runs]
+    keys = [{name for name, _, _ in run["points"]} for run in runs]
     assert keys[0] == keys[1] >= {"reward/format", "reward/tool", "reward/answer", "reward/total", "eval/accuracy",
                                   "eval/accuracy_low", "train/loss", "parity/kl", "tool/calls", "time/rollout_s"}
     assert "eval/detail/accuracy" not in keys[0], "a value of None is no point"
     assert [run["tags"]["mix"] for run in runs] == ["answer=0.5 format=0.2 tool=0.3", "answer=1"]
     assert runs[0]["tags"]["mix_hash"] != runs[1]["tags"]["mix_hash"] and runs[0]["tags"]["seed"] == "7"
-    assert {step: value for name, step, value, _ in runs[0]["points"] if name == "eval/accuracy"} == pytest.approx(
+    assert {step: value for name, step, value in runs[0]["points"] if name == "eval/accuracy"} == pytest.approx(
         {0: 0.3, 1: 0.43, 2: 0.53})
     assert set(runs[0]["points"].values()) == {1}
     assert runs[0]["params"]["train.loss.beta"] and not {"iterations", "where.store"} & set(runs[0]["params"])
@@ -249,8 +250,8 @@ def test_two_mixes_outage_and_sync(store, caplog):
     added = [sum(column) for column in zip(*(map(int, line.split()) for line in said), strict=True)]
     assert added == [2, len(before) - 2, sum(sum(run["points"].values()) for run in before.values() if run["traces"]),
                      sum(sum(run["traces"].values()) for run in runs), 5]
-    load_mlflow().store.tracking.sqlalchemy_store.SqlAlchemyStore._engine_map.clear()  # the new file, in this process
-    assert contents(store) == (before, models)
+    shutil.copy(store.root / "mlflow.db", store.root / "new.db")  # this process still holds the deleted file
+    assert contents(store, f"sqlite:///{store.root}/new.db") == (before, models)
 
 
 def test_disabled_then_synced(store):
@@ -421,3 +422,44 @@ def test_records_survive_the_disk(store, caplog):
     with pytest.raises(UserError, match=r"torn\.json is no loop record"):
         load_record(store, "torn")
     assert [r.loop_id for r in records(store)] == ["abc"] and "torn" in caplog.text
+
+
+def test_interrupted_sync_goes_on(store, monkeypatch):
+    """Stopped at any call to MLflow, the next sync ends where an undisturbed one would."""
+    from mlflow import MlflowClient
+
+    tracker = run_loop(store, settings(store, traces=1, enabled=False), iterations=1)
+    writes = ("create_run", "log_batch", "log_inputs", "log_dict", "set_terminated", "create_model_version",
+              "set_registered_model_alias")
+    calls = Counter()
+
+    def limited(name):
+        original = getattr(MlflowClient, name)
+
+        def call(*args, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] < 0:
+                raise ConnectionError("gone")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    for name in writes:
+        limited(name)
+    interruptions, report = 0, None
+    for limit in range(0, 99, 4):  # further each time, and over what the one before has left half done
+        calls["left"] = limit
+        try:
+            report = sync(store)
+            break
+        except ConnectionError:
+            interruptions += 1
+    calls["left"] = 99
+    assert interruptions > 3 and dataclasses.astuple(sync(store)) == (0,) * 5, report
+    found, models = contents(store)
+    run = found[tracker.record.loop_id]
+    assert run["status"] == "FINISHED" and set(run["points"].values()) == {1} == set(run["traces"].values())
+    assert run["files"] == ["artifacts.json", "config.json", "summary.json"]
+    assert len(found) == 1 + len(list(store.list()))
+    assert all(run["status"] == "FINISHED" and run["inputs"] for key, run in found.items() if "dataset" not in key)
+    assert sum(models["thinkimg-development"][1].values()) == 2

@@ -4,7 +4,7 @@ All pictures are 448 x 448 and are meant to be seen at 112 x 112 (a quarter of t
 
     detail   stripes with a period of four pixels in a framed cell of a 4 x 4 grid; they average out in the view.
              The question does not say which cell it is
-    dark     a symbol of one grey level in a dark or flat scene; less than half a level is left in the view
+    dark     a letter of one grey level in a dark or flat scene; less than half a level is left in the view
     turned   a letter in a picture that was turned (its red edge belongs on top) or mirrored (the question says so)
     both     dark stripes in a framed cell: two tools in a row, in either order
 
@@ -36,7 +36,6 @@ TAPER = 24  # pixels over which a plate's stripes set in
 COLOURS = ((40, 80, 230), (30, 170, 60), (240, 210, 40), (170, 50, 200))  # of rows, and of columns
 RED, WHITE = (230, 40, 40), (235, 235, 235)
 STRIPES = ("horizontal", "vertical", "rising", "falling")
-ARROWS = ("up", "down", "left", "right")
 LETTERS = ("b", "d", "p", "q")
 
 
@@ -161,22 +160,25 @@ def both(name: str, rng: "Generator") -> Puzzle:
     frame(picture, cells[0])
     return Puzzle(
         Family.BOTH, name, picture, "It is dark. Which way do the stripes in the frame run?", kinds[0], STRIPES,
-        (crop(cells[0]), Call("adjust_brightness", {"factor": 200})), target(cells[0]),
+        (crop(cells[0]), Call("adjust_brightness", {"factor": 240})), target(cells[0]),
     )  # fmt: skip
 
 
 def dark(name: str, rng: "Generator") -> Puzzle:
-    answer = ARROWS[rng.integers(4)]
+    answer = LETTERS[rng.integers(4)]
     flat = bool(rng.integers(2))
-    picture = background(name, rng)
-    # The contrast tool pivots on the rounded mean grey: with 127 to 130 around the field of 128 that is 128 or 129.
-    picture = 127 + picture // 64 if flat else picture // 64
-    field = picture[64:-64, 64:-64]
-    field[...] = 128 if flat else 0
-    field += (arrow(answer) & np.tile(DITHER, (80, 80)))[..., None].astype(np.uint8)
-    call = Call("adjust_contrast", {"factor": 100}) if flat else Call("adjust_brightness", {"factor": 200})
-    question = f"The scene is too {'flat' if flat else 'dark'}. Where does the arrow point?"
-    return Puzzle(Family.DARK, name, picture, question, answer, ARROWS, (call,), None)
+    picture = background(name, rng) // 64
+    field, ink = picture[96:-96, 96:-96], letter(answer)[..., None]
+    dither = np.tile(DITHER, (64, 64))[..., None]
+    if flat:
+        picture += 127
+        # Brighter and darker pixels: whether the contrast tool's pivot, the rounded mean grey, is 127 or 129, some are left.
+        field[...] = 128 + np.where(ink, -1, 1) * dither
+    else:
+        field[...] = ~ink & dither
+    call = Call("adjust_contrast", {"factor": 120}) if flat else Call("adjust_brightness", {"factor": 240})
+    question = f"The scene is too {'flat' if flat else 'dark'}. Which letter is it?"
+    return Puzzle(Family.DARK, name, picture, question, answer, LETTERS, (call,), None)
 
 
 def turned(name: str, rng: "Generator") -> Puzzle:
@@ -232,14 +234,6 @@ def frame(picture: np.ndarray, cell: int) -> None:
     picture[y : y + CELL // 2, x : x + CELL] = COLOURS[cell // 4]
     picture[y + CELL // 2 : y + CELL, x : x + CELL] = COLOURS[cell % 4]
     picture[y + FRAME : y + CELL - FRAME, x + FRAME : x + CELL - FRAME] = inside
-
-
-@cache
-def arrow(direction: str) -> np.ndarray:
-    """(320, 320) bool: a triangle on a stem, filling the field."""
-    row, column = np.mgrid[:320, :320]
-    up = ((abs(column - 159.5) < row * 0.9) & (row < 160)) | ((abs(column - 159.5) < 50) & (row >= 160))
-    return np.rot90(up, {"up": 0, "left": 1, "down": 2, "right": 3}[direction])
 
 
 @cache

@@ -103,7 +103,7 @@ class EngineClient:
         self._outstanding = dict.fromkeys(self.urls, 0)
         self._slots = asyncio.Semaphore(concurrency)
         limits = httpx.Limits(max_connections=concurrency + 8, max_keepalive_connections=concurrency + 8)
-        self._http = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(timeout_s, connect=10.0), trust_env=False)
+        self._http = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(timeout_s, connect=30.0), trust_env=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -133,7 +133,11 @@ class EngineClient:
         candidates: Sequence[int],
         adapter: str | None = None,
     ) -> list[float]:
-        """Log-probabilities of up to 127 candidates as next token (temperature 1, nothing banned), in one step."""
+        """Log-probabilities of up to 127 candidates as next token (temperature 1, nothing banned), in one step.
+
+        All requests under way should ask for equally many: vLLM 0.32 pads shorter lists with token 0 and so loses its
+        value where token 0 is a candidate, and in `generate` where it is sampled.
+        """
         # The server cuts its answer, which begins with the sampled token, to as many entries as were asked for: ask
         # for one more.
         asked = [*candidates, candidates[0]]
@@ -156,7 +160,8 @@ class EngineClient:
                 await self._post(url, "/update_weight_version", {"new_version": f"loading {version}"})
                 arguments = {"method": "load_model_dir", "kwargs": {"path": str(Path(model_dir).absolute())}}
                 await self._post(url, "/collective_rpc", arguments)
-                await self._post(url, "/reset_prefix_cache", {})
+                reset = await self._post(url, "/reset_prefix_cache", {})
+                assert reset["success"], "nothing runs while the server is paused"
                 await self._post(url, "/update_weight_version", {"new_version": version})
             finally:
                 await self._post(url, "/resume", {})

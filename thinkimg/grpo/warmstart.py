@@ -15,7 +15,6 @@ from thinkimg.grpo.policy import Scorer, unwrap
 from thinkimg.grpo.rows import Patches, read_rows
 
 MAX_GRAD_NORM = 1.0
-TOKEN_BUDGET = 16384  # padded tokens per micro-batch
 FLOOR = 0.1  # share of the learning rate at the end
 
 
@@ -73,7 +72,7 @@ def _learn(
         tokens = sum(len(rows[i].engine) for i in batch)
         conversations = [rows[i].conversation for i in ranks.share(batch, lengths)]
         share = 0.0
-        for micro in MicroBatches(conversations, TOKEN_BUDGET, scorer, pixels):
+        for micro in MicroBatches(conversations, job["token_budget"], scorer, pixels):
             with policy.autocast():
                 logps, _ = scorer([conversations[k] for k in micro])
             loss = -logps.sum() / tokens

@@ -19,7 +19,8 @@ its parent exists) and answers with a JSON object. Policy directories are descri
      "base": {…, "directory": "…"},                 where training starts
      "model": {…}, "warmstart": {…},                ModelConfig and WarmstartConfig as JSON
      "rollouts": "…" or null,                       directory with trajectories*.parquet of demonstrations; null: steps is 0
-     "images": {…}, "conversation": {"temperature": 1.0, "banned": [ids], "max_tokens": 8192},
+     "images": {…}, "conversation": {"temperature": 1.0, "banned": [ids]},
+     "token_budget": 16384,                         padded tokens per micro-batch
      "output": "…", "seed": 0}
 
 Results: {"metrics": {name: float} (means over the steps, parity/*, memory, seconds), "steps": [{"step", …, per step}],

@@ -13,7 +13,7 @@ from thinkimg import files, schemas
 from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, directory_digest, package_versions
 from thinkimg.base import base_entry, base_reference
 from thinkimg.chat.codec import Codec
-from thinkimg.chat.episode import Episode, default_system, offered_tools, question, scripted
+from thinkimg.chat.episode import Episode, default_system, offered_tools, question, scripted, size_statement
 from thinkimg.chat.picture import picture
 from thinkimg.chat.protocol import PROTOCOLS
 from thinkimg.config import Config
@@ -219,4 +219,5 @@ def corpus(config: Config, dataset: Artifact) -> list[str]:
     for sample, _, turns in scripts(config, dataset):
         pictures = [picture(images.decoded(sha), config.images) for sha in sample.images]
         texts += [part["text"] for part in question(sample, pictures) if part["type"] == "text"] + turns
+        texts += [size_statement(number, pictures[0]) for number in range(1, len(turns))]
     return texts
