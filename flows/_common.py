@@ -11,7 +11,9 @@ from thinkimg.config import Config, load
 
 Preset = Annotated[str, Field(description="Name of a preset, or the path of a YAML file.")]
 Overrides = Annotated[list[str], Field(description="Settings that differ from the preset, as a.b=value.")]
-Reference = Annotated[str, Field(description="An artifact: the beginning of its fingerprint, or kind/fingerprint.", min_length=4)]
+Reference = Annotated[
+    str, Field(description="An artifact: the beginning of its fingerprint, or kind/fingerprint.", min_length=4)
+]
 Optional = Annotated[str | None, Field(description="An artifact; left out, the one that the others were made from.")]
 Iteration = Annotated[int, Field(description="Number of the iteration, from 1.", ge=1)]
 Force = Annotated[bool, Field(description="Make a new attempt even if there is one.")]

@@ -22,12 +22,20 @@ from thinkimg import files
 from thinkimg.artifacts import Problem, Recipe, Reference, Store, directory_digest, fingerprint, write_table
 from thinkimg.errors import UserError
 
-RECIPE = Recipe("toy", 1, 1, {"learning_rate": 1e-6, "tools": ["crop_image"]},
-                {"weights": Reference("weights", "ab" * 32)}, {"my.reward": "cd" * 32}, {"pyarrow": "25.0.1"})
+RECIPE = Recipe(
+    "toy",
+    1,
+    1,
+    {"learning_rate": 1e-6, "tools": ["crop_image"]},
+    {"weights": Reference("weights", "ab" * 32)},
+    {"my.reward": "cd" * 32},
+    {"pyarrow": "25.0.1"},
+)
 
 
 def toy_stage(work, clock=0.0, made=None):
     """A stage of every kind of part; names in `made` are those that it closed in this run."""
+
     def table(name, values):
         if not work.has(name):
             work.table(name, pa.table({"value": values}))
@@ -36,10 +44,12 @@ def toy_stage(work, clock=0.0, made=None):
 
     table("rows-00000.parquet", [1, 2])
     if not work.has("adapter"):
+
         def save(directory):
             (directory / "nested").mkdir()
             (directory / "nested/model.safetensors").write_bytes(bytes(range(256)))
             (directory / "config.json").write_text("{}")
+
         work.directory_part("adapter", save)
     table("rows-00001.parquet", [3])
     table("timings.parquet", [clock])
@@ -54,7 +64,9 @@ def build(root, **options):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def reversed_keys(value):
@@ -67,6 +79,7 @@ def reversed_keys(value):
 def test_fingerprint_depends_on_values_and_not_on_key_order(one, other):
     def of(config):
         return fingerprint("s", 1, 1, config, {})
+
     assert of(one) == of(reversed_keys(one)) == of(json.loads(json.dumps(one)))
     assert (of(one) == of(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
 
@@ -75,14 +88,22 @@ def test_fingerprint_is_golden_and_every_part_of_a_recipe_counts():
     by_hand = "e91cc14bc3f4270809d7bf55a201a6ed87cbbaa3367f5a41faeed3ffc80354e2"
     assert RECIPE.fingerprint == by_hand  # sha256sum over the JSON written out by hand
     base = dict(stage="s", stage_version=1, schema_version=1, config={"a": 1}, inputs={}, sources={}, packages={})
-    changed = [dict(stage="t"), dict(stage_version=2), dict(schema_version=2), dict(config={"a": 2}),
-               dict(inputs={"d": "0"}), dict(sources={"f": "0"}), dict(packages={"p": "1"})]
+    changed = [
+        dict(stage="t"),
+        dict(stage_version=2),
+        dict(schema_version=2),
+        dict(config={"a": 2}),
+        dict(inputs={"d": "0"}),
+        dict(sources={"f": "0"}),
+        dict(packages={"p": "1"}),
+    ]
     assert len({fingerprint(**{**base, **change}) for change in [{}, *changed]}) == 8
     with pytest.raises(UserError, match="NaN"):
         fingerprint("s", 1, 1, {"a": float("nan")}, {})
 
 
 # finding and making ---------------------------------------------------------------------------------------------------
+
 
 def test_build_makes_once_then_finds_and_force_makes_another_attempt_of_equal_digest(tmp_path):
     store, calls = Store(tmp_path), []
@@ -102,8 +123,12 @@ def test_build_makes_once_then_finds_and_force_makes_another_attempt_of_equal_di
     assert first.manifest["seed"] == 7 and first.manifest["where"] == {"url": "/x"}
     assert first.metrics == {"accuracy": 0.5}
     assert {name: entry["rows"] for name, entry in first.files.items()} == {
-        "adapter/config.json": None, "adapter/nested/model.safetensors": None, "rows-00000.parquet": 2,
-        "rows-00001.parquet": 1, "timings.parquet": 1}
+        "adapter/config.json": None,
+        "adapter/nested/model.safetensors": None,
+        "rows-00000.parquet": 2,
+        "rows-00001.parquet": 1,
+        "timings.parquet": 1,
+    }
     assert sorted(path.name for path in first.directory.parent.iterdir()) == [".lock", "0001", "0002"]
     assert directory_digest(first.path("adapter")) == directory_digest(second.checked("adapter"))
 
@@ -120,8 +145,11 @@ def test_resolve_takes_a_path_a_reference_or_a_unique_prefix_and_names_candidate
     store = Store(tmp_path)
     with pytest.raises(UserError, match="none yet"):
         store.resolve("ab")
-    made = [store.build(kind, Recipe("toy", version, 1, {}), lambda work: None)[0]
-            for version in range(20) for kind in ("toy", "tin")]
+    made = [
+        store.build(kind, Recipe("toy", version, 1, {}), lambda work: None)[0]
+        for version in range(20)
+        for kind in ("toy", "tin")
+    ]
     one = made[-1]
     for reference in (one.directory, one.directory.parent, one.reference, str(one.reference), f"tin/{one.short}"):
         assert store.resolve(reference, "tin") == one
@@ -137,8 +165,14 @@ def test_resolve_takes_a_path_a_reference_or_a_unique_prefix_and_names_candidate
 
 # reading --------------------------------------------------------------------------------------------------------------
 
-@given(st.lists(st.tuples(st.none() | st.integers(0, 9), st.none() | st.text(max_size=3),
-                          st.lists(st.floats(), max_size=3)), max_size=30), st.lists(st.integers(0, 30), max_size=4))
+
+@given(
+    st.lists(
+        st.tuples(st.none() | st.integers(0, 9), st.none() | st.text(max_size=3), st.lists(st.floats(), max_size=3)),
+        max_size=30,
+    ),
+    st.lists(st.integers(0, 30), max_size=4),
+)
 @settings(max_examples=60, deadline=None)
 def test_equal_tables_give_equal_bytes_however_chunked(tmp_path_factory, rows, cuts):
     schema = pa.schema({"i": pa.int64(), "s": pa.string(), "l": pa.list_(pa.float32())})
@@ -153,8 +187,12 @@ def test_equal_tables_give_equal_bytes_however_chunked(tmp_path_factory, rows, c
 
 def test_equal_images_give_equal_bytes_however_chunked(tmp_path):
     noise = random.Random(1)  # large values: Arrow ends a page where a chunk ends
-    table = pa.table({"png": [noise.randbytes(noise.randint(1, 300_000)) for _ in range(40)],
-                      "kind": pa.array([str(row % 7) for row in range(40)]).dictionary_encode()})
+    table = pa.table(
+        {
+            "png": [noise.randbytes(noise.randint(1, 300_000)) for _ in range(40)],
+            "kind": pa.array([str(row % 7) for row in range(40)]).dictionary_encode(),
+        }
+    )
     write_table(tmp_path / "one", table)
     write_table(tmp_path / "two", pa.concat_tables([table.slice(start, 7) for start in range(0, 40, 7)]))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -184,6 +222,7 @@ def test_tables_are_read_over_their_parts_in_order_and_in_constant_memory(tmp_pa
 
 # damage ---------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     return build(tmp_path_factory.mktemp("published"))
@@ -196,7 +235,7 @@ def test_verify_names_the_file_with_any_flipped_bit_or_lost_tail(published, data
     path = published.directory / name
     good = path.read_bytes()
     at = data.draw(st.integers(0, len(good) - 1))
-    flipped = [good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1:] for bit in range(8)]
+    flipped = [good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :] for bit in range(8)]
     bad = data.draw(st.sampled_from([good[:at], *flipped]))
     try:
         path.write_bytes(bad)
@@ -213,8 +252,10 @@ def test_verify_names_what_is_missing_extra_or_no_file(tmp_path):
     (artifact.directory / "adapter/config.json").unlink()
     (artifact.directory / "adapter/config.json").symlink_to("/dev/null")
     assert Store(tmp_path).verify(artifact) == [
-        Problem("adapter/config.json", "not a regular file"), Problem("adapter/more.txt", "not in the manifest"),
-        Problem("rows-00000.parquet", "missing")]
+        Problem("adapter/config.json", "not a regular file"),
+        Problem("adapter/more.txt", "not in the manifest"),
+        Problem("rows-00000.parquet", "missing"),
+    ]
 
 
 def test_verify_follows_the_inputs(tmp_path):
@@ -242,6 +283,7 @@ def test_an_edited_file_is_refused_where_it_is_read(tmp_path):
 
 
 # crashes --------------------------------------------------------------------------------------------------------------
+
 
 class Crash(BaseException):
     """Not an Exception, so that nothing handles it: what is on disk is what a kill leaves."""
@@ -292,8 +334,10 @@ class Disk:
             if target.is_file():
                 self.replaced[target] = target.read_bytes()
         elif event == "after rename":
+
             def moved(entry):
                 return target / entry.relative_to(path) if entry.is_relative_to(path) else entry
+
             self.torn = {moved(entry): safe for entry, safe in self.torn.items()}
             self.names = [tuple(map(moved, name)) for name in self.names if name != (path,)] + [(path, target)]
 

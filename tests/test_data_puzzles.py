@@ -73,7 +73,7 @@ def test_the_stated_solution_tells_the_answers_apart(family, name, seed):
     for i, one in enumerate(views):
         for other in views[:i]:
             assert one.shape == other.shape
-            assert abs(one - other).mean() > 2.5  # before the solution: less than 0.003
+            assert abs(one - other).mean() > 2.0  # before the solution: less than 0.003
 
 
 def test_a_solved_puzzle_shows_the_pattern_of_its_answer_and_not_the_photograph_behind_it():
@@ -96,7 +96,11 @@ def test_a_puzzle_depends_on_its_arguments_alone_and_its_crop_covers_the_target(
     made, again = make(), make()
     assert np.array_equal(made.picture, again.picture)
     assert (made.answer, made.question, made.solution, made.target) == (
-        again.answer, again.question, again.solution, again.target)
+        again.answer,
+        again.question,
+        again.solution,
+        again.target,
+    )
     assert made.picture.shape == (SIZE, SIZE, 3) and made.picture.dtype == np.uint8
     assert made.answer in made.choices and made.photograph in PHOTOGRAPHS
     crops = [call.args for call in made.solution if call.name == "crop_image"]

@@ -49,7 +49,9 @@ def digest(source, path, **settings):
     return open_source(DataConfig(source=source, path=str(path), **settings), LIMITS).digest
 
 
-RECORDS = [{"image": f"pictures/{i}.png", "question": f"What {i}?", "answer": f"that {i}", "extra": i} for i in range(20)]
+RECORDS = [
+    {"image": f"pictures/{i}.png", "question": f"What {i}?", "answer": f"that {i}", "extra": i} for i in range(20)
+]
 EXPECTED = [(f"What {i}?", f"that {i}", (png(i),)) for i in range(20)]
 
 
@@ -95,8 +97,10 @@ def test_a_folder_as_imagefolder_has_it_also_with_tables_in_subfolders(folder, f
                 writer.writerows(records)
     rows = rows_of("folder", folder)
     assert accepted(rows) == EXPECTED
-    assert [rows[0].where, rows[-1].where] == [f"metadata.{form} line {2 - (form == 'jsonl')}",
-                                               f"pictures/metadata.{form} line {11 - (form == 'jsonl')}"]
+    assert [rows[0].where, rows[-1].where] == [
+        f"metadata.{form} line {2 - (form == 'jsonl')}",
+        f"pictures/metadata.{form} line {11 - (form == 'jsonl')}",
+    ]
 
 
 @pytest.mark.parametrize("images", [
@@ -120,15 +124,25 @@ def test_the_hub_through_a_local_copy(folder, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    features = datasets.Features({"image": datasets.List(datasets.Image()), "question": datasets.Value("string"),
-                                  "answer": datasets.ClassLabel(names=[f"that {i}" for i in range(20)]),
-                                  "thumbnail": datasets.Image()})
+    features = datasets.Features(
+        {
+            "image": datasets.List(datasets.Image()),
+            "question": datasets.Value("string"),
+            "answer": datasets.ClassLabel(names=[f"that {i}" for i in range(20)]),
+            "thumbnail": datasets.Image(),
+        }
+    )
     copy = tmp_path / "copy"
     copy.mkdir()
-    datasets.Dataset.from_dict({
-        "image": [[{"bytes": png(i), "path": None}, {"bytes": png(i + 1), "path": None}] for i in range(20)],
-        "question": [r["question"] for r in RECORDS], "answer": list(range(20)),
-        "thumbnail": [{"bytes": b"no image", "path": None}] * 20}, features=features).to_parquet(copy / "train.parquet")
+    datasets.Dataset.from_dict(
+        {
+            "image": [[{"bytes": png(i), "path": None}, {"bytes": png(i + 1), "path": None}] for i in range(20)],
+            "question": [r["question"] for r in RECORDS],
+            "answer": list(range(20)),
+            "thumbnail": [{"bytes": b"no image", "path": None}] * 20,
+        },
+        features=features,
+    ).to_parquet(copy / "train.parquet")
     rows = rows_of("hub", copy)
     assert accepted(rows) == [(q, a, (png(i), png(i + 1))) for i, (q, a, _) in enumerate(EXPECTED)]
     assert rows[0].metadata == {} and rows[4].where == "row 5"
@@ -165,15 +179,27 @@ def test_a_missing_column_is_told_with_those_that_are_there(folder, source):
     path = folder if source == "folder" else folder / f"metadata.{source}"
     if source != "parquet":
         write_jsonl(folder / "metadata.jsonl", records)
-    with pytest.raises(UserError, match="no column 'question' for the question; it has answer, extra, image, questions") as error:
+    with pytest.raises(
+        UserError, match="no column 'question' for the question; it has answer, extra, image, questions"
+    ) as error:
         rows_of(source, path)
     assert error.value.hint == "Set data.columns.question, perhaps to questions."
 
 
 def test_columns_are_mapped(folder):
-    records = [{"picture": "pictures/1.png", "q": "Which?", "a": "B", "options": ["x", "y"], "n": 7, "photo": "p1", "rest": [1]}]
+    records = [
+        {
+            "picture": "pictures/1.png",
+            "q": "Which?",
+            "a": "B",
+            "options": ["x", "y"],
+            "n": 7,
+            "photo": "p1",
+            "rest": [1],
+        }
+    ]
     columns = {"image": "picture", "question": "q", "answer": "a", "choices": "options", "id": "n", "group": "photo"}
-    row, = rows_of("jsonl", write_jsonl(folder / "d.jsonl", records), columns=columns, answer_type="choice")
+    (row,) = rows_of("jsonl", write_jsonl(folder / "d.jsonl", records), columns=columns, answer_type="choice")
     assert (row.id, row.question, row.answer, row.choices, row.group) == ("7", "Which?", "y", ("x", "y"), "p1")
     assert row.metadata == {"rest": [1]} and row.answer_type == "choice"
 
@@ -238,7 +264,7 @@ def test_a_path_stays_inside_the_data_set(folder, tmp_path):
 
 def test_a_large_file_is_not_read_whole(folder):
     (folder / "large.png").write_bytes(bytes(3 * LIMITS.max_bytes))
-    row, = rows_of("jsonl", write_jsonl(folder / "d.jsonl", [{**RECORDS[0], "image": "large.png"}]))
+    (row,) = rows_of("jsonl", write_jsonl(folder / "d.jsonl", [{**RECORDS[0], "image": "large.png"}]))
     assert len(row.images[0]()) == LIMITS.max_bytes + 1
 
 
@@ -254,9 +280,21 @@ def test_data_uris(folder):
 
 def test_lines_that_are_no_rows_are_refused_in_their_place(folder, monkeypatch):
     good = json.dumps(RECORDS[0]).encode()
-    lines = [b"\xef\xbb\xbf" + good, b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, good[:-1] + b',"deep":' + b"[" * 900 + b"]" * 900
-             + b"}", b"1" * 5000, b'{"question": "\\ud800", "image": "x", "answer": "y"}', json.dumps({"image": 3}).encode(),
-             b'{"image": null, "question": "?", "answer": "!"}', b'{"image": [], "question": "?", "answer": "!"}', good]
+    lines = [
+        b"\xef\xbb\xbf" + good,
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        good[:-1] + b',"deep":' + b"[" * 900 + b"]" * 900 + b"}",
+        b"1" * 5000,
+        b'{"question": "\\ud800", "image": "x", "answer": "y"}',
+        json.dumps({"image": 3}).encode(),
+        b'{"image": null, "question": "?", "answer": "!"}',
+        b'{"image": [], "question": "?", "answer": "!"}',
+        good,
+    ]
     (folder / "d.jsonl").write_bytes(b"\n".join(lines))
     rows = rows_of("jsonl", folder / "d.jsonl")
     assert reasons(rows)[:5] == ["ok", "syntax", "syntax", "syntax", "syntax"]
@@ -276,19 +314,26 @@ def test_csv_lines_that_are_no_rows_are_refused_in_their_place(folder):
     assert [row.where.rpartition(" ")[2] for row in rows] == ["2", "3", "4", "6", "8", "9", "10"]
 
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=9),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=5)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
 
 
-@given(st.dictionaries(st.sampled_from(["image", "question", "answer", "choices", "id", "group", "other"]), values),
-       st.sampled_from(["choice", "number", "text", "box", "maths"]))
+@given(
+    st.dictionaries(st.sampled_from(["image", "question", "answer", "choices", "id", "group", "other"]), values),
+    st.sampled_from(["choice", "number", "text", "box", "maths"]),
+)
 @settings(max_examples=200, deadline=None)
 def test_whatever_a_record_holds_it_is_a_row_or_refused(record, answer_type):
     from pathlib import Path
 
     from thinkimg.data.sources._files import ImageFiles
 
-    data = DataConfig(source="jsonl", answer_type=answer_type, columns=Columns(choices="choices", id="id", group="group"))
+    data = DataConfig(
+        source="jsonl", answer_type=answer_type, columns=Columns(choices="choices", id="id", group="group")
+    )
     row = raw_row(record, data, ImageFiles(Path("."), LIMITS).reader_of, id="1", where="line 1")
     if isinstance(row, RawRow):
         assert row.question and row.answer and row.images
@@ -296,8 +341,10 @@ def test_whatever_a_record_holds_it_is_a_row_or_refused(record, answer_type):
         json.dumps(row.metadata, allow_nan=False, ensure_ascii=False).encode()
 
 
-@pytest.mark.parametrize(("source", "message"), [("jsonl", "is no file"), ("folder", "has no metadata.jsonl"),
-                                                 ("parquet", "holds no .parquet")])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("jsonl", "is no file"), ("folder", "has no metadata.jsonl"), ("parquet", "holds no .parquet")],
+)
 def test_a_place_without_data_is_told(folder, source, message):
     with pytest.raises(UserError, match=message):
         rows_of(source, folder)
@@ -351,9 +398,15 @@ def web(pages):
 
 
 def test_urls_only_of_allowed_hosts_also_after_a_redirect(folder):
-    pages = {"/1.png": (200, {}, png(1)), "/near": (302, {"location": "/1.png"}, b""), "/gone": (404, {}, b""),
-             "/away": (302, {"location": "http://localhost:1/1.png"}, b""), "/round": (302, {"location": "/round"}, b""),
-             "/file": (302, {"location": "file:///etc/passwd"}, b""), "/large": (200, {}, bytes(10 * LIMITS.max_bytes))}
+    pages = {
+        "/1.png": (200, {}, png(1)),
+        "/near": (302, {"location": "/1.png"}, b""),
+        "/gone": (404, {}, b""),
+        "/away": (302, {"location": "http://localhost:1/1.png"}, b""),
+        "/round": (302, {"location": "/round"}, b""),
+        "/file": (302, {"location": "file:///etc/passwd"}, b""),
+        "/large": (200, {}, bytes(10 * LIMITS.max_bytes)),
+    }
     with web(pages) as address:
         urls = [address + page for page in pages] + ["http://[", "http://127.0.0.1:1/closed"]
         path = write_jsonl(folder / "d.jsonl", [{**RECORDS[0], "image": url} for url in urls])
@@ -370,6 +423,8 @@ def test_urls_only_of_allowed_hosts_also_after_a_redirect(folder):
         assert all(reason == "url" and "not among data.url_hosts" in detail for reason, detail in fetched()[:-2])
         first, near, gone, away, around, file, large, broken, closed = fetched(url_hosts=("127.0.0.1",))
     assert first == near == png(1)
-    assert "404" in gone[1] and "localhost is not among" in away[1] and "redirects" in around[1] and "not among" in file[1]
+    assert (
+        "404" in gone[1] and "localhost is not among" in away[1] and "redirects" in around[1] and "not among" in file[1]
+    )
     assert LIMITS.max_bytes < len(large) < 3 * LIMITS.max_bytes
     assert broken[0] == closed[0] == "url"

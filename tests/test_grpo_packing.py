@@ -19,7 +19,9 @@ SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 def policy(tiny_models):
     from thinkimg.config import ModelConfig
 
-    return from_base(Base("tiny", directory=str(tiny_models[0])), ModelConfig(dtype="float32", adaptation="full"), "cpu", seed=0)
+    return from_base(
+        Base("tiny", directory=str(tiny_models[0])), ModelConfig(dtype="float32", adaptation="full"), "cpu", seed=0
+    )
 
 
 def make_conversation(rng: np.random.Generator, sides: list[tuple[int, int]], image_token: int) -> Conversation:
@@ -52,7 +54,9 @@ def test_positions_are_those_of_get_rope_index(policy, sides, seed):
     # transformers takes a run of image tokens for one image: two that stand side by side are told apart by ours only
     assume((np.diff(np.concatenate([[0], kinds[0].numpy()])) == 1).sum() == len(sides))
     expected, _ = policy.model.model.get_rope_index(
-        torch.from_numpy(row.tokens)[None], mm_token_type_ids=kinds, image_grid_thw=torch.from_numpy(row.grids) if sides else None
+        torch.from_numpy(row.tokens)[None],
+        mm_token_type_ids=kinds,
+        image_grid_thw=torch.from_numpy(row.grids) if sides else None,
     )
     assert np.array_equal(mrope_positions(row.tokens, image_token, row.grids), expected[:, 0].numpy())
 
@@ -105,7 +109,9 @@ def test_token_logps_process_logits_as_the_engine_does(count):
     torch.manual_seed(0)
     head, banned = torch.nn.Linear(8, 50, bias=False), torch.tensor([3, 40])
     states, targets = torch.randn(count, 8, requires_grad=True), torch.randint(4, 40, (count,))
-    logps, entropies = token_logps(head, states, targets, temperature=0.7, banned=banned, entropy=True, entropy_grad=True)
+    logps, entropies = token_logps(
+        head, states, targets, temperature=0.7, banned=banned, entropy=True, entropy_grad=True
+    )
     logits = head(states)
     logits = torch.where(torch.isin(torch.arange(50), banned), -torch.inf, logits) / 0.7
     expected = logits.log_softmax(-1)

@@ -51,7 +51,9 @@ class World:
         create_tiny(root / "base", tiny, ["crop the image", "answer"], seed=0)
         self.base = Base("tiny", directory=str(root / "base"))
         rng = np.random.default_rng(0)
-        pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((56, 84), (28, 56), (84, 28))]
+        pictures = [
+            Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((56, 84), (28, 56), (84, 28))
+        ]
         self.pictures = {pixel_hash(picture): picture for picture in pictures}
         self.images = self.image_table("dataset", self.pictures)
         self.policies: dict[str, Path] = {}
@@ -67,7 +69,8 @@ class World:
         logps, _ = score_all(policy, scorer, pixels, rows, 400)
         pixels.close()
         self.trajectories = [
-            dataclasses.replace(t, logprobs=tuple(map(float, logp))) for t, logp in zip(self.trajectories, logps, strict=True)
+            dataclasses.replace(t, logprobs=tuple(map(float, logp)))
+            for t, logp in zip(self.trajectories, logps, strict=True)
         ]
         self.artifact = self.rollouts("rollouts", self.trajectories)
 
@@ -167,7 +170,11 @@ def test_a_loaded_policy_trains_on_bit_by_bit_as_one_that_stayed(world, model):
     world.train(job | following | {"output": str(world.root / f"{name}-2-loaded")})
     assert digest(world.root / f"{name}-2") == digest(world.root / f"{name}-2-loaded")
     assert digest(world.root / f"{name}-1") != digest(world.root / f"{name}-2")
-    changed = [key for key, value in weights(job["output"]).items() if not torch.equal(value, weights(world.policies[name])[key])]
+    changed = [
+        key
+        for key, value in weights(job["output"]).items()
+        if not torch.equal(value, weights(world.policies[name])[key])
+    ]
     assert any("visual" not in key for key in changed)
     assert any("visual" in key for key in changed) == (name == "full")
 
@@ -186,7 +193,9 @@ def test_excluded_rows_and_micro_batches_leave_the_gradient_alone(world):
 
 def test_frozen_vision_stays_and_several_steps_use_old_logps(world):
     loss = LossConfig(beta=0.1, top_entropy_quantile=0.5, entropy_coef=0.01)
-    train = TRAIN.model_copy(update={"steps": 2, "epochs": 2, "loss": loss, "gradient_checkpointing": True, "warmup_steps": 2})
+    train = TRAIN.model_copy(
+        update={"steps": 2, "epochs": 2, "loss": loss, "gradient_checkpointing": True, "warmup_steps": 2}
+    )
     model = FULL.model_copy(update={"train_vision": False})
     job = world.job("several", model=model, train=train, reference=str(world.policies["full"]))
     result = world.train(job)

@@ -44,7 +44,13 @@ def start(place: Path, *arguments: str) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "thinkimg", *arguments, "--preset", "nano.yaml"]
     return subprocess.Popen(
-        command, cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=place,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -74,7 +80,10 @@ def artifacts(place: Path, kind: str) -> list:
 
 
 def test_a_killed_loop_goes_on_and_makes_everything_once(place, output):
-    counts = {kind: len(artifacts(place, kind)) for kind in ("dataset", "demonstrations", "policy", "rollouts", "scores", "evaluation")}
+    counts = {
+        kind: len(artifacts(place, kind))
+        for kind in ("dataset", "demonstrations", "policy", "rollouts", "scores", "evaluation")
+    }
     assert counts == {"dataset": 1, "demonstrations": 1, "policy": 3, "rollouts": 2, "scores": 2, "evaluation": 3}
     store = Store(place / "artifacts")
     for artifact in store.list():
@@ -102,11 +111,22 @@ def test_policies_change_and_name_each_other(place, output):
 
 
 def test_the_loop_ends_with_a_table_and_says_where_things_are(place, output):
-    for word in ("brevity", "format", "tool rate", "accuracy", "rollout", "evaluate", "mlflow server", "Final policy: "):
+    for word in (
+        "brevity",
+        "format",
+        "tool rate",
+        "accuracy",
+        "rollout",
+        "evaluate",
+        "mlflow server",
+        "Final policy: ",
+    ):
         assert word in output
     final = output.split("Final policy: ")[1].splitlines()[0]
     assert (place / final / "model" / "model.safetensors").is_file()
-    assert (place / final / "model" / "chat_template.jinja").is_file() or (place / final / "model" / "chat_template.json").is_file()
+    assert (place / final / "model" / "chat_template.jinja").is_file() or (
+        place / final / "model" / "chat_template.json"
+    ).is_file()
 
 
 def test_mlflow_has_the_loop_and_every_executed_stage(place, output):

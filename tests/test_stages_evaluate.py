@@ -14,10 +14,14 @@ from thinkimg.stages.rollout import draw, summary
 
 
 def sample(number: int, answer: str = "a", metadata: dict | None = None) -> Sample:
-    return Sample(f"s{number}", "?", answer, AnswerType.CHOICE, ("a", "b", "c", "d"), (), "test", "train", metadata or {})
+    return Sample(
+        f"s{number}", "?", answer, AnswerType.CHOICE, ("a", "b", "c", "d"), (), "test", "train", metadata or {}
+    )
 
 
-def trajectory(turns: tuple[Turn, ...] = (), answer: str | None = "a", stop: StopReason = StopReason.ANSWER) -> Trajectory:
+def trajectory(
+    turns: tuple[Turn, ...] = (), answer: str | None = "a", stop: StopReason = StopReason.ANSWER
+) -> Trajectory:
     return Trajectory("t", "s", "g", 0, "p", (), (), (), (), (), turns, answer, stop, None, "w")
 
 
@@ -44,7 +48,9 @@ def test_wilson_holds_the_share_and_stays_within_bounds(right, count):
 
 
 def test_wilson_is_the_published_interval():
-    assert wilson(15, 50) == pytest.approx((0.191, 0.4375), abs=5e-4)  # statsmodels proportion_confint(15, 50, method="wilson")
+    assert wilson(15, 50) == pytest.approx(
+        (0.191, 0.4375), abs=5e-4
+    )  # statsmodels proportion_confint(15, 50, method="wilson")
 
 
 def test_bootstrap_is_repeatable_and_holds_the_mean():
@@ -91,7 +97,13 @@ def test_a_failed_call_is_no_use_of_a_tool():
 
 def test_summary_counts_calls_ends_and_tokens():
     rows = [
-        trajectory((call("flip_image", "{}"), call("flip_image", "{}", CallStatus.DUPLICATE), Turn("", TurnKind.ANSWER, tokens=4))),
+        trajectory(
+            (
+                call("flip_image", "{}"),
+                call("flip_image", "{}", CallStatus.DUPLICATE),
+                Turn("", TurnKind.ANSWER, tokens=4),
+            )
+        ),
         trajectory((Turn("", TurnKind.MALFORMED, tokens=2),), None, StopReason.MAX_TURNS),
     ]
     found = summary(rows)

@@ -56,7 +56,9 @@ def good(root, count=40):
 def test_puzzles_are_balanced_apart_and_the_same_in_every_store(tmp_path):
     settings = config(train=16, held_out=12, seed=5)
     steps = []
-    artifact, cached = prepare(settings, Store(tmp_path / "one"), progress=lambda done, total: steps.append((done, total)))
+    artifact, cached = prepare(
+        settings, Store(tmp_path / "one"), progress=lambda done, total: steps.append((done, total))
+    )
     assert not cached and steps[-1] == (28, 28)
     again, cached = prepare(settings, Store(tmp_path / "one"))
     assert cached and again == artifact
@@ -154,13 +156,17 @@ BAD = [
 def bad_set(root, copies=1):
     images = {str(i): encoded(i) for i in range(20)} | {"text": b"no image", "cut": encoded(0)[:-200]}
     records = [{"id": i, "image": str(i), "question": "?", "answer": "!"} for i in range(20)]
-    records += [{"id": f"bad {i}", "image": "0", "question": "?", "answer": "!"} | bad for i, (bad, _) in enumerate(BAD)] * copies
+    records += [
+        {"id": f"bad {i}", "image": "0", "question": "?", "answer": "!"} | bad for i, (bad, _) in enumerate(BAD)
+    ] * copies
     return write(root, records, images)
 
 
 def test_bad_rows_are_refused_with_their_reason_counted_and_listed(tmp_path):
     path = bad_set(tmp_path / "set")
-    artifact, _ = prepare(config(source="jsonl", path=path, columns={"id": "id"}, max_refused=0.5), Store(tmp_path / "store"))
+    artifact, _ = prepare(
+        config(source="jsonl", path=path, columns={"id": "id"}, max_refused=0.5), Store(tmp_path / "store")
+    )
     refused = artifact.table("refused").to_pylist()
     assert [row["reason"] for row in refused] == [reason for _, reason in BAD]
     assert [row["where"] for row in refused] == [f"data.jsonl line {21 + i}" for i in range(len(BAD))]
@@ -208,6 +214,7 @@ def test_a_killed_run_goes_on_from_its_closed_parts(tmp_path, monkeypatch):
     from thinkimg import files
 
     for name in ("images-00000.parquet", "samples-00001.parquet", "images-00003.parquet", "summary.json"):
+
         def hook(event, *paths, name=name):
             if event == "after append" and (paths[0].with_suffix(".work") / name).exists():
                 raise Killed

@@ -76,26 +76,65 @@ def picture(seed, size=PHOTO):
 
 def image_table(images):
     rows = {pixel_hash(image): image for image in images}
-    return pa.Table.from_pylist([{"sha256": key, "data": encode_png(image), "width": image.width,
-                                  "height": image.height} for key, image in rows.items()], schemas.images())
+    return pa.Table.from_pylist(
+        [
+            {"sha256": key, "data": encode_png(image), "width": image.width, "height": image.height}
+            for key, image in rows.items()
+        ],
+        schemas.images(),
+    )
 
 
 def sample_of(number, image):
-    return Sample(f"s{number}", "Which way do the stripes run?", "left", AnswerType.CHOICE, ("left", "right"),
-                  (pixel_hash(image),), "puzzles", "train")
+    return Sample(
+        f"s{number}",
+        "Which way do the stripes run?",
+        "left",
+        AnswerType.CHOICE,
+        ("left", "right"),
+        (pixel_hash(image),),
+        "puzzles",
+        "train",
+    )
 
 
 def trajectory_of(sample, index, crop, step=0):
     """Crops, makes a mistake, answers."""
     args = {"height": 42, "width": 56, "x": 56, "y": 28}
     call = f'<think>Too fine to see.</think>\n<tool>{{"name": "crop_image", "args": {json.dumps(args)}}}</tool>'
-    turns = (Turn(call, TurnKind.TOOL, "crop_image", json.dumps(args), CallStatus.OK, None, 0, pixel_hash(crop),
-                  "The image is 56 x 42 pixels.", 30),
-             Turn("<tool>{", TurnKind.MALFORMED, error="unreadable", observation="Error: unreadable"),
-             Turn("<think>I see.</think><answer>left</answer>", TurnKind.ANSWER, tokens=9))
-    return Trajectory(f"t{step}-{sample.sample_id}-{index}", sample.sample_id, sample.sample_id, index, "p" * 64,
-                      (1, 2, 3), (0, 1, 1), (-0.5, -0.25), (*sample.images, pixel_hash(crop)),
-                      ((1, 12, 16), (1, 3, 4)), turns, "left", StopReason.ANSWER, None, "v0")
+    turns = (
+        Turn(
+            call,
+            TurnKind.TOOL,
+            "crop_image",
+            json.dumps(args),
+            CallStatus.OK,
+            None,
+            0,
+            pixel_hash(crop),
+            "The image is 56 x 42 pixels.",
+            30,
+        ),
+        Turn("<tool>{", TurnKind.MALFORMED, error="unreadable", observation="Error: unreadable"),
+        Turn("<think>I see.</think><answer>left</answer>", TurnKind.ANSWER, tokens=9),
+    )
+    return Trajectory(
+        f"t{step}-{sample.sample_id}-{index}",
+        sample.sample_id,
+        sample.sample_id,
+        index,
+        "p" * 64,
+        (1, 2, 3),
+        (0, 1, 1),
+        (-0.5, -0.25),
+        (*sample.images, pixel_hash(crop)),
+        ((1, 12, 16), (1, 3, 4)),
+        turns,
+        "left",
+        StopReason.ANSWER,
+        None,
+        "v0",
+    )
 
 
 def value_of(row, component):
@@ -137,21 +176,30 @@ def make_evaluation(store, policy, accuracy):
 
 def make_rollouts(store, dataset, samples, photos, step, policy):
     crops = [photo.crop((56, 28, 112, 70)) for photo in photos]
-    rows = [trajectory_of(sample, index, crop, step) for sample, crop in zip(samples, crops, strict=True)
-            for index in range(3)]
+    rows = [
+        trajectory_of(sample, index, crop, step)
+        for sample, crop in zip(samples, crops, strict=True)
+        for index in range(3)
+    ]
 
     def fill(work):
         work.table("images.parquet", image_table(crops))
-        work.table("trajectories.parquet",
-                   pa.Table.from_pylist([schemas.to_row(row) for row in rows], schemas.trajectories()))
+        work.table(
+            "trajectories.parquet", pa.Table.from_pylist([schemas.to_row(row) for row in rows], schemas.trajectories())
+        )
         work.metrics["tool/calls"] = 1.0
 
     rollouts = make(store, "rollouts", "rollout", {"step": step}, {"dataset": dataset, "policy": policy}, fill)
 
     def fill_scores(work):
-        table = [{"trajectory_id": row.trajectory_id, "sample_id": row.sample_id, "group_id": row.group_id} | {
-            name: {"value": value_of(row, name), "status": "ok", "reason": "as planned", "evidence": '{"n": 1}'}
-            for name in COMPONENTS} for row in rows]
+        table = [
+            {"trajectory_id": row.trajectory_id, "sample_id": row.sample_id, "group_id": row.group_id}
+            | {
+                name: {"value": value_of(row, name), "status": "ok", "reason": "as planned", "evidence": '{"n": 1}'}
+                for name in COMPONENTS
+            }
+            for row in rows
+        ]
         work.table("scores.parquet", pa.Table.from_pylist(table, schemas.scores(list(COMPONENTS))))
         work.metrics |= {name: sum(value_of(row, name) for row in rows) / len(rows) for name in COMPONENTS}
 
@@ -164,8 +212,9 @@ def run_loop(store, config, iterations=2, status="FINISHED", after=lambda step: 
     with open_loop(config, store) as tracker:
         policy = make_policy(store, 0, "", {"dataset": dataset})
         evaluation = make_evaluation(store, policy, 0.3)
-        tracker.log_iteration(0, {"reward/total": None},
-                              {"prepare": dataset, "warmstart": policy, "evaluate": evaluation})
+        tracker.log_iteration(
+            0, {"reward/total": None}, {"prepare": dataset, "warmstart": policy, "evaluate": evaluation}
+        )
         for step in range(1, iterations + 1):
             rollouts, scores = make_rollouts(store, dataset, samples, photos, step, policy)
             policy = make_policy(store, step, str(config.mix), {"scores": scores, "policy": policy})
@@ -191,12 +240,24 @@ def contents(store, uri=None):
             assert key not in found, f"{key} doubled"
             tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.user")}
             found[key] = {
-                "name": run.info.run_name, "status": run.info.status, "end": run.info.end_time, "tags": tags,
-                "params": run.data.params, "points": points,
+                "name": run.info.run_name,
+                "status": run.info.status,
+                "end": run.info.end_time,
+                "tags": tags,
+                "params": run.data.params,
+                "points": points,
                 "inputs": sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs),
                 "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
-                "traces": Counter((t.info.tags["trajectory"], t.info.tags["why"], t.info.tags["step"],
-                                   tuple(sorted((a.name, a.value) for a in t.info.assessments))) for t in traces)}
+                "traces": Counter(
+                    (
+                        t.info.tags["trajectory"],
+                        t.info.tags["why"],
+                        t.info.tags["step"],
+                        tuple(sorted((a.name, a.value) for a in t.info.assessments)),
+                    )
+                    for t in traces
+                ),
+            }
     models = {}
     for model in client.search_registered_models():
         versions = client.search_model_versions(f"name = '{model.name}'")
@@ -218,13 +279,28 @@ def test_two_mixes_outage_and_sync(store, caplog):
 
     runs = [before[tracker.record.loop_id] for tracker in trackers]
     keys = [{name for name, _, _ in run["points"]} for run in runs]
-    assert keys[0] == keys[1] >= {"reward/format", "reward/tool", "reward/answer", "reward/total", "eval/accuracy",
-                                  "eval/accuracy_low", "train/loss", "parity/kl", "tool/calls", "time/rollout_s"}
+    assert (
+        keys[0]
+        == keys[1]
+        >= {
+            "reward/format",
+            "reward/tool",
+            "reward/answer",
+            "reward/total",
+            "eval/accuracy",
+            "eval/accuracy_low",
+            "train/loss",
+            "parity/kl",
+            "tool/calls",
+            "time/rollout_s",
+        }
+    )
     assert "eval/detail/accuracy" not in keys[0], "a value of None is no point"
     assert [run["tags"]["mix"] for run in runs] == ["answer=0.5 format=0.2 tool=0.3", "answer=1"]
     assert runs[0]["tags"]["mix_hash"] != runs[1]["tags"]["mix_hash"] and runs[0]["tags"]["seed"] == "7"
     assert {step: value for name, step, value in runs[0]["points"] if name == "eval/accuracy"} == pytest.approx(
-        {0: 0.3, 1: 0.43, 2: 0.53})
+        {0: 0.3, 1: 0.43, 2: 0.53}
+    )
     assert set(runs[0]["points"].values()) == {1}
     assert runs[0]["params"]["train.loss.beta"] and not {"iterations", "where.store"} & set(runs[0]["params"])
     assert runs[0]["files"] == ["artifacts.json", "config.json", "summary.json"]
@@ -242,14 +318,21 @@ def test_two_mixes_outage_and_sync(store, caplog):
     (store.root / "mlflow.db").unlink()
     shutil.rmtree(store.root / "mlartifacts")
     # Two processes at once that also have to make a new database: without a lock both crash, or everything doubles.
-    program = "import sys; from dataclasses import astuple; from thinkimg.artifacts import Store; " \
-              "from thinkimg.tracking import sync; print(*astuple(sync(Store(sys.argv[1]))))"
+    program = (
+        "import sys; from dataclasses import astuple; from thinkimg.artifacts import Store; "
+        "from thinkimg.tracking import sync; print(*astuple(sync(Store(sys.argv[1]))))"
+    )
     started = [subprocess.Popen([sys.executable, "-c", program, store.root], stdout=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     added = [sum(column) for column in zip(*(map(int, line.split()) for line in said), strict=True)]
-    assert added == [2, len(before) - 2, sum(sum(run["points"].values()) for run in before.values() if run["traces"]),
-                     sum(sum(run["traces"].values()) for run in runs), 5]
+    assert added == [
+        2,
+        len(before) - 2,
+        sum(sum(run["points"].values()) for run in before.values() if run["traces"]),
+        sum(sum(run["traces"].values()) for run in runs),
+        5,
+    ]
     shutil.copy(store.root / "mlflow.db", store.root / "new.db")  # this process still holds the deleted file
     assert contents(store, f"sqlite:///{store.root}/new.db") == (before, models)
 
@@ -267,9 +350,10 @@ def test_who_consumed(store):
     run_loop(store, settings(store, traces=0), iterations=1)
     sync(store)
     connection = Connection(store.root, configuration.TrackingConfig())
-    dataset, = store.list("dataset")
-    found = connection.client.search_runs([connection.loops, connection.stages],
-                                          f"dataset.digest = '{input_digest(dataset.digest)}'")
+    (dataset,) = store.list("dataset")
+    found = connection.client.search_runs(
+        [connection.loops, connection.stages], f"dataset.digest = '{input_digest(dataset.digest)}'"
+    )
     stages = [run.data.tags.get("stage", "loop") for run in found]
     assert sorted(stages) == ["loop", "rollout", "warmstart"]
     assert found[0].inputs.dataset_inputs[0].tags[0].value == "dataset"
@@ -287,7 +371,7 @@ def test_continued_loop_is_the_same_run(store):
         tracker.log_iteration(2, {"eval/accuracy": 0.25, "reward/total": math.nan})
         assert tracker.connection.client.get_run(tracker._run.run_id).info.status == "RUNNING"
         raise KeyboardInterrupt
-    run, = (run for key, run in contents(store)[0].items() if key == loop_id(config))
+    (run,) = (run for key, run in contents(store)[0].items() if key == loop_id(config))
     assert (run["status"], run["tags"]["iterations"]) == ("KILLED", "9")
     latest = tracker.connection.client.get_run(tracker._run.run_id).data.metrics
     assert latest["eval/accuracy"] == 0.25 and latest["reward/total"] == 0.52
@@ -297,13 +381,14 @@ def test_continued_loop_is_the_same_run(store):
 def test_trace_shows_the_conversation(store):
     tracker = run_loop(store, settings(store, traces=1), iterations=1)
     connection = tracker.connection
-    trace, = connection.client.search_traces(locations=[connection.loops], run_id=tracker._run.run_id)
-    span, = trace.data.spans
+    (trace,) = connection.client.search_traces(locations=[connection.loops], run_id=tracker._run.run_id)
+    (span,) = trace.data.spans
     messages = span.inputs["messages"]
     assert messages[0]["role"] == "system" and "crop_image" in messages.pop(0)["content"]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "user", "assistant", "user"]
-    assert messages[0]["content"][1]["text"] == ("Image 0: 224x168 pixels. Which way do the stripes run? "
-                                                 "Choices: left, right.")
+    assert messages[0]["content"][1]["text"] == (
+        "Image 0: 224x168 pixels. Which way do the stripes run? Choices: left, right."
+    )
     assert messages[1]["content"] == "<think>Too fine to see.</think>"
     assert json.loads(messages[1]["tool_calls"][0]["function"]["arguments"])["width"] == 56
     assert messages[2]["content"] == "The image is 56 x 42 pixels."
@@ -318,7 +403,9 @@ def test_trace_shows_the_conversation(store):
     assert trace.info.tags["trajectory"] == best["trajectory_id"]
     feedback = {a.name: (a.value, a.rationale) for a in trace.info.assessments}
     assert feedback["answer"] == (best["answer"]["value"], 'as planned; {"n": 1}') and set(feedback) == {
-        *COMPONENTS, "total"}
+        *COMPONENTS,
+        "total",
+    }
 
 
 def test_later_failure_warns_once_and_sync_repairs(store, caplog):
@@ -331,8 +418,11 @@ def test_later_failure_warns_once_and_sync_repairs(store, caplog):
             database.write_bytes(b"no database" * 1000)
 
     tracker = run_loop(store, settings(store), after=breaks)
-    warnings = [r.getMessage().split(" (")[0] for r in caplog.records
-                if r.name.startswith("thinkimg") and r.levelno >= logging.WARNING]
+    warnings = [
+        r.getMessage().split(" (")[0]
+        for r in caplog.records
+        if r.name.startswith("thinkimg") and r.levelno >= logging.WARNING
+    ]
     assert sorted(warnings) == ["MLflow did not take runs", "MLflow did not take stages"]
     assert tracker.record.iterations[-1].step == 2 and tracker.record.status == "FINISHED"
     shutil.copy(aside, database)
@@ -352,9 +442,11 @@ def test_unusable_at_set_up(store, uri, monkeypatch):
 
 
 def test_mlflow_is_imported_late_and_says_nothing_home():
-    program = "import sys, thinkimg.tracking; assert 'mlflow' not in sys.modules; " \
-              "from thinkimg.tracking.connection import load_mlflow; load_mlflow(); " \
-              "from mlflow.telemetry.utils import is_telemetry_disabled; assert is_telemetry_disabled()"
+    program = (
+        "import sys, thinkimg.tracking; assert 'mlflow' not in sys.modules; "
+        "from thinkimg.tracking.connection import load_mlflow; load_mlflow(); "
+        "from mlflow.telemetry.utils import is_telemetry_disabled; assert is_telemetry_disabled()"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -400,8 +492,18 @@ def test_zoom_and_failed_trajectories_can_be_shown():
     photo = picture(1)
     sample = sample_of(0, photo)
     row = trajectory_of(sample, 0, photo)
-    zoom = Turn("<tool>", TurnKind.TOOL, "zoom_image", '{"factor": 2, "center_x": 0, "center_y": 0}', CallStatus.OK,
-                None, 0, pixel_hash(photo), None, 5)
+    zoom = Turn(
+        "<tool>",
+        TurnKind.TOOL,
+        "zoom_image",
+        '{"factor": 2, "center_x": 0, "center_y": 0}',
+        CallStatus.OK,
+        None,
+        0,
+        pixel_hash(photo),
+        None,
+        5,
+    )
     wrong = Turn("<tool>", TurnKind.TOOL, "crop_image", None, CallStatus.ERROR, "x is missing", tokens=5)
     shown = conversation(dataclasses.replace(row, turns=(zoom, wrong)), sample, lambda _: photo, "Be brief.")
     assert [part["type"] for part in shown[4]["content"]] == ["text", "image_url"] * 2
@@ -429,8 +531,15 @@ def test_interrupted_sync_goes_on(store, monkeypatch):
     from mlflow import MlflowClient
 
     tracker = run_loop(store, settings(store, traces=1, enabled=False), iterations=1)
-    writes = ("create_run", "log_batch", "log_inputs", "log_dict", "set_terminated", "create_model_version",
-              "set_registered_model_alias")
+    writes = (
+        "create_run",
+        "log_batch",
+        "log_inputs",
+        "log_dict",
+        "set_terminated",
+        "create_model_version",
+        "set_registered_model_alias",
+    )
     calls = Counter()
 
     def limited(name):

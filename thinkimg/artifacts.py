@@ -1,9 +1,9 @@
 """The content-addressed store: what a stage made, under the fingerprint of all that defines it.
 
-    artifacts/<kind>/<fingerprint>/.lock         one process at a time works on a fingerprint
-                                   0001/         an attempt, complete: it has its name and a manifest.json
-                                   0002.work/    the next attempt in progress, in closed parts
-                                   0002.jsonl    its journal, the closed parts with their hashes; goes after the rename
+artifacts/<kind>/<fingerprint>/.lock         one process at a time works on a fingerprint
+                               0001/         an attempt, complete: it has its name and a manifest.json
+                               0002.work/    the next attempt in progress, in closed parts
+                               0002.jsonl    its journal, the closed parts with their hashes; goes after the rename
 """
 
 import json
@@ -40,8 +40,18 @@ from thinkimg.manifest import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Artifact", "Problem", "Recipe", "Reference", "Store", "Work", "directory_digest", "fingerprint",
-           "package_versions", "write_table"]
+__all__ = [
+    "Artifact",
+    "Problem",
+    "Recipe",
+    "Reference",
+    "Store",
+    "Work",
+    "directory_digest",
+    "fingerprint",
+    "package_versions",
+    "write_table",
+]
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +139,21 @@ class Work:
         on_disk = [name for name in files.files_under(self.directory) if name != MANIFEST]
         assert on_disk == [entry["name"] for entry in entries], f"not only closed parts: {on_disk}"
         recipe = asdict(self.recipe)
-        body = {"kind": self.kind, "fingerprint": self.recipe.fingerprint, "attempt": self.attempt,
-                "digest": content_digest(entries), "recipe": recipe, "seed": self.seed, "files": entries,
-                "metrics": {name: number(value) for name, value in self.metrics.items()}, "where": self.where,
-                "host": host_facts(), "git": git_revision(), "started": self._started, "finished": now()}
+        body = {
+            "kind": self.kind,
+            "fingerprint": self.recipe.fingerprint,
+            "attempt": self.attempt,
+            "digest": content_digest(entries),
+            "recipe": recipe,
+            "seed": self.seed,
+            "files": entries,
+            "metrics": {name: number(value) for name, value in self.metrics.items()},
+            "where": self.where,
+            "host": host_facts(),
+            "git": git_revision(),
+            "started": self._started,
+            "finished": now(),
+        }
         files.write(self.directory / MANIFEST, sealed(body))
         files.sync_tree(self.directory)
         final = self._home / self.attempt
@@ -155,8 +176,10 @@ class Work:
         for path in sorted(self.directory.iterdir()):
             if path.name not in self._parts:
                 files.remove(path)
-        files.write(self._journal, "".join(
-            canonical({"part": name, "files": entries}) + "\n" for name, entries in self._parts.items()))
+        files.write(
+            self._journal,
+            "".join(canonical({"part": name, "files": entries}) + "\n" for name, entries in self._parts.items()),
+        )
         if self._parts:
             log.info("%s: %d parts of an earlier run are reused", self.directory, len(self._parts))
 
@@ -178,8 +201,9 @@ class Store:
         return artifact
 
     @contextmanager
-    def create(self, kind: str, recipe: Recipe, *, seed: int | None = None, where: Mapping | None = None,
-               force: bool = False) -> Iterator[Work]:
+    def create(
+        self, kind: str, recipe: Recipe, *, seed: int | None = None, where: Mapping | None = None, force: bool = False
+    ) -> Iterator[Work]:
         """Yield the work on a new attempt, alone on this fingerprint; `work.artifact` is set if there is one already.
 
         A second process waits here, and then finds what the first has made. What a dead one has left is taken over.
@@ -200,8 +224,16 @@ class Store:
                 files.remove(_journal(done.directory))
             yield Work(home, kind, recipe, seed, where or {}, done)
 
-    def build(self, kind: str, recipe: Recipe, produce: Callable[[Work], object], *, seed: int | None = None,
-              where: Mapping | None = None, force: bool = False) -> tuple[Artifact, bool]:
+    def build(
+        self,
+        kind: str,
+        recipe: Recipe,
+        produce: Callable[[Work], object],
+        *,
+        seed: int | None = None,
+        where: Mapping | None = None,
+        force: bool = False,
+    ) -> tuple[Artifact, bool]:
         """Find the artifact or make it with `produce(work)`; returns it, and whether it was there (*Cached*)."""
         with self.create(kind, recipe, seed=seed, where=where, force=force) as work:
             if work.artifact:
@@ -223,8 +255,11 @@ class Store:
                     raise UserError(f"{reference} is of kind {artifact.kind}, not {kind}")
                 return artifact
         homes = [home for home in self._homes(kind) if self._attempts(home)]
-        matches = [home for home in homes if reference and str(home.relative_to(
-            self.root if "/" in reference else home.parent)).startswith(reference)]
+        matches = [
+            home
+            for home in homes
+            if reference and str(home.relative_to(self.root if "/" in reference else home.parent)).startswith(reference)
+        ]
         if len(matches) == 1:
             return self.find(matches[0].parent.name, matches[0].name)
         names = [f"{home.parent.name}/{home.name[:12]}" for home in matches or homes]
@@ -310,5 +345,12 @@ def write_table(path: Path, table: "pa.Table") -> None:
 
     heavy = any(pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) for column in table.schema)
     # Arrow ends pages and dictionaries where a chunk ends: combined, the bytes don't tell where those were.
-    pq.write_table(table.combine_chunks(), path, row_group_size=IMAGES_PER_GROUP if heavy else ROWS_PER_GROUP,
-                   version="2.6", data_page_version="1.0", compression="zstd", compression_level=1)
+    pq.write_table(
+        table.combine_chunks(),
+        path,
+        row_group_size=IMAGES_PER_GROUP if heavy else ROWS_PER_GROUP,
+        version="2.6",
+        data_page_version="1.0",
+        compression="zstd",
+        compression_level=1,
+    )

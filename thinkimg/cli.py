@@ -12,8 +12,12 @@ from thinkimg.errors import UserError
 app = App(name="thinkimg", help="Teach a vision-language model to think with images.", version=__version__)
 
 Preset = Annotated[str, Parameter(name=["--preset", "-p"], help="Name of a preset, or the path of a YAML file.")]
-Set = Annotated[list[str] | None, Parameter(name=["--set", "-s"], help="A setting, as a.b=value; may be repeated.", negative=[])]
-DryRun = Annotated[bool, Parameter(help="Print the resolved config and what is there already, do nothing.", negative=[])]
+Set = Annotated[
+    list[str] | None, Parameter(name=["--set", "-s"], help="A setting, as a.b=value; may be repeated.", negative=[])
+]
+DryRun = Annotated[
+    bool, Parameter(help="Print the resolved config and what is there already, do nothing.", negative=[])
+]
 Force = Annotated[bool, Parameter(help="Make a new attempt even if there is one.", negative=[])]
 Reference = Annotated[str, Parameter(help="An artifact: the beginning of its fingerprint, or its path.")]
 
@@ -45,7 +49,12 @@ def prepare(*, preset: Preset = "development", set: Set = None, dry_run: DryRun 
 
 @app.command
 def warmstart(
-    *, dataset: Reference, preset: Preset = "development", set: Set = None, dry_run: DryRun = False, force: Force = False
+    *,
+    dataset: Reference,
+    preset: Preset = "development",
+    set: Set = None,
+    dry_run: DryRun = False,
+    force: Force = False,
 ) -> None:
     """Make the first policy from demonstrations, a checkpoint, or the base model as it is."""
     stage("warmstart", preset, set, dry_run, dataset=dataset, force=force)
@@ -62,7 +71,12 @@ def rollout(
 
 @app.command
 def score(
-    *, rollouts: Reference, preset: Preset = "development", set: Set = None, dry_run: DryRun = False, force: Force = False
+    *,
+    rollouts: Reference,
+    preset: Preset = "development",
+    set: Set = None,
+    dry_run: DryRun = False,
+    force: Force = False,
 ) -> None:
     """Score stored rollouts: one raw column per reward component."""
     stage("score", preset, set, dry_run, rollouts=rollouts, force=force)

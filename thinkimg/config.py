@@ -280,7 +280,9 @@ class Config(Settings):
 
 def presets() -> list[str]:
     """Names of the presets that come with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("thinkimg.presets").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("thinkimg.presets").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -296,7 +298,9 @@ def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = (
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"The value of '{override}' is no YAML.", hint="Quote texts with special characters.") from None
+            raise UserError(
+                f"The value of '{override}' is no YAML.", hint="Quote texts with special characters."
+            ) from None
         assign(tree, key.strip().split("."), value)
     return validate(tree)
 
@@ -355,7 +359,9 @@ def explain(error: dict[str, Any]) -> tuple[str, str | None]:
         known = known_keys(where[:-1])
         near = difflib.get_close_matches(where[-1], known, 1)
         place = ".".join(where[:-1]) or "the top level"
-        hint = f"Did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"At {place} there are {', '.join(known)}."
+        hint = (
+            f"Did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"At {place} there are {', '.join(known)}."
+        )
         return f"There is no setting '{name}'.", hint
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":

@@ -38,11 +38,14 @@ def op(name: str, *paths: Path) -> Iterator[None]:
         # Inside a "write" a stage's own code runs: a file that it may not read somewhere else is not ours to explain.
         ours = str(error.filename or paths[0]).startswith(str(paths[0]))
         if error.errno in NO_SPACE:
-            raise UserError(f"cannot {name} {paths[0]}: {os.strerror(error.errno)}",
-                            hint="free some space and run again, closed parts are kept") from error
+            raise UserError(
+                f"cannot {name} {paths[0]}: {os.strerror(error.errno)}",
+                hint="free some space and run again, closed parts are kept",
+            ) from error
         if error.errno in NO_ENTRY and ours:
-            raise UserError(f"cannot {name} {paths[0]}: {os.strerror(error.errno)}",
-                            hint="name a root that this user can write to") from error
+            raise UserError(
+                f"cannot {name} {paths[0]}: {os.strerror(error.errno)}", hint="name a root that this user can write to"
+            ) from error
         raise
 
 
@@ -143,8 +146,11 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 def files_under(directory: Path) -> list[str]:
     """Names of everything under `directory` that is not a directory, relative with forward slashes, sorted."""
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*")
-                  if path.is_symlink() or not path.is_dir())
+    return sorted(
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
 
 
 def sha256(path: Path) -> str:

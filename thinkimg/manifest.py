@@ -33,15 +33,29 @@ def canonical(value: Any) -> str:
         raise UserError(f"NaN and infinities have no fingerprint: {error}") from error
 
 
-def fingerprint(stage: str, stage_version: int, schema_version: int, config: Mapping, inputs: Mapping[str, str],
-                sources: Mapping[str, str] | None = None, packages: Mapping[str, str] | None = None) -> str:
+def fingerprint(
+    stage: str,
+    stage_version: int,
+    schema_version: int,
+    config: Mapping,
+    inputs: Mapping[str, str],
+    sources: Mapping[str, str] | None = None,
+    packages: Mapping[str, str] | None = None,
+) -> str:
     """64 hex digits (sha256) over all that defines a stage's output.
 
     config: the slice that the stage reads, as JSON; inputs: name -> content digest; sources: user function -> sha256
     of its source; packages: name -> version. Where things run is no part of it.
     """
-    body = {"stage": stage, "stage_version": stage_version, "schema_version": schema_version, "config": dict(config),
-            "inputs": dict(inputs), "sources": dict(sources or {}), "packages": dict(packages or {})}
+    body = {
+        "stage": stage,
+        "stage_version": stage_version,
+        "schema_version": schema_version,
+        "config": dict(config),
+        "inputs": dict(inputs),
+        "sources": dict(sources or {}),
+        "packages": dict(packages or {}),
+    }
     return hashlib.sha256(canonical(body).encode()).hexdigest()
 
 
@@ -53,8 +67,9 @@ def content_digest(entries: Iterable[Mapping]) -> str:
 
 def directory_digest(directory: Path) -> str:
     """The content digest of a directory that is no artifact, such as a base model's; read once per process."""
-    return content_digest([file_entry(directory, name, files.sha256_once(directory / name))
-                           for name in files.files_under(directory)])
+    return content_digest(
+        [file_entry(directory, name, files.sha256_once(directory / name)) for name in files.files_under(directory)]
+    )
 
 
 @dataclass(frozen=True)
@@ -85,8 +100,9 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         digests = {name: reference.digest for name, reference in self.inputs.items()}
-        return fingerprint(self.stage, self.stage_version, self.schema_version, self.config, digests, self.sources,
-                           self.packages)
+        return fingerprint(
+            self.stage, self.stage_version, self.schema_version, self.config, digests, self.sources, self.packages
+        )
 
 
 @dataclass(frozen=True)
@@ -183,8 +199,11 @@ class Artifact:
                     yield from file.iter_batches(rows, row_groups=[group], columns=columns)
 
     def _entries(self, name: str) -> list[dict[str, Any]]:
-        inside = [self.files[name]] if name in self.files else [
-            entry for entry in self.files.values() if entry["name"].startswith(f"{name}/")]
+        inside = (
+            [self.files[name]]
+            if name in self.files
+            else [entry for entry in self.files.values() if entry["name"].startswith(f"{name}/")]
+        )
         if not inside:
             raise UserError(f"{self.reference} has no file {name!r}", hint=f"it has {', '.join(self.files)}")
         return inside
@@ -213,8 +232,12 @@ def git_revision() -> str | None:
 
 def host_facts() -> dict[str, Any]:
     """hostname, usable cpus, python and platform of this process."""
-    return {"hostname": socket.gethostname(), "cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-            "platform": platform.platform()}
+    return {
+        "hostname": socket.gethostname(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
 
 
 def file_entry(directory: Path, name: str, sha256: str) -> dict[str, Any]:

@@ -31,10 +31,19 @@ def final(record: tracking.LoopRecord, policy: Artifact, config: Config) -> None
 def table(record: tracking.LoopRecord) -> Table:
     """Per iteration: every reward component, tool rate, held-out accuracy with its 95 % interval, seconds per stage."""
     rows = [(iteration.step, iteration.metrics) for iteration in record.iterations]
-    rewards = sorted({name for _, found in rows for name in found if name.startswith("reward/") and name.count("/") == 1})
+    rewards = sorted(
+        {name for _, found in rows for name in found if name.startswith("reward/") and name.count("/") == 1}
+    )
     stages = [name for name in STAGES if any(f"time/{name}_s" in found for _, found in rows)]
     shown = Table(title=record.name, caption="Seconds per stage on the right; iteration 0 is before training.")
-    headings = ["iteration", *(name.removeprefix("reward/") for name in rewards), "tool rate", "accuracy", "95 %", "avg@k"]
+    headings = [
+        "iteration",
+        *(name.removeprefix("reward/") for name in rewards),
+        "tool rate",
+        "accuracy",
+        "95 %",
+        "avg@k",
+    ]
     for heading in [*headings, *stages]:
         shown.add_column(heading, justify="right", no_wrap=True)
     for number, found in rows:

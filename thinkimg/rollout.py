@@ -177,7 +177,9 @@ class Players:
             for sample, index, key in jobs:
                 if sample.sample_id not in seen:
                     seen.clear()
-                    seen[sample.sample_id] = [picture(self.images.decoded(sha), self.config.images) for sha in sample.images]
+                    seen[sample.sample_id] = [
+                        picture(self.images.decoded(sha), self.config.images) for sha in sample.images
+                    ]
                 group = identity(self.policy.digest, sample.sample_id)
                 episode = Episode(
                     sample, seen[sample.sample_id], self.config.conversation, self.config.images, self.codec,

@@ -21,12 +21,15 @@ THOUGHTS = {
 
 
 def script(sample: Sample, protocol: Protocol, flaws: "Flaws", rng: "Generator", *, tools: bool) -> list[str]:
-    """The model's turns, one text each: the right calls and answer, or one of the flaws, or (without tools) a guess.
+    """The model's turns, one text each: the right calls and answer, or one of the flaws.
 
-    A flawed demonstration ends with a random choice: nothing that it saw tells the answer.
+    A flawed demonstration ends with a random choice: nothing that it saw tells the answer. Without tools the right answer
+    is given at once, so that the policy learns whatever can be read without them.
     """
+    if not tools:
+        return [protocol.render_turn("I look.", Answer(sample.answer))]
     luck = rng.uniform()
-    if not tools or luck < flaws.guess:
+    if luck < flaws.guess:
         return [protocol.render_turn("I guess.", Answer(str(rng.choice(sample.choices))))]
     calls = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
     answer = sample.answer
@@ -86,5 +89,7 @@ def holds(crop: dict, target: list[int]) -> bool:
     left, top = crop["x"] * SCALE, crop["y"] * SCALE
     right, bottom = left + crop["width"] * SCALE, top + crop["height"] * SCALE
     x, y, width, height = target
-    inside = left <= x + width / 4 and top <= y + height / 4 and right >= x + width * 3 / 4 and bottom >= y + height * 3 / 4
+    inside = (
+        left <= x + width / 4 and top <= y + height / 4 and right >= x + width * 3 / 4 and bottom >= y + height * 3 / 4
+    )
     return inside and max(right - left, bottom - top) <= SIZE // SCALE * 4 / 3

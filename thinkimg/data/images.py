@@ -141,5 +141,7 @@ def load_samples(artifact: Artifact, split: str | None = None) -> list[Sample]:
     rows = (row for batch in artifact.batches("samples") for row in batch.to_pylist())
     samples = [schemas.from_row(Sample, row) for row in rows if split in (None, row["split"])]
     if not samples:
-        raise UserError(f"{artifact.reference} has no samples in the split {split}.", hint="The splits are train and held_out.")
+        raise UserError(
+            f"{artifact.reference} has no samples in the split {split}.", hint="The splits are train and held_out."
+        )
     return samples

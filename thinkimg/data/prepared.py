@@ -115,11 +115,15 @@ def survey(source: Source, data: "DataConfig", limits: ImageLimits, pool: Execut
         samples.append(_sample(row, hashes, source.name))
         groups.append(row.group)
     _check_refused(refused, len(samples), data.max_refused, source.name)
-    by_group = [group for group in groups if group is not None] or split.components([sample.images for sample in samples])
+    by_group = [group for group in groups if group is not None] or split.components(
+        [sample.images for sample in samples]
+    )
     assert len(by_group) == len(samples), "a source maps a group to all of its rows or to none"
     out = split.held_out(by_group, data.held_out_share, data.seed)
-    samples = [replace(sample, split=split.HELD_OUT if group in out else split.TRAIN)
-               for sample, group in zip(samples, by_group, strict=True)]
+    samples = [
+        replace(sample, split=split.HELD_OUT if group in out else split.TRAIN)
+        for sample, group in zip(samples, by_group, strict=True)
+    ]
     chosen: set[str] = set()
     for place, count in ((split.TRAIN, data.train), (split.HELD_OUT, data.held_out)):
         ids = [sample.sample_id for sample in samples if sample.split == place]
@@ -162,7 +166,9 @@ def _stored(row: RawRow, sample: Sample, limits: ImageLimits) -> Prepared:
                 raise RowRefused(Reason.IMAGE, "an image is another one than before")
             images.append((sha256, storable(data, image), image.width, image.height))
     except (RowRefused, ImageRefused) as refused:
-        raise UserError(f"{row.where} changed while it was read: {refused.detail}.", hint="Run the stage again.") from refused
+        raise UserError(
+            f"{row.where} changed while it was read: {refused.detail}.", hint="Run the stage again."
+        ) from refused
     return Prepared(sample, tuple(images))
 
 
@@ -174,5 +180,7 @@ def _check_refused(refused: list[Refused], accepted: int, allowed: float, source
         return
     shown = "; ".join(f"{row.where}: {row.detail} ({row.reason})" for row in refused[:SHOWN])
     more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
-    raise UserError(f"{len(refused)} of {rows} rows are refused, more than data.max_refused ({allowed:g}) allows: {shown}{more}.",
-                    hint="Correct them, or raise data.max_refused.")
+    raise UserError(
+        f"{len(refused)} of {rows} rows are refused, more than data.max_refused ({allowed:g}) allows: {shown}{more}.",
+        hint="Correct them, or raise data.max_refused.",
+    )

@@ -22,8 +22,10 @@ def held_out(groups: Iterable[str], share: float, seed: int) -> set[str]:
     """The groups that are held out: the share of them, at least one, and not all. UserError for fewer than two groups."""
     order = ranked(groups, seed, "held out")
     if len(order) < 2:
-        raise UserError("All samples share one group, so nothing can be held out from training.",
-                        hint="Bring more pictures, or map data.columns.group to a column that tells them apart.")
+        raise UserError(
+            "All samples share one group, so nothing can be held out from training.",
+            hint="Bring more pictures, or map data.columns.group to a column that tells them apart.",
+        )
     return set(order[: min(max(round(share * len(order)), 1), len(order) - 1)])
 
 

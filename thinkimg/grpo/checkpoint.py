@@ -48,11 +48,14 @@ class Base:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(self.name, revision=self.revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+            return Path(
+                snapshot_download(self.name, revision=self.revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"])
+            )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
             raise UserError(
-                f"The base model {self.name} can't be loaded: {detail}", hint="Is it a Hub id, and is the Hub reachable?"
+                f"The base model {self.name} can't be loaded: {detail}",
+                hint="Is it a Hub id, and is the Hub reachable?",
             ) from error
 
 
@@ -150,7 +153,9 @@ def load(directory: Path | str, config: ModelConfig, device: torch.device | str,
         from peft import PeftModel
 
         inner = load_model(base.locate(), config, device)
-        model = PeftModel.from_pretrained(inner, str(directory / "adapter"), is_trainable=True, torch_device=str(device))
+        model = PeftModel.from_pretrained(
+            inner, str(directory / "adapter"), is_trainable=True, torch_device=str(device)
+        )
         source = directory / "adapter"
     else:
         source = directory / "model"

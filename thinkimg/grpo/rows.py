@@ -85,7 +85,9 @@ def read_row(trajectory: Trajectory, image_token: int, advantage: float) -> Row:
 class Patches:
     """Image hash -> patches as the vision tower takes them, made once while they fit and checked against hash and grid."""
 
-    def __init__(self, tables: Iterable[Path | str], *, min_pixels: int, max_pixels: int, cache_bytes: int = CACHE_BYTES):
+    def __init__(
+        self, tables: Iterable[Path | str], *, min_pixels: int, max_pixels: int, cache_bytes: int = CACHE_BYTES
+    ):
         """tables: artifacts with an `images` table. The limits are those under which the engine saw the images."""
         self._images = ImageTable([Artifact.open(Path(table)) for table in tables], PIXEL_CACHE_BYTES)
         self._limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -135,7 +137,9 @@ class Patches:
             hint = "Does the data set belong to the rollouts?"
             raise UserError(f"The image {key} is in none of the image tables.", hint=hint) from None
         if (found := pixel_hash(image)) != key:
-            raise UserError(f"The pixels stored as {key[:16]}… have the hash {found[:16]}….", hint="See `thinkimg verify`.")
+            raise UserError(
+                f"The pixels stored as {key[:16]}… have the hash {found[:16]}….", hint="See `thinkimg verify`."
+            )
         seen = view(image, **self._limits)
         if grid(*seen.size) != patch_grid:
             raise UserError(

@@ -60,7 +60,9 @@ class TrainJob:
             self.pixels.close()
         if self.ranks.rank == 0:
             checkpoint.save(self.policy, self.job["output"], learning_rate=steps[-1]["lr"], seed=self.job["seed"])
-        means = {name: float(np.mean([step[name] for step in steps if name in step])) for name in steps[0] if name != "step"}
+        means = {
+            name: float(np.mean([step[name] for step in steps if name in step])) for name in steps[0] if name != "step"
+        }
         means |= checks | {"peak_memory_mb": peak_memory_mb(self.policy.device), "prepare_seconds": prepared_s}
         return {"metrics": means | {"write_seconds": clock.lap()}, "steps": steps, "updates": self.policy.updates}
 
@@ -81,7 +83,9 @@ class TrainJob:
     def _scorer(self, policy: Policy, *, frozen: bool = False) -> Scorer:
         talk = self.job["conversation"]
         features = None if self.train_vision and not frozen else {}
-        return Scorer(policy.model, self.pixels, temperature=talk["temperature"], banned=talk["banned"], features=features)
+        return Scorer(
+            policy.model, self.pixels, temperature=talk["temperature"], banned=talk["banned"], features=features
+        )
 
     def _score(self, indices: Sequence[int], *, entropy: bool = False) -> tuple[dict, dict]:
         """Row index -> log-probabilities, and entropies if asked for."""
@@ -151,7 +155,13 @@ class TrainJob:
             norm = stepper.step(rate)
             self.policy.updates += 1
             tokens = sum(len(self.rows[i].conversation.tokens) for i in batch)
-            values = totals | {"grad_norm": norm, "lr": rate, "rows": len(batch), "tokens": tokens, "seconds": clock.lap()}
+            values = totals | {
+                "grad_norm": norm,
+                "lr": rate,
+                "rows": len(batch),
+                "tokens": tokens,
+                "seconds": clock.lap(),
+            }
             steps.append({"step": number + 1, **values})
             progress(steps[-1] | {"steps": len(self.batches)})
         stepper.release()

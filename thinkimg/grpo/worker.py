@@ -92,7 +92,9 @@ class Trainer:
         name = f"{self._count:06}"
         files.write(spool / f"{name}.job.json", json.dumps(job))
         try:
-            result = self._wait(spool / f"{name}.result.json", spool / f"{name}.progress.jsonl", progress or (lambda _: None))
+            result = self._wait(
+                spool / f"{name}.result.json", spool / f"{name}.progress.jsonl", progress or (lambda _: None)
+            )
         except BaseException:
             self.release()  # dead, or in the middle of a job that nobody waits for any more
             raise
@@ -152,8 +154,25 @@ def launch_command(config: "TrainerConfig", *, gpus: int) -> list[str]:
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.accelerate_config, *module]
     if config.processes > 1 and not gpus:
         port = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(config.processes), *port, *module]
-    count = ["--num_machines", "1", "--num_processes", str(config.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(config.processes),
+            *port,
+            *module,
+        ]
+    count = [
+        "--num_machines",
+        "1",
+        "--num_processes",
+        str(config.processes),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     where = ["--multi_gpu", "--main_process_port", str(free_port())] if config.processes > 1 else []
     return [sys.executable, "-m", "accelerate.commands.launch", *count, *where, *([] if gpus else ["--cpu"]), *module]
 
@@ -178,7 +197,9 @@ class Worker:
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        assert self.accelerator.num_processes == processes, f"{self.accelerator.num_processes} processes, not {processes}"
+        assert self.accelerator.num_processes == processes, (
+            f"{self.accelerator.num_processes} processes, not {processes}"
+        )
         self.spool, self.ranks = spool, Ranks(self.accelerator.process_index, processes)
         self.policy: Policy | None = None
         self.held: list[tuple] | None = None

@@ -59,10 +59,14 @@ def evaluate(
             asyncio.run(fill(work, config, dataset, policy, crew, samples, blind, progress))
 
     where = config.where.model_dump(mode="json")
-    return store.build(KIND, recipe(config, dataset, policy, samples, blind), produce, seed=config.seed, where=where, force=force)
+    return store.build(
+        KIND, recipe(config, dataset, policy, samples, blind), produce, seed=config.seed, where=where, force=force
+    )
 
 
-async def fill(work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, count: int, blind: bool, progress):
+async def fill(
+    work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, count: int, blind: bool, progress
+):
     import pyarrow as pa
 
     samples = load_samples(dataset, "held_out")[:count]
@@ -76,12 +80,19 @@ async def fill(work: Work, config: Config, dataset: Artifact, policy: Artifact, 
     async with Players(config, dataset, policy, crew) as players:
         for jobs, temperature in ((greedy, 0.0), (sampled, config.evaluate.temperature)):
             done = len(found)
-            async for key, episode in players.play(jobs, Play(temperature, blind=blind), lambda n, d=done: progress(d + n, total)):
+            async for key, episode in players.play(
+                jobs, Play(temperature, blind=blind), lambda n, d=done: progress(d + n, total)
+            ):
                 found[key] = episode.trajectory()
     rows = [found[n, i] for n in range(len(samples)) for i in indices]
     if not work.has("trajectories.parquet"):
         work.table("trajectories.parquet", pa.Table.from_pylist([to_row(row) for row in rows], schemas.trajectories()))
-    batch = Batch(trajectories=rows, samples={sample.sample_id: sample for sample in samples}, config=config.rewards, images=ImageTable([dataset]))
+    batch = Batch(
+        trajectories=rows,
+        samples={sample.sample_id: sample for sample in samples},
+        config=config.rewards,
+        images=ImageTable([dataset]),
+    )
     values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(indices))
     work.metrics |= report(samples, np.array(rows, dtype=object).reshape(values.shape), values)
 
@@ -116,7 +127,9 @@ def figures(samples: list[Sample], rows: np.ndarray, values: np.ndarray) -> dict
         found["avg_at_k"] = float(means.mean())
         found["avg_at_k_low"], found["avg_at_k_high"] = bootstrap(means)
     if all("solution" in sample.metadata for sample in samples):
-        called = np.array([right_calls(sample, calls(row)) for sample, row in zip(samples, rows[:, GREEDY], strict=True)])
+        called = np.array(
+            [right_calls(sample, calls(row)) for sample, row in zip(samples, rows[:, GREEDY], strict=True)]
+        )
         found["right_arguments"] = float(called.mean())
         found["right_reading"] = float(right[called].mean()) if called.any() else None
     return found

@@ -36,9 +36,13 @@ def recipe(config: Config, source: Source | None) -> Recipe:
         settings: dict[str, Any] = {"data": data.model_dump(mode="json", include=PUZZLE_FIELDS)}
         return Recipe(STAGE, VERSION, SCHEMA_VERSION, settings, packages=packages)
     others = {"puzzles", "path"} | (set() if data.source == "hub" else HUB_FIELDS)
-    settings = {"data": data.model_dump(mode="json", exclude=others) | {"name": source.name},
-                "images": config.images.model_dump(mode="json", include={"max_bytes", "max_decoded_pixels"})}
-    return Recipe(STAGE, VERSION, SCHEMA_VERSION, settings, {"source": Reference("source", source.digest)}, packages=packages)
+    settings = {
+        "data": data.model_dump(mode="json", exclude=others) | {"name": source.name},
+        "images": config.images.model_dump(mode="json", include={"max_bytes", "max_decoded_pixels"}),
+    }
+    return Recipe(
+        STAGE, VERSION, SCHEMA_VERSION, settings, {"source": Reference("source", source.digest)}, packages=packages
+    )
 
 
 def limits_of(config: Config) -> ImageLimits:
@@ -69,8 +73,14 @@ def prepare(
     return store.build(KIND, recipe(config, source), produce, seed=config.data.seed, where=where, force=force)
 
 
-def make(work: Work, config: Config, source: Source | None, limits: ImageLimits, pool: Executor,
-         progress: Callable[[int, int], None]) -> None:
+def make(
+    work: Work,
+    config: Config,
+    source: Source | None,
+    limits: ImageLimits,
+    pool: Executor,
+    progress: Callable[[int, int], None],
+) -> None:
     window = 2 * config.where.workers
     if source is None:
         surveyed, jobs, total = None, puzzle_jobs(config.data), config.data.train + config.data.held_out
@@ -88,8 +98,12 @@ def make(work: Work, config: Config, source: Source | None, limits: ImageLimits,
     summary = summarise(work, chunks, surveyed, len(stored))
     if not work.has("summary.json"):
         work.json("summary.json", summary)
-    work.metrics |= {"train": summary["splits"].get("train", 0), "held_out": summary["splits"].get("held_out", 0),
-                     "images": summary["images"], "refused": sum(summary["refused"].values())}
+    work.metrics |= {
+        "train": summary["splits"].get("train", 0),
+        "held_out": summary["splits"].get("held_out", 0),
+        "images": summary["images"],
+        "refused": sum(summary["refused"].values()),
+    }
 
 
 def write_chunk(work: Work, number: int, jobs: Iterator[Job], stored: set[str], pool: Executor, window: int) -> None:
@@ -129,12 +143,18 @@ def summarise(work: Work, chunks: int, surveyed: Surveyed | None, images: int) -
     kinds: dict[str, Counter[str]] = {}
     for number in range(chunks):
         path = work.path(f"samples-{number:05}.parquet")
-        for place, source, metadata in zip(*(_column(path, name) for name in ("split", "source", "metadata")), strict=True):
+        for place, source, metadata in zip(
+            *(_column(path, name) for name in ("split", "source", "metadata")), strict=True
+        ):
             splits[place] += 1
             kind = source if surveyed else json.loads(metadata)["family"]
             kinds.setdefault(place, Counter())[kind] += 1
-    summary: dict[str, Any] = {"splits": splits, "families" if surveyed is None else "sources": kinds, "images": images,
-                               "refused": Counter(str(row.reason) for row in surveyed.refused) if surveyed else {}}
+    summary: dict[str, Any] = {
+        "splits": splits,
+        "families" if surveyed is None else "sources": kinds,
+        "images": images,
+        "refused": Counter(str(row.reason) for row in surveyed.refused) if surveyed else {},
+    }
     if surveyed:
         summary |= {"accepted": surveyed.accepted, "groups": surveyed.groups}
     return summary

@@ -53,7 +53,9 @@ def rollout(
             asyncio.run(fill(work, config, dataset, policy, crew, iteration, progress))
 
     where = config.where.model_dump(mode="json")
-    return store.build(KIND, recipe(config, dataset, policy, iteration), produce, seed=config.seed, where=where, force=force)
+    return store.build(
+        KIND, recipe(config, dataset, policy, iteration), produce, seed=config.seed, where=where, force=force
+    )
 
 
 def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
@@ -69,7 +71,9 @@ def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[S
     return drawn
 
 
-async def fill(work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, iteration: int, progress):
+async def fill(
+    work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, iteration: int, progress
+):
     """Play what is missing and close part after part; a part holds whole groups, in the order of the samples."""
     samples = draw(load_samples(dataset, "train"), config.rollout.samples, iteration, config.seed)
     size = -(-len(samples) // PARTS)

@@ -109,7 +109,9 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
         "seed": config.seed,
     }
     with work.part("policy") as output:
-        done = crew.trainer.submit(job | {"output": str(output.resolve())}, progress=lambda line: progress(line["step"], line["steps"]))
+        done = crew.trainer.submit(
+            job | {"output": str(output.resolve())}, progress=lambda line: progress(line["step"], line["steps"])
+        )
     valid = ~np.isin(stops, EXCLUDED)
     work.metrics |= done["metrics"] | {
         "reward/total": float(totals[valid].mean()) if valid.any() else None,

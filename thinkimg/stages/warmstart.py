@@ -74,7 +74,9 @@ def has_script(config: Config) -> bool:
 
 def base_inputs(config: Config) -> dict[str, Reference]:
     if config.warmstart.checkpoint is not None:
-        return {"checkpoint": Reference("checkpoint", directory_digest(checkpoint_directory(config.warmstart.checkpoint)))}
+        return {
+            "checkpoint": Reference("checkpoint", directory_digest(checkpoint_directory(config.warmstart.checkpoint)))
+        }
     return {} if config.model.tiny else {"base": base_reference(config)}
 
 
@@ -87,7 +89,9 @@ def demonstrations_digest(path: str) -> str:
 def checkpoint_directory(path: str) -> Path:
     directory = Path(path)
     if not (directory / "config.json").is_file():
-        raise UserError(f"there is no checkpoint in {path}", hint="name a directory with config.json and model.safetensors")
+        raise UserError(
+            f"there is no checkpoint in {path}", hint="name a directory with config.json and model.safetensors"
+        )
     return directory
 
 
@@ -121,14 +125,19 @@ def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifac
         "kind": "warmstart",
         "base": base_entry(config) | {"directory": str(base.directory.resolve())},
         "model": config.model.model_dump(mode="json"),
-        "warmstart": config.warmstart.model_dump(mode="json") | {"steps": config.warmstart.steps if demonstrations else 0},
+        "warmstart": config.warmstart.model_dump(mode="json")
+        | {"steps": config.warmstart.steps if demonstrations else 0},
         "rollouts": demonstrations and str(demonstrations.directory.resolve()),
         "images": {
             "tables": [str(artifact.directory.resolve()) for artifact in (dataset, demonstrations) if artifact],
             **view_limits(config),
         },
         "token_budget": config.train.token_budget,
-        "conversation": {"temperature": 1.0, "banned": list(codec.banned), "max_tokens": config.conversation.max_tokens},
+        "conversation": {
+            "temperature": 1.0,
+            "banned": list(codec.banned),
+            "max_tokens": config.conversation.max_tokens,
+        },
         "seed": config.seed,
     }
     with work.part("policy") as output:

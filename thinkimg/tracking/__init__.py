@@ -12,5 +12,20 @@ from thinkimg.tracking.projection import input_digest
 from thinkimg.tracking.records import IterationRecord, LoopRecord, headline, load_record, loop_id, records, save_record
 from thinkimg.tracking.traces import log_traces
 
-__all__ = ["IterationRecord", "LoopRecord", "LoopTracker", "SyncReport", "headline", "input_digest", "load_record",
-           "log_stage", "log_traces", "loop_id", "open_loop", "records", "save_record", "sync", "ui_command"]
+__all__ = [
+    "IterationRecord",
+    "LoopRecord",
+    "LoopTracker",
+    "SyncReport",
+    "headline",
+    "input_digest",
+    "load_record",
+    "log_stage",
+    "log_traces",
+    "loop_id",
+    "open_loop",
+    "records",
+    "save_record",
+    "sync",
+    "ui_command",
+]

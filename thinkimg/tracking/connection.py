@@ -26,6 +26,7 @@ def load_mlflow() -> ModuleType:
     """mlflow, imported with telemetry off, and with limits under which an outage does not hold up training for long."""
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # so that a trace is there when `log_traces` returns
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every stage
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 retries back off for four minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
@@ -75,8 +76,10 @@ class Connection:
             raise
         except Exception as error:  # every store and driver has errors of its own
             reason = first_line(error).replace(self.uri, without_password(self.uri))
-            raise UserError(f"MLflow can't be used at {without_password(self.uri)}: {reason}",
-                            hint="set where.tracking.uri, or where.tracking.enabled=false and sync later") from error
+            raise UserError(
+                f"MLflow can't be used at {without_password(self.uri)}: {reason}",
+                hint="set where.tracking.uri, or where.tracking.enabled=false and sync later",
+            ) from error
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -90,8 +93,10 @@ class Connection:
             location = None if self.served else str(artifact_root(self.root) / name)
             return self.client.create_experiment(name, location)
         if experiment.lifecycle_stage != "active":
-            raise UserError(f"the MLflow experiment {name} at {without_password(self.uri)} has been deleted",
-                            hint=f"restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}")
+            raise UserError(
+                f"the MLflow experiment {name} at {without_password(self.uri)} has been deleted",
+                hint=f"restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
+            )
         return experiment.experiment_id
 
     def find_run(self, experiment: str, tag: str, value: str) -> "Run | None":

@@ -33,8 +33,12 @@ class LoopTracker:
         self._warned: set[str] = set()
         self._traced: set[int] = set()
 
-    def log_iteration(self, step: int, metrics: Mapping[str, float | None] | None = None,
-                      artifacts: Mapping[str, Artifact | Reference] | None = None) -> None:
+    def log_iteration(
+        self,
+        step: int,
+        metrics: Mapping[str, float | None] | None = None,
+        artifacts: Mapping[str, Artifact | Reference] | None = None,
+    ) -> None:
         """Add to a step, as often as there is something new; 0 is before training.
 
         artifacts: stage -> what it made or reused; an Artifact brings its headline metrics (see `records.headline`).
@@ -101,14 +105,19 @@ class LoopTracker:
             yield
         except Exception as error:  # whatever a database, a network or a driver raises must not stop training
             self._run = None  # look up what has arrived when it answers again
-            log.log(logging.DEBUG if what in self._warned else logging.WARNING,
-                    "MLflow did not take %s (%s: %s); `thinkimg track sync` adds what is missing", what,
-                    type(error).__name__, first_line(error))
+            log.log(
+                logging.DEBUG if what in self._warned else logging.WARNING,
+                "MLflow did not take %s (%s: %s); `thinkimg track sync` adds what is missing",
+                what,
+                type(error).__name__,
+                first_line(error),
+            )
             self._warned.add(what)
 
 
-def open_loop(config: Config, store: Store, record: LoopRecord | None = None, *,
-              name: str | None = None) -> LoopTracker:
+def open_loop(
+    config: Config, store: Store, record: LoopRecord | None = None, *, name: str | None = None
+) -> LoopTracker:
     """The tracker of a loop, new or continued: the same config but for `iterations` and `where` is the same loop.
 
     record: the loop's story so far, read from the store if None. Raises UserError if MLflow is unusable.
@@ -136,8 +145,11 @@ def system_prompt(config: Config) -> str:
     from thinkimg.chat.episode import default_system, offered_tools
 
     conversation = config.conversation
-    return default_system(conversation.protocol, offered_tools(conversation.tools)) if conversation.system is None \
+    return (
+        default_system(conversation.protocol, offered_tools(conversation.tools))
+        if conversation.system is None
         else conversation.system
+    )
 
 
 def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> None:
@@ -161,9 +173,19 @@ def log_missing_traces(connection: Connection, store: Store, record: LoopRecord,
         done.add(step)  # even if it fails: a damaged artifact would be read again with every call
         if sum(key.startswith(trace_key(run_id, step, "")) for key in known) < count:
             found = stored(store, record, step)
-            added += log_traces(connection, run_id, step, found.trajectories, found.images, found.scores, found.samples,
-                                count=count, system=record.system, reasons=found.reasons,
-                                known=known)
+            added += log_traces(
+                connection,
+                run_id,
+                step,
+                found.trajectories,
+                found.images,
+                found.scores,
+                found.samples,
+                count=count,
+                system=record.system,
+                reasons=found.reasons,
+                known=known,
+            )
     return added
 
 
@@ -189,8 +211,11 @@ def sync(store: Store, tracking: TrackingConfig | None = None) -> SyncReport:
     been added stays.
     """
     connection, report = Connection(store.root, tracking or TrackingConfig()), SyncReport()
-    have = {run.data.tags.get("thinkimg.artifact") for run in connection.all_runs(connection.stages)
-            if run.info.status == "FINISHED"}
+    have = {
+        run.data.tags.get("thinkimg.artifact")
+        for run in connection.all_runs(connection.stages)
+        if run.info.status == "FINISHED"
+    }
     for artifact in store.list():
         if str(artifact.reference) not in have:
             with connection.alone():
@@ -211,6 +236,20 @@ def ui_command(config: Config) -> str:
     uri = uri_of(root, tracking)
     if uri.startswith(("http:", "https:")):
         return shlex.join([sys.executable, "-m", "webbrowser", uri])
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", "5000", "--workers", "1",
-               "--backend-store-uri", uri, "--default-artifact-root", str(artifact_root(root))]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "5000",
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        uri,
+        "--default-artifact-root",
+        str(artifact_root(root)),
+    ]
     return f"MLFLOW_DISABLE_TELEMETRY=true {shlex.join(command)}"

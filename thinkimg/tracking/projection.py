@@ -57,7 +57,7 @@ def loop_tags(record: LoopRecord) -> dict[str, str]:
         "mlflow.source.name": "thinkimg",
         "mlflow.source.git.commit": record.git,
         "mlflow.note.content": f"Reward mix: {readable_mix(config['mix'])}. Step 0 is before training. "
-                               "`reward/total` is not comparable between mixes; single components and `eval/*` are.",
+        "`reward/total` is not comparable between mixes; single components and `eval/*` are.",
     }
     return {name: value for name, value in tags.items() if value is not None}
 
@@ -109,8 +109,12 @@ def missing_points(record: LoopRecord, points: Points) -> "list[Metric]":
     """Points of the record that MLflow lacks; a value that has been corrected since is a point beside the old one."""
     from mlflow.entities import Metric
 
-    return [Metric(key, value, milliseconds(iteration.time), iteration.step) for iteration in record.iterations
-            for key, value in iteration.metrics.items() if (iteration.step, value) not in points.get(key, ())]
+    return [
+        Metric(key, value, milliseconds(iteration.time), iteration.step)
+        for iteration in record.iterations
+        for key, value in iteration.metrics.items()
+        if (iteration.step, value) not in points.get(key, ())
+    ]
 
 
 def log_points(connection: Connection, run_id: str, points: "list[Metric]") -> None:
@@ -151,8 +155,11 @@ def add_inputs(connection: Connection, run: "Run", inputs: Mapping[str, Any]) ->
 
 def log_files(connection: Connection, run: "Run", record: LoopRecord) -> None:
     """config.json, which artifacts each step used, and the loop's tables; written again only if something changed."""
-    artifacts = [{"step": iteration.step, "stage": stage, "artifact": str(reference), "digest": reference.digest}
-                 for iteration in record.iterations for stage, reference in iteration.artifacts.items()]
+    artifacts = [
+        {"step": iteration.step, "stage": stage, "artifact": str(reference), "digest": reference.digest}
+        for iteration in record.iterations
+        for stage, reference in iteration.artifacts.items()
+    ]
     tables = {"artifacts": artifacts, **record.tables}
     digest = hashlib.sha256(canonical([record.config, tables]).encode()).hexdigest()[:16]
     if run.data.tags.get("thinkimg.files") == digest:
@@ -176,17 +183,32 @@ def project_stage(connection: Connection, artifact: Artifact) -> bool:
     run = connection.find_run(connection.stages, "thinkimg.artifact", name)
     if run and run.info.status == "FINISHED":  # the last thing that is logged
         return False
-    tags = {"thinkimg.artifact": name, "thinkimg.digest": artifact.digest, "kind": artifact.kind,
-            "stage": manifest["recipe"]["stage"], "attempt": artifact.attempt, "seed": json.dumps(manifest["seed"]),
-            "git": manifest["git"] or "", "host": manifest["host"]["hostname"], "mlflow.source.name": "thinkimg",
-            "mlflow.source.git.commit": manifest["git"] or ""}
+    tags = {
+        "thinkimg.artifact": name,
+        "thinkimg.digest": artifact.digest,
+        "kind": artifact.kind,
+        "stage": manifest["recipe"]["stage"],
+        "attempt": artifact.attempt,
+        "seed": json.dumps(manifest["seed"]),
+        "git": manifest["git"] or "",
+        "host": manifest["host"]["hostname"],
+        "mlflow.source.name": "thinkimg",
+        "mlflow.source.git.commit": manifest["git"] or "",
+    }
     if run is None:
-        run = client.create_run(connection.stages, milliseconds(manifest["started"]), tags,
-                                f"{manifest['recipe']['stage']} {artifact.short}")
+        run = client.create_run(
+            connection.stages,
+            milliseconds(manifest["started"]),
+            tags,
+            f"{manifest['recipe']['stage']} {artifact.short}",
+        )
     add_params(connection, run, manifest["recipe"]["config"])
     add_inputs(connection, run, {name: Reference(**entry) for name, entry in manifest["recipe"]["inputs"].items()})
-    log_points(connection, run.info.run_id, [Metric(key, value, end, 0) for key, value in headline(artifact).items()
-                                             if key not in run.data.metrics])
+    log_points(
+        connection,
+        run.info.run_id,
+        [Metric(key, value, end, 0) for key, value in headline(artifact).items() if key not in run.data.metrics],
+    )
     client.set_terminated(run.info.run_id, "FINISHED", end)
     return True
 
@@ -201,8 +223,11 @@ def project_policies(connection: Connection, store: Store, record: LoopRecord, r
     from mlflow.exceptions import MlflowException
 
     client, name = connection.client, model_name(record)
-    policies = {reference.digest: (step, reference) for step, reference in reversed(record.references("policy"))
-                if reference.attempt and (store.root / str(reference)).is_dir()}
+    policies = {
+        reference.digest: (step, reference)
+        for step, reference in reversed(record.references("policy"))
+        if reference.attempt and (store.root / str(reference)).is_dir()
+    }
     if not policies:
         return 0
     try:
@@ -217,8 +242,14 @@ def project_policies(connection: Connection, store: Store, record: LoopRecord, r
         artifact = store.resolve(reference)
         # A server refuses paths of this disk, but takes any scheme that it does not know.
         source = f"thinkimg:/{reference}" if connection.served else str(artifact.directory.resolve())
-        tags = {"thinkimg.digest": digest, "thinkimg.artifact": str(reference), "thinkimg.loop": record.loop_id,
-                "step": str(step), "mix": readable_mix(record.config["mix"]), "finished": artifact.manifest["finished"]}
+        tags = {
+            "thinkimg.digest": digest,
+            "thinkimg.artifact": str(reference),
+            "thinkimg.loop": record.loop_id,
+            "step": str(step),
+            "mix": readable_mix(record.config["mix"]),
+            "finished": artifact.manifest["finished"],
+        }
         client.create_model_version(name, source, run_id, tags)
     versions = client.search_model_versions(f"name = '{name}'")
     newest = max(versions, key=lambda version: (version.tags.get("finished", ""), int(version.version)))

@@ -19,8 +19,13 @@ from thinkimg.manifest import canonical, git_revision, now
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-SPACES = {"dataset": ("data",), "rollouts": ("rollout", "tool"), "scores": ("reward",),
-          "policy": ("train", "parity", "reward", "time"), "evaluation": ("eval",)}
+SPACES = {
+    "dataset": ("data",),
+    "rollouts": ("rollout", "tool"),
+    "scores": ("reward",),
+    "policy": ("train", "parity", "reward", "time"),
+    "evaluation": ("eval",),
+}
 """Kind -> what the keys of its metrics may begin with; the first is put before names that don't."""
 
 
@@ -66,11 +71,16 @@ class LoopRecord:
 
     def references(self, kind: str) -> list[tuple[int, Reference]]:
         """(step, reference) of every artifact of a kind, by step."""
-        return [(iteration.step, reference) for iteration in self.iterations
-                for reference in iteration.artifacts.values() if reference.kind == kind]
+        return [
+            (iteration.step, reference)
+            for iteration in self.iterations
+            for reference in iteration.artifacts.values()
+            if reference.kind == kind
+        ]
 
-    def add(self, step: int, artifacts: Mapping[str, Artifact | Reference],
-            metrics: Mapping[str, float | None]) -> None:
+    def add(
+        self, step: int, artifacts: Mapping[str, Artifact | Reference], metrics: Mapping[str, float | None]
+    ) -> None:
         """Add to a step: artifacts bring their headline metrics, `metrics` wins over them; no NaN, no None."""
         iteration = self.iteration(step)
         for stage, artifact in artifacts.items():
@@ -99,8 +109,11 @@ def resolved(config: Config, identity: bool = False) -> dict[str, Any]:
 def without_password(uri: str) -> str:
     """The URI as it may be shown."""
     parts = urlsplit(uri)
-    return uri if parts.password is None else parts._replace(
-        netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+    return (
+        uri
+        if parts.password is None
+        else parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+    )
 
 
 def headline(artifact: Artifact) -> dict[str, float]:
@@ -110,11 +123,14 @@ def headline(artifact: Artifact) -> dict[str, float]:
     `tool/rate` stays as it is (see SPACES), and of scores `tool` becomes `reward/tool`.
     """
     spaces = SPACES.get(artifact.kind, (artifact.kind,))
-    keys = {name: name if name.startswith(tuple(f"{space}/" for space in spaces)) else f"{spaces[0]}/{name}"
-            for name in artifact.metrics}
+    keys = {
+        name: name if name.startswith(tuple(f"{space}/" for space in spaces)) else f"{spaces[0]}/{name}"
+        for name in artifact.metrics
+    }
     seconds = (milliseconds(artifact.manifest["finished"]) - milliseconds(artifact.manifest["started"])) / 1000
     return {f"time/{artifact.manifest['recipe']['stage']}_s": seconds} | finite(
-        {keys[name]: value for name, value in artifact.metrics.items()})
+        {keys[name]: value for name, value in artifact.metrics.items()}
+    )
 
 
 def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
@@ -145,9 +161,12 @@ def load_record(store: Store, loop_id: str) -> LoopRecord | None:
         if tree.pop("format") != FORMAT:
             raise UserError(f"{path} was written by another version of thinkimg")
         tree["iterations"] = [
-            IterationRecord(**iteration | {"artifacts": {stage: Reference(**reference) for stage, reference
-                                                         in iteration["artifacts"].items()}})
-            for iteration in tree["iterations"]]
+            IterationRecord(
+                **iteration
+                | {"artifacts": {stage: Reference(**reference) for stage, reference in iteration["artifacts"].items()}}
+            )
+            for iteration in tree["iterations"]
+        ]
         return LoopRecord(**tree)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):

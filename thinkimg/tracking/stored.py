@@ -35,8 +35,10 @@ def sources(record: LoopRecord, step: int) -> list[Reference | None]:
 
 def has_traces(store: Store, record: LoopRecord, step: int) -> bool:
     """Whether the step has rollouts with scores, and the store (still) all that they refer to."""
-    return all(reference and reference.attempt and (store.root / str(reference) / MANIFEST).is_file()
-               for reference in sources(record, step))
+    return all(
+        reference and reference.attempt and (store.root / str(reference) / MANIFEST).is_file()
+        for reference in sources(record, step)
+    )
 
 
 def stored(store: Store, record: LoopRecord, step: int) -> Stored:
@@ -44,8 +46,12 @@ def stored(store: Store, record: LoopRecord, step: int) -> Stored:
     rollouts, scored, dataset = (store.resolve(reference) for reference in sources(record, step))
     trajectories = [from_row(Trajectory, row) for row in rollouts.table("trajectories").to_pylist()]
     wanted = {row.sample_id for row in trajectories}
-    samples = {row["sample_id"]: from_row(Sample, row) for batch in dataset.batches("samples")
-               for row in batch.to_pylist() if row["sample_id"] in wanted}
+    samples = {
+        row["sample_id"]: from_row(Sample, row)
+        for batch in dataset.batches("samples")
+        for row in batch.to_pylist()
+        if row["sample_id"] in wanted
+    }
     scores, reasons = read_scores(scored, record.config["mix"])
     return Stored(trajectories, image_reader(rollouts, dataset), scores, samples, reasons)
 
@@ -58,11 +64,15 @@ def read_scores(artifact: Artifact, mix: dict[str, float]) -> tuple[dict, dict]:
 
     rows = artifact.table("scores").to_pylist()
     components = [name for name, value in rows[0].items() if isinstance(value, dict)] if rows else []
-    values = {name: np.array([np.nan if row[name]["value"] is None else row[name]["value"] for row in rows])
-              for name in components}
+    values = {
+        name: np.array([np.nan if row[name]["value"] is None else row[name]["value"] for row in rows])
+        for name in components
+    }
     totals = mix_rewards(values, mix, np.array([row["group_id"] for row in rows])) if rows else []
-    scores = {row["trajectory_id"]: {"total": float(total)} | {name: row[name]["value"] for name in components}
-              for row, total in zip(rows, totals, strict=True)}
+    scores = {
+        row["trajectory_id"]: {"total": float(total)} | {name: row[name]["value"] for name in components}
+        for row, total in zip(rows, totals, strict=True)
+    }
     reasons = {(row["trajectory_id"], name): explain(row[name]) for row in rows for name in components}
     return scores, {key: text for key, text in reasons.items() if text}
 

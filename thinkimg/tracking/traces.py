@@ -30,6 +30,7 @@ def select(trajectories: Sequence[Trajectory], scores: Scores, count: int) -> li
 
     Equal input gives equal choices (random is by hash of the id), so that a later sync adds nothing else.
     """
+
     def draw(row: Trajectory) -> str:
         return hashlib.sha256(row.trajectory_id.encode()).hexdigest()
 
@@ -41,8 +42,11 @@ def select(trajectories: Sequence[Trajectory], scores: Scores, count: int) -> li
         return max(values) - min(values) if values else 0.0
 
     rows = sorted(trajectories, key=draw)
-    scored = [row for row in rows if row.stop != StopReason.FAILED
-              and scores.get(row.trajectory_id, {}).get("total") is not None]
+    scored = [
+        row
+        for row in rows
+        if row.stop != StopReason.FAILED and scores.get(row.trajectory_id, {}).get("total") is not None
+    ]
     chosen: dict[str, tuple[Trajectory, str]] = {}
     for why, order in (("best", lambda row: -total(row)), ("worst", total), ("disagreeing", lambda row: -spread(row))):
         left = [row for row in scored if row.trajectory_id not in chosen]
@@ -54,10 +58,20 @@ def select(trajectories: Sequence[Trajectory], scores: Scores, count: int) -> li
     return list(chosen.values())[:count]
 
 
-def log_traces(connection: Connection, run_id: str, step: int, trajectories: Sequence[Trajectory],
-               images: Callable[[str], "Image"], scores: Scores, samples: Mapping[str, Sample], *, count: int,
-               system: str | None = None, reasons: Mapping[tuple[str, str], str] | None = None,
-               known: Collection[str] | None = None) -> int:
+def log_traces(
+    connection: Connection,
+    run_id: str,
+    step: int,
+    trajectories: Sequence[Trajectory],
+    images: Callable[[str], "Image"],
+    scores: Scores,
+    samples: Mapping[str, Sample],
+    *,
+    count: int,
+    system: str | None = None,
+    reasons: Mapping[tuple[str, str], str] | None = None,
+    known: Collection[str] | None = None,
+) -> int:
     """Log `count` of the trajectories of one step under a run; returns how many were missing.
 
     images: pixel hash -> RGB image, called for chosen trajectories only. samples: by id. system: the system prompt.
@@ -65,13 +79,29 @@ def log_traces(connection: Connection, run_id: str, step: int, trajectories: Seq
     they have been looked up. Raises RuntimeError if traces did not arrive, which MLflow itself only logs.
     """
     known = trace_keys(connection, run_id) if known is None else known
-    chosen = {trace_key(run_id, step, row.trajectory_id): (row, why)
-              for row, why in select(trajectories, scores, count)}
+    chosen = {
+        trace_key(run_id, step, row.trajectory_id): (row, why) for row, why in select(trajectories, scores, count)
+    }
     missing = {key: entry for key, entry in chosen.items() if key not in known}
     for key, (row, why) in missing.items():
-        log_trace(connection, run_id, {KEY: key, "step": str(step), "why": why, "trajectory": row.trajectory_id,
-                                       "sample": row.sample_id, "stop": row.stop}, row, images,
-                  scores.get(row.trajectory_id, {}), samples[row.sample_id], system, reasons or {})
+        log_trace(
+            connection,
+            run_id,
+            {
+                KEY: key,
+                "step": str(step),
+                "why": why,
+                "trajectory": row.trajectory_id,
+                "sample": row.sample_id,
+                "stop": row.stop,
+            },
+            row,
+            images,
+            scores.get(row.trajectory_id, {}),
+            samples[row.sample_id],
+            system,
+            reasons or {},
+        )
     if missing:
         load_mlflow().flush_trace_async_logging()  # nothing waits unless someone has turned it on before we came
         lost = set(missing) - trace_keys(connection, run_id)
@@ -88,17 +118,26 @@ def trace_keys(connection: Connection, run_id: str) -> set[str]:
     """Keys of the traces that a run has."""
     keys, token = set(), None
     while True:
-        page = connection.client.search_traces(locations=[connection.loops], run_id=run_id, include_spans=False,
-                                               max_results=500, page_token=token)
+        page = connection.client.search_traces(
+            locations=[connection.loops], run_id=run_id, include_spans=False, max_results=500, page_token=token
+        )
         keys |= {trace.info.tags.get(KEY) for trace in page}
         token = page.token
         if not token:
             return keys
 
 
-def log_trace(connection: Connection, run_id: str, tags: Mapping[str, str], row: Trajectory,
-              images: Callable[[str], "Image"], values: Mapping[str, float | None], sample: Sample,
-              system: str | None, reasons: Mapping[tuple[str, str], str]) -> None:
+def log_trace(
+    connection: Connection,
+    run_id: str,
+    tags: Mapping[str, str],
+    row: Trajectory,
+    images: Callable[[str], "Image"],
+    values: Mapping[str, float | None],
+    sample: Sample,
+    system: str | None,
+    reasons: Mapping[tuple[str, str], str],
+) -> None:
     """One trace, with its feedback in it from the start."""
     mlflow = load_mlflow()
     from mlflow.entities import AssessmentSource, SpanType
@@ -107,42 +146,73 @@ def log_trace(connection: Connection, run_id: str, tags: Mapping[str, str], row:
     messages = conversation(row, sample, images, system)
     last = messages.pop() if messages[-1]["role"] == "assistant" else None
     mlflow.set_tracking_uri(connection.uri)  # global state: another connection may have been opened since
-    with mlflow.start_span(f"step {tags['step']} {tags['why']}", SpanType.CHAT_MODEL, run_id=run_id,
-                           trace_destination=MlflowExperimentLocation(connection.loops)) as span:
+    with mlflow.start_span(
+        f"step {tags['step']} {tags['why']}",
+        SpanType.CHAT_MODEL,
+        run_id=run_id,
+        trace_destination=MlflowExperimentLocation(connection.loops),
+    ) as span:
         asked = f"{tags['why']} of step {tags['step']}: {sample.question}"
-        mlflow.update_current_trace(dict(tags), request_preview=asked,
-                                    response_preview=row.answer if row.answer is not None else f"({row.stop})")
+        mlflow.update_current_trace(
+            dict(tags),
+            request_preview=asked,
+            response_preview=row.answer if row.answer is not None else f"({row.stop})",
+        )
         span.set_inputs({"messages": messages})
         span.set_outputs({"choices": [{"index": 0, "message": last, "finish_reason": "stop"}]} if last else None)
-        span.set_attributes({"answer": sample.answer, "policy": row.policy, "weights": row.weights,
-                             "tokens": len(row.tokens), "error": row.error})
+        span.set_attributes(
+            {
+                "answer": sample.answer,
+                "policy": row.policy,
+                "weights": row.weights,
+                "tokens": len(row.tokens),
+                "error": row.error,
+            }
+        )
         for name, value in values.items():
             if value is not None:
-                mlflow.log_feedback(trace_id=span.trace_id, name=name, value=round(value, 6),
-                                    source=AssessmentSource("CODE", "thinkimg"),
-                                    rationale=reasons.get((row.trajectory_id, name)))
+                mlflow.log_feedback(
+                    trace_id=span.trace_id,
+                    name=name,
+                    value=round(value, 6),
+                    source=AssessmentSource("CODE", "thinkimg"),
+                    rationale=reasons.get((row.trajectory_id, name)),
+                )
 
 
-def conversation(row: Trajectory, sample: Sample, images: Callable[[str], "Image"],
-                 system: str | None) -> list[dict[str, Any]]:
+def conversation(
+    row: Trajectory, sample: Sample, images: Callable[[str], "Image"], system: str | None
+) -> list[dict[str, Any]]:
     """The trajectory as chat messages in OpenAI's form, images as data URIs in the order of the conversation.
 
     Before the image of a successful crop or zoom comes the image that it was taken from, with the box drawn on it.
     """
-    sizes = [f"Image {number}: {wide * PATCH}x{high * PATCH} pixels."
-             for number, (_, high, wide) in enumerate(row.grids[: len(sample.images)])]
+    sizes = [
+        f"Image {number}: {wide * PATCH}x{high * PATCH} pixels."
+        for number, (_, high, wide) in enumerate(row.grids[: len(sample.images)])
+    ]
     choices = [f"Choices: {', '.join(sample.choices)}."] if sample.choices else []
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": [*(shown(images(image)) for image in sample.images),
-                                                 text_part(" ".join([*sizes, sample.question, *choices]))]})
+    messages.append(
+        {
+            "role": "user",
+            "content": [
+                *(shown(images(image)) for image in sample.images),
+                text_part(" ".join([*sizes, sample.question, *choices])),
+            ],
+        }
+    )
     for number, turn in enumerate(row.turns):
         if turn.kind != TurnKind.TOOL:
             messages.append({"role": "assistant", "content": turn.text})
             if turn.observation:
                 messages.append({"role": "user", "content": turn.observation})
             continue
-        call = {"id": f"call_{number}", "type": "function",
-                "function": {"name": turn.tool or "?", "arguments": turn.args or "{}"}}
+        call = {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {"name": turn.tool or "?", "arguments": turn.args or "{}"},
+        }
         messages.append({"role": "assistant", "content": CALL.sub("", turn.text).strip(), "tool_calls": [call]})
         said = turn.observation or turn.error or ""
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})

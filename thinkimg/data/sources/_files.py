@@ -47,8 +47,11 @@ class ImageFiles:
         path = Path(name)
         try:
             target = (self.root / path).resolve()
-            allowed = any(target.is_relative_to(place) for place in self.also) if path.is_absolute() else (
-                ".." not in path.parts and target.is_relative_to(self.root))
+            allowed = (
+                any(target.is_relative_to(place) for place in self.also)
+                if path.is_absolute()
+                else (".." not in path.parts and target.is_relative_to(self.root))
+            )
             there = allowed and target.is_file()
         except (OSError, ValueError, RuntimeError):  # too long, NUL or surrogates in it, a loop of links
             raise RowRefused(Reason.PATH, f"{short(name)} is no path") from None
@@ -89,7 +92,9 @@ class ImageFiles:
         import httpx
 
         # Without compression a small answer cannot become a large one. A redirect is followed by hand, host checked.
-        return httpx.Client(timeout=20, headers={"Accept-Encoding": "identity"}, transport=httpx.HTTPTransport(retries=2))
+        return httpx.Client(
+            timeout=20, headers={"Accept-Encoding": "identity"}, transport=httpx.HTTPTransport(retries=2)
+        )
 
     def _fetch(self, name: str) -> bytes:
         import httpx
@@ -124,7 +129,7 @@ class ImageFiles:
 
 
 def scheme_of(name: str) -> str:
-    """"http" of "http://…", "data" of "data:…", "" of a path."""
+    """ "http" of "http://…", "data" of "data:…", "" of a path."""
     head, colon, rest = name[:32].partition(":")
     known = colon and (head.lower() == "data" or rest.startswith("//"))
     return head.lower() if known else ""

@@ -104,8 +104,9 @@ def require_columns(columns: "Columns", present: Collection[str], what: str) -> 
         raise UserError(f"{what} has no column '{name}' for the {role}; it has {listed}.", hint=hint)
 
 
-def raw_row(record: Mapping[str, Any], data: "DataConfig", reader_of: Callable[[Any], Reader], *, id: str,
-            where: str) -> RawRow | Refused:
+def raw_row(
+    record: Mapping[str, Any], data: "DataConfig", reader_of: Callable[[Any], Reader], *, id: str, where: str
+) -> RawRow | Refused:
     """The row of a record, a mapping from column to value.
 
     reader_of: from an image as the source has it to its Reader, may raise RowRefused. id: where no column is mapped to it.
@@ -219,8 +220,11 @@ def _images(value: Any, reader_of: Callable[[Any], Reader]) -> tuple[Reader, ...
 
 
 def _metadata(record: Mapping[str, Any], mapped: Collection[str | None]) -> dict[str, Any]:
-    metadata = {str(name): _plain(value) for name, value in record.items()
-                if name not in mapped and not isinstance(value, bytes)}
+    metadata = {
+        str(name): _plain(value)
+        for name, value in record.items()
+        if name not in mapped and not isinstance(value, bytes)
+    }
     if not _is_unicode(json.dumps(metadata, ensure_ascii=False)):
         raise RowRefused(Reason.TEXT, "another column holds no valid Unicode")
     return metadata

@@ -32,10 +32,15 @@ def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
     images = ImageFiles(root, limits, data.url_hosts)
     tables = sorted(path for name in TABLES for path in root.rglob(name) if path.is_file() and not path.is_symlink())
     if not tables:
-        raise UserError(f"{root} has no {' or '.join(TABLES)}.", hint="Each row of it has file_name, question and answer.")
+        raise UserError(
+            f"{root} has no {' or '.join(TABLES)}.", hint="Each row of it has file_name, question and answer."
+        )
     seen = [record for table in tables for _, record in islice(_records(table, root, data), jsonl.PEEK)]
-    require_columns(data.columns, {key for record in seen if isinstance(record, dict) for key in record},
-                    " and ".join(path.relative_to(root).as_posix() for path in tables))
+    require_columns(
+        data.columns,
+        {key for record in seen if isinstance(record, dict) for key in record},
+        " and ".join(path.relative_to(root).as_posix() for path in tables),
+    )
 
     def rows() -> Iterator[RawRow | Refused]:
         for table in tables:
@@ -48,8 +53,12 @@ def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
                     yield raw_row(record, data, images.reader_of, id=f"{name}:{number}", where=where)
 
     records = chain.from_iterable(_records(table, root, data) for table in tables)
-    names = (name for _, record in records if isinstance(record, dict)
-             for name in jsonl.listed(record.get(data.columns.image)))
+    names = (
+        name
+        for _, record in records
+        if isinstance(record, dict)
+        for name in jsonl.listed(record.get(data.columns.image))
+    )
     return Source("folder", images.digest(tables, names), rows)
 
 

@@ -29,8 +29,10 @@ def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
         loaded = datasets.load_dataset(data.path, data.hub_config, split=data.hub_split, revision=data.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         message = " ".join(str(error).split())[:200]
-        raise UserError(f"The data set {data.path} can't be loaded: {message}",
-                        hint="Check data.path, data.hub_config, data.hub_split and data.revision.") from error
+        raise UserError(
+            f"The data set {data.path} can't be loaded: {message}",
+            hint="Check data.path, data.hub_config, data.hub_split and data.revision.",
+        ) from error
     require_columns(data.columns, loaded.column_names, data.path)
     local = Path(data.path).is_dir()
     digest = directory_digest(Path(data.path).resolve()) if local else loaded._fingerprint

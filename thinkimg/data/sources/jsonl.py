@@ -32,7 +32,9 @@ PEEK = 100
 def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
     path = require_path(data, "a JSONL file")
     if not path.is_file():
-        raise UserError(f"{path} is no file.", hint="data.path must be a JSONL file; see data.source: folder for a folder.")
+        raise UserError(
+            f"{path} is no file.", hint="data.path must be a JSONL file; see data.source: folder for a folder."
+        )
     path = path.resolve()
     images = ImageFiles(path.parent, limits, data.url_hosts)
     seen = [record for _, record in islice(records(path), PEEK) if isinstance(record, dict)]
@@ -46,8 +48,12 @@ def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
             else:
                 yield raw_row(record, data, images.reader_of, id=f"{path.name}:{number}", where=where)
 
-    names = (name for _, record in records(path) if isinstance(record, dict)
-             for name in listed(record.get(data.columns.image)))
+    names = (
+        name
+        for _, record in records(path)
+        if isinstance(record, dict)
+        for name in listed(record.get(data.columns.image))
+    )
     return Source("jsonl", images.digest([path], names), rows)
 
 

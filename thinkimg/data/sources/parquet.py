@@ -27,13 +27,18 @@ def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
     root = place if place.is_dir() else place.parent
     paths = sorted(path for path in place.rglob("*.parquet") if path.is_file()) if place.is_dir() else [place]
     if not paths:
-        raise UserError(f"{place} holds no .parquet file.", hint="data.path must be a Parquet file or a folder of them.")
+        raise UserError(
+            f"{place} holds no .parquet file.", hint="data.path must be a Parquet file or a folder of them."
+        )
     for path in paths:
         with _opened(path) as file:
             require_columns(data.columns, file.schema_arrow.names, path.relative_to(root).as_posix())
     images = ImageFiles(root, limits, data.url_hosts)
-    return Source("parquet", images.digest(paths, _named_images(paths, data.columns.image)),
-                  lambda: _rows(paths, root, data, images))
+    return Source(
+        "parquet",
+        images.digest(paths, _named_images(paths, data.columns.image)),
+        lambda: _rows(paths, root, data, images),
+    )
 
 
 def _rows(paths: list[Path], root: Path, data: "DataConfig", images: ImageFiles) -> Iterator[RawRow | Refused]:
