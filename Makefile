@@ -27,4 +27,4 @@ lint: $(READY)-test
 	$(BIN)/ruff format --check .
 
 ui: $(READY)
-	@$(BIN)/thinkimg ui
+	@$(BIN)/thinkimg track ui --preset tiny

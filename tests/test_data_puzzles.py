@@ -73,7 +73,7 @@ def test_the_stated_solution_tells_the_answers_apart(family, name, seed):
     for i, one in enumerate(views):
         for other in views[:i]:
             assert one.shape == other.shape
-            assert abs(one - other).mean() > 2.0  # before the solution: less than 0.003
+            assert abs(one - other).mean() > 1.5  # before the solution: less than 0.003
 
 
 def test_a_solved_puzzle_shows_the_pattern_of_its_answer_and_not_the_photograph_behind_it():

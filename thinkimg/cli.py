@@ -139,6 +139,19 @@ def sync(*, preset: Preset = "development", set: Set = None) -> None:
     print(tracking.sync(Store(config.where.store), config.where.tracking))
 
 
+@track.command
+def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
+    """Show MLflow at http://127.0.0.1:5000 until it is stopped."""
+    import os
+
+    from thinkimg import tracking
+    from thinkimg.config import load
+
+    command = tracking.ui_command(load(preset, set or ()))
+    print(command, flush=True)
+    os.execvp("sh", ["sh", "-c", f"exec env {command}"])
+
+
 def plan(config) -> None:
     """Print the resolved config as YAML and, stage by stage, what the store holds already."""
     import yaml

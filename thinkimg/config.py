@@ -136,9 +136,9 @@ class ConversationConfig(Settings):
 class Flaws(Settings):
     """How the scripted demonstrations are wrong on purpose, so that something is left for reinforcement learning."""
 
-    guess: Share = 0.3
+    guess: Share = 0.25
     """Answers at once with a random choice, no tool."""
-    wrong_call: Share = 0.3
+    wrong_call: Share = 0.4
     """Makes one systematically wrong call (the neighbouring cell, too little light, the wrong way round), then guesses."""
 
 

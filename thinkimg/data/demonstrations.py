@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from thinkimg.config import Flaws
 
+# Haste goes with the wrong calls: one choice at the start of a turn, which a policy gradient can find, and not noise on
+# every coordinate, from which a small model learns neither the right nor the wrong way.
+HASTE = "A quick look."
 THOUGHTS = {
     "crop_image": "It is too small.",
     "adjust_brightness": "It is too dark.",
@@ -32,12 +35,11 @@ def script(sample: Sample, protocol: Protocol, flaws: "Flaws", rng: "Generator",
     if luck < flaws.guess:
         return [protocol.render_turn("I guess.", Answer(str(rng.choice(sample.choices))))]
     calls = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
-    answer = sample.answer
     if luck < flaws.guess + flaws.wrong_call:
-        calls = wrong_calls(Family(sample.metadata["family"]), calls)
-        answer = str(rng.choice(sample.choices))
+        turns = [protocol.render_turn(HASTE, call) for call in wrong_calls(Family(sample.metadata["family"]), calls)]
+        return [*turns, protocol.render_turn(HASTE, Answer(str(rng.choice(sample.choices))))]
     turns = [protocol.render_turn(THOUGHTS[call.name], call) for call in calls]
-    return [*turns, protocol.render_turn("Now I see.", Answer(answer))]
+    return [*turns, protocol.render_turn("Now I see.", Answer(sample.answer))]
 
 
 def wrong_calls(family: Family, calls: list[ToolCall]) -> list[ToolCall]:

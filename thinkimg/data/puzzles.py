@@ -169,13 +169,12 @@ def dark(name: str, rng: "Generator") -> Puzzle:
     flat = bool(rng.integers(2))
     picture = background(name, rng) // 64
     field, ink = picture[96:-96, 96:-96], letter(answer)[..., None]
-    dither = np.tile(DITHER, (64, 64))[..., None]
     if flat:
         picture += 127
         # Brighter and darker pixels: whether the contrast tool's pivot, the rounded mean grey, is 127 or 129, some are left.
-        field[...] = 128 + np.where(ink, -1, 1) * dither
+        field[...] = 128 + np.where(ink, -1, 1) * DITHER
     else:
-        field[...] = ~ink & dither
+        field[...] = ~ink & DITHER
     call = Call("adjust_contrast", {"factor": 120}) if flat else Call("adjust_brightness", {"factor": 240})
     question = f"The scene is too {'flat' if flat else 'dark'}. Which letter is it?"
     return Puzzle(Family.DARK, name, picture, question, answer, LETTERS, (call,), None)
@@ -199,9 +198,9 @@ def turned(name: str, rng: "Generator") -> Puzzle:
 
 MAKERS = {Family.DETAIL: detail, Family.DARK: dark, Family.TURNED: turned, Family.BOTH: both}
 
-# One pixel of four in every row and column: a quarter of a level on average, also between Pillow's two passes, which
+# One pixel of three in every row and column: a third of a level on average, also between Pillow's two passes, which
 # round to whole levels each; that leaves room for bicubic's overshoot at edges.
-DITHER = np.eye(4, dtype=bool)
+DITHER = np.tile(np.eye(3, dtype=bool), (86, 86))[:256, :256, None]
 
 
 def corner(cell: int) -> tuple[int, int]:

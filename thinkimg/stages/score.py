@@ -151,7 +151,7 @@ def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
         present = values[values == values]
         metrics[f"reward/{name}"] = float(present.mean()) if len(present) else None
         metrics[f"missing/{name}"] = len(values) - len(present)
-    return metrics | {"trajectories": len(values)}
+    return metrics
 
 
 def read_scores(artifact: Artifact) -> "tuple[dict[str, np.ndarray], list[str], list[str]]":
