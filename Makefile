@@ -1,6 +1,7 @@
 # thinkimg: the targets that the README names. Everything happens in .venv; nothing outside the clone is changed.
 PYTHON ?= python3.11
 BIN := .venv/bin
+export PREFECT_HOME ?= $(CURDIR)/.prefect
 READY := .venv/ready
 
 .PHONY: demo setup test test-all lint ui clean-venv

@@ -2,7 +2,8 @@
 
 import os
 
-# Nothing is reported to anybody; people see progress bars, and Prefect's own log only from warnings on.
+# Nothing is reported to anybody; people see progress bars, and Prefect's own log only from warnings on (the command line
+# turns that off as well: it prints errors itself).
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")

@@ -6,6 +6,7 @@ from typing import Annotated
 from prefect.states import Completed, State
 from pydantic import Field
 
+from thinkimg import cli, machines, tracking
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import Config, load
 
@@ -30,8 +31,10 @@ def origin(store: Store, artifact: Artifact, name: str) -> Artifact:
     return store.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
 
 
-def ended(artifact: Artifact, cached: bool) -> State:
+def ended(config: Config, store: Store, artifact: Artifact, cached: bool) -> State:
     """The state shows whether anything was done; its data is the reference, never the data itself."""
+    if not cached and machines.CURRENT.get() is None:  # within a loop its tracker does this
+        tracking.log_stage(artifact, store, config.where.tracking)
     return Completed(name="Cached" if cached else "Completed", data=str(artifact.reference))
 
 
@@ -39,4 +42,4 @@ def main(flow: Callable) -> None:
     """Run a flow with arguments from the command line, as in `python -m flows.score --rollouts 3f2a…`."""
     import cyclopts
 
-    cyclopts.run(flow)
+    cli.guarded(lambda: cyclopts.run(flow))

@@ -22,7 +22,9 @@ def evaluate(
     data = store.resolve(dataset, "dataset") if dataset else origin(store, player, "dataset")
     with console.progress("evaluate") as progress:
         return ended(
-            *stage.evaluate(config, data, player, store, samples=samples, blind=blind, force=force, progress=progress)
+            config,
+            store,
+            *stage.evaluate(config, data, player, store, samples=samples, blind=blind, force=force, progress=progress),
         )
 
 

@@ -11,7 +11,7 @@ Killed anywhere and started again it goes on: what is complete is found in the s
 from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-from flows._common import Overrides, Preset, main, opened
+from flows._common import Overrides, Preset, main, opened, origin
 from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.rollout import rollout
@@ -20,6 +20,7 @@ from flows.train import train
 from flows.warmstart import warmstart
 from thinkimg import console, report, tracking
 from thinkimg.machines import Machines
+from thinkimg.stages.train import check_mix
 
 
 @flow(name="thinkimg")
@@ -35,9 +36,13 @@ def loop(preset: Preset = "development", overrides: Overrides = []):
     ):
 
         def note(step: int, **references: str) -> None:
-            tracker.log_iteration(step, artifacts={name: store.resolve(ref) for name, ref in references.items()})
+            made = {name: store.resolve(reference) for name, reference in references.items()}
+            if "demonstrations" in made.get("warmstart", made["evaluate"]).manifest["recipe"]["inputs"]:
+                made["demonstrate"] = origin(store, made["warmstart"], "demonstrations")
+            tracker.log_iteration(step, artifacts=made)
             report.step(tracker.record, step)
 
+        check_mix(config)
         ends = config.evaluate.samples_ends
         dataset = prepare(**settings)
         policy = first = warmstart(dataset, **settings)

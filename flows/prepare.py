@@ -15,7 +15,7 @@ def prepare(
 ):
     config, store = opened(preset, overrides)
     with console.progress("prepare") as progress:
-        return ended(*stage.prepare(config, store, force=force, progress=progress))
+        return ended(config, store, *stage.prepare(config, store, force=force, progress=progress))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ def rollout(
     player = store.resolve(policy, "policy")
     data = store.resolve(dataset, "dataset") if dataset else origin(store, player, "dataset")
     with console.progress(f"rollout {iteration}") as progress:
-        return ended(*stage.rollout(config, data, player, store, iteration=iteration, force=force, progress=progress))
+        return ended(
+            config,
+            store,
+            *stage.rollout(config, data, player, store, iteration=iteration, force=force, progress=progress),
+        )
 
 
 if __name__ == "__main__":

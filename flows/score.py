@@ -18,7 +18,7 @@ def score(
     played = store.resolve(rollouts, "rollouts")
     with console.progress("score") as progress:
         data = origin(store, played, "dataset")
-        return ended(*stage.score(config, data, played, store, force=force, progress=progress))
+        return ended(config, store, *stage.score(config, data, played, store, force=force, progress=progress))
 
 
 if __name__ == "__main__":

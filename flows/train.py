@@ -22,7 +22,9 @@ def train(
     anchor = store.resolve(reference, "policy") if reference else None
     with console.progress("train") as progress:
         return ended(
-            *stage.train(config, data, player, played, judged, store, reference=anchor, force=force, progress=progress)
+            config,
+            store,
+            *stage.train(config, data, player, played, judged, store, reference=anchor, force=force, progress=progress),
         )
 
 

@@ -17,7 +17,7 @@ def warmstart(
     config, store = opened(preset, overrides)
     data = store.resolve(dataset, "dataset")
     with console.progress("warmstart") as progress:
-        return ended(*stage.warmstart(config, data, store, force=force, progress=progress))
+        return ended(config, store, *stage.warmstart(config, data, store, force=force, progress=progress))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_policies_change_and_name_each_other(place, output):
         rows = rollouts.table("trajectories", ["weights", "policy"]).to_pylist()
         assert {(row["weights"], row["policy"]) for row in rows} == {(digest, digest)}  # as the engine reported it
     for policy in artifacts(place, "policy")[1:]:
-        assert policy.metrics["train/rows"] == 16
+        assert 8 <= policy.metrics["train/rows"] <= 16  # rows that ran out of turns are excluded
         assert policy.metrics["parity/mean_abs"] < 0.01
 
 
@@ -151,7 +151,7 @@ def test_a_second_run_finds_everything_cached(place, output):
     assert {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("manifest.json")} == before
     assert time.monotonic() - started < 120
     plan = run(place, "run", "--dry-run")
-    assert "missing" not in plan and plan.count("Cached") == 2 + 1 + 2 * 3 + 1
+    assert "missing" not in plan and plan.count("Cached") == 3 + 2 * 3 + 3
 
 
 def test_one_stage_runs_again_from_its_artifacts_with_another_mix(place, output):

@@ -1,5 +1,6 @@
 """What an evaluation says of known trajectories, and which samples an iteration draws."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -25,18 +26,21 @@ def trajectory(
     return Trajectory("t", "s", "g", 0, "p", (), (), (), (), (), turns, answer, stop, None, "w")
 
 
-def call(name: str, args: str, status: CallStatus = CallStatus.OK) -> Turn:
-    return Turn("", TurnKind.TOOL, name, args, status, image="i", tokens=3)
+def call(name: str, args: str, status: CallStatus = CallStatus.OK, source: int = 0) -> Turn:
+    image = None if status is CallStatus.ERROR else "i"
+    return Turn("", TurnKind.TOOL, name, args, status, source=source, image=image, tokens=3)
 
 
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 5))
 def test_every_sample_is_drawn_once_before_any_is_drawn_again(count, per_iteration, seed):
     samples = [sample(i) for i in range(count)]
-    drawn = [s.sample_id for i in range(1, 9) for s in draw(samples, per_iteration, i, seed)]
-    assert len(drawn) == 8 * per_iteration
-    for start in range(0, len(drawn) - count + 1, count):
-        assert len(set(drawn[start : start + count])) == count
-    assert [s.sample_id for s in draw(samples, per_iteration, 3, seed)] == drawn[2 * per_iteration : 3 * per_iteration]
+    iterations = [[s.sample_id for s in draw(samples, per_iteration, i, seed)] for i in range(1, 9)]
+    times = Counter(s.sample_id for s in samples)
+    for drawn in iterations:
+        assert len(drawn) == len(set(drawn)) == min(count, per_iteration)
+        times.update(drawn)
+        assert max(times.values()) - min(times.values()) <= 1
+    assert [s.sample_id for s in draw(samples, per_iteration, 3, seed)] == iterations[2]
 
 
 @given(st.integers(0, 300), st.integers(1, 300))
@@ -64,9 +68,11 @@ def solved(puzzle, answer: str) -> tuple[Sample, Trajectory]:
 
     solution = [{"name": c.name, "args": c.args} for c in puzzle.solution]
     metadata = {"family": str(puzzle.family), "solution": solution, "target": puzzle.target and list(puzzle.target)}
-    turns = tuple(call(c.name, json.dumps(c.args)) for c in puzzle.solution)
+    turns = tuple(call(c.name, json.dumps(c.args), source=i) for i, c in enumerate(puzzle.solution))
     asked = replace(sample(0, puzzle.answer, metadata), choices=puzzle.choices)
-    return asked, trajectory((*turns, Turn("", TurnKind.ANSWER)), answer)
+    images = ("o", *("i" for _ in turns))
+    row = trajectory((*turns, Turn("", TurnKind.ANSWER)), answer)
+    return asked, replace(row, images=images, grids=((1, 8, 8),) * len(images))
 
 
 def test_accuracy_is_broken_down_into_arguments_and_reading():
@@ -76,7 +82,7 @@ def test_accuracy_is_broken_down_into_arguments_and_reading():
     asked, row = pairs[0]
     pairs[0] = asked, replace(row, answer=wrong)  # right calls, wrong reading
     asked, row = pairs[1]
-    pairs[1] = asked, replace(row, turns=(row.turns[-1],))  # no call, right answer by luck
+    pairs[1] = asked, replace(row, turns=(row.turns[-1],), images=("o",), grids=((1, 8, 8),))  # right answer by luck
     rows = np.array([[row, row] for _, row in pairs], dtype=object)
     values = np.array([[float(row.answer == asked.answer)] * 2 for asked, row in pairs])
     found = report([asked for asked, _ in pairs], rows, values)
@@ -111,3 +117,35 @@ def test_summary_counts_calls_ends_and_tokens():
     assert found["tool/ok"] == found["tool/duplicate"] == 0.5
     assert found["stop/answer"] == found["stop/max_turns"] == 0.5
     assert found["malformed"] == 0.25 and found["turns"] == 2.0 and found["tokens"] == 6.0
+
+
+@pytest.mark.parametrize(
+    ("calls", "right"),
+    [
+        ([("crop_image", {"x": 28, "y": 56, "width": 28, "height": 28}, 0)], True),
+        ([("crop_image", {"x": 56, "y": 56, "width": 28, "height": 28}, 0)], False),  # the neighbouring cell
+        ([("crop_image", {"x": 0, "y": 28, "width": 84, "height": 84}, 0)], False),  # holds it, too small to be read
+        ([("zoom_image", {"factor": 4, "center_x": 42, "center_y": 70}, 0)], True),
+        (
+            [
+                ("crop_image", {"x": 0, "y": 56, "width": 56, "height": 56}, 0),
+                ("crop_image", {"x": 56, "y": 0, "width": 56, "height": 56}, 1),
+            ],
+            True,
+        ),
+        ([("rotate_image", {"angle": 90}, 0), ("crop_image", {"x": 28, "y": 56, "width": 28, "height": 28}, 1)], False),
+        (
+            [("adjust_brightness", {"factor": 2}, 0), ("crop_image", {"x": 28, "y": 56, "width": 28, "height": 28}, 1)],
+            True,
+        ),
+    ],
+)
+def test_right_calls_follow_the_coordinates_through_the_images(calls, right):
+    import json
+
+    from thinkimg.data.demonstrations import right_calls
+
+    asked = sample(0, metadata={"family": "detail", "solution": [], "target": [112, 224, 112, 112]})
+    turns = tuple(call(name, json.dumps(args), source=source) for name, args, source in calls)
+    row = replace(trajectory(turns), images=("o", *("i" for _ in turns)), grids=((1, 8, 8),) * (1 + len(turns)))
+    assert right_calls(asked, row) is right

@@ -133,6 +133,12 @@ class Work:
         with self.part(name) as path:
             path.write_bytes(text.encode())
 
+    def discard(self, name: str) -> None:
+        """Remove a part that an earlier run has closed, so that it can be made again; nothing there is fine."""
+        if self._parts.pop(name, None) is not None:
+            self._write_journal()  # first: a part that is not in the journal is removed by whoever recovers
+            files.remove(self.directory / name)
+
     def publish(self) -> Artifact:
         """Write the manifest, sync everything and rename: from here on the attempt is an artifact."""
         entries = sorted((entry for part in self._parts.values() for entry in part), key=lambda entry: entry["name"])
@@ -176,12 +182,13 @@ class Work:
         for path in sorted(self.directory.iterdir()):
             if path.name not in self._parts:
                 files.remove(path)
-        files.write(
-            self._journal,
-            "".join(canonical({"part": name, "files": entries}) + "\n" for name, entries in self._parts.items()),
-        )
+        self._write_journal()
         if self._parts:
             log.info("%s: %d parts of an earlier run are reused", self.directory, len(self._parts))
+
+    def _write_journal(self) -> None:
+        lines = [canonical({"part": name, "files": entries}) + "\n" for name, entries in self._parts.items()]
+        files.write(self._journal, "".join(lines))
 
 
 class Store:

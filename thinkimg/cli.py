@@ -1,6 +1,8 @@
 """The command line: every stage and the loop, from presets and overrides."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +33,13 @@ def stage(name: str, preset: str, overrides: list[str] | None, dry_run: bool, **
     from thinkimg.config import load
 
     config = load(preset, overrides or ())
+    from thinkimg.artifacts import Store
+
+    # Before Prefect's server is started: a mistyped fingerprint is told at once.
+    kinds = {"reference": "policy"}
+    given = {name: value for name, value in arguments.items() if isinstance(value, str)}
+    for name, value in given.items():
+        arguments[name] = str(Store(config.where.store).resolve(value, kinds.get(name, name)).reference)
     if dry_run:
         plan(config)
         return
@@ -121,7 +130,13 @@ def schema() -> None:
 
     from thinkimg.config import Config
 
-    print(json.dumps(Config.model_json_schema(), indent=1))
+    found = Config.model_json_schema()
+    extends = {
+        "type": "string",
+        "description": "Preset that this one starts from: a name, or a path relative to this file.",
+    }
+    found["properties"] = {"extends": extends} | found["properties"]
+    print(json.dumps(found, indent=1))
 
 
 track = App(name="track", help="MLflow, the projection of the store.")
@@ -142,8 +157,6 @@ def sync(*, preset: Preset = "development", set: Set = None) -> None:
 @track.command
 def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
     """Show MLflow at http://127.0.0.1:5000 until it is stopped."""
-    import os
-
     from thinkimg import tracking
     from thinkimg.config import load
 
@@ -158,19 +171,36 @@ def plan(config) -> None:
 
     from thinkimg.stages.plan import planned
 
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    tree = config.model_dump(mode="json") | {"where": config.where.public()}
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     for line in planned(config):
         print(line)
 
 
-def main() -> None:
-    """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command; a user's mistake is one sentence on stderr and exit code 2, a broken engine or trainer exit code 1."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # Prefect logs every exception once per flow level
     sys.path.insert(0, str(Path.cwd()))  # a user's own reward functions
     try:
-        app()
+        command()
     except UserError as error:
         print(f"thinkimg: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        # EngineError and TrainerError say all there is to say; named here, their modules need not be loaded.
+        if type(error).__name__ not in ("EngineError", "EngineUnavailable", "TrainerError"):
+            raise
+        print(f"thinkimg: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except TypeError as error:
+        if type(error).__name__ != "ParameterTypeError":  # Prefect's: a flow's argument does not fit
+            raise
+        print(f"thinkimg: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main() -> None:
+    guarded(app)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -49,7 +50,8 @@ class ModelConfig(Settings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the base weights in engine and trainer; trained weights and optimizer are float32."""
     load_in_4bit: bool = False
-    """Keep frozen base weights in 4 bits in engine and trainer (bitsandbytes, GPU only)."""
+    """Keep the trainer's frozen base weights in 4 bits (bitsandbytes, GPU only). vLLM 0.32 has no such weights, so that the
+    engine's differ: raise train.parity.max_kl to what the gate then measures."""
     trust_remote_code: bool = False
     """Run code that comes with the model repository."""
     adaptation: Literal["lora", "full"] = "lora"
@@ -144,15 +146,15 @@ class Flaws(Settings):
 
 class WarmstartConfig(Settings):
     demonstrations: str | None = None
-    """JSONL of conversations {image, question, turns: [text]}; null: scripted ones for the built-in puzzles.
+    """JSONL of conversations {sample_id, turns: [text, …]}; null: scripted ones for the built-in puzzles.
     Without either the base model is taken as it is."""
-    steps: int = Field(300, ge=0)
-    batch: Positive = 64
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup_steps: int = Field(20, ge=0)
+    steps: int = Field(100, ge=0)
+    batch: Positive = 16
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(10, ge=0)
     flaws: Flaws = Flaws()
     checkpoint: str | None = None
-    """Directory of a warm-started policy to take instead of training; `flaws`, `steps` and so on then say how it was made."""
+    """Directory of a warm-started model to take instead of training one; with LoRA set model.path to it."""
 
 
 class RolloutConfig(Settings):
@@ -160,7 +162,6 @@ class RolloutConfig(Settings):
     """Samples per iteration, drawn without repetition within an epoch."""
     group_size: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
 
 
 class RewardsConfig(Settings):
@@ -217,8 +218,8 @@ class EngineConfig(Settings):
     cpu_threads_bind: str | None = None
     """VLLM_CPU_OMP_THREADS_BIND: the cores of a server on a CPU."""
     max_num_seqs: Positive = 256
-    media: Literal["auto", "file", "data"] = "auto"
-    """Images as file:// where the server shares the disk, as data: elsewhere."""
+    keep: bool = True
+    """Keep the loop's own server while training; off where one GPU does not hold engine and trainer both."""
     concurrency: Positive = 256
     """Trajectories in flight."""
     timeout_s: Positive = 600
@@ -230,7 +231,7 @@ class TrainerConfig(Settings):
 
     processes: Positive = 1
     accelerate_config: str | None = None
-    """A file of `accelerate config`, for several GPUs or machines."""
+    """A file of `accelerate config` for several GPUs; its number of processes must be `processes`."""
     threads: Positive = 2
     """Threads of a trainer on a CPU: results are bit-equal at a fixed number."""
     keep: bool = True
@@ -256,6 +257,20 @@ class WhereConfig(Settings):
     workers: Positive = 4
     """Threads for decoding images, image tools and scoring."""
 
+    def public(self) -> dict[str, Any]:
+        """As JSON for manifests and people: without a password in the tracking URI."""
+        tree = self.model_dump(mode="json")
+        tree["tracking"]["uri"] = tree["tracking"]["uri"] and without_password(tree["tracking"]["uri"])
+        return tree
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be shown."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+
 
 class Config(Settings):
     """Everything that a loop needs."""
@@ -277,6 +292,12 @@ class Config(Settings):
     evaluate: EvaluateConfig = EvaluateConfig()
     where: WhereConfig = WhereConfig()
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.warmstart.checkpoint is not None and self.model.adaptation == "lora":
+            raise ValueError("warmstart.checkpoint is for full fine-tuning: with LoRA set model.path to the checkpoint")
+        return self
+
 
 def presets() -> list[str]:
     """Names of the presets that come with the package."""
@@ -290,7 +311,7 @@ def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = (
 
     Raises UserError with one sentence for an unknown preset or key and for a value that does not fit.
     """
-    tree = {"preset": preset} | read_preset(preset)
+    tree = {"preset": Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset} | read_preset(preset)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -301,12 +322,17 @@ def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = (
             raise UserError(
                 f"The value of '{override}' is no YAML.", hint="Quote texts with special characters."
             ) from None
+        if key.startswith("mix."):  # one weight of the mix, and not a mix of this one alone
+            tree.setdefault("mix", dict(Config.model_fields["mix"].default))
         assign(tree, key.strip().split("."), value)
     return validate(tree)
 
 
-def read_preset(preset: str) -> dict[str, Any]:
+def read_preset(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree of a preset, merged over the one that it extends (by name, or by a path relative to its own file)."""
     path = Path(preset)
+    if preset in seen:
+        raise UserError(f"The preset {preset} extends itself: {' -> '.join([*seen, preset])}.")
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"There is no preset file {preset}.", hint=f"Presets by name: {', '.join(presets())}.")
@@ -324,7 +350,11 @@ def read_preset(preset: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"The preset {preset} is no mapping of settings.", hint="Start from `thinkimg schema`.")
     base = tree.pop("extends", None)
-    return merge(read_preset(base), tree) if base else tree
+    if base is None:
+        return tree
+    if str(base).endswith((".yaml", ".yml")):
+        base = str(path.parent / base)
+    return merge(read_preset(str(base), (*seen, preset)), tree)
 
 
 def merge(base: dict, top: dict) -> dict:

@@ -1,5 +1,6 @@
 """Progress bars and tables for people; in a pipe or a log file, a line now and then."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+# Without a terminal rich takes 80 columns, which cuts tables.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 EVERY_S = 15.0  # between lines where there is no terminal
 
 
@@ -40,4 +42,4 @@ class _Lines:
 
 
 def say(line: str) -> None:
-    console.print(line, markup=False)
+    console.print(line, markup=False, soft_wrap=True)

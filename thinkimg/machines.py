@@ -31,7 +31,6 @@ class Machines:
         self._stack = contextlib.ExitStack()
         self._server: Server | None = None
         self._trainer: Trainer | None = None
-        self._adapters: set[str] = set()
 
     def __enter__(self) -> "Machines":
         self._stack.__enter__()
@@ -47,13 +46,16 @@ class Machines:
         """The kept worker, started by the first job."""
         from thinkimg.grpo.worker import Trainer
 
+        if self._server is not None and not self.config.where.engine.keep:
+            self._server.stop()
+
         if self._trainer is None:
             self._trainer = self._stack.enter_context(Trainer(self.config.where.trainer, log_path=self.log("trainer")))
         return self._trainer
 
     async def engine(self, policy: "Artifact") -> tuple["EngineClient", str | None]:
         """A client whose servers hold `policy`, and the adapter's name where it is one: starts the loop's own server, or
-        loads into those of `engine.urls`. Close the client with `aclose` in the same event loop.
+        loads into those of `engine.urls`. Leave the client's context in the same event loop.
 
         On a GPU adapters are served beside the base model, under a new name for each version; on a CPU, where vLLM's
         adapters are 46 times slower, merged weights are loaded in place.
@@ -64,16 +66,17 @@ class Machines:
         where = self.config.where.engine
         adapter = None if is_full(policy) or on_cpu() else policy.digest
         urls = where.urls or [self.server(policy, adapter).url]
-        media = where.media
-        if media == "auto":
-            media = "data" if where.urls else "file"
+        # Our own server reads the pictures of our scratch folder; others may neither share the disk nor admit the folder.
+        media = "data" if where.urls else "file"
         client = EngineClient(urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s)
-        if adapter is not None:
-            if adapter not in self._adapters:
+        try:
+            if adapter is not None:
                 await client.load_adapter(adapter, policy.checked("policy/adapter"))
-                self._adapters.add(adapter)
-        elif await client.version() != policy.digest:
-            await client.load_weights(self.weights(policy), policy.digest)
+            elif await client.version() != policy.digest:
+                await client.load_weights(self.weights(policy), policy.digest)
+        except BaseException:
+            await client.__aexit__()
+            raise
         return client, adapter
 
     def server(self, policy: "Artifact", adapter: str | None) -> "Server":
@@ -86,7 +89,8 @@ class Machines:
                 max_images=config.conversation.max_images,
                 max_num_seqs=where.max_num_seqs,
                 max_lora_rank=config.model.lora_rank if adapter else None,
-                quantization="bitsandbytes" if config.model.load_in_4bit else None,
+                dtype=config.model.dtype,
+                max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
                 tensor_parallel_size=where.tensor_parallel_size,
                 gpu_memory_utilization=where.gpu_memory_utilization,
                 cpu_kvcache_gib=where.cpu_kvcache_gib,
@@ -98,8 +102,7 @@ class Machines:
                 model, log_path=self.log("engine"), version=version, settings=settings,
                 media_dir=self.media, progress=self.report,
             )  # fmt: skip
-            self._server = self._stack.enter_context(server)
-            self._adapters.clear()
+            self._server = self._stack.enter_context(server)  # leaving a server that was stopped does nothing
         return self._server
 
     @property

@@ -1,5 +1,6 @@
 """What a loop tells at its end: one line per iteration as it goes, and the table of all of them."""
 
+from rich import box
 from rich.table import Table
 
 from thinkimg import tracking
@@ -35,15 +36,12 @@ def table(record: tracking.LoopRecord) -> Table:
         {name for _, found in rows for name in found if name.startswith("reward/") and name.count("/") == 1}
     )
     stages = [name for name in STAGES if any(f"time/{name}_s" in found for _, found in rows)]
-    shown = Table(title=record.name, caption="Seconds per stage on the right; iteration 0 is before training.")
-    headings = [
-        "iteration",
-        *(name.removeprefix("reward/") for name in rewards),
-        "tool rate",
-        "accuracy",
-        "95 %",
-        "avg@k",
-    ]
+    caption = (
+        "Mean rewards of the rollouts; held-out accuracy after the iteration (0: before training); seconds per stage."
+    )
+    shown = Table(title=record.name, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    names = [name.removeprefix("reward/") for name in rewards]
+    headings = ["it.", *names, "tool rate", "accuracy", "95 %", "avg@k"]
     for heading in [*headings, *stages]:
         shown.add_column(heading, justify="right", no_wrap=True)
     for number, found in rows:

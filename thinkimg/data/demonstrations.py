@@ -1,10 +1,13 @@
-"""Scripted conversations for the built-in puzzles, wrong on purpose in systematic ways, and a user's own from a file."""
+"""Scripted conversations for the built-in puzzles, wrong on purpose in systematic ways; and which calls would be right."""
 
+import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from thinkimg.chat.protocol import Answer, Protocol, ToolCall
 from thinkimg.data.puzzles import CELL, SCALE, SIZE, Family
-from thinkimg.schemas import Sample
+from thinkimg.grpo.packing import PATCH
+from thinkimg.schemas import Sample, Trajectory, Turn
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -58,24 +61,63 @@ def wrong_calls(family: Family, calls: list[ToolCall]) -> list[ToolCall]:
             return [first]
 
 
-def right_calls(sample: Sample, calls: list[ToolCall]) -> bool:
-    """Whether the puzzle can be read after these calls: the marked cell is seen large enough, bright enough, upright.
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the sample's picture
+
+
+def right_calls(sample: Sample, row: Trajectory) -> bool:
+    """Whether the puzzle could be read from what the tools showed: the marked cell large enough, bright enough, upright.
 
     The thresholds are those at which the pattern stands out by 20 grey levels or is seen at full resolution.
     """
     family, target = Family(sample.metadata["family"]), sample.metadata["target"]
-    lit = any(call.name in ("adjust_brightness", "adjust_contrast") and call.args["factor"] >= 80 for call in calls)
-    seen = target is not None and any(call.name == "crop_image" and holds(call.args, target) for call in calls)
+    shown = list(seen(row))
+    lit = [light for _, light, _ in shown]
+    close = [target is not None and holds(box, target) for box, _, _ in shown]
     match family:
         case Family.DETAIL:
-            return seen
+            return any(close)
         case Family.DARK:
-            return lit
+            return any(lit)
         case Family.BOTH:
-            return lit and seen
+            return any(near and light for near, light in zip(close, lit, strict=True))
         case Family.TURNED:
             right = sample.metadata["solution"][0]
-            return any(call.name == right["name"] and undoes(call.args, right["args"]) for call in calls)
+            return any(
+                turn.tool == right["name"] and undoes(json.loads(turn.args), right["args"]) for _, _, turn in shown
+            )
+
+
+def seen(row: Trajectory) -> Iterator[tuple[Box | None, bool, Turn]]:
+    """(part of the picture, brightened, turn) of each image that a tool made; None where pixels have no simple place."""
+    known: list[tuple[Box | None, bool]] = [((0, 0, SIZE, SIZE), False)] * (
+        len(row.images) - sum(1 for t in row.turns if t.image)
+    )
+    for turn in row.turns:
+        if turn.image is None:
+            continue
+        box, light = known[turn.source]
+        args, (_, rows, columns) = json.loads(turn.args), row.grids[turn.source]
+        if turn.tool in ("crop_image", "zoom_image"):
+            box = box and inside(box, turn.tool, args, columns * PATCH, rows * PATCH)
+        elif turn.tool in ("rotate_image", "flip_image"):
+            box = None
+        light = light or (turn.tool in ("adjust_brightness", "adjust_contrast") and args["factor"] >= 80)
+        known.append((box, light))
+        yield box, light, turn
+
+
+def inside(box: Box, tool: str, args: dict, width: int, height: int) -> Box:
+    """The box that a crop or zoom takes out of an image that shows `box` at width x height view pixels."""
+    if tool == "crop_image":
+        left, top = args["x"], args["y"]
+        right, bottom = left + args["width"], top + args["height"]
+    else:
+        wide, high = width / args["factor"], height / args["factor"]
+        left = min(max(args["center_x"] - wide / 2, 0), width - wide)
+        top = min(max(args["center_y"] - high / 2, 0), height - high)
+        right, bottom = left + wide, top + high
+    x, y = (box[2] - box[0]) / width, (box[3] - box[1]) / height
+    return box[0] + left * x, box[1] + top * y, box[0] + right * x, box[1] + bottom * y
 
 
 def undoes(args: dict, right: dict) -> bool:
@@ -85,13 +127,14 @@ def undoes(args: dict, right: dict) -> bool:
     return args["direction"] == right["direction"]
 
 
-def holds(crop: dict, target: list[int]) -> bool:
-    """Whether a crop (in view pixels) holds the middle half of the target (x, y, width, height in picture pixels) at a
-    scale of at least 3/4 of the full resolution, where lines four pixels apart are still told apart."""
-    left, top = crop["x"] * SCALE, crop["y"] * SCALE
-    right, bottom = left + crop["width"] * SCALE, top + crop["height"] * SCALE
+def holds(box: Box | None, target: list[int]) -> bool:
+    """Whether a part of the picture holds the middle half of the target (x, y, width, height) and is seen at 3/4 of the
+    full resolution or more, where lines four pixels apart are still told apart."""
+    if box is None:
+        return False
     x, y, width, height = target
-    inside = (
+    left, top, right, bottom = box
+    middle = (
         left <= x + width / 4 and top <= y + height / 4 and right >= x + width * 3 / 4 and bottom >= y + height * 3 / 4
     )
-    return inside and max(right - left, bottom - top) <= SIZE // SCALE * 4 / 3
+    return middle and max(right - left, bottom - top) <= SIZE / SCALE * 4 / 3

@@ -4,7 +4,7 @@ All pictures are 448 x 448 and are meant to be seen at 112 x 112 (a quarter of t
 
     detail   stripes with a period of four pixels in a framed cell of a 4 x 4 grid; they average out in the view.
              The question does not say which cell it is
-    dark     a letter of one grey level in a dark or flat scene; less than half a level is left in the view
+    dark     bands of one grey level in a dark or flat scene; less than half a level is left in the view
     turned   a letter in a picture that was turned (its red edge belongs on top) or mirrored (the question says so)
     both     dark stripes in a framed cell: two tools in a row, in either order
 
@@ -165,19 +165,19 @@ def both(name: str, rng: "Generator") -> Puzzle:
 
 
 def dark(name: str, rng: "Generator") -> Puzzle:
-    answer = LETTERS[rng.integers(4)]
+    answer = STRIPES[rng.integers(4)]
     flat = bool(rng.integers(2))
     picture = background(name, rng) // 64
-    field, ink = picture[96:-96, 96:-96], letter(answer)[..., None]
+    field, lit = picture[96:-96, 96:-96], bands(answer)
     if flat:
         picture += 127
         # Brighter and darker pixels: whether the contrast tool's pivot, the rounded mean grey, is 127 or 129, some are left.
-        field[...] = 128 + np.where(ink, -1, 1) * DITHER
+        field[...] = 128 + np.where(lit, 1, -1) * DITHER
     else:
-        field[...] = ~ink & DITHER
+        field[...] = lit & DITHER
     call = Call("adjust_contrast", {"factor": 120}) if flat else Call("adjust_brightness", {"factor": 240})
-    question = f"The scene is too {'flat' if flat else 'dark'}. Which letter is it?"
-    return Puzzle(Family.DARK, name, picture, question, answer, LETTERS, (call,), None)
+    question = f"The scene is too {'flat' if flat else 'dark'}. Which way do the bands run?"
+    return Puzzle(Family.DARK, name, picture, question, answer, STRIPES, (call,), None)
 
 
 def turned(name: str, rng: "Generator") -> Puzzle:
@@ -233,6 +233,14 @@ def frame(picture: np.ndarray, cell: int) -> None:
     picture[y : y + CELL // 2, x : x + CELL] = COLOURS[cell // 4]
     picture[y + CELL // 2 : y + CELL, x : x + CELL] = COLOURS[cell % 4]
     picture[y + FRAME : y + CELL - FRAME, x + FRAME : x + CELL - FRAME] = inside
+
+
+@cache
+def bands(kind: str) -> np.ndarray:
+    """(256, 256, 1) bool: bands 32 pixels wide, which the view shows once they are bright enough."""
+    row, column = np.mgrid[:256, :256]
+    phase = {"horizontal": row, "vertical": column, "rising": row + column, "falling": row - column}[kind]
+    return (phase % 64 < 32)[..., None]
 
 
 @cache

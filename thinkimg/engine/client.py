@@ -170,9 +170,18 @@ class EngineClient:
         await self._on_all(load)
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Make an adapter available to all servers. Each version needs a new name: prefix caches are keyed by it."""
+        """Make an adapter available to all servers that do not have it. Each version needs a new name: prefix caches are
+        keyed by it, and a name is taken to mean the same weights for ever."""
         body = {"lora_name": name, "lora_path": str(Path(path).absolute())}
-        await self._on_all(lambda url: self._post(url, "/v1/load_lora_adapter", body))
+
+        async def load(url: str) -> None:
+            try:
+                await self._post(url, "/v1/load_lora_adapter", body)
+            except EngineError as error:
+                if "already been loaded" not in error.message:
+                    raise
+
+        await self._on_all(load)
 
     async def version(self) -> str:
         """The weight version that the servers report. Raises EngineError if they differ."""

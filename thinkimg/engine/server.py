@@ -45,8 +45,6 @@ class ServerSettings:
     min_pixels: int = 28 * 28
     max_pixels: int = 1280 * 28 * 28
     """Limits of the processor. Views come at their final size, so these need only admit them all."""
-    quantization: str | None = None
-    """"bitsandbytes": weights in 4 bits (GPU only), as the trainer holds them with model.load_in_4bit."""
     dtype: str | None = None
     """None: float32 on a CPU (vLLM's "auto" turns float32 weights into bfloat16), bfloat16 on a GPU."""
     max_num_seqs: int = 64
@@ -158,7 +156,6 @@ def server_command(model: str, port: int, settings: ServerSettings, media_dir: P
         "served-model-name": SERVED_NAME,
         "host": "127.0.0.1",
         "port": port,
-        "quantization": settings.quantization,
         "dtype": settings.dtype or ("float32" if cpu else "bfloat16"),
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,

@@ -240,7 +240,7 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["visual", "lm_head"],
+            llm_int8_skip_modules=["model.visual", "lm_head"],
         )
         options["device_map"] = {"": torch.device(device).index or 0}
     dtype = torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from thinkimg.errors import UserError
 from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.packing import Conversation, micro_batches
-from thinkimg.grpo.policy import Scorer
+from thinkimg.grpo.policy import Scorer, base_model
 from thinkimg.grpo.rows import Patches, Row
 
 T = TypeVar("T")
@@ -168,3 +168,13 @@ class Clock:
             torch.cuda.synchronize(self._device)
         last, self._last = self._last, time.perf_counter()
         return self._last - last
+
+
+def checkpointing(policy: Policy, on: bool) -> None:
+    """Compute activations of the language model again in the backward pass; transformers does so in training mode only."""
+    language_model = base_model(policy.model).language_model
+    if on:
+        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        language_model.gradient_checkpointing_disable()
+    policy.model.train(on)

@@ -138,7 +138,8 @@ class Patches:
             raise UserError(f"The image {key} is in none of the image tables.", hint=hint) from None
         if (found := pixel_hash(image)) != key:
             raise UserError(
-                f"The pixels stored as {key[:16]}… have the hash {found[:16]}….", hint="See `thinkimg verify`."
+                f"The pixels stored as {key[:16]}… have the hash {found[:16]}….",
+                hint="The artifact was changed since it was made: make it again.",
             )
         seen = view(image, **self._limits)
         if grid(*seen.size) != patch_grid:

@@ -13,8 +13,17 @@ from thinkimg.errors import UserError
 from thinkimg.grpo import checkpoint, parity
 from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
-from thinkimg.grpo.optimise import Clock, MicroBatches, Progress, Ranks, Stepper, peak_memory_mb, score_all
-from thinkimg.grpo.policy import Scorer, base_model, unwrap
+from thinkimg.grpo.optimise import (
+    Clock,
+    MicroBatches,
+    Progress,
+    Ranks,
+    Stepper,
+    checkpointing,
+    peak_memory_mb,
+    score_all,
+)
+from thinkimg.grpo.policy import Scorer, unwrap
 from thinkimg.grpo.rows import Patches, Row, read_advantages, read_rows
 
 
@@ -230,13 +239,3 @@ def row_mask(rows: Sequence[Row], device: torch.device) -> Tensor:
     """(B, T) bool, True for the scored tokens of each row, which stand one after the other."""
     counts = torch.tensor([len(row.engine) for row in rows], device=device)
     return torch.arange(int(counts.max()), device=device) < counts[:, None]
-
-
-def checkpointing(policy: Policy, on: bool) -> None:
-    """Compute activations of the language model again in the backward pass; transformers does so in training mode only."""
-    language_model = base_model(policy.model).language_model
-    if on:
-        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        language_model.gradient_checkpointing_disable()
-    policy.model.train(on)

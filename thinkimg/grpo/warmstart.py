@@ -10,7 +10,7 @@ from thinkimg.config import WarmstartConfig
 from thinkimg.errors import UserError
 from thinkimg.grpo import checkpoint
 from thinkimg.grpo.checkpoint import Policy
-from thinkimg.grpo.optimise import Clock, MicroBatches, Progress, Ranks, Stepper, peak_memory_mb
+from thinkimg.grpo.optimise import Clock, MicroBatches, Progress, Ranks, Stepper, checkpointing, peak_memory_mb
 from thinkimg.grpo.policy import Scorer, unwrap
 from thinkimg.grpo.rows import Patches, read_rows
 
@@ -68,6 +68,8 @@ def _learn(
     features = {} if policy.config.adaptation == "lora" else None
     scorer = Scorer(policy.model, pixels, temperature=talk["temperature"], banned=talk["banned"], features=features)
     steps = []
+    if job.get("gradient_checkpointing"):
+        checkpointing(policy, True)
     for number, batch in enumerate(draw(len(rows), config.batch, config.steps, job["seed"])):
         tokens = sum(len(rows[i].engine) for i in batch)
         conversations = [rows[i].conversation for i in ranks.share(batch, lengths)]
@@ -83,6 +85,8 @@ def _learn(
         loss = sum(ranks.gather(share))
         steps.append({"step": number + 1, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": clock.lap()})
         progress(steps[-1] | {"steps": config.steps})
+    if job.get("gradient_checkpointing"):
+        checkpointing(policy, False)
     stepper.release()
     pixels.close()
     return steps

@@ -5,9 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from thinkimg import schemas
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
-from thinkimg.chat.protocol import ToolCall
 from thinkimg.config import Config
 from thinkimg.data.demonstrations import right_calls
 from thinkimg.data.images import ImageTable, load_samples
@@ -16,12 +14,13 @@ from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
 from thinkimg.rewards import Batch
 from thinkimg.rewards.answer import score as score_answers
-from thinkimg.rollout import Play, Players, view_limits
-from thinkimg.schemas import SCHEMA_VERSION, CallStatus, Sample, Trajectory, TurnKind, to_row
-from thinkimg.stages.rollout import summary
+from thinkimg.rollout import Play, view_limits
+from thinkimg.schemas import SCHEMA_VERSION, Sample, Trajectory
+from thinkimg.stages.rollout import play_parts, precision, read_rows, summary
 
 STAGE, VERSION, KIND = "evaluate", 1, "evaluation"
 GREEDY = 0  # index of the greedy trajectory; 1 to k are the sampled ones
+JUDGES = ("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy")  # decide what is right
 RIGHT = 0.5  # an answer's reward from which on it counts as right: choices are 0 or 1, text and boxes lie between
 
 
@@ -33,12 +32,13 @@ def recipe(config: Config, dataset: Artifact, policy: Artifact, samples: int, bl
             "images": view_limits(config),
             "k": config.evaluate.k,
             "temperature": config.evaluate.temperature,
-            "rewards": config.rewards.model_dump(mode="json"),
+            "number_tolerance": config.rewards.number_tolerance,
+            "precision": precision(config),
             "samples": samples,
             "blind": blind,
         },
         inputs={"dataset": dataset.reference, "policy": policy.reference},
-        packages=package_versions("pillow", "transformers", "tokenizers", engine_package()),
+        packages=package_versions("pillow", "transformers", "tokenizers", engine_package(), *JUDGES),
     )  # fmt: skip
 
 
@@ -53,12 +53,14 @@ def evaluate(
     avg_at_k with a bootstrap interval over questions, tool figures, and the same per family of puzzles.
     """
     samples = config.evaluate.samples if samples is None else samples
+    if samples < 1:
+        raise UserError(f"an evaluation of {samples} samples says nothing", hint="set --samples to 1 or more")
 
     def produce(work: Work) -> None:
         with machines(config) as crew:
             asyncio.run(fill(work, config, dataset, policy, crew, samples, blind, progress))
 
-    where = config.where.model_dump(mode="json")
+    where = config.where.public()
     return store.build(
         KIND, recipe(config, dataset, policy, samples, blind), produce, seed=config.seed, where=where, force=force
     )
@@ -67,40 +69,22 @@ def evaluate(
 async def fill(
     work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, count: int, blind: bool, progress
 ):
-    import pyarrow as pa
-
     samples = load_samples(dataset, "held_out")[:count]
-    if not samples:
-        raise UserError("the data set has no held-out samples", hint="raise data.held_out and prepare it again")
-    indices = range(config.evaluate.k + 1)
-    greedy = [(sample, GREEDY, (n, GREEDY)) for n, sample in enumerate(samples)]
-    sampled = [(sample, i, (n, i)) for n, sample in enumerate(samples) for i in indices if i != GREEDY]
-    total = len(greedy) + len(sampled)
-    found: dict[tuple[int, int], Trajectory] = {}
-    async with Players(config, dataset, policy, crew) as players:
-        for jobs, temperature in ((greedy, 0.0), (sampled, config.evaluate.temperature)):
-            done = len(found)
-            async for key, episode in players.play(
-                jobs, Play(temperature, blind=blind), lambda n, d=done: progress(d + n, total)
-            ):
-                found[key] = episode.trajectory()
-    rows = [found[n, i] for n in range(len(samples)) for i in indices]
-    if not work.has("trajectories.parquet"):
-        work.table("trajectories.parquet", pa.Table.from_pylist([to_row(row) for row in rows], schemas.trajectories()))
-    batch = Batch(
-        trajectories=rows,
-        samples={sample.sample_id: sample for sample in samples},
-        config=config.rewards,
-        images=ImageTable([dataset]),
-    )
-    values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(indices))
+    plays = [Play(0.0, blind)] + [Play(config.evaluate.temperature, blind)] * config.evaluate.k
+    await play_parts(work, config, dataset, policy, crew, samples, plays, progress, keep_images=False)
+    rows = read_rows(work)
+    by_id = {sample.sample_id: sample for sample in samples}
+    batch = Batch(trajectories=rows, samples=by_id, config=config.rewards, images=ImageTable([dataset]))
+    values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(plays))
     work.metrics |= report(samples, np.array(rows, dtype=object).reshape(values.shape), values)
 
 
 def report(samples: list[Sample], rows: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
     """Metrics of (N, 1 + k) trajectories and their answer rewards; column GREEDY is the greedy one."""
     metrics = figures(samples, rows, values) | {
-        name: value for name, value in summary(rows[:, GREEDY]).items() if not name.startswith("stop/")
+        name: value
+        for name, value in summary(rows[:, GREEDY]).items()
+        if not name.startswith("stop/") or "failed" in name
     }
     families = np.array([sample.metadata.get("family", "") for sample in samples])
     for family in sorted(set(families) - {""}):
@@ -127,27 +111,15 @@ def figures(samples: list[Sample], rows: np.ndarray, values: np.ndarray) -> dict
         found["avg_at_k"] = float(means.mean())
         found["avg_at_k_low"], found["avg_at_k_high"] = bootstrap(means)
     if all("solution" in sample.metadata for sample in samples):
-        called = np.array(
-            [right_calls(sample, calls(row)) for sample, row in zip(samples, rows[:, GREEDY], strict=True)]
-        )
+        called = np.array([right_calls(sample, row) for sample, row in zip(samples, rows[:, GREEDY], strict=True)])
         found["right_arguments"] = float(called.mean())
         found["right_reading"] = float(right[called].mean()) if called.any() else None
     return found
 
 
-def calls(row: Trajectory) -> list[ToolCall]:
-    """The calls that gave an image."""
-    import json
-
-    return [
-        ToolCall(turn.tool, json.loads(turn.args))
-        for turn in row.turns
-        if turn.kind is TurnKind.TOOL and turn.status in (CallStatus.OK, CallStatus.DUPLICATE)
-    ]
-
-
 def used_tool(row: Trajectory) -> bool:
-    return bool(calls(row))
+    """Whether a tool showed the model an image."""
+    return any(turn.image is not None for turn in row.turns)
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -28,21 +28,28 @@ def planned(config: Config) -> Iterator[str]:
     policy, line = find("policy", warmstart.recipe(config, dataset, demonstrations), "warmstart")
     yield line
     first = policy
-    for iteration in range(1, config.iterations + 1):
+    ends = config.evaluate.samples_ends
+    for iteration in range(config.iterations + 1):
         if policy is None:
             return
-        rollouts, line = find("rollouts", rollout.recipe(config, dataset, policy, iteration), f"rollout {iteration}")
-        yield line
-        if rollouts is None:
-            return
-        scores, line = find("scores", score.recipe(config, dataset, rollouts), f"score {iteration}")
-        yield line
-        if scores is None:
-            return
-        reference = train.reference_of(config, first)
-        recipe = train.recipe(config, dataset, policy, rollouts, scores, reference)
-        policy, line = find("policy", recipe, f"train {iteration}")
-        yield line
-    if policy is not None:
-        recipe = evaluate.recipe(config, dataset, policy, config.evaluate.samples_ends, blind=False)
-        yield find("evaluation", recipe, "evaluate")[1]
+        count = ends if iteration in (0, config.iterations) else config.evaluate.samples
+        if iteration:
+            rollouts, line = find(
+                "rollouts", rollout.recipe(config, dataset, policy, iteration), f"rollout {iteration}"
+            )
+            yield line
+            if rollouts is None:
+                return
+            scores, line = find("scores", score.recipe(config, dataset, rollouts), f"score {iteration}")
+            yield line
+            if scores is None:
+                return
+            reference = train.reference_of(config, first)
+            recipe = train.recipe(config, dataset, policy, rollouts, scores, reference)
+            policy, line = find("policy", recipe, f"train {iteration}")
+            yield line
+            if policy is None:
+                return
+        yield find("evaluation", evaluate.recipe(config, dataset, policy, count, blind=False), f"evaluate {iteration}")[
+            1
+        ]

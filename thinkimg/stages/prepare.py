@@ -14,8 +14,11 @@ from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, package
 from thinkimg.config import Config
 from thinkimg.data.images import image_writer
 from thinkimg.data.prepared import Job, Surveyed, in_order, puzzle_jobs, row_jobs, survey
+from thinkimg.data.puzzles import SCALE, SIZE
 from thinkimg.data.sources import Source, open_source
+from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
+from thinkimg.images.view import view_size
 from thinkimg.schemas import SCHEMA_VERSION, to_row
 
 if TYPE_CHECKING:
@@ -51,7 +54,15 @@ def limits_of(config: Config) -> ImageLimits:
 
 def source_of(config: Config) -> Source | None:
     """The opened source; None for the built-in puzzles. Raises UserError where it cannot be read."""
-    return None if config.data.source == "puzzles" else open_source(config.data, limits_of(config))
+    if config.data.source != "puzzles":
+        return open_source(config.data, limits_of(config))
+    limits = {"min_pixels": config.images.min_pixels, "max_pixels": config.images.max_pixels}
+    if view_size(SIZE, SIZE, **limits) != (SIZE // SCALE, SIZE // SCALE):
+        hint = "name your own data with data.source and data.path, or set images.min_pixels=784 and images.max_pixels=12544"
+        raise UserError(
+            f"The built-in puzzles are made to be seen at {SIZE // SCALE} x {SIZE // SCALE} pixels.", hint=hint
+        )
+    return None
 
 
 def prepare(

@@ -17,7 +17,7 @@ from thinkimg.data.images import encode, image_writer, load_samples
 from thinkimg.engine import package as engine_package
 from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
-from thinkimg.rollout import Play, Players, view_limits
+from thinkimg.rollout import Job, Play, Players, view_limits
 from thinkimg.schemas import SCHEMA_VERSION, CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
 
 STAGE, VERSION, KIND = "rollout", 1, "rollouts"
@@ -30,6 +30,7 @@ def recipe(config: Config, dataset: Artifact, policy: Artifact, iteration: int) 
         config={
             "conversation": config.conversation.model_dump(mode="json"),
             "images": view_limits(config),
+            "precision": precision(config),
             "rollout": config.rollout.model_dump(mode="json"),
             "iteration": iteration,
             "seed": config.seed,
@@ -37,6 +38,11 @@ def recipe(config: Config, dataset: Artifact, policy: Artifact, iteration: int) 
         inputs={"dataset": dataset.reference, "policy": policy.reference},
         packages=package_versions("pillow", "transformers", "tokenizers", engine_package()),
     )  # fmt: skip
+
+
+def precision(config: Config) -> str:
+    """Of the weights in the engine."""
+    return config.model.dtype
 
 
 def rollout(
@@ -52,23 +58,28 @@ def rollout(
         with machines(config) as crew:
             asyncio.run(fill(work, config, dataset, policy, crew, iteration, progress))
 
-    where = config.where.model_dump(mode="json")
+    where = config.where.public()
     return store.build(
         KIND, recipe(config, dataset, policy, iteration), produce, seed=config.seed, where=where, force=force
     )
 
 
 def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
-    """This iteration's samples (iterations count from 1): all of them once, in an order of its own, before any again."""
-    drawn: list[Sample] = []
-    position = (iteration - 1) * count
-    while len(drawn) < count:
-        epoch, offset = divmod(position, len(samples))
-        order = np.random.default_rng([seed, epoch]).permutation(len(samples))
-        take = order[offset : offset + count - len(drawn)]
-        drawn += [samples[i] for i in take]
-        position += len(take)
-    return drawn
+    """This iteration's samples (iterations count from 1), none of them twice; every sample once before any comes again.
+
+    Where an epoch ends within an iteration, what the iteration holds already is moved to the next epoch's end. Fewer
+    samples than `count` are all drawn every time.
+    """
+    count = min(count, len(samples))
+    queue: list[int] = []
+    epoch = 0
+    for _ in range(iteration):
+        if len(queue) < count:
+            order = np.random.default_rng([seed, 1, epoch]).permutation(len(samples)).tolist()
+            queue += sorted(order, key=lambda i: i in queue)  # stable: those still in the queue come last
+            epoch += 1
+        drawn, queue = queue[:count], queue[count:]
+    return [samples[i] for i in drawn]
 
 
 async def fill(
@@ -76,42 +87,54 @@ async def fill(
 ):
     """Play what is missing and close part after part; a part holds whole groups, in the order of the samples."""
     samples = draw(load_samples(dataset, "train"), config.rollout.samples, iteration, config.seed)
+    plays = [Play(config.rollout.temperature)] * config.rollout.group_size
+    started = time.perf_counter()
+    played = await play_parts(work, config, dataset, policy, crew, samples, plays, progress)
+    rows = read_rows(work)
+    work.metrics |= summary(rows)
+    if played:
+        work.where["tokens_per_s"] = round(played / (time.perf_counter() - started), 1)
+
+
+async def play_parts(
+    work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, samples: list[Sample],
+    plays: list[Play], progress: Callable[[int, int], None], *, keep_images: bool = True,
+) -> int:  # fmt: skip
+    """Play each sample once per entry of `plays` (its index), and close the parts that are not closed yet.
+
+    keep_images: store what the tools made, too; it can be made again from the data set and the calls.
+    Returns the number of tokens sampled now. Raises UserError where every conversation of the artifact failed.
+    """
     size = -(-len(samples) // PARTS)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
-    group = config.rollout.group_size
-    started, tokens = time.perf_counter(), 0
+    part_of = {sample.sample_id: number for number, part in enumerate(parts) for sample in part}
     missing = [number for number in range(len(parts)) if not work.has(f"trajectories-{number:05}.parquet")]
-    place = {(number, i): sample for number in missing for i, sample in enumerate(parts[number])}
-    jobs = [(sample, index, (number, i)) for (number, i), sample in place.items() for index in range(group)]
-    total = len(samples) * group
-    ended: dict[int, list[tuple[int, Episode]]] = {number: [] for number in missing}
-
-    def told(done: int) -> None:
-        progress(total - len(jobs) + done, total)
-
-    async with Players(config, dataset, policy, crew) as players:
-        how = Play(config.rollout.temperature, config.rollout.top_p)
-        async for (number, i), episode in players.play(jobs, how, told):
-            ended[number].append((i, episode))
-            if len(ended[number]) == len(parts[number]) * group:
-                done = [e for _, e in sorted(ended.pop(number), key=lambda pair: (pair[0], pair[1].index))]
-                tokens += sum(turn.tokens for e in done for turn in e.trajectory().turns)
-                write_part(work, number, done, players.pool)
-    seconds = time.perf_counter() - started
-    rows = [row for number in range(len(parts)) for row in read_part(work, number)]
+    jobs = [Job(sample, i, how) for number in missing for sample in parts[number] for i, how in enumerate(plays)]
+    total = len(samples) * len(plays)
+    ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
+    tokens = 0
+    if jobs:
+        async with Players(config, dataset, policy, crew) as players:
+            async for job, episode in players.play(jobs, lambda done: progress(total - len(jobs) + done, total)):
+                number = part_of[job.sample.sample_id]
+                ended[number][job.sample.sample_id, job.index] = episode
+                if len(ended[number]) == len(parts[number]) * len(plays):
+                    whole = ended.pop(number)
+                    episodes = [whole[sample.sample_id, i] for sample in parts[number] for i in range(len(plays))]
+                    tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
+                    await asyncio.to_thread(write_part, work, number, episodes, players.pool if keep_images else None)
+    rows = read_rows(work)
     failed = [row for row in rows if row.stop is StopReason.FAILED]
     if len(failed) == len(rows):
         raise UserError(f"every conversation failed, the first with: {failed[0].error}", hint="read the engine's log")
-    work.metrics |= summary(rows)
-    if jobs:
-        work.where["tokens_per_s"] = round(tokens / seconds, 1)
+    return tokens
 
 
-def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor) -> None:
-    """Close the images that the tools made, each once, and then the trajectories."""
+def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor | None) -> None:
+    """Close the images that the tools made, each once (encoded in `pool`; none are kept without), and the trajectories."""
     import pyarrow as pa
 
-    if not work.has(f"images-{number:05}.parquet"):
+    if pool is not None and not work.has(f"images-{number:05}.parquet"):
         made = {sha: image for episode in episodes for sha, image in episode.made_images.items()}
         write_images(work, f"images-{number:05}.parquet", made, pool)
     trajectories = [to_row(episode.trajectory()) for episode in episodes]
@@ -126,11 +149,13 @@ def write_images(work: Work, name: str, made: dict[str, Image.Image], pool: Exec
             add(sha, data, *made[sha].size)
 
 
-def read_part(work: Work, number: int) -> list[Trajectory]:
+def read_rows(work: Work) -> list[Trajectory]:
+    """All trajectories of the closed parts, in order."""
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(work.path(f"trajectories-{number:05}.parquet")).to_pylist()
-    return [schemas.from_row(Trajectory, row) for row in rows]
+    names = [f"trajectories-{number:05}.parquet" for number in range(PARTS)]
+    tables = [pq.read_table(work.path(name)) for name in names if work.has(name)]
+    return [schemas.from_row(Trajectory, row) for table in tables for row in table.to_pylist()]
 
 
 def summary(rows: Iterable[Trajectory]) -> dict[str, float]:
@@ -138,7 +163,7 @@ def summary(rows: Iterable[Trajectory]) -> dict[str, float]:
     rows = list(rows)
     turns = [turn for row in rows for turn in row.turns]
     calls = [turn for turn in turns if turn.kind is TurnKind.TOOL]
-    using = [row for row in rows if any(turn.status in (CallStatus.OK, CallStatus.DUPLICATE) for turn in row.turns)]
+    using = [row for row in rows if any(turn.image is not None for turn in row.turns)]
     metrics = {
         "trajectories": len(rows),
         "tool/rate": len(using) / len(rows),

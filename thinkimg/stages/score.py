@@ -73,7 +73,7 @@ def score(
             run = mapper or stack.enter_context(ThreadPoolExecutor(config.where.workers)).map
             fill(work, config.rewards, dataset, rollouts, run, progress)
 
-    where = config.where.model_dump(mode="json")
+    where = config.where.public()
     return store.build(KIND, recipe(config, dataset, rollouts), produce, where=where, force=force)
 
 

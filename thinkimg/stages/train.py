@@ -1,5 +1,7 @@
 """The train stage: a mix of the raw scores, group-relative advantages, and GRPO steps from one policy to the next."""
 
+import logging
+import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -8,11 +10,16 @@ from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.base import base_entry
 from thinkimg.chat.codec import Codec
 from thinkimg.config import Config
+from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows, mix_rewards
 from thinkimg.machines import Machines, machines
+from thinkimg.rewards import components
 from thinkimg.rollout import view_limits
 from thinkimg.schemas import SCHEMA_VERSION, StopReason
 from thinkimg.stages.score import read_scores
+from thinkimg.stages.warmstart import model_slice
+
+log = logging.getLogger(__name__)
 
 STAGE, VERSION, KIND = "train", 1, "policy"
 EXCLUDED = (StopReason.FAILED, StopReason.MAX_TURNS, StopReason.MAX_TOKENS)
@@ -28,13 +35,14 @@ def recipe(config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifa
         config={
             "images": view_limits(config),
             "mix": config.mix,
-            "model": config.model.model_dump(mode="json"),
+            "model": model_slice(config),
             "temperature": config.rollout.temperature,
-            "train": config.train.model_dump(mode="json"),
+            "max_tokens": config.conversation.max_tokens,
+            "train": config.train.model_dump(mode="json", exclude={"parity"}),
             "seed": config.seed,
         },
         inputs={name: artifact.reference for name, artifact in inputs.items()},
-        packages=package_versions("torch", "transformers", "peft"),
+        packages=package_versions("torch", "transformers", "peft", "pillow"),
     )  # fmt: skip
 
 
@@ -47,13 +55,14 @@ def train(
     Raises UserError where the parity gate refuses. Where no group is left to learn from, no step is taken and the next
     policy has the same weights; the metric train/rows is 0.
     """
+    check_mix(config)
     reference = reference_of(config, reference)
 
     def produce(work: Work) -> None:
         with machines(config) as crew:
             step(work, config, dataset, policy, rollouts, scores, reference, crew, progress)
 
-    where = config.where.model_dump(mode="json")
+    where = config.where.public()
     plan = recipe(config, dataset, policy, rollouts, scores, reference)
     return store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
 
@@ -108,18 +117,33 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
         "reference": reference and str((reference.directory / "policy").resolve()),
         "seed": config.seed,
     }
+    work.discard("policy")  # of a killed run: its figures are lost, so that it is trained again
     with work.part("policy") as output:
-        done = crew.trainer.submit(
-            job | {"output": str(output.resolve())}, progress=lambda line: progress(line["step"], line["steps"])
-        )
+        if len(rows):
+            job["output"] = str(output.resolve())
+            done = crew.trainer.submit(job, progress=lambda line: progress(line["step"], line["steps"]))
+            work.metrics |= done["metrics"]
+        else:
+            log.warning("no group is left to learn from: no step is taken")
+            shutil.copytree(policy.checked("policy"), output)
     valid = ~np.isin(stops, EXCLUDED)
-    work.metrics |= done["metrics"] | {
+    work.metrics |= {
         "reward/total": float(totals[valid].mean()) if valid.any() else None,
         "train/rows": len(rows),
         "train/silent_groups": len(result.silent_groups) / len(set(groups)),
     }
     for reason in Inclusion:
         work.metrics[f"train/rows_{reason}"] = int((result.reasons == reason).sum())
+
+
+def check_mix(config: Config) -> None:
+    """Raise UserError where the mix names a component that is never scored: before hours are spent, not after."""
+    known = components(config.rewards)
+    for name in config.mix:
+        if name not in known:
+            raise UserError(
+                f"The mix names '{name}', which is no reward component.", hint=f"There are {', '.join(known)}."
+            )
 
 
 def weigh(config: Config, components: dict[str, np.ndarray], groups: np.ndarray, stops: np.ndarray

@@ -30,18 +30,16 @@ SCRIPT = "script"  # policy of the demonstrations' rows
 
 def recipe(config: Config, dataset: Artifact, demonstrations: Artifact | None) -> Recipe:
     settings = config.warmstart
-    inputs = {"dataset": dataset.reference}
+    inputs, learning = {"dataset": dataset.reference}, {}
     if demonstrations is not None:
         inputs["demonstrations"] = demonstrations.reference
+        learning = settings.model_dump(mode="json", include={"steps", "batch", "learning_rate", "warmup_steps"})
+        learning |= {"images": view_limits(config), "token_budget": config.train.token_budget}
+    elif config.model.tiny is not None:
+        learning = {"conversation": config.conversation.model_dump(mode="json")}  # the tokenizer is made for its texts
     return Recipe(
         STAGE, VERSION, SCHEMA_VERSION,
-        config={
-            "images": view_limits(config),
-            "model": config.model.model_dump(mode="json"),
-            "warmstart": settings.model_dump(mode="json", include={"steps", "batch", "learning_rate", "warmup_steps"}),
-            "token_budget": config.train.token_budget,
-            "seed": config.seed,
-        },
+        config={"model": model_slice(config), "warmstart": learning, "seed": config.seed},
         inputs=inputs | base_inputs(config),
         packages=package_versions("torch", "transformers", "tokenizers", "peft"),
     )  # fmt: skip
@@ -58,12 +56,20 @@ def script_recipe(config: Config, dataset: Artifact) -> Recipe:
             "conversation": config.conversation.model_dump(mode="json"),
             "images": view_limits(config),
             "tiny": config.model.tiny and config.model.tiny.model_dump(mode="json"),
-            "flaws": config.warmstart.flaws.model_dump(mode="json"),
+            "flaws": None if config.warmstart.demonstrations else config.warmstart.flaws.model_dump(mode="json"),
             "seed": config.seed,
         },
         inputs=inputs,
         packages=package_versions("transformers", "tokenizers", "pillow", "numpy"),
     )  # fmt: skip
+
+
+def model_slice(config: Config) -> dict:
+    """What defines how weights are trained; which weights these are is told by the inputs' digests, not by a path."""
+    fields = {"tiny", "dtype", "load_in_4bit", "adaptation", "train_vision"}
+    if config.model.adaptation == "lora":
+        fields |= {"lora_rank", "lora_alpha"}
+    return config.model.model_dump(mode="json", include=fields)
 
 
 def has_script(config: Config) -> bool:
@@ -100,7 +106,7 @@ def warmstart(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Artifact, bool]:  # fmt: skip
     """The first policy: trained on demonstrations, or a checkpoint, or the base model as it is."""
-    where = config.where.model_dump(mode="json")
+    where = config.where.public()
     with contextlib.ExitStack() as stack:
         base = BaseModel(config, dataset, stack)
         demonstrations = None
@@ -133,6 +139,7 @@ def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifac
             **view_limits(config),
         },
         "token_budget": config.train.token_budget,
+        "gradient_checkpointing": config.train.gradient_checkpointing,
         "conversation": {
             "temperature": 1.0,
             "banned": list(codec.banned),
@@ -140,6 +147,7 @@ def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifac
         },
         "seed": config.seed,
     }
+    work.discard("policy")  # of a killed run: its figures are lost, so that it is trained again
     with work.part("policy") as output:
         job["output"] = str(output.resolve())
         result = crew.trainer.submit(job, progress=lambda line: progress(line["step"], line["steps"]))
@@ -161,14 +169,19 @@ def demonstrate(work: Work, config: Config, dataset: Artifact, base: "BaseModel"
             trajectory_id=f"{sample.sample_id}-{index}", group_id=sample.sample_id, index=index, policy=SCRIPT,
         )  # fmt: skip
         trajectory = scripted(episode, turns)
-        if trajectory.stop is StopReason.FAILED:
-            raise UserError(f"the demonstration for {sample.sample_id} does not work: {trajectory.error}")
+        if trajectory.stop is not StopReason.ANSWER:
+            hint = "it must end with an answer, within conversation.max_turns, max_turn_tokens and max_tokens"
+            why = trajectory.error or f"it ended for '{trajectory.stop}'"
+            raise UserError(f"the demonstration for {sample.sample_id} does not work: {why}", hint=hint)
         rows.append(to_row(trajectory))
         made |= {sha: (encode(image), *image.size) for sha, image in episode.made_images.items() if sha not in made}
         progress(number, len(todo))
-    with work.part("images.parquet") as path, image_writer(path) as add:
-        for sha in sorted(made):
-            add(sha, *made[sha])
+    if not work.has("images.parquet"):
+        with work.part("images.parquet") as path, image_writer(path) as add:
+            for sha in sorted(made):
+                add(sha, *made[sha])
+    if work.has("trajectories.parquet"):
+        return
     work.table("trajectories.parquet", pa.Table.from_pylist(rows, schemas.trajectories()))
 
 
@@ -178,7 +191,7 @@ def scripts(config: Config, dataset: Artifact) -> Iterator[tuple[Sample, int, li
     if config.warmstart.demonstrations is None:
         form, tools = PROTOCOLS[config.conversation.protocol], config.conversation.tools != ()
         for number, sample in enumerate(samples):
-            rng = np.random.default_rng([config.seed, number])
+            rng = np.random.default_rng([config.seed, 3, number])  # of its own: the puzzles' are [seed, number]
             yield sample, 0, script(sample, form, config.warmstart.flaws, rng, tools=tools)
         return
     known = {sample.sample_id: sample for sample in samples}
@@ -186,7 +199,9 @@ def scripts(config: Config, dataset: Artifact) -> Iterator[tuple[Sample, int, li
     for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
         try:
             row = json.loads(line)
-            sample_id, turns = str(row["sample_id"]), [str(turn) for turn in row["turns"]]
+            sample_id, turns = row["sample_id"], row["turns"]
+            if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+                raise TypeError
         except (ValueError, TypeError, KeyError):
             hint = 'each line is {"sample_id": …, "turns": ["<think>…</think><tool>…</tool>", …]}'
             raise UserError(f"demonstration {number} cannot be read", hint=hint) from None
@@ -225,8 +240,12 @@ def corpus(config: Config, dataset: Artifact) -> list[str]:
     system = settings.system
     texts = [default_system(settings.protocol, offered_tools(settings.tools)) if system is None else system]
     texts += [f"{role}\n" for role in ("system", "user", "assistant")]
-    for sample, _, turns in scripts(config, dataset):
+    demonstrated = (
+        {sample.sample_id: turns for sample, _, turns in scripts(config, dataset)} if has_script(config) else {}
+    )
+    for sample in load_samples(dataset, "train"):
         pictures = [picture(images.decoded(sha), config.images) for sha in sample.images]
+        turns = demonstrated.get(sample.sample_id, [])
         texts += [part["text"] for part in question(sample, pictures) if part["type"] == "text"] + turns
         texts += [size_statement(number, pictures[0]) for number in range(1, len(turns))]
     return texts

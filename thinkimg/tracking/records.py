@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from thinkimg import files
 from thinkimg.artifacts import Artifact, Reference, Store
-from thinkimg.config import Config
+from thinkimg.config import Config, without_password
 from thinkimg.errors import UserError
 from thinkimg.manifest import canonical, git_revision, now
 
@@ -100,20 +99,10 @@ def loop_id(config: Config) -> str:
 
 def resolved(config: Config, identity: bool = False) -> dict[str, Any]:
     """The config as JSON, without a password in the tracking URI; for identity without iterations and `where`."""
-    tree = config.model_dump(mode="json", exclude={"iterations", "where"} if identity else None)
+    tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset"} if identity else None)
     if not identity and tree["where"]["tracking"]["uri"]:
         tree["where"]["tracking"]["uri"] = without_password(tree["where"]["tracking"]["uri"])
     return tree
-
-
-def without_password(uri: str) -> str:
-    """The URI as it may be shown."""
-    parts = urlsplit(uri)
-    return (
-        uri
-        if parts.password is None
-        else parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
-    )
 
 
 def headline(artifact: Artifact) -> dict[str, float]:
