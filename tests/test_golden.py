@@ -1,0 +1,64 @@
+"""A stage whose output changes must raise its VERSION: else a store would hold two meanings under one fingerprint.
+
+When a test here fails after a deliberate change, raise the VERSION of the stage and write the new digest beside it. A digest
+belongs to the pinned packages as well: with others it may differ without any change of ours, and so does the fingerprint.
+"""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from thinkimg.artifacts import Artifact, Store
+from thinkimg.config import load
+from thinkimg.manifest import canonical
+from thinkimg.stages import prepare, score, train, warmstart
+
+GOLDEN = {
+    "prepare": (1, "3b218f342e0031d35b434fb96440ebf6a8e2c096f5483af2af1ac3784b340a4d"),
+    "demonstrate": (1, "ace98327b49890ff0fcf301d71ac6894b485c91252b367cd1472bf66e92345fb"),
+    "score": (1, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
+    "advantages": (1, "ede1dc795e27b5c0c68011ade8e4e4a29c3d0f89ef2f7ac6040384d568746b7a"),
+}
+OVERRIDES = ["data.train=12", "data.held_out=8", "data.seed=4", "seed=4"]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Stage -> (version, digest of what it makes of a small data set)."""
+    import contextlib
+
+    config, store = load("tiny", OVERRIDES), Store(tmp_path_factory.mktemp("golden"))
+    dataset, _ = prepare.prepare(config, store)
+    with contextlib.ExitStack() as stack:
+        base = warmstart.BaseModel(config, dataset, stack)
+        plan = warmstart.script_recipe(config, dataset)
+        scripted, _ = store.build(
+            "demonstrations", plan, lambda w: warmstart.demonstrate(w, config, dataset, base, lambda *_: None)
+        )
+    scores, _ = score.score(config, dataset, scripted, store)
+    return {
+        "prepare": (prepare.VERSION, digest(dataset, "samples")),
+        "demonstrate": (warmstart.VERSION, digest(scripted, "trajectories")),
+        "score": (score.VERSION, digest(scores, "scores")),
+        "advantages": (train.VERSION, weighed(scores)),
+    }
+
+
+def digest(artifact: Artifact, table: str) -> str:
+    """Of the rows: images stand in them by the hash of their pixels, which no encoder's version changes."""
+    return hashlib.sha256(canonical(artifact.table(table).to_pylist()).encode()).hexdigest()
+
+
+def weighed(scores: Artifact) -> str:
+    config = load("tiny", OVERRIDES)
+    components, _, _ = score.read_scores(scores)
+    groups, stops = np.repeat(["a", "b", "c"], 4), np.array(["answer"] * 11 + ["max_turns"])
+    totals, result = train.weigh(config, components, groups, stops)
+    shown = [np.round(totals, 9).tolist(), np.round(result.advantages, 9).tolist(), [str(r) for r in result.reasons]]
+    return hashlib.sha256(canonical(shown).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("stage", sorted(GOLDEN))
+def test_the_output_is_that_of_this_version(stage, outputs):
+    assert outputs[stage] == GOLDEN[stage]
