@@ -1,21 +1,19 @@
 """How fast is the rollout loop? Tokens per second of the same conversations, played in several ways in one run.
 
-    python benchmarks/rollout.py                                    with a small policy that is made for it
-    python benchmarks/rollout.py --store artifacts --policy 3f2a    with one of a store, by the beginning of its fingerprint
+    python benchmarks/rollout.py --store artifacts --policy 3f2a    (without a policy: the tiny preset's warm-started one)
 
     loop        thinkimg's: one task per conversation, against a vLLM server
-    barrier     the same, but a turn begins when all conversations have ended their last one, its tool call included:
-                with as many of them in flight as the loop has, and with all
+    barrier     the same, but turns begin when all have ended their last one, its tool call included; with as many
+                conversations in flight as the loop has, and with all
     in process  the loop with AsyncLLM in its own process: no HTTP, and images as they are
     generate    AsyncLLM alone: the prompts of all turns at once, as many tokens for each as the loop sampled
 
-Every engine has the server's settings, and empty caches at each start; the two run one after the other.
+Both engines have the same settings, run one after the other, and start each round with empty caches.
 """
 
 import argparse
 import asyncio
 import os
-import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -37,18 +35,18 @@ from thinkimg.stages.prepare import prepare
 from thinkimg.stages.rollout import draw
 from thinkimg.stages.warmstart import warmstart
 
-SMALL = ["data.train=200", "data.held_out=20", "warmstart.steps=150"]
 PARTS = {"api_server": "server", "APIServer": "server", "EngineCore": "scheduler", "VLLM::Worker": "model"}
 
 
 def clock() -> Counter:
-    """Seconds, and CPU seconds of this process ("client") and of vLLM's, whose busy waiting is in them."""
+    """Seconds; CPU seconds of this process ("client"), of vLLM's with their busy waiting, and of all "others" here."""
     now = Counter(client=time.process_time())
     for process in psutil.Process().children(recursive=True):
         command = " ".join(process.cmdline())
         if part := next((part for mark, part in PARTS.items() if mark in command and "watchdog" not in command), None):
             now[part] += sum(process.cpu_times()[:2])
-    return now + Counter(seconds=time.perf_counter())
+    whole = psutil.cpu_times()
+    return now + Counter(others=sum(whole) - whole.idle - whole.iowait - now.total(), seconds=time.perf_counter())
 
 
 class Barrier:
@@ -69,9 +67,8 @@ class Barrier:
 
     def open(self) -> None:
         if len(self.waiting) == self.parties:
-            for turn in self.waiting:
-                turn.set()
-            self.waiting = []
+            while self.waiting:
+                self.waiting.pop().set()
 
 
 class InProcess:
@@ -80,8 +77,7 @@ class InProcess:
     media = "none"
 
     def __init__(self, llm):
-        self.llm, self.turns = llm, []
-        self.numbers = count()
+        self.llm, self.turns, self.numbers = llm, [], count()
 
     def ref(self, uuid: str, image) -> tuple:
         return uuid, image
@@ -97,10 +93,10 @@ class InProcess:
         inputs = {"prompt_token_ids": prompt, "multi_modal_data": pictures, "multi_modal_uuids": uuids}
         async for output in self.llm.generate(inputs, params, str(next(self.numbers))):
             done = output.outputs[0]
-        ids = list(done.token_ids)
-        self.turns.append((prompt, images, sampling, ids))
-        logprobs = [entry[token].logprob for token, entry in zip(ids, done.logprobs, strict=True)]
-        return Generation(ids, logprobs, output.prompt_token_ids, done.finish_reason, "in process")
+        logprobs = [entry[token].logprob for token, entry in zip(done.token_ids, done.logprobs, strict=True)]
+        made = Generation(list(done.token_ids), logprobs, output.prompt_token_ids, done.finish_reason, "in process")
+        self.turns.append((prompt, images, sampling, made.token_ids))
+        return made
 
     async def __aexit__(self, *_: object) -> None:
         self.llm.shutdown()
@@ -108,8 +104,6 @@ class InProcess:
 
 class Here(Machines):
     """Machines with the engine in this process: the server's own command line, parsed by its own parser."""
-
-    settings: ServerSettings
 
     async def engine(self, policy: Artifact) -> tuple[InProcess, None]:
         model = str(self.weights(policy))
@@ -124,12 +118,11 @@ class Here(Machines):
         return InProcess(AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))), None
 
 
-async def play(players: Players, jobs: list, width: int | None = None) -> Counter:
+async def play(players: Players, jobs: list[Job], width: int | None = None) -> Counter:
     """Play all conversations; `width`: so many begin together and take their turns together."""
     before, tokens, engine = clock(), 0, players.engine
     size = width or len(jobs)
-    for first in range(0, len(jobs), size):
-        part = jobs[first : first + size]
+    for part in (jobs[first : first + size] for first in range(0, len(jobs), size)):
         if width is not None:
             players.engine = Barrier(engine, len(part))
         async for _, episode in players.play(part):
@@ -141,8 +134,8 @@ async def play(players: Players, jobs: list, width: int | None = None) -> Counte
     return clock() - before + Counter(tokens=tokens)
 
 
-async def over_http(crew: Machines, config: Config, dataset: Artifact, policy: Artifact, jobs: list, rounds: int):
-    """Measurements by name, and the server's settings."""
+async def over_http(crew: Machines, config: Config, wide: Config, dataset: Artifact, policy: Artifact, jobs, rounds):
+    """Measurements by name, and the server's settings; `wide` is the config with all conversations in flight."""
     found, flight = defaultdict(list), config.where.engine.concurrency
     ways = {"loop": None, f"barrier, {flight} in flight": flight, "barrier, all in flight": len(jobs)}
     async with Players(config, dataset, policy, crew) as players:
@@ -153,39 +146,33 @@ async def over_http(crew: Machines, config: Config, dataset: Artifact, policy: A
                 for cache in ("prefix", "mm", "encoder"):
                     await engine._post(engine.urls[0], f"/reset_{cache}_cache", {})
                 players.media = Media(crew.media)
-                players.config = config if width is None else at_once(config, width)
+                players.config = config if width is None else wide
                 found[name].append(await play(players, jobs, width))
     return found, crew.server(policy, None).settings
 
 
-def at_once(config: Config, conversations: int) -> Config:
-    engine = config.where.engine.model_copy(update={"concurrency": conversations})
-    return config.model_copy(update={"where": config.where.model_copy(update={"engine": engine})})
-
-
-def in_process(config: Config, settings: ServerSettings, dataset: Artifact, policy: Artifact, jobs: list, rounds: int):
-    """Measurements by name, the number of turns, and the share of them in which "generate" sampled the loop's tokens."""
+def in_process(config: Config, settings: ServerSettings, dataset: Artifact, policy: Artifact, jobs, rounds):
+    """Measurements by name, and for each turn if "generate" sampled the loop's tokens."""
 
     async def run():
         found = defaultdict(list)
         async with Players(config, dataset, policy, crew) as players:
             players.media = engine = players.engine
             await play(players, jobs)
-            turns = engine.turns
-            known = [(*turn[:2], replace(turn[2], max_tokens=len(turn[3]), stop_token_ids=()), None) for turn in turns]
-            for number in range(2 * rounds):
+            turns = engine.turns.copy()
+            known = [(p, images, replace(how, max_tokens=len(ids), stop_token_ids=())) for p, images, how, ids in turns]
+            for way in ["in process", "generate"] * rounds:
                 assert await engine.llm.reset_prefix_cache(), "nothing runs"
                 await engine.llm.reset_mm_cache()
                 await engine.llm.reset_encoder_cache()
-                if number % 2:
-                    before = clock()
-                    made = await asyncio.gather(*(engine.generate(*request) for request in known))
-                    tokens = sum(len(generation.token_ids) for generation in made)
-                    found["generate"].append(clock() - before + Counter(tokens=tokens))
+                if way == "in process":
+                    found[way].append(await play(players, jobs))
                 else:
-                    found["in process"].append(await play(players, jobs))
-        same = [generation.token_ids == turn[3] for generation, turn in zip(made, turns[: len(made)], strict=True)]
-        return found, len(same), sum(same) / len(same)
+                    before = clock()
+                    made = await asyncio.gather(*(engine.generate(*request, None) for request in known))
+                    tokens = sum(len(generation.token_ids) for generation in made)
+                    found[way].append(clock() - before + Counter(tokens=tokens))
+        return found, [generation.token_ids == turn[3] for generation, turn in zip(made, turns, strict=True)]
 
     with Here(config) as crew:
         crew.settings = settings
@@ -194,7 +181,7 @@ def in_process(config: Config, settings: ServerSettings, dataset: Artifact, poli
 
 def report(found: dict[str, list[Counter]]) -> None:
     speeds = {name: [each["tokens"] / each["seconds"] for each in rounds] for name, rounds in found.items()}
-    parts = ("client", "server", "scheduler", "model")
+    parts = ("client", "server", "scheduler", "model", "others")
     print(f"{'':<24}tokens/s  (range)         loop is  CPU s: {', '.join(parts)}")
     for name, speed in speeds.items():
         used = " ".join(f"{median(each[part] for each in found[name]):6.1f}" for part in parts)
@@ -202,30 +189,29 @@ def report(found: dict[str, list[Counter]]) -> None:
         print(f"{name:<24}{median(speed):8.0f}  {spread:<15}{ratio:6.2f} x  {used}")
 
 
-def main(store: str, small: bool, reference: str | None, overrides: list[str], rounds: int) -> None:
-    config = load("tiny", [f"where.store={store}", *(SMALL if small else []), *overrides])
-    dataset, _ = prepare(config, Store(store))
-    policy = Store(store).resolve(reference, "policy") if reference else warmstart(config, dataset, Store(store))[0]
-    samples = draw(load_samples(dataset, "train"), config.rollout.samples, 1, config.seed)
-    how = Play(config.rollout.temperature)
+def main(settings: list[str], reference: str | None, rounds: int) -> None:
+    config = load("tiny", settings)
+    store = Store(config.where.store)
+    dataset, _ = prepare(config, store)
+    policy = store.resolve(reference, "policy") if reference else warmstart(config, dataset, store)[0]
+    samples, how = draw(load_samples(dataset, "train"), config.rollout.samples, 1, config.seed), Play(1.0)
     jobs = [Job(sample, index, how) for sample in samples for index in range(config.rollout.group_size)]
+    wide = load("tiny", [*settings, f"where.engine.concurrency={len(jobs)}"])
     with Machines(config) as crew:
-        found, settings = asyncio.run(over_http(crew, config, dataset, policy, jobs, rounds))
+        found, served = asyncio.run(over_http(crew, config, wide, dataset, policy, jobs, rounds))
     # vLLM makes engines in main threads only: this one is in that of a new process, which leaves nothing behind.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
-        others, turns, same = new.submit(in_process, config, settings, dataset, policy, jobs, rounds).result()
-    tokens = found["loop"][0]["tokens"]
-    print(f"{len(jobs)} conversations, {turns} turns, {tokens} sampled tokens, {rounds} rounds, {os.cpu_count()} cores")
+        others, same = new.submit(in_process, config, served, dataset, policy, jobs, rounds).result()
+    print(f"{len(jobs)} conversations, {len(same)} turns, {rounds} rounds, {os.cpu_count()} cores")
     report(found | others)
-    print(f"generate sampled the loop's tokens in {100 * same:.1f} % of the turns")
+    print(f"generate sampled the loop's tokens in {100 * sum(same) / len(same):.1f} % of the turns")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", help="an artifact store; without, one is made and removed")
-    parser.add_argument("--policy", help="beginning of its fingerprint; without, the tiny preset's warm-started one")
-    parser.add_argument("--set", action="append", default=[], help="a setting of the preset, as a.b=value")
+    parser.add_argument("--store", default="artifacts", help="what it lacks (data set, policy) is made")
+    parser.add_argument("--policy", help="beginning of its fingerprint")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--set", action="append", default=[], help="a setting of the preset, as a.b=value")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="thinkimg-") as scratch:
-        main(given.store or scratch, given.store is None, given.policy, given.set, given.rounds)
+    main([f"where.store={given.store}", *given.set], given.policy, given.rounds)
