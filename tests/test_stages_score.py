@@ -124,7 +124,6 @@ def test_every_trajectory_has_a_row_and_every_component_a_column(made, own):
         "reward/format": 0.5,
         "reward/tool": 0.25,
         "reward/luck": 0.25,
-        "trajectories": 16,
     }
     missing = {f"missing/{name}": 8 if name == "luck" else 0 for name in names}
     assert {name: artifact.metrics[name] for name in expected | missing} == expected | missing

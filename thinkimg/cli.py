@@ -38,8 +38,8 @@ def stage(name: str, preset: str, overrides: list[str] | None, dry_run: bool, **
     # Before Prefect's server is started: a mistyped fingerprint is told at once.
     kinds = {"reference": "policy"}
     given = {name: value for name, value in arguments.items() if isinstance(value, str)}
-    for name, value in given.items():
-        arguments[name] = str(Store(config.where.store).resolve(value, kinds.get(name, name)).reference)
+    for key, value in given.items():
+        arguments[key] = str(Store(config.where.store).resolve(value, kinds.get(key, key)).reference)
     if dry_run:
         plan(config)
         return

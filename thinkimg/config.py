@@ -63,7 +63,9 @@ class ModelConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.adaptation == "lora" and self.tiny:
-            raise ValueError("model.tiny needs model.adaptation: full: an adapter needs a base model that is kept somewhere")
+            raise ValueError(
+                "model.tiny needs model.adaptation: full: an adapter needs a base model that is kept somewhere"
+            )
         if self.adaptation == "lora" and self.train_vision:
             raise ValueError("model.train_vision needs model.adaptation: full")
         if self.adaptation == "full" and self.load_in_4bit:
