@@ -156,10 +156,10 @@ def test_a_second_run_finds_everything_cached(place, output):
 
 def test_one_stage_runs_again_from_its_artifacts_with_another_mix(place, output):
     scores = artifacts(place, "scores")[0]
-    made = run(place, "train", "--scores", scores.fingerprint[:10], "--set", "mix={brevity: 1.0}").splitlines()[-1]
+    made = run(place, "train", "--scores", scores.fingerprint[:10], "--set", "mix={brevity: 0.5}").splitlines()[-1]
     policy = Store(place / "artifacts").resolve(made)
     assert policy.manifest["recipe"]["inputs"]["scores"]["digest"] == scores.digest
-    assert policy.manifest["recipe"]["config"]["mix"] == {"brevity": 1.0}
+    assert policy.manifest["recipe"]["config"]["mix"] == {"brevity": 0.5}
     assert policy.digest not in [other.digest for other in artifacts(place, "policy") if other != policy]
 
 
