@@ -53,8 +53,8 @@ def digest(artifact: Artifact, table: str) -> str:
 def weighed(scores: Artifact) -> str:
     config = load("tiny", OVERRIDES)
     components, _, _ = score.read_scores(scores)
-    groups, stops = np.repeat(["a", "b", "c"], 4), np.array(["answer"] * 11 + ["max_turns"])
-    totals, result = train.weigh(config, components, groups, stops)
+    groups, stops = np.repeat(["a", "b", "c"], 4), ["answer"] * 11 + ["max_turns"]
+    totals, result = train.weigh(config, components, groups, train.counted(stops, [[]] * 12))
     shown = [np.round(totals, 9).tolist(), np.round(result.advantages, 9).tolist(), [str(r) for r in result.reasons]]
     return hashlib.sha256(canonical(shown).encode()).hexdigest()
 
