@@ -150,7 +150,7 @@ def counted(stops: list[str], turns: list[list[dict]]) -> np.ndarray:
     """(N,) bool: the rows that count in the loss and in the statistics of their groups.
 
     A failed row does not. Nor does one that ran out of turns or tokens while every turn of it was in order: with more of
-    them it might have been right (Mini-o3, arXiv 2509.07969, section 3.3). One that spent its turns on malformed text or
+    them it might have been right (over-turn masking, Mini-o3, arXiv 2509.07969). One that spent its turns on malformed text or
     refused calls does count: where such rows were left out nothing held them back, and on the puzzles the share of
     malformed turns rose from 5 to 28 % within four iterations.
     """
