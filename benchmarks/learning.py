@@ -130,6 +130,7 @@ def draw(curves: dict[int, list[Artifact]], path: Path) -> None:
     ):
         axes.axhline(25, color="grey", linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel="iteration", ylim=(0, 102))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=7, loc="lower right")
     left.set_ylabel("%")
     figure.tight_layout()
