@@ -3,8 +3,7 @@
     python benchmarks/rollout.py --store artifacts --policy 3f2a    (without a policy: the tiny preset's warm-started one)
 
     loop        thinkimg's: one task per conversation, against a vLLM server
-    barrier     the same, but turns begin when all have ended their last one, its tool call included; with as many
-                conversations in flight as the loop has, and with all
+    barrier     the same, but nobody's turn begins before everybody's last one has ended, its tool call included
     in process  the loop with AsyncLLM in its own process: no HTTP, and images as they are
     generate    AsyncLLM alone: the prompts of all turns at once, as many tokens for each as the loop sampled
 
@@ -35,6 +34,7 @@ from thinkimg.stages.prepare import prepare
 from thinkimg.stages.rollout import draw
 from thinkimg.stages.warmstart import warmstart
 
+CACHES = ("prefix", "mm", "encoder")
 PARTS = {"api_server": "server", "APIServer": "server", "EngineCore": "scheduler", "VLLM::Worker": "model"}
 
 
@@ -57,18 +57,15 @@ class Barrier:
 
     async def generate(self, *request) -> Generation:
         self.waiting.append(turn := asyncio.Event())
-        self.open()
+        self.leave(0)
         await turn.wait()
         return await self.engine.generate(*request)
 
-    def leave(self) -> None:
-        self.parties -= 1
-        self.open()
-
-    def open(self) -> None:
+    def leave(self, parties: int = 1) -> None:
+        self.parties -= parties
         if len(self.waiting) == self.parties:
             while self.waiting:
-                self.waiting.pop().set()
+                self.waiting.pop(0).set()
 
 
 class InProcess:
@@ -118,36 +115,32 @@ class Here(Machines):
         return InProcess(AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))), None
 
 
-async def play(players: Players, jobs: list[Job], width: int | None = None) -> Counter:
-    """Play all conversations; `width`: so many begin together and take their turns together."""
+async def play(players: Players, jobs: list[Job], together: bool = False) -> Counter:
+    """Play all conversations; `together`: turn by turn, nobody ahead of the slowest."""
     before, tokens, engine = clock(), 0, players.engine
-    size = width or len(jobs)
-    for part in (jobs[first : first + size] for first in range(0, len(jobs), size)):
-        if width is not None:
-            players.engine = Barrier(engine, len(part))
-        async for _, episode in players.play(part):
-            assert episode.error is None, episode.error
-            tokens += len(episode.stream.logprobs)
-            if width is not None:
-                players.engine.leave()
+    if together:
+        players.engine = Barrier(engine, len(jobs))
+    async for _, episode in players.play(jobs):
+        assert episode.error is None, episode.error
+        tokens += len(episode.stream.logprobs)
+        if together:
+            players.engine.leave()
     players.engine = engine
     return clock() - before + Counter(tokens=tokens)
 
 
 async def over_http(crew: Machines, config: Config, wide: Config, dataset: Artifact, policy: Artifact, jobs, rounds):
     """Measurements by name, and the server's settings; `wide` is the config with all conversations in flight."""
-    found, flight = defaultdict(list), config.where.engine.concurrency
-    ways = {"loop": None, f"barrier, {flight} in flight": flight, "barrier, all in flight": len(jobs)}
+    found = defaultdict(list)
     async with Players(config, dataset, policy, crew) as players:
         engine = players.engine
         await play(players, jobs)  # warms up
-        for _ in range(rounds):
-            for name, width in ways.items():
-                for cache in ("prefix", "mm", "encoder"):
-                    await engine._post(engine.urls[0], f"/reset_{cache}_cache", {})
-                players.media = Media(crew.media)
-                players.config = config if width is None else wide
-                found[name].append(await play(players, jobs, width))
+        for way in ["loop", "barrier"] * rounds:
+            for cache in CACHES:
+                await engine._post(engine.urls[0], f"/reset_{cache}_cache", {})
+            players.media = Media(crew.media)
+            players.config = wide if way == "barrier" else config
+            found[way].append(await play(players, jobs, together=way == "barrier"))
     return found, crew.server(policy, None).settings
 
 
@@ -162,16 +155,15 @@ def in_process(config: Config, settings: ServerSettings, dataset: Artifact, poli
             turns = engine.turns.copy()
             known = [(p, images, replace(how, max_tokens=len(ids), stop_token_ids=())) for p, images, how, ids in turns]
             for way in ["in process", "generate"] * rounds:
-                assert await engine.llm.reset_prefix_cache(), "nothing runs"
-                await engine.llm.reset_mm_cache()
-                await engine.llm.reset_encoder_cache()
+                for cache in CACHES:
+                    await getattr(engine.llm, f"reset_{cache}_cache")()
                 if way == "in process":
                     found[way].append(await play(players, jobs))
-                else:
-                    before = clock()
-                    made = await asyncio.gather(*(engine.generate(*request, None) for request in known))
-                    tokens = sum(len(generation.token_ids) for generation in made)
-                    found[way].append(clock() - before + Counter(tokens=tokens))
+                    continue
+                before = clock()
+                made = await asyncio.gather(*(engine.generate(*request, None) for request in known))
+                tokens = sum(len(generation.token_ids) for generation in made)
+                found[way].append(clock() - before + Counter(tokens=tokens))
         return found, [generation.token_ids == turn[3] for generation, turn in zip(made, turns, strict=True)]
 
     with Here(config) as crew:
@@ -182,11 +174,11 @@ def in_process(config: Config, settings: ServerSettings, dataset: Artifact, poli
 def report(found: dict[str, list[Counter]]) -> None:
     speeds = {name: [each["tokens"] / each["seconds"] for each in rounds] for name, rounds in found.items()}
     parts = ("client", "server", "scheduler", "model", "others")
-    print(f"{'':<24}tokens/s  (range)         loop is  CPU s: {', '.join(parts)}")
+    print(f"{'':<12}tokens/s  (range)         loop is  CPU s: {', '.join(parts)}")
     for name, speed in speeds.items():
         used = " ".join(f"{median(each[part] for each in found[name]):6.1f}" for part in parts)
         spread, ratio = f"({min(speed):.0f} to {max(speed):.0f})", median(speeds["loop"]) / median(speed)
-        print(f"{name:<24}{median(speed):8.0f}  {spread:<15}{ratio:6.2f} x  {used}")
+        print(f"{name:<12}{median(speed):8.0f}  {spread:<15}{ratio:6.2f} x  {used}")
 
 
 def main(settings: list[str], reference: str | None, rounds: int) -> None:
