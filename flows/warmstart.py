@@ -1,9 +1,10 @@
-"""warmstart: demonstrations make the first policy."""
+"""warmstart: demonstrations make the first policy, and known pairs the small CLIP where the image reward asks for one."""
 
 from prefect import flow
 
 from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
 from thinkimg import console
+from thinkimg.stages import clip
 from thinkimg.stages import warmstart as stage
 
 
@@ -16,6 +17,9 @@ def warmstart(
 ):
     config, store = opened(preset, overrides)
     data = store.resolve(dataset, "dataset")
+    if clip.wanted(config):
+        with console.progress("clip") as progress:
+            clip.train_clip(config, data, store, progress=progress)
     with console.progress("warmstart") as progress:
         return ended(config, store, *stage.warmstart(config, data, store, force=force, progress=progress))
 

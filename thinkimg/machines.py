@@ -31,6 +31,7 @@ class Machines:
         self._stack = contextlib.ExitStack()
         self._server: Server | None = None
         self._trainer: Trainer | None = None
+        self._teacher: Server | None = None
 
     def __enter__(self) -> "Machines":
         self._stack.__enter__()
@@ -104,6 +105,29 @@ class Machines:
             )  # fmt: skip
             self._server = self._stack.enter_context(server)  # leaving a server that was stopped does nothing
         return self._server
+
+    def teacher(self, founder: "Artifact") -> "Server":
+        """The second server, with the frozen first policy, which judges what later ones make."""
+        from thinkimg.engine.server import Server, ServerSettings
+
+        if self._teacher is None or not self._teacher.alive:
+            config, where = self.config, self.config.where
+            settings = ServerSettings(
+                max_model_len=config.conversation.max_tokens,
+                max_images=2,
+                max_num_seqs=where.teacher.concurrency,
+                dtype=config.model.dtype,
+                max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
+                gpu_memory_utilization=where.engine.gpu_memory_utilization,
+                cpu_kvcache_gib=1,
+                cpu_threads_bind=where.teacher.cpu_threads_bind,
+            )
+            server = Server(
+                self.weights(founder), log_path=self.log("teacher"), version=founder.digest, settings=settings,
+                progress=self.report, name="teacher",
+            )  # fmt: skip
+            self._teacher = self._stack.enter_context(server)
+        return self._teacher
 
     @property
     def media(self) -> Path:
