@@ -175,6 +175,19 @@ class RewardsConfig(Settings):
     """A user's own rewards by import path, `package.module:function`, as fn(completions, **columns) -> list[float]."""
 
 
+class ImageConfig(Settings):
+    """What `image` stands for in the mix: a weighted mean of raw columns."""
+
+    types: tuple[Literal["self", "teacher", "attention", "embedding"], ...] = ("embedding",)
+    """The components whose weighted mean is the image reward."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {
+        "self": 0.3, "teacher": 0.3, "attention": 0.2, "embedding": 0.2,
+    }  # fmt: skip
+    """Weight of each type; those of `types` are divided by their sum."""
+    only_if_right: bool = False
+    """The image reward is 0 where the answer's is not 1; applied when the mix is, so that scores stay as they are."""
+
+
 class ParityConfig(Settings):
     trajectories: Positive = 16
     """How many are compared before the first step of an iteration."""
@@ -290,10 +303,13 @@ class Config(Settings):
     warmstart: WarmstartConfig = WarmstartConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
+    image: ImageConfig = ImageConfig()
     mix: dict[str, Annotated[float, Field(ge=0)]] = {"format": 0.2, "tool": 0.3, "answer": 0.5}
     """Weight of each reward component; applied when advantages are computed, so that another mix needs no new scores."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """What an alarm does to the loop (see thinkimg/alarms.py): tell, or tell and end it. Not part of what the loop is."""
     where: WhereConfig = WhereConfig()
 
     @model_validator(mode="after")

@@ -10,9 +10,9 @@ from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.base import base_entry
 from thinkimg.chat.codec import Codec
 from thinkimg.config import Config
-from thinkimg.errors import UserError
-from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows, mix_rewards
+from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows
 from thinkimg.machines import Machines, machines
+from thinkimg.mixing import Mix
 from thinkimg.rewards import components
 from thinkimg.rollout import view_limits
 from thinkimg.schemas import SCHEMA_VERSION, StopReason
@@ -34,7 +34,7 @@ def recipe(config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifa
         STAGE, VERSION, SCHEMA_VERSION,
         config={
             "images": view_limits(config),
-            "mix": config.mix,
+            **Mix.of_config(config).slice(),
             "model": model_slice(config),
             "temperature": config.rollout.temperature,
             "max_tokens": config.conversation.max_tokens,
@@ -138,12 +138,7 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
 
 def check_mix(config: Config) -> None:
     """Raise UserError where the mix names a component that is never scored: before hours are spent, not after."""
-    known = components(config.rewards)
-    for name in config.mix:
-        if name not in known:
-            raise UserError(
-                f"The mix names '{name}', which is no reward component.", hint=f"There are {', '.join(known)}."
-            )
+    Mix.of_config(config).check(components(config.rewards))
 
 
 def counted(stops: list[str], turns: list[list[dict]]) -> np.ndarray:
@@ -164,7 +159,6 @@ def weigh(
     config: Config, components: dict[str, np.ndarray], groups: np.ndarray, valid: np.ndarray
 ) -> tuple[np.ndarray, AdvantageResult]:
     """Totals of the mix and the advantages within groups, over the rows that count."""
-    weights = {name: weight for name, weight in config.mix.items() if weight > 0}
-    totals = mix_rewards(components, weights, groups, valid)
+    totals = Mix.of_config(config).totals(components, groups, valid)
     scale = config.train.loss.scale_rewards
     return totals, advantages(totals, groups, valid, scale_rewards=scale, min_std=config.train.min_std)
