@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 
 from thinkimg import __version__
 from thinkimg.errors import UserError
+from thinkimg.ledger_cli import ledger
 
 app = App(name="thinkimg", help="Teach a vision-language model to think with images.", version=__version__)
 
@@ -163,6 +164,9 @@ def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
     command = tracking.ui_command(load(preset, set or ()))
     print(command, flush=True)
     os.execvp("sh", ["sh", "-c", f"exec env {command}"])
+
+
+app.update(ledger)
 
 
 def plan(config) -> None:

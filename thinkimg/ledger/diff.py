@@ -100,10 +100,13 @@ def entry(
             for first, second in _paired(*keys)
             if first != second
         ]
-    elif any(readable(judged_before[key]) != readable(judged_after[key]) for key in keys[0]
-             if key in judged_before and key in judged_after):  # fmt: skip
-        # One key is one model, weights, prompt and images: where the verdict differs, the judge is not deterministic.
-        changes = [judgement(judged_before[key], judged_after[key], key, key) for key in keys[0]]
+    else:  # one key is one model, weights, prompt and images: where the verdicts differ, the judge does not repeat itself
+        changes = [
+            judgement(judged_before[key], judged_after[key], key, key)
+            for key in keys[0]
+            if key in judged_before and key in judged_after
+        ]
+    changes = [change for change in changes if change]
     why += [f"judgement: {name}" for name in dict.fromkeys(name for change in changes for name in change)]
     why += [f"evidence: {name}" for name in evidence(before["evidence"], after["evidence"])]
     return {
