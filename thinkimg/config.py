@@ -183,7 +183,7 @@ class ImageConfig(Settings):
     weights: dict[str, Annotated[float, Field(ge=0)]] = {
         "self": 0.3, "teacher": 0.3, "attention": 0.2, "embedding": 0.2,
     }  # fmt: skip
-    """Weight of each type; those of `types` are divided by their sum."""
+    """Weight of each type (0 for one that is left out); those of `types` are divided by their sum."""
     only_if_right: bool = False
     """The image reward is 0 where the answer's is not 1; applied when the mix is, so that scores stay as they are."""
 
@@ -344,6 +344,8 @@ def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = (
             ) from None
         if key.startswith("mix."):  # one weight of the mix, and not a mix of this one alone
             tree.setdefault("mix", dict(Config.model_fields["mix"].default))
+        if key.startswith("image.weights."):
+            tree["image"] = merge({"weights": ImageConfig().weights}, tree.get("image", {}))
         assign(tree, key.strip().split("."), value)
     return validate(tree)
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from thinkimg.rollout import view_limits
 from thinkimg.schemas import SCHEMA_VERSION, StopReason
 from thinkimg.stages.score import read_scores
 from thinkimg.stages.warmstart import model_slice
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -87,15 +91,7 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
         mask_truncated_completions=config.train.loss.mask_truncated_completions,
     )  # fmt: skip
     if not work.has("advantages.parquet"):
-        table = {
-            "trajectory_id": ids,
-            "group_id": groups,
-            "total": totals,
-            "advantage": result.advantages,
-            "included": result.included,
-            "reason": [str(reason) for reason in result.reasons],
-        }
-        work.table("advantages.parquet", pa.table(table))
+        work.table("advantages.parquet", advantages_table(ids, groups, totals, result))
     chosen = crew.scratch / "advantages.parquet"  # the job's own copy: included rows only
     pa.parquet.write_table(
         pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), chosen
@@ -134,6 +130,21 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
     }
     for reason in Inclusion:
         work.metrics[f"train/rows_{reason}"] = int((result.reasons == reason).sum())
+
+
+def advantages_table(ids: list[str], groups: list[str], totals: np.ndarray, result: AdvantageResult) -> "pa.Table":
+    """What each row was worth, and whether it entered the loss; in order of the rollouts."""
+    import pyarrow as pa
+
+    columns = {
+        "trajectory_id": ids,
+        "group_id": groups,
+        "total": totals,
+        "advantage": result.advantages,
+        "included": result.included,
+        "reason": [str(reason) for reason in result.reasons],
+    }
+    return pa.table(columns)
 
 
 def check_mix(config: Config) -> None:
