@@ -18,7 +18,7 @@ from flows.rollout import rollout
 from flows.score import score
 from flows.train import train
 from flows.warmstart import warmstart
-from thinkimg import console, report, tracking
+from thinkimg import alarms, console, report, tracking
 from thinkimg.machines import Machines
 from thinkimg.stages.train import check_mix
 
@@ -42,6 +42,13 @@ def loop(preset: Preset = "development", overrides: Overrides = []):
             tracker.log_iteration(step, artifacts=made)
             report.step(tracker.record, step)
 
+        def watch(step: int) -> None:
+            found = alarms.watch(tracker, store, config, step)
+            report.alarms(found, step)
+            if config.on_alarm == "stop" and step < config.iterations and any(one.fired for one in found):
+                report.final(tracker.record, store.resolve(policy), config)
+                raise alarms.Stopped(alarms.sentence(found, step))
+
         check_mix(config)
         ends = config.evaluate.samples_ends
         dataset = prepare(**settings)
@@ -54,6 +61,7 @@ def loop(preset: Preset = "development", overrides: Overrides = []):
             last = iteration == config.iterations
             evaluation = evaluate(policy, samples=ends if last else config.evaluate.samples, **settings)
             note(iteration, rollout=rollouts, score=scores, train=policy, evaluate=evaluation)
+            watch(iteration)
         report.final(tracker.record, store.resolve(policy), config)
     return policy
 

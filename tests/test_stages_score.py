@@ -26,7 +26,7 @@ SHA = "ab" * 32
 
 def config(**rewards):
     overrides = [f"rewards.{name}={json.dumps(value)}" for name, value in rewards.items()]
-    return load("tiny", ["image.types=[]", "image.weights={}", *overrides])
+    return load("tiny", ["image.types=[]", *overrides])
 
 
 def table(rows, schema):

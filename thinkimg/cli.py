@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 
 from thinkimg import __version__
 from thinkimg.errors import UserError
+from thinkimg.ledger_cli import ledger
 
 app = App(name="thinkimg", help="Teach a vision-language model to think with images.", version=__version__)
 
@@ -165,6 +166,9 @@ def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
     os.execvp("sh", ["sh", "-c", f"exec env {command}"])
 
 
+app.update(ledger)
+
+
 def plan(config) -> None:
     """Print the resolved config as YAML and, stage by stage, what the store holds already."""
     import yaml
@@ -178,7 +182,7 @@ def plan(config) -> None:
 
 
 def guarded(command: Callable[[], object]) -> None:
-    """Run a command; a user's mistake is one sentence on stderr and exit code 2, a broken engine or trainer exit code 1."""
+    """Run a command; a user's mistake is one sentence on stderr and exit code 2, a broken engine or trainer, or an alarm, exit code 1."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # Prefect logs every exception once per flow level
     sys.path.insert(0, str(Path.cwd()))  # a user's own reward functions
     try:
@@ -187,8 +191,8 @@ def guarded(command: Callable[[], object]) -> None:
         print(f"thinkimg: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
-        # EngineError and TrainerError say all there is to say; named here, their modules need not be loaded.
-        if type(error).__name__ not in ("EngineError", "EngineUnavailable", "TrainerError"):
+        # These say all there is to say; named here, their modules need not be loaded.
+        if type(error).__name__ not in ("EngineError", "EngineUnavailable", "TrainerError", "Stopped"):
             raise
         print(f"thinkimg: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -212,8 +212,10 @@ class ImageConfig(Settings):
 
     types: tuple[ImageReward, ...] = ("embedding",)
     """Who judges; each is a raw column of the scores. Without any there is no image reward."""
-    weights: dict[ImageReward, Annotated[float, Field(ge=0)]] = {}
-    """Share of each type in `image`, the part of the mix, among those of `types`; equal if empty. Applied with the mix: no new scores needed."""
+    weights: dict[ImageReward, Annotated[float, Field(ge=0)]] = {
+        "self": 0.3, "teacher": 0.3, "attention": 0.2, "embedding": 0.2,
+    }  # fmt: skip
+    """Weight of each type in `image`, the part of the mix: those of `types` are divided by their sum. Applied with the mix."""
     which: Literal["final", "best", "mean"] = "final"
     """Which of a conversation's processed images counts."""
     only_if_right: bool = False
@@ -224,17 +226,9 @@ class ImageConfig(Settings):
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:
-        if self.weights and not set(self.types) <= set(self.weights):
-            raise ValueError("image.weights must have a weight for each of image.types, or be empty")
-        if self.weights and self.types and not sum(self.weights[name] for name in self.types):
-            raise ValueError("image.weights are 0 for all of image.types")
+        if not set(self.types) <= set(self.weights):
+            raise ValueError("image.weights must have a weight for each of image.types")
         return self
-
-    def shares(self) -> dict[str, float]:
-        """Share of each type in the image reward; they sum to 1."""
-        weights = self.weights or dict.fromkeys(self.types, 1.0)
-        total = sum(weights[name] for name in self.types)
-        return {name: weights[name] / total for name in self.types}
 
     def scored(self) -> dict[str, Any]:
         """What of this defines scores; the rest defines the mix."""
@@ -380,6 +374,8 @@ class Config(Settings):
     """Weight of each reward component; applied when advantages are computed, so that another mix needs no new scores."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """What an alarm does to the loop (see thinkimg/alarms.py): tell, or tell and end it. Not part of what the loop is."""
     where: WhereConfig = WhereConfig()
 
     @model_validator(mode="after")
@@ -414,6 +410,8 @@ def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = (
             ) from None
         if key.startswith("mix."):  # one weight of the mix, and not a mix of this one alone
             tree.setdefault("mix", dict(Config.model_fields["mix"].default))
+        if key.startswith("image.weights."):
+            tree["image"] = merge({"weights": ImageConfig().weights}, tree.get("image", {}))
         assign(tree, key.strip().split("."), value)
     return validate(tree)
 

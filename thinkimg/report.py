@@ -2,8 +2,10 @@
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from thinkimg import tracking
+from thinkimg.alarms import WINDOW, Finding, Z
 from thinkimg.artifacts import Artifact
 from thinkimg.config import Config
 from thinkimg.console import console, say
@@ -49,6 +51,21 @@ def table(record: tracking.LoopRecord) -> Table:
         cells += [percent(found, "eval/accuracy"), interval(found), percent(found, "eval/avg_at_k")]
         shown.add_row(*cells, *(decimal(found, f"time/{name}_s", 0) for name in stages))
     return shown
+
+
+def alarms(findings: list[Finding], step: int) -> None:
+    """The table of an iteration's alarms, if any fired."""
+    if not any(one.fired for one in findings):
+        return
+    caption = f"Means of the last {WINDOW} iterations with intervals of {Z:g} standard errors; every iteration's table is kept."
+    shown = Table(title=f"Alarms of iteration {step}", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("alarm", "", "value", "interval", "limit", "why"):
+        shown.add_column(heading, justify="left" if heading in ("alarm", "", "why") else "right")
+    for one in findings:
+        figures = [f"{value:.3g}" if value is not None else "" for value in (one.value, one.low, one.high, one.limit)]
+        between = f"{figures[1]} … {figures[2]}" if one.value is not None else ""
+        shown.add_row(one.alarm, "ALARM" if one.fired else "", figures[0], between, figures[3], Text(one.why))
+    console.print(shown)
 
 
 def decimal(found: dict[str, float], name: str, digits: int = 2) -> str:

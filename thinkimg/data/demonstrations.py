@@ -88,9 +88,12 @@ def right_calls(sample: Sample, row: Trajectory) -> bool:
             )
 
 
-def seen(row: Trajectory) -> Iterator[tuple[Box | None, bool, Turn]]:
-    """(part of the picture, brightened, turn) of each image that a tool made; None where pixels have no simple place."""
-    known: list[tuple[Box | None, bool]] = [((0, 0, SIZE, SIZE), False)] * (
+def seen(row: Trajectory, size: tuple[int, int] = (SIZE, SIZE)) -> Iterator[tuple[Box | None, bool, Turn]]:
+    """(part of the picture, brightened, turn) of each image that a tool made; None where pixels have no simple place.
+
+    size: width and height of the sample's picture in pixels.
+    """
+    known: list[tuple[Box | None, bool]] = [((0, 0, *size), False)] * (
         len(row.images) - sum(1 for t in row.turns if t.image)
     )
     for turn in row.turns:

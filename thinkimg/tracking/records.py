@@ -93,13 +93,13 @@ class LoopRecord:
 
 
 def loop_id(config: Config) -> str:
-    """16 hex digits over the config but the number of iterations and `where`: resumed or extended it stays the same."""
+    """16 hex digits over the config but `iterations`, `where` and `on_alarm`: resumed or extended it stays the same."""
     return hashlib.sha256(canonical(resolved(config, identity=True)).encode()).hexdigest()[:16]
 
 
 def resolved(config: Config, identity: bool = False) -> dict[str, Any]:
-    """The config as JSON, without a password in the tracking URI; for identity without iterations and `where`."""
-    tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset"} if identity else None)
+    """The config as JSON, without a password in the tracking URI; for identity without what may change."""
+    tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset", "on_alarm"} if identity else None)
     if not identity and tree["where"]["tracking"]["uri"]:
         tree["where"]["tracking"]["uri"] = without_password(tree["where"]["tracking"]["uri"])
     return tree
