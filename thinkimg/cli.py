@@ -168,6 +168,31 @@ def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
 
 app.update(ledger)
 
+calibrate = App(name="calibrate", help="Find what a judge needs to know about a model.")
+app.command(calibrate)
+
+
+@calibrate.command
+def attention(
+    policy: Reference,
+    *,
+    pairs: Annotated[int, Parameter(help="How many of the built-in puzzles to try it on, at most.")] = 100,
+    preset: Preset = "tiny",
+    set: Set = None,
+) -> None:
+    """Layer and query rows at which attention tells right from wrong processing of the built-in puzzles."""
+    from thinkimg.artifacts import Store
+    from thinkimg.config import load
+    from thinkimg.report import calibration
+    from thinkimg.stages.calibrate import calibrate_attention
+    from thinkimg.stages.prepare import prepare as prepared
+
+    config = load(preset, [*(set or ()), "data.source=puzzles"])
+    store = Store(config.where.store)
+    player = store.resolve(policy, "policy")
+    dataset, _ = prepared(config, store)
+    calibration(calibrate_attention(config, dataset, player, store, count=pairs))
+
 
 def plan(config) -> None:
     """Print the resolved config as YAML and, stage by stage, what the store holds already."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from thinkimg.chat import compare
+from thinkimg.config import Config
 from thinkimg.errors import UserError
 from thinkimg.rewards._base import Batch, Score
 from thinkimg.rewards._bench import Bench
@@ -86,17 +87,23 @@ async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
 
 def locate(bench: Bench) -> tuple[str, str]:
     """(base URL, name of the model there)."""
+    check_teacher(bench.config)
     url, model = bench.config.where.teacher.url, bench.config.image.teacher.model
     if url is not None:
         return url.rstrip("/"), model
-    if model == FROZEN:
-        from thinkimg.engine.server import SERVED_NAME
+    from thinkimg.engine.server import SERVED_NAME
 
-        return f"{bench.crew.teacher(bench.founder).url}/v1", SERVED_NAME
-    raise UserError(
-        f"It is not known where the teacher {model} answers.",
-        hint="Set where.teacher.url=http://…/v1, or take 'teacher' out of image.types.",
-    )
+    return f"{bench.crew.teacher(bench.founder).url}/v1", SERVED_NAME
+
+
+def check_teacher(config: Config) -> None:
+    """Raise UserError where the teacher is to judge and it is not known where."""
+    teacher = config.image.teacher
+    if "teacher" in config.image.types and config.where.teacher.url is None and teacher.model != FROZEN:
+        raise UserError(
+            f"It is not known where the teacher {teacher.model} answers.",
+            hint="Set where.teacher.url=http://…/v1, or take 'teacher' out of image.types.",
+        )
 
 
 def data_url(bench: Bench, sha256: str) -> str:

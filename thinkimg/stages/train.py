@@ -15,6 +15,7 @@ from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, inc
 from thinkimg.machines import Machines, machines
 from thinkimg.mixing import Mix
 from thinkimg.rewards import components
+from thinkimg.rewards.teacher import check_teacher
 from thinkimg.rollout import view_limits
 from thinkimg.schemas import SCHEMA_VERSION, StopReason
 from thinkimg.stages.score import read_scores
@@ -148,7 +149,9 @@ def advantages_table(ids: list[str], groups: list[str], totals: np.ndarray, resu
 
 
 def check_mix(config: Config) -> None:
-    """Raise UserError where the mix names a component that is never scored: before hours are spent, not after."""
+    """Raise UserError where the mix names a component that is never scored, or a teacher who lives nowhere: before hours
+    are spent, not after."""
+    check_teacher(config)
     Mix.of_config(config).check(components(config.rewards, config.image))
 
 
