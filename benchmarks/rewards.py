@@ -46,8 +46,8 @@ def main() -> None:
     store = Store(config.where.store)
     dataset, _ = prepare(config, store)
     policy = store.resolve(args.policy, "policy") if args.policy else warmstart(config, dataset, store)[0]
-    small = train_clip(config, dataset, store)[0] if config.image.embedding.model == clip.OWN else None
-    known, _ = pairs(config, dataset, store, split="held_out", count=args.pairs)
+    small = train_clip(config, store)[0] if config.image.embedding.model == clip.OWN else None
+    known, _ = pairs(config, store, split="held_out", count=args.pairs)
     rows = read_pairs(known)
     with Machines(config) as crew:
         asyncio.run(warm(crew, policy))
@@ -59,7 +59,7 @@ def main() -> None:
         )
         bench = Bench(config, crew, policy, policy, small, (known,), ImageTable([known]))
         quality(bench, rows)
-        where(config, dataset, policy, store, args.pairs)
+        where(config, policy, store, args.pairs)
         speed(bench, rows)
 
 
@@ -99,9 +99,9 @@ def quality(bench: Bench, rows: Sequence[dict[str, str]]) -> None:
         )  # fmt: skip
 
 
-def where(config: Config, dataset: Artifact, policy: Artifact, store: Store, count: int) -> None:
+def where(config: Config, policy: Artifact, store: Store, count: int) -> None:
     print("\nattention: chosen on one half of the pairs, told on the other")
-    for place in calibrate_attention(config, dataset, policy, store, count=count)[:4]:
+    for place in calibrate_attention(config, policy, store, count=count)[:4]:
         chosen, told = ("{:.3f} [{:.3f}, {:.3f}]".format(*one) for one in (place.chosen_on, place.told_on))
         print(f"  layer {place.layer:<2} rows {place.rows:<5} {chosen}   {told}")
 

@@ -19,7 +19,7 @@ def warmstart(
     data = store.resolve(dataset, "dataset")
     if clip.wanted(config):
         with console.progress("clip") as progress:
-            clip.train_clip(config, data, store, progress=progress)
+            clip.train_clip(config, store, progress=progress)
     with console.progress("warmstart") as progress:
         return ended(config, store, *stage.warmstart(config, data, store, force=force, progress=progress))
 

@@ -19,10 +19,11 @@ extends: tiny
 iterations: 2
 data: {train: 16, held_out: 8}
 conversation: {max_turns: 3, max_turn_tokens: 24}
-warmstart: {steps: 3, batch: 8}
+warmstart: {steps: 3, batch: 8, pairs: 8}
+image: {types: [self, teacher, attention, embedding]}
 rollout: {samples: 4, group_size: 4}
 rewards: {functions: ["my_rewards:brevity"]}
-mix: {format: 0.2, tool: 0.3, answer: 0.5, brevity: 1.0}
+mix: {format: 0.2, tool: 0.3, answer: 0.5, brevity: 1.0, image: 0.2}
 train: {steps: 1}
 evaluate: {samples: 4, samples_ends: 8, k: 1}
 where: {engine: {cpu_kvcache_gib: 1, max_num_seqs: 32}, tracking: {traces: 2}}
@@ -82,9 +83,10 @@ def artifacts(place: Path, kind: str) -> list:
 def test_a_killed_loop_goes_on_and_makes_everything_once(place, output):
     counts = {
         kind: len(artifacts(place, kind))
-        for kind in ("dataset", "demonstrations", "policy", "rollouts", "scores", "evaluation")
+        for kind in ("dataset", "pairs", "clip", "demonstrations", "policy", "rollouts", "scores", "evaluation")
     }
-    assert counts == {"dataset": 1, "demonstrations": 1, "policy": 3, "rollouts": 2, "scores": 2, "evaluation": 3}
+    once = dict.fromkeys(("dataset", "pairs", "clip", "demonstrations"), 1)
+    assert counts == once | {"policy": 3, "rollouts": 2, "scores": 2, "evaluation": 3}
     store = Store(place / "artifacts")
     for artifact in store.list():
         assert store.verify(artifact) == []
@@ -137,7 +139,17 @@ def test_mlflow_has_the_loop_and_every_executed_stage(place, output):
     (loop,) = client.search_runs([experiments["thinkimg"]])
     history = client.get_metric_history(loop.info.run_id, "eval/accuracy")
     assert [metric.step for metric in history] == [0, 1, 2]
-    for key in ("reward/brevity", "reward/total", "tool/rate", "parity/mean_abs", "time/train_s"):
+    for key in (
+        "reward/self",
+        "reward/teacher",
+        "reward/attention",
+        "reward/embedding",
+        "reward/brevity",
+        "reward/total",
+        "tool/rate",
+        "parity/mean_abs",
+        "time/train_s",
+    ):
         assert [metric.step for metric in client.get_metric_history(loop.info.run_id, key)] == [1, 2], key
     stages = client.search_runs([experiments["thinkimg-stages"]], max_results=100)
     logged = sorted(run.data.tags["thinkimg.artifact"] for run in stages)
@@ -151,7 +163,7 @@ def test_a_second_run_finds_everything_cached(place, output):
     assert {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("manifest.json")} == before
     assert time.monotonic() - started < 120
     plan = run(place, "run", "--dry-run")
-    assert "missing" not in plan and plan.count("Cached") == 3 + 2 * 3 + 3
+    assert "missing" not in plan and plan.count("Cached") == 5 + 2 * 3 + 3
 
 
 def test_one_stage_runs_again_from_its_artifacts_with_another_mix(place, output):

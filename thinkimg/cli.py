@@ -185,13 +185,11 @@ def attention(
     from thinkimg.config import load
     from thinkimg.report import calibration
     from thinkimg.stages.calibrate import calibrate_attention
-    from thinkimg.stages.prepare import prepare as prepared
 
-    config = load(preset, [*(set or ()), "data.source=puzzles"])
+    config = load(preset, set or ())
     store = Store(config.where.store)
     player = store.resolve(policy, "policy")
-    dataset, _ = prepared(config, store)
-    calibration(calibrate_attention(config, dataset, player, store, count=pairs))
+    calibration(calibrate_attention(config, player, store, count=pairs))
 
 
 def plan(config) -> None:

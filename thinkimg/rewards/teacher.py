@@ -138,7 +138,13 @@ class Asker:
                 reason = f"No answer: {error.__cause__ or error}".strip()
                 await self._probe(reason)
                 return Judgement(None, reason, {}, unreachable=True)
-            except (APIError, ValueError, TypeError, AttributeError) as error:  # an answer in no known form
+            except (
+                APIError,
+                LookupError,
+                ValueError,
+                TypeError,
+                AttributeError,
+            ) as error:  # an answer in no known form
                 return Judgement(None, f"The answer can't be read: {type(error).__name__}: {str(error)[:200]}", {})
         if forward is None or backward is None:
             return Judgement(None, f"A rating is not among the {TOP} likeliest tokens.", {})

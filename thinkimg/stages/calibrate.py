@@ -26,11 +26,9 @@ class Place:
     told_on: tuple[float, float, float]
 
 
-def calibrate_attention(
-    config: Config, dataset: Artifact, policy: Artifact, store: Store, *, count: int
-) -> list[Place]:
-    """All places, the best on the choosing half first. Raises UserError where the data set holds no built-in puzzles."""
-    known, _ = pairs(config, dataset, store, split="held_out", count=count)
+def calibrate_attention(config: Config, policy: Artifact, store: Store, *, count: int) -> list[Place]:
+    """All places, the best on the choosing half first."""
+    known, _ = pairs(config, store, split="held_out", count=count)
     with machines(config) as crew:
         bench = Bench(config, crew, policy, None, None, (known,), ImageTable([known]))
         rows = read_pairs(known)

@@ -11,6 +11,7 @@ from thinkimg.stages.pairs import pairs, read_pairs
 
 STAGE, VERSION, KIND = "clip", 1, "clip"
 STEPS = 100
+PAIRS = 600  # where the policy learns from none
 
 
 def wanted(config: Config) -> bool:
@@ -28,11 +29,11 @@ def recipe(config: Config, known: Artifact) -> Recipe:
 
 
 def train_clip(
-    config: Config, dataset: Artifact, store: Store, *,
+    config: Config, store: Store, *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Artifact, bool]:  # fmt: skip
-    """The CLIP of a data set of puzzles."""
-    known, _ = pairs(config, dataset, store, split="train", count=config.warmstart.pairs, progress=progress)
+    """The CLIP of the built-in puzzles."""
+    known, _ = pairs(config, store, split="train", count=config.warmstart.pairs or PAIRS, progress=progress)
 
     def produce(work: Work) -> None:
         images = ImageTable([known])

@@ -35,9 +35,15 @@ def planned(config: Config) -> Iterator[str]:
     yield line
     small_clip = None
     if clip.wanted(config) and policy is not None:
-        known, line = find("pairs", pairs.recipe(config, dataset, "train", config.warmstart.pairs), "pairs")
-        if known is not None:
-            small_clip, line = find("clip", clip.recipe(config, known), "clip")
+        shown = dataset
+        if config.data.source != "puzzles":
+            puzzles = pairs.puzzles(config)
+            shown, line = find("dataset", prepare.recipe(puzzles, None), "puzzles")
+        if shown is not None:
+            count = config.warmstart.pairs or clip.PAIRS
+            known, line = find("pairs", pairs.recipe(config, shown, "train", count), "pairs")
+            if known is not None:
+                small_clip, line = find("clip", clip.recipe(config, known), "clip")
         yield line
         if small_clip is None:
             return

@@ -107,7 +107,7 @@ def score(
             f"{rollouts.reference} was not made from {dataset.reference}.",
             hint=f"Its data set is dataset/{played['fingerprint']}/{played['attempt']}.",
         )
-    small_clip = clip.train_clip(config, dataset, store)[0] if clip.wanted(config) else None
+    small_clip = clip.train_clip(config, store)[0] if clip.wanted(config) else None
     bench = bench_of(config, dataset, rollouts, store, None, small_clip)
     plan = recipe(config, dataset, rollouts, bench)
 

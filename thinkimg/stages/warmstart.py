@@ -123,7 +123,7 @@ def warmstart(
         base = BaseModel(config, dataset, stack)
         demonstrations = known = None
         if has_pairs(config):
-            known, _ = pairs(config, dataset, store, split="train", count=config.warmstart.pairs, progress=progress)
+            known, _ = pairs(config, store, split="train", count=config.warmstart.pairs, progress=progress)
         if has_script(config):
 
             def write(work: Work) -> None:
