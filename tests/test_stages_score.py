@@ -210,6 +210,19 @@ def test_a_mapper_gets_whole_jobs_that_run_anywhere(made):
     assert artifact.digest == score(config(), dataset, rollouts, store, force=True)[0].digest
 
 
+def test_rollouts_without_a_processed_image_need_no_judge_and_an_empty_part_no_row(tmp_path):
+    """No CLIP is loaded: there is none here by that name."""
+    store = Store(tmp_path / "store")
+    dataset = make_dataset(store)
+    settings = load("tiny", ["image.types=[embedding]", "image.embedding={model: nobodys-clip, pretrained: null}"])
+    artifact, _ = score(settings, dataset, make_rollouts(store, dataset, [group(0), []]), store)
+    column = [row["embedding"] for row in artifact.table("scores").to_pylist()]
+    assert [(one["value"], one["status"]) for one in column] == [(0.0, "zero")] * 3 + [(None, "missing")]
+    assert column[0]["reason"] == "No image was processed."
+    assert artifact.table("judgements").num_rows == 0 and artifact.files["judgements-00001.parquet"]["rows"] == 0
+    assert artifact.metrics["reward/embedding"] == 0.0 and artifact.metrics["missing/embedding"] == 1
+
+
 def test_no_part_is_kept_in_memory(made):
     score(config(), made[1], made[2], made[0])
     assert stage._batch.cache_info().currsize == stage._inputs.cache_info().currsize == 0

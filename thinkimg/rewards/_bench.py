@@ -39,6 +39,9 @@ class Bench:
     clip: "Artifact | None"
     tables: "Sequence[Artifact]"
     images: "ImageTable"
+    expect: Callable[[int], None] = lambda count: None
+    judged: Callable[[int], None] = lambda count: None
+    """Told how many pairs are to be judged, and how many more have been; from whatever thread."""
 
     @cached_property
     def codec(self) -> "Codec":

@@ -65,7 +65,14 @@ def look(pairs: Sequence[Pair], bench: Bench, layers: Sequence[int]) -> list[dic
             for pair in pairs
         ],
     }
-    return bench.crew.trainer.submit(job)["pairs"]
+    done = 0
+
+    def progress(line: dict) -> None:  # of forwards, two to a pair; with several processes it is the first one's
+        nonlocal done
+        bench.judged(line["step"] * len(pairs) // line["steps"] - done)
+        done = line["step"] * len(pairs) // line["steps"]
+
+    return bench.crew.trainer.submit(job, progress)["pairs"]
 
 
 def prompt(codec: Codec, words: str) -> dict:

@@ -38,4 +38,5 @@ def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
         value = 1 / (1 + math.exp(-encoder.logit_scale * (near - far)))
         evidence = {"cos_processed": near, "cos_original": far, "logit_scale": encoder.logit_scale}
         found.append(Judgement(value, None, evidence))
+    bench.judged(len(pairs))
     return found

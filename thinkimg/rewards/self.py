@@ -39,9 +39,13 @@ async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
                 question: compare.prompt(bench.codec, question) for question in {pair.question for pair in pairs}
             }
             ratings = compare.rating_tokens(bench.codec)
-            return await asyncio.gather(
-                *(_compare(pair, engine, adapter, refs, prompts[pair.question], ratings) for pair in pairs)
-            )
+
+            async def one(pair: Pair) -> Judgement:
+                found = await _compare(pair, engine, adapter, refs, prompts[pair.question], ratings)
+                bench.judged(1)
+                return found
+
+            return await asyncio.gather(*(one(pair) for pair in pairs))
 
 
 def references(pairs: Sequence[Pair], bench: Bench, folder: Path | None) -> dict[str, ImageRef]:

@@ -75,7 +75,13 @@ async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
         images = dict(
             zip(shas, await asyncio.to_thread(bench.map, lambda sha: data_url(bench, sha), shas), strict=True)
         )
-        found = await asyncio.gather(*(asker.compare(pair, images) for pair in pairs))
+
+        async def one(pair: Pair) -> Judgement:
+            judgement = await asker.compare(pair, images)
+            bench.judged(1)
+            return judgement
+
+        found = await asyncio.gather(*(one(pair) for pair in pairs))
     lost = [one for one in found if one.unreachable]
     if lost and teacher.fallback == "error":
         raise UserError(

@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 RECENT = 32  # score artifacts that are searched for earlier judgements, the newest first
 
 
-def judge(
-    rows: Sequence[Trajectory], samples: dict[str, Sample], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]]
-) -> Judgements:  # fmt: skip
-    """All judgements that the image components of these rows need. known: keys -> those that were made before."""
-    pairs = sorted(
-        {pair for row in rows for pair in processed(row, samples[row.sample_id]) if isinstance(pair, Pair)},
-        key=lambda pair: (pair.question, pair.original, pair.processed),
-    )
+def pairs_of(rows: Iterable[Trajectory], samples: dict[str, Sample]) -> set[Pair]:
+    """What there is to judge in some trajectories, each once."""
+    return {pair for row in rows for pair in processed(row, samples[row.sample_id]) if isinstance(pair, Pair)}
+
+
+def judge(wanted: set[Pair], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]]) -> Judgements:
+    """What all judges of config.image.types find. known: keys -> judgements that were made before."""
+    pairs = sorted(wanted, key=key_of)
     judges = {name: JUDGES[name] for name in bench.config.image.types}
     looked = dict(zip(pairs, bench.map(lambda pair: unfit(pair, bench), pairs), strict=True))
     fit = [pair for pair in pairs if looked[pair] is None]
     found: dict[tuple[str, Pair], Judgement] = {
         (name, pair): one for name in judges for pair, one in looked.items() if one is not None
     }
+    bench.expect(len(fit) * len(judges))
     # One after the other where engine and trainer take turns in the memory.
     where = bench.config.where
     together = where.engine.keep and where.trainer.keep
@@ -74,6 +75,7 @@ def ask(
     keys = {pair: who.key(pair) for pair in pairs}
     before = known(set(keys.values()))
     new = [pair for pair in pairs if keys[pair] not in before]
+    bench.judged(len(pairs) - len(new))
     made = dict(zip(new, module.judge(new, bench), strict=True)) if new else {}
     return [by(made[pair] if pair in made else before[keys[pair]], who) for pair in pairs]
 

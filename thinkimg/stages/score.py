@@ -20,6 +20,7 @@ from thinkimg.errors import UserError
 from thinkimg.machines import machines
 from thinkimg.rewards import JUDGES, Batch, Score, components, sources
 from thinkimg.rewards._bench import Bench
+from thinkimg.rewards._pairs import Pair
 from thinkimg.rewards.teacher import FROZEN
 from thinkimg.schemas import SCHEMA_VERSION, Sample, Trajectory
 from thinkimg.stages import clip, judge, warmstart
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from thinkimg.rewards._pairs import Judgements
 
 STAGE, VERSION, KIND = "score", 2, "scores"
+AT_ONCE = 4096  # trajectories whose images are judged together, at least
 IDENTITY = ("trajectory_id", "sample_id", "group_id")
 
 
@@ -78,7 +80,7 @@ def bench_of(
 ) -> Bench:
     """Where the judges work; nothing is started or loaded yet."""
     policy = founder = None
-    if config.image.types:
+    if set(config.image.types) - {"embedding"}:
         policy = origin(store, rollouts, "policy")
     if "teacher" in config.image.types and config.image.teacher.model == FROZEN:
         founder = policy
@@ -128,25 +130,57 @@ def fill(
     """Score part after part, and close one of the same number for each."""
     names = list(components(config.rewards, config.image))
     parts = [path.name for path in rollouts.table_files("trajectories")]
-    total, done = sum(rollouts.files[part]["rows"] for part in parts), 0
+    tally = Tally(progress, sum(rollouts.files[part]["rows"] for part in parts))
+    bench.expect, bench.judged = tally.expect, tally.add
+    if config.image.types:
+        fill_ledger(work, bench, dataset, rollouts, [part for part in parts if not work.has(ledger_name(part))], known)
     for part in parts:
-        ledger = part.replace("trajectories", "judgements", 1)
-        if config.image.types and not work.has(ledger):
-            with _lock:
-                batch = _batch(rollouts.directory, dataset.directory, part)
-            bench.images = batch.images
-            work.table(ledger, judge.table(judge.judge(batch.trajectories, batch.samples, bench, known)))
         if not work.has(scores_name(part)):
-            judged = work.path(ledger) if config.image.types else None
+            judged = work.path(ledger_name(part)) if config.image.types else None
             jobs = [
                 Job(name, part, config.rewards, config.image, dataset.directory, rollouts.directory, judged)
                 for name in names
             ]
             columns = dict(zip(names, run(run_job, jobs), strict=True))
             work.table(scores_name(part), table_of(rollouts, part, columns))
-        done += rollouts.files[part]["rows"]
-        progress(done, total)
+        tally.add(rollouts.files[part]["rows"])
     work.metrics |= summary([work.path(scores_name(part)) for part in parts], names)
+
+
+class Tally:
+    """Progress of judging, which is found out about as it goes, and of scoring: pairs and trajectories."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int):
+        self._progress, self._total, self._done, self._lock = progress, total, 0, threading.Lock()
+
+    def expect(self, count: int) -> None:
+        with self._lock:
+            self._total += count
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._progress(self._done, self._total)
+
+
+def fill_ledger(work: Work, bench: Bench, dataset: Artifact, rollouts: Artifact, parts: list[str], known) -> None:
+    """Judge many parts at once: judges work in batches, and engine and trainer may have to take turns in the memory."""
+    waiting: dict[str, set[Pair]] = {}
+    count = 0
+    for part in parts:
+        batch = _batch(rollouts.directory, dataset.directory, part)
+        bench.images = batch.images
+        waiting[part] = judge.pairs_of(batch.trajectories, batch.samples)
+        count += len(batch.trajectories)
+        if count >= AT_ONCE or part == parts[-1]:
+            found = judge.judge(set().union(*waiting.values()), bench, known)
+            for name, pairs in waiting.items():
+                work.table(ledger_name(name), judge.table({key: one for key, one in found.items() if key[1] in pairs}))
+            waiting, count = {}, 0
+
+
+def ledger_name(part: str) -> str:
+    return part.replace("trajectories", "judgements", 1)
 
 
 def scores_name(part: str) -> str:
