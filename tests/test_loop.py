@@ -139,17 +139,9 @@ def test_mlflow_has_the_loop_and_every_executed_stage(place, output):
     (loop,) = client.search_runs([experiments["thinkimg"]])
     history = client.get_metric_history(loop.info.run_id, "eval/accuracy")
     assert [metric.step for metric in history] == [0, 1, 2]
-    for key in (
-        "reward/self",
-        "reward/teacher",
-        "reward/attention",
-        "reward/embedding",
-        "reward/brevity",
-        "reward/total",
-        "tool/rate",
-        "parity/mean_abs",
-        "time/train_s",
-    ):
+    logged = ["self", "teacher", "attention", "embedding", "brevity", "total"]
+    keys = [f"reward/{name}" for name in logged] + ["tool/rate", "parity/mean_abs", "time/train_s", "alarm/no_step"]
+    for key in keys:
         assert [metric.step for metric in client.get_metric_history(loop.info.run_id, key)] == [1, 2], key
     stages = client.search_runs([experiments["thinkimg-stages"]], max_results=100)
     logged = sorted(run.data.tags["thinkimg.artifact"] for run in stages)
@@ -183,6 +175,21 @@ def test_with_nothing_to_learn_no_step_is_taken(place, output):
     assert policy.metrics["train/rows"] == 0
     weights = "policy/model/model.safetensors"
     assert policy.files[weights]["sha256"] == start_policy.files[weights]["sha256"]
+
+
+def test_an_alarm_ends_a_loop_that_asks_for_it_when_everything_is_published(place, output):
+    process = start(place, "run", "--set", "mix={brevity: 0.0}", "--set", "on_alarm=stop")
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, printed[-4000:]
+    (said,) = [line for line in printed.splitlines() if line.startswith("thinkimg: ")]
+    assert "Stopped after iteration 1" in said and "no_step" in said and "Traceback" not in printed
+    assert "Alarms of iteration 1" in printed and "Final policy: " in printed
+    records = [json.loads(path.read_bytes()) for path in (place / "artifacts" / "loops").glob("*.json")]
+    (record,) = [record for record in records if record["config"]["mix"] == {"brevity": 0.0}]
+    assert [iteration["step"] for iteration in record["iterations"]] == [0, 1] and record["status"] == "FAILED"
+    assert set(record["iterations"][1]["artifacts"]) == {"rollout", "score", "train", "evaluate"}
+    assert record["iterations"][1]["metrics"]["alarm/no_step"] == 1
+    assert {row["alarm"] for row in record["tables"]["alarms"] if row["fired"]} == {"no_step"}
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,9 @@ def reward_without_accuracy(history: History) -> Finding:
     start, best = max(past, key=lambda window: window[1][0])
     fall, then = difference(now, best), mean(totals[start : start + WINDOW])
     rise = difference(reward, then) if then else (0.0, 0.0)
-    # Two conditions that each need their interval: 2 standard errors of the second leave a chance of one in 30,000 in all.
-    fired = fall[0] < -FALL and fall[0] + Z * fall[1] < 0 and rise[0] > 2 * rise[1]
+    # The best of many windows is in part the luckiest, and a reward that rises is what a loop is for: the intervals
+    # may not overlap, which needs up to 1.4 times Z.
+    fired = now[0] < best[0] - FALL and now[0] + Z * now[1] < best[0] - Z * best[1] and rise[0] > Z * rise[1]
     why = f"held-out accuracy fell by {-fall[0]:.0%} while the reward rose by {rise[0]:.2f}" if fired else ""
     return finding("reward_without_accuracy", fall, -FALL, fired, why)
 
@@ -184,8 +185,8 @@ def region_missed(history: History) -> Finding:
     if now is None or not past:
         return Finding("region_missed", False)
     _, best = max(past, key=lambda window: window[1][0])
-    fall = difference(now, best)
-    fired = fall[0] < -REGION_FALL and fall[0] + Z * fall[1] < 0
+    # The best of many windows is in part the luckiest: the two intervals may not overlap, which needs up to 1.4 times Z.
+    fired = now[0] < best[0] - REGION_FALL and now[0] + Z * now[1] < best[0] - Z * best[1]
     why = f"only {percent(now)} of the right answers had a crop that held the marked region, after {percent(best)}"
     return finding("region_missed", now, best[0] - REGION_FALL, fired, why)
 

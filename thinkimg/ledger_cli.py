@@ -209,7 +209,7 @@ def judged(judgement: dict[str, Any]) -> str:
     if "model" not in judgement:
         return f"{judgement['key']}, which is not stored"
     texts = {name: judgement.get(name) or "" for name in ("model", "weights", "prompt", "original", "processed")}
-    by = f"by {texts['model']} (weights {texts['weights'][:12]}), prompt {texts['prompt'][:12]}"
+    by = f"by {judgement.get('judge') or 'nobody'}, {texts['model'] or 'no model'} (weights {texts['weights'][:12]}), prompt {texts['prompt'][:12]}"
     images = f"images {texts['original'][:12]} and {texts['processed'][:12]}"
     reason = f", {judgement['reason']}" if judgement.get("reason") else ""
     evidence = f", {compact(judgement['evidence'])}" if judgement.get("evidence") else ""

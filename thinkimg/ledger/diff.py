@@ -11,7 +11,8 @@ from thinkimg.ledger.stored import judgements
 from thinkimg.stages.score import IDENTITY
 
 PARTS = ("value", "status", "reason", "evidence")
-JUDGED = ("judge", "model", "weights", "prompt", "question", "original", "processed", "value", "reason", "evidence")
+JUDGED = ("judge", "model", "weights", "prompt", "question", "original", "processed", "value", "reason", "evidence",
+          "unreachable")  # fmt: skip
 ABSENT = "(none)"
 """In the place of a setting that only one of two recipes has."""
 

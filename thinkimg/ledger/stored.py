@@ -15,7 +15,9 @@ from thinkimg.stages.score import read_scores
 from thinkimg.stages.train import counted
 
 JUDGEMENTS = "judgements"
-"""Table of a scores artifact: key, judge, model, weights, prompt, question, original, processed, value, reason, evidence."""
+"""Table of a scores artifact: key, judge, model, weights, prompt, question, original, processed, value, reason, evidence.
+
+Two components may name one key, where one judge answered for both: the verdict is the same."""
 
 
 @dataclass(frozen=True)
