@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from thinkimg import files
 from thinkimg.errors import UserError
 from thinkimg.manifest import (
+    DROPPED,
     MANIFEST,
     Artifact,
     Recipe,
@@ -282,9 +283,12 @@ class Store:
         except UserError as error:
             return [Problem(MANIFEST, str(error))]
         problems = []
+        dropped = (directory / DROPPED).is_file()
         expected = {entry["name"]: entry for entry in manifest["files"]}
         for name in sorted({MANIFEST, *expected} | set(files.files_under(directory))):
             path, entry = directory / name, expected.get(name)
+            if dropped and name != MANIFEST and (name == DROPPED or not path.exists()):
+                continue
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 problems.append(Problem(name, "not a regular file"))
             elif not path.exists():
@@ -321,6 +325,15 @@ class Store:
                     for path in found if remove else ():
                         files.remove(path)
         return left
+
+    def busy(self) -> list[Path]:
+        """Homes (kind/fingerprint) on which a process works right now."""
+        found = []
+        for home in self._homes(None):
+            if (home / ".lock").exists():
+                with files.locked(home / ".lock", wait=False) as free:
+                    found += [] if free else [home]
+        return found
 
     def _homes(self, kind: str | None) -> list[Path]:
         return sorted(path for path in self.root.glob(f"{kind or '*'}/*") if path.is_dir() and len(path.name) == 64)
