@@ -143,7 +143,7 @@ def test_of_old_ancestors_the_files_go_and_the_manifests_stay(tmp_path):
     for artifact in store.list():
         assert artifact.manifest == before[artifact.directory] and store.verify(artifact) == []
     old = store.find("policy", made["first"].fingerprint)  # so a loop that goes on finds it cached
-    assert old.dropped and sorted(path.name for path in old.directory.iterdir()) == ["dropped.json", "manifest.json"]
+    assert old.dropped and sorted(path.name for path in old.directory.iterdir()) == ["manifest.json"]
     with pytest.raises(UserError, match=f"policy/{old.short} were dropped by gc.*--force"):
         old.checked("policy")
     assert "files dropped" in "\n".join(draw(Graph.of(store), str(made["policy2"].reference)))
@@ -199,9 +199,19 @@ def test_a_collection_that_is_killed_anywhere_gets_through(tmp_path, monkeypatch
         collect(root, StopAt())
         assert names(copy.list()) == whole and copy.sweep() == []
         assert sum(artifact.dropped for artifact in copy.list()) == 1
-        left = [path for path in root.rglob("*") if path.is_file() and path.name != ".lock"]
-        assert len(left) == sum(2 if artifact.dropped else 1 + len(artifact.files) for artifact in copy.list())
+        left = [
+            path for path in root.rglob("*") if path.is_file() and path.suffix != ".dropped" and path.name != ".lock"
+        ]
+        assert len(left) == sum(1 if artifact.dropped else 1 + len(artifact.files) for artifact in copy.list())
         shutil.rmtree(root)
+
+
+def test_a_mark_that_outlived_its_artifact_does_not_hit_the_next_attempt(tmp_path):
+    made = make(Store(tmp_path), "dataset", "prepare", {})
+    made.directory.with_suffix(".dropped").write_text("{}")
+    shutil.rmtree(made.directory)
+    again = make(Store(tmp_path), "dataset", "prepare", {})
+    assert again.attempt == "0001" and not again.dropped and again.digest == made.digest
 
 
 def test_nothing_is_collected_while_a_stage_is_at_work(tmp_path):

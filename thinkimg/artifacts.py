@@ -4,6 +4,7 @@ artifacts/<kind>/<fingerprint>/.lock         one process at a time works on a fi
                                0001/         an attempt, complete: it has its name and a manifest.json
                                0002.work/    the next attempt in progress, in closed parts
                                0002.jsonl    its journal, the closed parts with their hashes; goes after the rename
+                               0001.dropped  a mark: `gc` has removed the files of 0001, all but its manifest
 """
 
 import json
@@ -172,6 +173,7 @@ class Work:
     def _recover(self) -> None:
         """Keep the parts of a killed run whose bytes are those in the journal; remove everything else."""
         files.make_directory(self.directory)
+        files.remove(self.directory.with_suffix(DROPPED))  # of an attempt of this number that gc has removed since
         lines = self._journal.read_bytes().splitlines() if self._journal.exists() else []
         for line in lines:
             try:
@@ -283,11 +285,11 @@ class Store:
         except UserError as error:
             return [Problem(MANIFEST, str(error))]
         problems = []
-        dropped = (directory / DROPPED).is_file()
+        dropped = directory.with_suffix(DROPPED).is_file()
         expected = {entry["name"]: entry for entry in manifest["files"]}
         for name in sorted({MANIFEST, *expected} | set(files.files_under(directory))):
             path, entry = directory / name, expected.get(name)
-            if dropped and name != MANIFEST and (name == DROPPED or not path.exists()):
+            if dropped and name != MANIFEST and not path.exists():
                 continue
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 problems.append(Problem(name, "not a regular file"))

@@ -125,6 +125,7 @@ def collect(store: Store, todo: Plan) -> None:
             grave = artifact.directory.with_name(files.TEMPORARY + artifact.attempt)
             files.remove(grave)
             files.rename(artifact.directory, grave)
+            files.remove(artifact.directory.with_suffix(DROPPED))
             files.remove(grave)
     for artifact in todo.drop:
         with files.locked(artifact.directory.parent / ".lock"):
@@ -134,12 +135,12 @@ def collect(store: Store, todo: Plan) -> None:
 
 def is_dropped(artifact: Artifact) -> bool:
     """Whether all files are gone: a kill may have left some behind the mark."""
-    return artifact.dropped and files.files_under(artifact.directory) == [DROPPED, MANIFEST]
+    return artifact.dropped and files.files_under(artifact.directory) == [MANIFEST]
 
 
 def drop(artifact: Artifact) -> None:
     """Remove all files but the manifest; the mark comes first, so that a half-dropped artifact is not a damaged one."""
-    files.write(artifact.directory / DROPPED, json.dumps({"dropped": now(), "bytes": artifact.size}) + "\n")
+    files.write(artifact.directory.with_suffix(DROPPED), json.dumps({"dropped": now(), "bytes": artifact.size}) + "\n")
     for path in sorted(artifact.directory.iterdir()):
-        if path.name not in (MANIFEST, DROPPED):
+        if path.name != MANIFEST:
             files.remove(path)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST = "manifest.json"
-DROPPED = "dropped.json"
-"""Beside the manifest of an artifact whose files `gc` has dropped: it is still found, but can no longer be read."""
+DROPPED = ".dropped"
+"""Suffix of the mark beside an attempt whose files `gc` has dropped: it is still found, but can no longer be read."""
 MEND = "put it back, or move the attempt's directory away and run the stage again"
 
 
@@ -125,7 +125,7 @@ class Artifact:
     @property
     def dropped(self) -> bool:
         """Whether `gc` has dropped the files: the manifest still says what they were, and what was made from them."""
-        return (self.directory / DROPPED).is_file()
+        return self.directory.with_suffix(DROPPED).is_file()
 
     @property
     def size(self) -> int:

@@ -36,7 +36,7 @@ def sources(record: LoopRecord, step: int) -> list[Reference | None]:
 def has_traces(store: Store, record: LoopRecord, step: int) -> bool:
     """Whether the step has rollouts with scores, and the store (still) all that they refer to."""
     places = [reference and reference.attempt and store.root / str(reference) for reference in sources(record, step)]
-    return all(place and (place / MANIFEST).is_file() and not (place / DROPPED).exists() for place in places)
+    return all(place and (place / MANIFEST).is_file() and not place.with_suffix(DROPPED).exists() for place in places)
 
 
 def stored(store: Store, record: LoopRecord, step: int) -> Stored:
