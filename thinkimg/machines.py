@@ -6,7 +6,7 @@ A loop that finds everything cached starts neither. A stage that runs alone open
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 CURRENT: ContextVar["Machines | None"] = ContextVar("machines", default=None)
 
+take_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+"""Entered before anything is started and left after all has ended; the flows put a queue here, for machines that several
+runs share."""
+
 
 class Machines:
     """Context manager; ends everything that it started. `report` takes lines about slow starts."""
@@ -34,6 +38,7 @@ class Machines:
 
     def __enter__(self) -> "Machines":
         self._stack.__enter__()
+        self._stack.enter_context(take_device())
         self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkimg-")))
         self._stack.callback(CURRENT.reset, CURRENT.set(self))
         return self
