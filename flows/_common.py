@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect.states import Completed, State
 from pydantic import Field
@@ -15,44 +15,48 @@ from thinkimg import cli, machines, tracking
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import Config, load, presets
 
+
+def described(text: str, **limits) -> Any:
+    """A parameter's description and limits; said twice, as Prefect takes the first from docstrings alone."""
+    return Field(description=text, json_schema_extra={"description": text}, **limits)
+
+
 # A server checks these limits before it schedules anything, and its interface makes a form of them.
 Preset = Annotated[
     str,
-    Field(
-        description=f"One of {', '.join(presets())}, or the path of a YAML file.",
+    described(
+        f"One of {', '.join(presets())}, or the path of a YAML file.",
         pattern=rf"^({'|'.join(presets())}|.+\.ya?ml)$",
     ),
 ]
 Overrides = Annotated[
     list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*=", max_length=2000)]],
-    Field(description="Settings that differ from the preset, each as a.b=value; see `thinkimg schema`."),
+    described("Settings that differ from the preset, each as a.b=value; see `thinkimg schema`."),
 ]
 Reference = Annotated[
     str,
-    Field(
-        description="An artifact: the beginning of its fingerprint, or kind/fingerprint.",
+    described(
+        "An artifact: the beginning of its fingerprint, or kind/fingerprint.",
         min_length=4,
         max_length=300,
     ),
 ]
 Optional = Annotated[
-    str | None, Field(description="An artifact; left out, the one that the others were made from.", min_length=4)
+    str | None, described("An artifact; left out, the one that the others were made from.", min_length=4)
 ]
-Iteration = Annotated[int, Field(description="Number of the iteration, from 1.", ge=1, le=1_000_000)]
+Iteration = Annotated[int, described("Number of the iteration, from 1.", ge=1, le=1_000_000)]
 Iterations = Annotated[
-    int | None, Field(description="Iterations of the loop; left out, as the preset says.", ge=1, le=1_000_000)
+    int | None, described("Iterations of the loop; left out, as the preset says.", ge=1, le=1_000_000)
 ]
-Seed = Annotated[int | None, Field(description="Seed; left out, as the preset says.", ge=0, lt=2**32)]
+Seed = Annotated[int | None, described("Seed; left out, as the preset says.", ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
 Mix = Annotated[
     dict[str, Weight] | None,
-    Field(description="Weight of each reward component, all of them; left out, as the preset says."),
+    described("Weight of each reward component, all of them; left out, as the preset says."),
 ]
-Samples = Annotated[
-    int | None, Field(description="Held-out samples; left out, as the preset says.", ge=1, le=10_000_000)
-]
-Blind = Annotated[bool, Field(description="Show grey images in place of those that tools make.")]
-Force = Annotated[bool, Field(description="Make a new attempt even if there is one.")]
+Samples = Annotated[int | None, described("Held-out samples; left out, as the preset says.", ge=1, le=10_000_000)]
+Blind = Annotated[bool, described("Show grey images in place of those that tools make.")]
+Force = Annotated[bool, described("Make a new attempt even if there is one.")]
 
 _server.guard()
 machines.take_device = device

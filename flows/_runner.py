@@ -42,7 +42,8 @@ def runner(where: WhereConfig, stack: ExitStack) -> TaskRunner:
         from prefect_dask import DaskTaskRunner
     except ModuleNotFoundError as error:
         raise UserError(
-            f"where.runner={where.runner} needs Dask, which is not installed", hint="pip install 'thinkimg[dask]'"
+            f"where.runner={where.runner} needs {error.name}, which is not installed",
+            hint="pip install 'thinkimg[dask]'",
         ) from error
     # Workers report to the API of this process, embedded or not, and don't start servers of their own.
     stack.enter_context(temporary_settings({PREFECT_API_URL: _server.api_url()}))

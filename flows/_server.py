@@ -35,6 +35,8 @@ def guard() -> None:
     Prefect's own child outlives a SIGKILL of its parent. And several servers that create or migrate one database at once
     crash now and then (seen with 3.7): so they start one after the other.
     """
+    if not is_embedded():
+        return
     from prefect.server.api.server import SubprocessASGIServer
 
     if getattr(SubprocessASGIServer, "guarded", False):

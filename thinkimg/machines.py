@@ -75,9 +75,10 @@ class Machines:
         media = "data" if where.urls else "file"
         client = EngineClient(urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s)
         try:
+            await client.leave_out_dead()
             if adapter is not None:
                 await client.load_adapter(adapter, policy.checked("policy/adapter"))
-            elif await client.version() != policy.digest:
+            elif set((await client.versions()).values()) != {policy.digest}:
                 await client.load_weights(self.weights(policy), policy.digest)
         except BaseException:
             await client.__aexit__()
