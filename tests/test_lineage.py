@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from disk import Crash
 
 from thinkimg import files, schemas
 from thinkimg import gc as collector
@@ -158,10 +159,6 @@ def test_the_policy_that_the_kl_term_is_measured_against_keeps_its_files(tmp_pat
     last = make(store, "policy", "train", inputs, {"mix": {"answer": 2.0}})
     dropped = names(collector.plan(store, [last], keep_last=1).drop)
     assert str(made["policy2"].reference) in dropped and str(made["first"].reference) not in dropped
-
-
-class Crash(BaseException):
-    """Not an Exception, so that nothing handles it: what is on disk is what a kill leaves."""
 
 
 class StopAt:
