@@ -79,7 +79,11 @@ class Prefect:
         return wait_for(lambda: (r := self.ask(f"/flow_runs/{run}"))["state_type"] in ENDED and r, seconds)
 
     def limit(self) -> dict:
-        (limit,) = self.ask("/v2/concurrency_limits/filter", {})
+        (limit,) = [
+            limit
+            for limit in self.ask("/v2/concurrency_limits/filter", {})
+            if limit["name"].startswith("thinkimg-device-")  # the deployment has one of its own
+        ]
         return limit
 
 
@@ -147,7 +151,7 @@ def answers(url: str) -> bool:
 def scheduled(prefect) -> dict:
     """The loop that the schedule has started, ended; the schedule is paused after it has begun."""
     (deployment,) = prefect.ask("/deployments/filter", {"deployments": {"name": {"any_": ["loop"]}}})
-    run = wait_for(lambda: next((r for r in prefect.runs("loop") if r["state_type"] == "RUNNING"), None), 180)
+    run = wait_for(lambda: next((r for r in prefect.runs("loop") if r["state_type"] in ("RUNNING", *ENDED)), None), 300)
     prefect.cli("deployment", "schedule", "pause", "thinkimg/loop", deployment["schedules"][0]["id"])
     wait_for(lambda: prefect.limit()["active_slots"] == 1, 120)  # held from the beginning to the end
     return prefect.wait(run["id"], 540)

@@ -25,9 +25,9 @@ for runner in runners:
     print(score(reference, preset="tiny", overrides=[*{settings}, "where.runner=" + runner], force=True), flush=True)
 """
 WAIT = """
-import sys, time
+import time
+import flows._common  # first: it sets what Prefect reads when it is imported
 from prefect import flow
-import flows._common
 
 @flow
 def waiting():
