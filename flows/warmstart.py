@@ -3,7 +3,7 @@
 from prefect import flow
 
 from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
-from thinkimg import console
+from flows._ui import progress
 from thinkimg.stages import clip
 from thinkimg.stages import warmstart as stage
 
@@ -15,13 +15,14 @@ def warmstart(
     overrides: Overrides = [],
     force: Force = False,
 ):
+    """Make the first policy from demonstrations, a checkpoint, or the base model as it is."""
     config, store = opened(preset, overrides)
     data = store.resolve(dataset, "dataset")
     if clip.wanted(config):
-        with console.progress("clip") as progress:
-            clip.train_clip(config, store, progress=progress)
-    with console.progress("warmstart") as progress:
-        return ended(config, store, *stage.warmstart(config, data, store, force=force, progress=progress))
+        with progress("clip") as tell:
+            clip.train_clip(config, store, progress=tell)
+    with progress("warmstart") as tell:
+        return ended(config, store, *stage.warmstart(config, data, store, force=force, progress=tell))
 
 
 if __name__ == "__main__":

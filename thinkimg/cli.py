@@ -140,6 +140,12 @@ def schema() -> None:
     print(json.dumps(found, indent=1))
 
 
+app.command(
+    "thinkimg.cli_artifacts:app",
+    name="artifacts",
+    help="What the stages made: list, show, lineage, verify, gc, export.",
+)
+
 track = App(name="track", help="MLflow, the projection of the store.")
 app.command(track)
 

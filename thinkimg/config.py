@@ -339,6 +339,9 @@ class WhereConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
     workers: Positive = 4
     """Threads for decoding images, image tools and scoring."""
+    runner: str = Field("threads", pattern=r"^(threads|dask|(tcp|tls)://\S+)$")
+    """Who scores: threads of this process, Dask with so many processes of this machine, or the Dask scheduler at an
+    address such as tcp://10.0.0.1:8786, whose workers must see the store under the same path."""
 
     def public(self) -> dict[str, Any]:
         """As JSON for manifests and people: without a password in the tracking URI."""

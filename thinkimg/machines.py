@@ -6,7 +6,7 @@ A loop that finds everything cached starts neither. A stage that runs alone open
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 CURRENT: ContextVar["Machines | None"] = ContextVar("machines", default=None)
 
+take_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+"""Entered before anything is started and left after all has ended; the flows put a queue here, for machines that several
+runs share."""
+
 
 class Machines:
     """Context manager; ends everything that it started. `report` takes lines about slow starts."""
@@ -35,6 +39,7 @@ class Machines:
 
     def __enter__(self) -> "Machines":
         self._stack.__enter__()
+        self._stack.enter_context(take_device())
         self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkimg-")))
         self._stack.callback(CURRENT.reset, CURRENT.set(self))
         return self
@@ -71,9 +76,10 @@ class Machines:
         media = "data" if where.urls else "file"
         client = EngineClient(urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s)
         try:
+            await client.leave_out_dead()
             if adapter is not None:
                 await client.load_adapter(adapter, policy.checked("policy/adapter"))
-            elif await client.version() != policy.digest:
+            elif set((await client.versions()).values()) != {policy.digest}:
                 await client.load_weights(self.weights(policy), policy.digest)
         except BaseException:
             await client.__aexit__()

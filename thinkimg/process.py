@@ -27,6 +27,11 @@ class Child:
         self._log_start = log_start
 
     @property
+    def process(self) -> subprocess.Popen:
+        """The watchdog, for code that wants a Popen: its signals and its exit status stand for the command's."""
+        return self._process
+
+    @property
     def pid(self) -> int:
         """The watchdog's process id, which is also the session id of the command."""
         return self._process.pid

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ import aiohttp
 
 from thinkimg.engine import EngineError
 
+log = logging.getLogger(__name__)
+
 RETRIES = 3
+HEALTH_S = 10.0  # a server that does not answer /health for so long is given up
 BACKOFF_S = 0.25  # doubled with each retry
 # So much more work than the least busy server may a prompt's own server have before the prompt goes elsewhere.
 AFFINITY_SLACK = 8
@@ -101,6 +105,7 @@ class EngineClient:
         self.urls = [url.rstrip("/") for url in urls]
         self.media = media
         self._outstanding = dict.fromkeys(self.urls, 0)
+        self._dead: set[str] = set()  # not used again: one that comes back may hold other weights
         self._slots = asyncio.Semaphore(concurrency)
         # httpx looks at all of its connections for every request: with 128 of them that took most of this process' time.
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30.0)
@@ -183,14 +188,18 @@ class EngineClient:
 
         await self._on_all(load)
 
+    async def versions(self) -> dict[str, str]:
+        """url -> the weight version that the server reports."""
+        bodies = await self._on_all(lambda url: self._request(url, "GET", "/weight_info"))
+        return {url: body["weight_version"] for url, body in zip(self.urls, bodies, strict=True)}
+
     async def version(self) -> str:
         """The weight version that the servers report. Raises EngineError if they differ."""
-        versions = await self._on_all(lambda url: self._request(url, "GET", "/weight_info"))
-        names = {body["weight_version"] for body in versions}
-        if len(names) != 1:
-            told = ", ".join(f"{url}: {body['weight_version']}" for url, body in zip(self.urls, versions, strict=True))
+        versions = await self.versions()
+        if len(set(versions.values())) != 1:
+            told = ", ".join(f"{url}: {version}" for url, version in versions.items())
             raise EngineError(f"the servers hold different weights ({told})", hint="load the same weights into all")
-        return names.pop()
+        return versions[self.urls[0]]
 
     async def checksum(self) -> str:
         """sha256 over the checksums of all tensors that the servers hold: tied to the weights, whatever their version.
@@ -202,6 +211,26 @@ class EngineClient:
         if len(sums) != 1:
             raise EngineError("the servers hold different weights", hint="load the same weights into all")
         return sums.pop()
+
+    async def leave_out_dead(self) -> None:
+        """Go on with the servers that answer; the others are left out and a warning says so. EngineUnavailable if none does."""
+        await asyncio.gather(*(self._check(url) for url in self.urls))
+        alive = [url for url in self.urls if url not in self._dead]
+        if not alive:
+            raise EngineUnavailable(
+                f"none of the servers {', '.join(self.urls)} answers", hint="start them, or set where.engine.urls"
+            )
+        self.urls, self._dead = alive, set()
+
+    async def _check(self, url: str) -> None:
+        """Note a server as dead if it does not say that it is well."""
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                await self._request(url, "GET", "/health")
+        except (EngineError, TimeoutError) as error:
+            if url not in self._dead:
+                log.warning("the server %s is left out: %s", url, str(error).split("\n")[0] or "no answer")
+            self._dead.add(url)
 
     async def _on_all(self, call) -> list:
         return await asyncio.gather(*(call(url) for url in self.urls))
@@ -232,7 +261,9 @@ class EngineClient:
             self._outstanding[url] += 1
             try:
                 return await self._request(url, "POST", "/inference/v1/generate", content)
-            except EngineUnavailable:
+            except EngineUnavailable as error:
+                if isinstance(error, _Unreachable) and len(self.urls) > 1:
+                    await self._check(url)
                 if attempt == RETRIES:
                     raise
                 failed.add(url)
@@ -246,6 +277,7 @@ class EngineClient:
     def _choose(self, affinity: str, failed: set[str]) -> str:
         """The affinity's own server (rendezvous hashing), unless that failed or is much busier than the least busy."""
         urls = [url for url in self.urls if url not in failed]
+        urls = [url for url in urls if url not in self._dead] or urls
         own = max(urls, key=lambda url: hashlib.sha256(f"{url} {affinity}".encode()).digest())
         least = min(urls, key=lambda url: self._outstanding[url])
         return least if self._outstanding[own] > self._outstanding[least] + AFFINITY_SLACK else own

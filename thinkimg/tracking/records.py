@@ -132,12 +132,13 @@ def milliseconds(time: str) -> int:
 
 
 def save_record(store: Store, record: LoopRecord) -> None:
-    """Replace the loop's file at once: a reader sees all of the old or all of the new."""
+    """Replace the loop's file at once: a reader sees all of the old or all of the new. Two loops take turns."""
     directory = store.root / "loops"
     files.make_directory(directory)
     # Keys in their order: it is that of the stages, and of a table's columns.
     text = json.dumps({"format": FORMAT} | asdict(record), indent=1, allow_nan=False)
-    files.write(directory / f"{record.loop_id}.json", text + "\n")
+    with files.locked(directory / ".lock"):
+        files.write(directory / f"{record.loop_id}.json", text + "\n")
 
 
 def load_record(store: Store, loop_id: str) -> LoopRecord | None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from thinkimg.artifacts import Artifact, Store
-from thinkimg.manifest import MANIFEST, Reference
+from thinkimg.manifest import DROPPED, MANIFEST, Reference
 from thinkimg.mixing import Mix
 from thinkimg.schemas import Sample, Trajectory, from_row
 from thinkimg.tracking.records import LoopRecord
@@ -36,10 +36,8 @@ def sources(record: LoopRecord, step: int) -> list[Reference | None]:
 
 def has_traces(store: Store, record: LoopRecord, step: int) -> bool:
     """Whether the step has rollouts with scores, and the store (still) all that they refer to."""
-    return all(
-        reference and reference.attempt and (store.root / str(reference) / MANIFEST).is_file()
-        for reference in sources(record, step)
-    )
+    places = [reference and reference.attempt and store.root / str(reference) for reference in sources(record, step)]
+    return all(place and (place / MANIFEST).is_file() and not place.with_suffix(DROPPED).exists() for place in places)
 
 
 def stored(store: Store, record: LoopRecord, step: int) -> Stored:
