@@ -19,9 +19,6 @@ SHA, CROP = "ab" * 32, "cd" * 32
 COMPONENTS = ("answer", "embedding", "format", "self", "tool")
 GROUPS, SIZE = 6, 5
 MIX = ["mix={format: 0.2, tool: 0.3, answer: 0.3, image: 0.2}", "image.types=[self, embedding]"]
-JUDGEMENT = pa.schema([(name, pa.string()) for name in (
-    "key", "judge", "model", "weights", "prompt", "question", "original", "processed")]
-    + [("value", pa.float64()), ("reason", pa.string()), ("evidence", pa.string())])  # fmt: skip
 
 
 def settings(root, *overrides: str) -> Config:
@@ -84,7 +81,7 @@ def make_scores(store, dataset, rollouts, change=lambda row: None, model="judge"
     def produce(work):
         work.table("scores-00000.parquet", pa.Table.from_pylist(rows, schemas.scores(list(COMPONENTS))))
         if kept:
-            work.table("judgements-00000.parquet", pa.Table.from_pylist(judged, JUDGEMENT))
+            work.table("judgements-00000.parquet", pa.Table.from_pylist(judged, schemas.judgements()))
 
     inputs = {"dataset": dataset.reference, "rollouts": rollouts.reference}
     recipe = Recipe("score", 1, 1, {"components": list(COMPONENTS), "judge": {"model": model}} | config, inputs)
@@ -111,7 +108,8 @@ def judgement(row, model):
     images = {"original": SHA, "processed": CROP}
     key = f"{model}:{row['trajectory_id']}"
     verdict = {"value": row["self"]["value"], "reason": None, "evidence": evidence}
-    return {"key": key, "judge": "self"} | texts | images | verdict
+    who = {"key": key, "component": "self", "judge": "self", "unreachable": False}
+    return who | texts | images | verdict
 
 
 def make_policy(store, dataset, rollouts, scores, config):
