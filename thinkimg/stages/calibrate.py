@@ -35,11 +35,12 @@ def calibrate_attention(config: Config, policy: Artifact, store: Store, *, count
         right, wrong = (known_side(rows, name) for name in ("right", "wrong"))
         found = attention.look([*right, *wrong], bench, range(layers(policy, bench)))
     places = []
+    order = np.random.default_rng(config.seed).permutation(len(rows))  # the families stand in turn
     for place in found[0]:
         values = [attention.verdict(one[place], place).value for one in found]
         sides = np.array([0.5 if value is None else value for value in values]).reshape(2, -1)
         layer, _, kind = place.partition("/")
-        halves = [auc_interval(*sides[:, half::2]) for half in (0, 1)]
+        halves = [auc_interval(*sides[:, half]) for half in np.array_split(order, 2)]
         places.append(Place(int(layer), kind, *halves))
     return sorted(places, key=lambda one: -one.chosen_on[0])
 
