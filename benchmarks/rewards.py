@@ -1,6 +1,7 @@
 """Can the image rewards tell right processing from wrong, and how fast are they?
 
     python benchmarks/rewards.py --store artifacts --policy 3f2a        (without a policy: the tiny preset's warm-started one)
+    python benchmarks/rewards.py --memory                               what reading attention adds, one layer of the 7B
 
 On known pairs of held-out photographs (thinkimg/data/known_pairs.py): a crop on the target against one elsewhere, the right
 light against too little or noise, the right turn against a wrong one. Prints each judge's AUC with its 95 % interval beside
@@ -10,8 +11,11 @@ The teacher is the policy's own server, asked through its OpenAI-compatible endp
 
 import argparse
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +37,8 @@ from thinkimg.stages.pairs import pairs, read_pairs
 from thinkimg.stages.prepare import prepare
 from thinkimg.stages.warmstart import warmstart
 
+TOKENS, QUERIES = 2800, 64
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,7 +47,15 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--child", choices=("forward", "read"))
     args = parser.parse_args()
+    if args.child:
+        print(peak_of_a_forward(args.child == "read"))
+        return
+    if args.memory:
+        memory()
+        return
     config = load(args.preset, [f"where.store={args.store}", *args.set])
     store = Store(config.where.store)
     dataset, _ = prepare(config, store)
@@ -61,6 +75,59 @@ def main() -> None:
         quality(bench, rows)
         where(config, policy, store, args.pairs)
         speed(bench, rows)
+
+
+def memory() -> None:
+    """Each in a process of its own, whose highest memory is what counts; random weights of the 7B's geometry."""
+    peaks = {}
+    for kind in ("forward", "read"):
+        command = [sys.executable, __file__, "--child", kind]
+        peaks[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    print(
+        f"one layer of the 7B over {TOKENS} tokens, peak above the weights: {peaks['forward']:.0f} MB, with its attention"
+    )
+    print(f"read at {QUERIES} query rows {peaks['read']:.0f} MB: {peaks['read'] - peaks['forward']:+.0f} MB")
+
+
+def peak_of_a_forward(read: bool) -> float:
+    """MB above what is held before it."""
+    import torch
+    from transformers import AttentionInterface, Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    from thinkimg.grpo.attention import NAME, Reader, attend_and_read
+
+    config = Qwen2_5_VLConfig(text_config={
+        "vocab_size": 64, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }).text_config  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = Qwen2_5_VLTextModel(config).eval()
+
+    def forward(count: int) -> None:
+        positions = torch.arange(count).expand(3, 1, count)
+        with torch.inference_mode():
+            model(
+                inputs_embeds=torch.ones(1, count, 3584), position_ids=positions,
+                attention_mask={"full_attention": None}, use_cache=False,
+            )  # fmt: skip
+
+    forward(64)  # whatever is loaded once
+    if read:
+        AttentionInterface.register(NAME, attend_and_read)
+        columns = torch.arange(TOKENS - QUERIES, TOKENS)
+        model.config._attn_implementation = NAME
+        Reader.current = Reader([0, -1], torch.zeros_like(columns), columns)  # -1: it goes on to the end, as a forward
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory from here on
+    before = high_water_kb()
+    forward(TOKENS)
+    return (high_water_kb() - before) / 1024
+
+
+def high_water_kb() -> int:
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
 
 
 async def warm(crew: Machines, policy: Artifact) -> None:
