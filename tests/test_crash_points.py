@@ -30,7 +30,7 @@ from thinkimg.stages import evaluate, prepare, rollout, score, train, warmstart
 
 SETTINGS = [
     "data.train=4", "data.held_out=2", "rollout.samples=2", "rollout.group_size=2", "evaluate.samples=2", "evaluate.k=1",
-    "where.workers=2", "where.tracking.enabled=false", "mix={answer: 1.0}",
+    "where.workers=2", "where.tracking.enabled=false", "mix={answer: 1.0}", "image.types=[]", "warmstart.pairs=0",
 ]  # fmt: skip
 STAGES = ("prepare", "demonstrate", "warmstart", "rollout", "score", "train", "evaluate")
 

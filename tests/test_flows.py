@@ -16,7 +16,9 @@ from thinkimg.stages import prepare, score, warmstart
 from thinkimg.watchdog import descendants
 
 REPOSITORY = Path(__file__).parents[1]
-SETTINGS = ["data.train=12", "data.held_out=4", "where.workers=2", "where.tracking.enabled=false"]
+SETTINGS = [
+    "data.train=12", "data.held_out=4", "where.workers=2", "where.tracking.enabled=false", "image.types=[]",
+]  # fmt: skip
 SCORE = """
 import sys
 from flows.score import score

@@ -38,7 +38,7 @@ def outputs(tmp_path_factory) -> dict[str, tuple[int, str]]:
         known, _ = pairs.pairs(config, store, split="train", count=8)
         plan = warmstart.script_recipe(config, dataset, known)
         scripted, _ = store.build(
-            "demonstrations", plan, lambda w: warmstart.demonstrate(w, config, dataset, known, base, lambda *_: None)
+            "demonstrations", plan, lambda w: warmstart.demonstrate(w, config, dataset, base, lambda *_: None, known)
         )
     scores, _ = score.score(config, dataset, scripted, store)
     return {

@@ -27,7 +27,7 @@ def demonstrations(config: Config, store: Store) -> tuple[Artifact, Artifact]:
         made, _ = store.build(
             "demonstrations",
             warmstart.script_recipe(config, dataset, known),
-            lambda work: warmstart.demonstrate(work, config, dataset, known, base, lambda done, total: None),
+            lambda work: warmstart.demonstrate(work, config, dataset, base, lambda done, total: None, known),
         )
     return dataset, made
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.long
 SETTINGS = [
     "data.train=24", "data.held_out=4", "warmstart.steps=2", "warmstart.batch=8", "rollout.samples=24", "rollout.group_size=4",
     "conversation.max_turns=3", "conversation.max_turn_tokens=32", "where.engine.concurrency=16", "where.tracking.enabled=false",
+    "image.types=[]", "warmstart.pairs=0",
 ]  # fmt: skip
 
 

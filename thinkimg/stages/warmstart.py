@@ -50,7 +50,7 @@ def recipe(config: Config, dataset: Artifact, demonstrations: Artifact | None) -
     )  # fmt: skip
 
 
-def script_recipe(config: Config, dataset: Artifact, known: Artifact | None) -> Recipe:
+def script_recipe(config: Config, dataset: Artifact, known: Artifact | None = None) -> Recipe:
     """Of the demonstrations, which are an artifact of their own in the form of rollouts."""
     inputs = {"dataset": dataset.reference} | base_inputs(config)
     if known is not None:
@@ -127,7 +127,7 @@ def warmstart(
         if has_script(config):
 
             def write(work: Work) -> None:
-                demonstrate(work, config, dataset, known, base, progress)
+                demonstrate(work, config, dataset, base, progress, known)
 
             demonstrations, _ = store.build(
                 "demonstrations", script_recipe(config, dataset, known), write, seed=config.seed, where=where
@@ -172,7 +172,7 @@ def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifac
 
 
 def demonstrate(
-    work: Work, config: Config, dataset: Artifact, known: Artifact | None, base: "BaseModel", progress
+    work: Work, config: Config, dataset: Artifact, base: "BaseModel", progress, known: Artifact | None = None
 ) -> None:
     """Scripted conversations in the form of rollouts, so that the trainer reads both with the same code.
 
