@@ -95,7 +95,7 @@ def peak_of_a_forward(read: bool) -> float:
     from transformers import AttentionInterface, Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    from thinkimg.grpo.attention import NAME, Reader, attend_and_read
+    from thinkimg.grpo.relative_attention import NAME, Reader, attend_and_read
 
     config = Qwen2_5_VLConfig(text_config={
         "vocab_size": 64, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1,

@@ -23,7 +23,7 @@ its parent exists) and answers with a JSON object. Policy directories are descri
      "token_budget": 16384,                         padded tokens per micro-batch
      "output": "…", "seed": 0}
 
-    {"kind": "attention",                          what do texts look at? See attention.py
+    {"kind": "attention",                          what do texts look at? See relative_attention.py
      "policy": {…}, "base": {…}, "model": {…},      as above
      "layers": [22], "images": {…}, "token_budget": 16384,
      "pairs": [{"images": ["…", "…"], "grids": [[t, h, w], …], "region": [left, top, right, bottom] or null,
@@ -198,7 +198,7 @@ class Worker:
         import transformers
         from accelerate import Accelerator
 
-        from thinkimg.grpo import attention, checkpoint, train, warmstart  # noqa: F401  all imports before the first job
+        from thinkimg.grpo import checkpoint, relative_attention, train, warmstart  # noqa: F401  all imports before the first job
         from thinkimg.grpo.optimise import Ranks
 
         transformers.utils.logging.disable_progress_bar()
@@ -260,7 +260,7 @@ class Worker:
         import torch
 
         from thinkimg.config import ModelConfig
-        from thinkimg.grpo import attention, train, warmstart
+        from thinkimg.grpo import relative_attention, train, warmstart
         from thinkimg.grpo.checkpoint import Base
 
         if self.accelerator.device.type == "cuda":
@@ -272,7 +272,7 @@ class Worker:
             self.policy = self.held = None  # before the next one takes memory
             self.policy = self.ranks.together(lambda: self._load(job, config, base))
         if job["kind"] == "attention":  # changes nothing, so that the weights stay those of the directory
-            result = attention.run(job, self.policy, self.ranks, progress)
+            result = relative_attention.run(job, self.policy, self.ranks, progress)
             self.held = self._stamped(job["policy"]["directory"])
             return result | {"reloaded": reloaded}
         policy, self.held = self.policy, None  # until the job is done the weights are those of no directory

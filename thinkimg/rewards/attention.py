@@ -39,7 +39,7 @@ def verdict(found: dict, place: str) -> Judgement:
 
 
 def look(pairs: Sequence[Pair], bench: Bench, layers: Sequence[int]) -> list[dict]:
-    """Per pair "<layer>/<rows>" -> attention masses, as grpo/attention.py measures them in the kept trainer worker."""
+    """Per pair "<layer>/<rows>" -> attention masses, as grpo/relative_attention.py measures them in the kept trainer worker."""
     from thinkimg.base import base_entry
     from thinkimg.rollout import view_limits
 

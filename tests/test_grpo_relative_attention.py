@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from thinkimg.chat.codec import Codec
-from thinkimg.grpo import attention
-from thinkimg.grpo.attention import Reader, attention_rows, conversations, coverage, measure, split
+from thinkimg.grpo import relative_attention
 from thinkimg.grpo.packing import patches
 from thinkimg.grpo.policy import Scorer
+from thinkimg.grpo.relative_attention import Reader, attention_rows, conversations, coverage, measure, split
 from thinkimg.images.view import grid
 from thinkimg.rewards.attention import GENERIC, prompt
 
@@ -102,7 +102,7 @@ def test_planted_attention_is_found():
     key[0, :, 3, 0] = key[1, :, 5, 0] = 50.0
     row, column = torch.tensor([0, 0, 1]), torch.tensor([2, 7, 11])
     reader = Reader([7], row, column)
-    with pytest.raises(attention._Enough):
+    with pytest.raises(relative_attention._Enough):
         reader.look(7, query, key, 1.0)
     found = reader.read[7]
     assert found[0, :3].tolist() == pytest.approx([1 / 3] * 3) and found[0, 3:].sum() == 0  # token 3 is still to come
