@@ -20,6 +20,7 @@ from torch import Tensor
 
 from thinkimg.config import ModelConfig
 from thinkimg.errors import UserError
+from thinkimg.grpo.attention import use_packed_attention
 from thinkimg.grpo.vision import batch_equal_chunks
 
 if TYPE_CHECKING:
@@ -253,6 +254,7 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
     if model.config.model_type != "qwen2_5_vl":
         raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
     batch_equal_chunks(model)
+    use_packed_attention(model)
     return model if config.load_in_4bit else model.to(device)
 
 
