@@ -18,7 +18,7 @@ GOLDEN = {
     "prepare": (1, "3b218f342e0031d35b434fb96440ebf6a8e2c096f5483af2af1ac3784b340a4d"),
     "demonstrate": (1, "ace98327b49890ff0fcf301d71ac6894b485c91252b367cd1472bf66e92345fb"),
     "score": (1, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
-    "advantages": (1, "ede1dc795e27b5c0c68011ade8e4e4a29c3d0f89ef2f7ac6040384d568746b7a"),
+    "advantages": (2, "ede1dc795e27b5c0c68011ade8e4e4a29c3d0f89ef2f7ac6040384d568746b7a"),
 }
 OVERRIDES = ["data.train=12", "data.held_out=8", "data.seed=4", "seed=4"]
 

@@ -79,9 +79,7 @@ class Writer:
 
     def row(self) -> Conversation:
         grids = np.array(self.grids, dtype=np.int64).reshape(-1, 3)
-        return Conversation(
-            np.array(self.tokens, dtype=np.int64), np.array(self.scored), tuple(self.images), grids
-        )
+        return Conversation(np.array(self.tokens, dtype=np.int64), np.array(self.scored), tuple(self.images), grids)
 
 
 @st.composite
@@ -241,7 +239,9 @@ def test_rows_that_begin_otherwise_are_not_shared_with(image_token):
 
 def test_the_vision_tower_sees_each_unique_image_once_per_pass(policies, image_token, monkeypatch):
     policy, seen = policies["lora"], []
-    rows = [Writer(image_token).text([9]).image((2, 3), 0).text([30 + i] * 3, True).image((1, 1), 0).row() for i in range(3)]
+    rows = [
+        Writer(image_token).text([9]).image((2, 3), 0).text([30 + i] * 3, True).image((1, 1), 0).row() for i in range(3)
+    ]
     visual = policy.model.get_base_model().model.visual
     forward = visual.forward
     monkeypatch.setattr(visual, "forward", lambda flat, **k: seen.append(len(flat)) or forward(flat, **k))

@@ -74,6 +74,8 @@ class Policy:
     moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """As in optimizer.safetensors, until an optimizer takes them."""
     optimizer: torch.optim.AdamW | None = None
+    packs: str | None = None
+    """Why its rows can't be packed, "" where they can; None: not tried yet."""
 
     @property
     def device(self) -> torch.device:

@@ -92,7 +92,9 @@ def groups_heads(repeats: int, dtype: torch.dtype, head_dim: int, device: torch.
         with torch.enable_grad():
             call(query, key, value, mask, head_dim**-0.5, True).sum().backward()
     except Exception as error:  # whatever a compiler raises
-        log.warning("FlexAttention does not take %d heads to one (%s): they are repeated", repeats, type(error).__name__)
+        log.warning(
+            "FlexAttention does not take %d heads to one (%s): they are repeated", repeats, type(error).__name__
+        )
         return False
     return True
 

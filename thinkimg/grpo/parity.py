@@ -7,6 +7,8 @@ import numpy as np
 from thinkimg.errors import UserError
 from thinkimg.grpo.rows import Row
 
+FROM_GROUP = 4
+
 
 def check_weights(rows: Sequence[Row], version: str) -> None:
     """Raises UserError if a row was sampled with other weights than those that are to be trained."""
@@ -19,9 +21,20 @@ def check_weights(rows: Sequence[Row], version: str) -> None:
             )
 
 
-def choose(count: int, wanted: int, seed: int) -> list[int]:
-    """Indices of the rows to compare, ascending."""
-    return sorted(np.random.default_rng([seed, 1]).permutation(count)[:wanted].tolist())
+def choose(rows: Sequence[Row], wanted: int, seed: int) -> list[int]:
+    """Indices of the rows to compare, ascending: up to FROM_GROUP of a group, so that shared prompts are compared, too."""
+    rng = np.random.default_rng([seed, 1])
+    taken: list[int] = []
+    counts: dict[str, int] = {}
+    order = rng.permutation(len(rows)).tolist()
+    names = list(dict.fromkeys(rows[i].group_id for i in order))
+    for i in sorted(order, key=lambda i: names.index(rows[i].group_id)):
+        group = rows[i].group_id
+        if len(taken) < wanted and counts.get(group, 0) < FROM_GROUP:
+            taken.append(i)
+            counts[group] = counts.get(group, 0) + 1
+    taken += [i for i in order if i not in taken][: wanted - len(taken)]
+    return sorted(taken)
 
 
 def compare(engine: np.ndarray, trainer: np.ndarray) -> dict[str, float]:

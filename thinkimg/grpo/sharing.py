@@ -100,9 +100,7 @@ def plan(
     return [batch for batch, _ in sorted(batches, key=lambda pair: -pair[1])]
 
 
-def share_groups(
-    conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: int
-) -> list[Unit]:
+def share_groups(conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: int) -> list[Unit]:
     """A unit for each group, several where its rows don't begin alike; the shortest rows of a unit come first."""
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
@@ -148,6 +146,26 @@ def cut(unit: Unit, conversations: Sequence[Conversation], token_budget: int) ->
         parts[-1].append(i)
         used += more
     return [Unit(tuple(p), unit.prefix if len(p) > 1 else len(conversations[p[0]].tokens)) for p in parts]
+
+
+def balance(
+    conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: int, parts: int
+) -> list[list[int]]:
+    """Row indices for each of so many processes: whole groups as far as that leaves none idle, about as much work each."""
+    pieces = [(cost(unit, conversations), unit) for unit in share_groups(conversations, groups, image_token)]
+    while len(pieces) < 2 * parts and any(len(unit.rows) > 1 for _, unit in pieces):
+        i = max((i for i, (_, unit) in enumerate(pieces) if len(unit.rows) > 1), key=lambda i: pieces[i][0])
+        _, unit = pieces.pop(i)
+        for rows in (unit.rows[::2], unit.rows[1::2]):
+            half = Unit(rows, unit.prefix)
+            pieces.append((cost(half, conversations), half))
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for tokens, unit in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
+        lightest = load.index(min(load))
+        dealt[lightest] += unit.rows
+        load[lightest] += tokens
+    return [sorted(rows) for rows in dealt]
 
 
 def pack(rows: Sequence[Conversation], units: Sequence[Unit], image_token: int) -> Packed:

@@ -76,7 +76,7 @@ def _learn(
         share = 0.0
         for micro in MicroBatches(conversations, job["token_budget"], scorer, pixels):
             with policy.autocast():
-                logps, _ = scorer([conversations[k] for k in micro])
+                logps, _ = scorer([conversations[k] for k in micro.rows])
             loss = -logps.sum() / tokens
             loss.backward()
             share += float(loss.detach())

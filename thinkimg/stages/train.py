@@ -21,7 +21,7 @@ from thinkimg.stages.warmstart import model_slice
 
 log = logging.getLogger(__name__)
 
-STAGE, VERSION, KIND = "train", 1, "policy"
+STAGE, VERSION, KIND = "train", 2, "policy"
 OVER = (StopReason.MAX_TURNS, StopReason.MAX_TOKENS)
 
 
