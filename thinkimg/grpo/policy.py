@@ -30,9 +30,12 @@ def base_model(model: "PreTrainedModel"):
     return unwrap(model).model
 
 
-def batch_tensors(rows: Sequence[Conversation], image_token: int, pad_token: int, device) -> dict[str, Tensor]:
+def batch_tensors(
+    rows: Sequence[Conversation], image_token: int, pad_token: int, device, where: Callable | None = None
+) -> dict[str, Tensor]:
     """Right-padded batch. Causal attention never looks to the right, so padding needs no mask.
 
+    where: (tokens, image token, grids) -> (3, T) positions; None: mrope_positions.
     Returns tokens (B, T) int64, positions (3, B, T) int64, row and column (N,) of the scored tokens, row by row.
     """
     length = max(len(row.tokens) for row in rows)
@@ -40,10 +43,10 @@ def batch_tensors(rows: Sequence[Conversation], image_token: int, pad_token: int
     positions = np.zeros((3, len(rows), length), dtype=np.int64)
     for b, row in enumerate(rows):
         tokens[b, : len(row.tokens)] = row.tokens
-        positions[:, b, : len(row.tokens)] = mrope_positions(row.tokens, image_token, row.grids)
-    where = [np.flatnonzero(row.scored) for row in rows]
-    numbers = np.repeat(np.arange(len(rows)), [len(w) for w in where])
-    arrays = {"tokens": tokens, "positions": positions, "row": numbers, "column": np.concatenate(where)}
+        positions[:, b, : len(row.tokens)] = (where or mrope_positions)(row.tokens, image_token, row.grids)
+    scored = [np.flatnonzero(row.scored) for row in rows]
+    numbers = np.repeat(np.arange(len(rows)), [len(s) for s in scored])
+    arrays = {"tokens": tokens, "positions": positions, "row": numbers, "column": np.concatenate(scored)}
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
@@ -158,12 +161,14 @@ class Scorer:
         temperature: float,
         banned: Sequence[int],
         features: dict[str, Tensor] | None,
+        positions: Callable | None = None,
     ):
         """pixels: image key -> patches, as `packing.patches` gives them. banned: ids that the engine can't sample.
 
         features: where the features of a frozen vision tower are kept, by image key; None: the tower is being trained.
+        positions: of padded batches, others than the right ones to see what they would change.
         """
-        self.model, self.pixels, self.features = model, pixels, features
+        self.model, self.pixels, self.features, self.positions = model, pixels, features, positions
         self.head = unwrap(model).lm_head
         self.device = self.head.weight.device
         config = unwrap(model).config
@@ -184,7 +189,7 @@ class Scorer:
         units: pack the rows, sharing their prefixes so (sharing.py); None: a padded batch.
         """
         if units is None:
-            batch = batch_tensors(rows, self.image_token, self.pad_token, self.device)
+            batch = batch_tensors(rows, self.image_token, self.pad_token, self.device, self.positions)
             images = [key for row in rows for key in row.images]
             grids = np.concatenate([row.grids for row in rows]) if images else None
             states = hidden_states(self.model, batch, self._features(images, grids), self.image_token)

@@ -11,7 +11,7 @@ from torch import Tensor
 from thinkimg.artifacts import Artifact
 from thinkimg.config import ModelConfig, TrainConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo import checkpoint, packed, parity, sharing
+from thinkimg.grpo import causes, checkpoint, packed, parity, sharing
 from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
 from thinkimg.grpo.optimise import (
@@ -24,7 +24,7 @@ from thinkimg.grpo.optimise import (
     peak_memory_mb,
     score_all,
 )
-from thinkimg.grpo.policy import Scorer, unwrap
+from thinkimg.grpo.policy import Scorer, base_model, unwrap
 from thinkimg.grpo.rows import Patches, Row, read_advantages, read_rows
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,8 @@ class TrainJob:
 
         def measure() -> dict[int, np.ndarray]:
             parity.check_weights(self.rows, self.job["policy"]["digest"])
+            parity.check_tokens(self.rows, self.scorer.image_token)
+            parity.check_positions([self.rows[i] for i in chosen], base_model(self.policy.model))
             return self._score(self._share(chosen))[0]
 
         found: dict[int, np.ndarray] = {}
@@ -147,7 +149,14 @@ class TrainJob:
             found |= part
         rows, trainer = [self.rows[i] for i in chosen], [found[i] for i in chosen]
         metrics = parity.compare(np.concatenate([row.engine for row in rows]), np.concatenate(trainer))
-        parity.check_numbers(metrics, rows, trainer, limit=gate.max_kl, files=self.policy.files)
+
+        def explain(worst: Sequence[int]) -> str:
+            return causes.split(
+                self.policy, self.pixels, [rows[i] for i in worst], [trainer[i] for i in worst],
+                temperature=self.scorer.temperature, banned=self.job["conversation"]["banned"],
+            )  # fmt: skip
+
+        parity.check_numbers(metrics, rows, trainer, limit=gate.max_kl, files=self.policy.files, explain=explain)
         return metrics
 
     def _reference(self) -> None:
