@@ -94,8 +94,9 @@ def make_policy(geometry: Geometry, device: torch.device, *, dtype: torch.dtype 
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
-                if "lora_B" in name:  # it begins at 0, and then the gradient of A is 0
-                    parameter.normal_(0, 0.02, generator=generator)
+                # peft draws A from torch's own generator, and begins with B = 0, where the gradient of A is 0.
+                deviation = 0.02 if "lora_B" in name else 1 / math.sqrt(parameter.shape[1])
+                parameter.normal_(0, deviation, generator=generator)
     if dtype is not None:
         model.to(dtype)
     settings = ModelConfig(dtype=geometry.dtype, adaptation="lora", lora_rank=geometry.lora_rank)

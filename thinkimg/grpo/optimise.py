@@ -14,6 +14,7 @@ from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.packing import Conversation, micro_batches
 from thinkimg.grpo.policy import Scorer, base_model
 from thinkimg.grpo.rows import Patches, Row
+from thinkimg.grpo.shards import clip_gradients, is_shard
 from thinkimg.grpo.sharing import Unit, plan
 
 T = TypeVar("T")
@@ -44,6 +45,10 @@ class Ranks:
         values: list = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def together_with(self, policy: Policy, spare: Conversation) -> dict:
+        """What MicroBatches has to know where each forward pass is made by all processes at once."""
+        return {"company": lambda own: max(self.gather(own)), "spare": spare} if policy.sharded else {}
 
     def together(self, function: Callable[[], T]) -> T:
         """Call it in every process; if it fails in one, it fails in all, so that none waits for another.
@@ -90,8 +95,12 @@ class Stepper:
 
         Raises ArithmeticError if that is not finite; the weights are then unchanged.
         """
-        self.ranks.sum([parameter.grad for parameter in self.parameters])
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        grads = [parameter.grad for parameter in self.parameters]
+        self.ranks.sum([grad for grad in grads if not is_shard(grad)])  # FSDP2 has summed the others
+        if self.policy.sharded:
+            norm = clip_gradients(self.parameters, self.max_grad_norm)
+        else:
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not np.isfinite(norm):
             raise ArithmeticError(f"the gradient's norm is {norm}")
         for group in self.optimizer.param_groups:
@@ -126,8 +135,15 @@ class MicroBatches:
         scorer: Scorer,
         pixels: Patches,
         groups: Sequence[Hashable] | None = None,
+        company: Callable[[int], int] = lambda own: own,
+        spare: Conversation | None = None,
     ):
-        """groups: of each conversation; those of one group share their prompt. None: padded batches."""
+        """groups: of each conversation; those of one group share their prompt. None: padded batches.
+
+        company: own number of micro-batches -> that of the process that has most, where all have to make as many passes
+        (FSDP2). What is missing is made up with passes over `spare` that add nothing.
+        """
+        self.company, self.spare = company, spare
         self.conversations, self.scorer, self.pixels = conversations, scorer, pixels
         if groups is None:
             self.batches = [Micro(rows, None) for rows in micro_batches(conversations, token_budget)][::-1]
@@ -142,6 +158,11 @@ class MicroBatches:
             yield batch
             self.pixels.trim()
             self.scorer.trim()
+        for _ in range(self.company(len(self.batches)) - len(self.batches)):
+            self.pixels.prepare([self.spare], self.scorer.features or ())
+            logps, _ = self.scorer([self.spare])
+            if torch.is_grad_enabled():
+                (logps.sum() * 0).backward()
 
     def _prepare(self, number: int) -> None:
         for batch in self.batches[number : number + 1]:
@@ -164,17 +185,18 @@ def score_all(
     *,
     packed: bool = False,
     entropy: bool = False,
+    **together,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Log-probabilities, and entropies if asked for, of the scored tokens of each row, without gradient.
 
-    packed: rows of a group share their prompt; else padded batches.
+    packed: rows of a group share their prompt; else padded batches. together: company and spare, as MicroBatches has them.
     """
     logps: list[np.ndarray] = [np.empty(0)] * len(rows)
     entropies = list(logps)
     conversations = [row.conversation for row in rows]
     groups = [row.group_id for row in rows] if packed else None
     with torch.no_grad():
-        for batch in MicroBatches(conversations, token_budget, scorer, pixels, groups):
+        for batch in MicroBatches(conversations, token_budget, scorer, pixels, groups, **together):
             with policy.autocast():
                 found, spread = scorer([conversations[i] for i in batch.rows], batch.units, entropy=entropy)
             for target, values in ((logps, found), (entropies, spread)):

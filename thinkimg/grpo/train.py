@@ -71,8 +71,10 @@ class TrainJob:
             steps = self._steps(clock, progress)
         finally:
             self.pixels.close()
-        if self.ranks.rank == 0:
-            checkpoint.save(self.policy, self.job["output"], learning_rate=steps[-1]["lr"], seed=self.job["seed"])
+        checkpoint.save(
+            self.policy, self.job["output"], learning_rate=steps[-1]["lr"], seed=self.job["seed"],
+            write=self.ranks.rank == 0,
+        )  # fmt: skip
         means = {
             name: float(np.mean([step[name] for step in steps if name in step])) for name in steps[0] if name != "step"
         }
@@ -132,7 +134,19 @@ class TrainJob:
         return dict(zip(indices, logps, strict=True)), dict(zip(indices, entropies, strict=True))
 
     def _score_rows(self, policy: Policy, scorer: Scorer, rows: Sequence[Row], *, entropy: bool = False) -> tuple:
-        return score_all(policy, scorer, self.pixels, rows, self.budget, packed=self.packed, entropy=entropy)
+        return score_all(
+            policy,
+            scorer,
+            self.pixels,
+            rows,
+            self.budget,
+            packed=self.packed,
+            entropy=entropy,
+            **self._together(policy),
+        )
+
+    def _together(self, policy: Policy) -> dict:
+        return self.ranks.together_with(policy, self.rows[0].conversation)
 
     def _parity_gate(self) -> dict[str, float]:
         gate = self.config.parity
@@ -235,7 +249,8 @@ class TrainJob:
         totals: dict[str, float] = {}
         conversations = [self.rows[i].conversation for i in share]
         groups = [self.rows[i].group_id for i in share] if self.packed else None
-        for micro in MicroBatches(conversations, self.budget, self.scorer, self.pixels, groups):
+        together = self._together(self.policy)
+        for micro in MicroBatches(conversations, self.budget, self.scorer, self.pixels, groups, **together):
             for name, value in self._micro([share[k] for k in micro.rows], micro.units, normaliser).items():
                 totals[name] = totals.get(name, 0.0) + value
         merged: dict[str, float] = {}

@@ -201,6 +201,10 @@ class Worker:
             f"{self.accelerator.num_processes} processes, not {processes}"
         )
         self.spool, self.ranks = spool, Ranks(self.accelerator.process_index, processes)
+        # accelerate's launcher says so in the environment; on a CPU its Accelerator does not heed it.
+        self.sharded = processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.sharded and os.environ.get("FSDP_VERSION") != "2":
+            raise UserError("The accelerate config asks for FSDP 1.", hint="Set fsdp_config.fsdp_version to 2.")
         self.policy: Policy | None = None
         self.held: list[tuple] | None = None
 
@@ -253,7 +257,7 @@ class Worker:
         import torch
 
         from thinkimg.config import ModelConfig
-        from thinkimg.grpo import train, warmstart
+        from thinkimg.grpo import shards, train, warmstart
         from thinkimg.grpo.checkpoint import Base
 
         if self.accelerator.device.type == "cuda":
@@ -264,6 +268,9 @@ class Worker:
         if reloaded:
             self.policy = self.held = None  # before the next one takes memory
             self.policy = self.ranks.together(lambda: self._load(job, config, base))
+            if self.sharded:
+                shards.shard(self.policy.model, self.accelerator.device)
+                self.policy.sharded = True
         policy, self.held = self.policy, None  # until the job is done the weights are those of no directory
         if job["kind"] == "train":
             result = train.TrainJob(job, policy, self.ranks).run(progress)
