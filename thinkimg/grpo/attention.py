@@ -8,7 +8,7 @@ On a GPU it is one FlexAttention call over a block mask (flex.py).
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +25,21 @@ attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+class Stack(NamedTuple):
+    """Short spans that are computed as one batch, padded: index (n, L) of their tokens; real (n, L) bool, what of it is no
+    padding, and kept, the numbers of these in the flat index; None: all of it."""
+
+    index: Tensor
+    real: Tensor | None
+    kept: Tensor | None
+
+
 class Layout:
     """What the attention function is told of a packed batch; one for all layers and both passes."""
 
-    def __init__(self, spans: Sequence[Span], device: torch.device):
-        self.spans, self.device = spans, device
+    def __init__(self, spans: Sequence[Span], device: torch.device, *, grouped: bool = False):
+        """grouped: the kernel takes several query heads to a key head (preflight.py says so of a GPU's)."""
+        self.spans, self.device, self.grouped = spans, device, grouped
 
     @cached_property
     def families(self) -> list[tuple[slice, slice]]:
@@ -42,8 +52,7 @@ class Layout:
         return found
 
     @cached_property
-    def stacks(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Index (n, L) of the tokens of n spans, and what of it is no padding, (n, L) bool; None: all."""
+    def stacks(self) -> list["Stack"]:
         by_length: dict[int, list[Span]] = {}
         for span in self.spans:
             if 0 < span.length <= SHORT:
@@ -54,12 +63,14 @@ class Layout:
     def long(self) -> list[slice]:
         return [slice(span.start, span.start + span.length) for span in self.spans if span.length > SHORT]
 
-    def _stack(self, spans: list[Span]) -> tuple[Tensor, Tensor | None]:
+    def _stack(self, spans: list[Span]) -> "Stack":
         lengths = np.array([span.length for span in spans])
         columns = np.arange(lengths.max())
         index = np.array([span.start for span in spans])[:, None] + np.minimum(columns, lengths[:, None] - 1)
         real = columns < lengths[:, None]
-        return torch.from_numpy(index), None if real.all() else torch.from_numpy(real)
+        if real.all():
+            return Stack(torch.from_numpy(index), None, None)
+        return Stack(torch.from_numpy(index), torch.from_numpy(real), torch.from_numpy(np.flatnonzero(real)))
 
     @cached_property
     def block_mask(self):
@@ -101,7 +112,7 @@ def packed_attention(
 
         return flex(query, key, value, layout.block_mask, scaling).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
+    if repeats > 1 and not layout.grouped:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return PackedAttention.apply(query, key, value, scaling, layout).transpose(1, 2), None
 
@@ -119,10 +130,10 @@ class PackedAttention(torch.autograd.Function):
         for where in layout.long:
             part = [x[:, :, where] for x in (query, key, value)]
             out[:, :, where], lse[:, :, where] = attend(*part, 0.0, True, scale=scaling)
-        for index, real in layout.stacks:
-            found, spread = attend(*(stack(x, index, real) for x in (query, key, value)), 0.0, True, scale=scaling)
-            unstack(out, index, real, found)
-            unstack(lse, index, real, spread)
+        for short in layout.stacks:
+            found, spread = attend(*(stack(x, short) for x in (query, key, value)), 0.0, True, scale=scaling)
+            unstack(out, short, found)
+            unstack(lse, short, spread)
         for prefix, branches in layout.families:
             found, spread = attend(query[:, :, branches], key[:, :, prefix], value[:, :, prefix], scale=scaling)
             own = lse[:, :, branches]
@@ -144,10 +155,10 @@ class PackedAttention(torch.autograd.Function):
             part = [x[:, :, where] for x in (grad, query, key, value, out, lse)]
             for target, found in zip(grads, attend_backward(*part, 0.0, True, scale=scaling), strict=True):
                 target[:, :, where] = found
-        for index, real in layout.stacks:
-            part = [stack(x, index, real) for x in (grad, query, key, value, out, lse)]
+        for short in layout.stacks:
+            part = [stack(x, short) for x in (grad, query, key, value, out, lse)]
             for target, found in zip(grads, attend_backward(*part, 0.0, True, scale=scaling), strict=True):
-                unstack(target, index, real, found)
+                unstack(target, short, found)
         for prefix, branches in layout.families:
             part = [grad[:, :, branches], query[:, :, branches], key[:, :, prefix], value[:, :, prefix]]
             part += [out[:, :, branches], lse[:, :, branches]]
@@ -157,21 +168,19 @@ class PackedAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def stack(x: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+def stack(x: Tensor, short: Stack) -> Tensor:
     """(1, heads, T, …) -> (n, heads, L, …), 0 where there is padding."""
-    parts = x[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
-    if real is None:
+    parts = x[0].index_select(1, short.index.flatten()).unflatten(1, short.index.shape).transpose(0, 1)
+    if short.real is None:
         return parts
-    return parts * real.to(x.dtype).view(len(index), 1, -1, *[1] * (x.dim() - 3))
+    return parts * short.real.to(x.dtype).view(len(short.index), 1, -1, *[1] * (x.dim() - 3))
 
 
-def unstack(target: Tensor, index: Tensor, real: Tensor | None, parts: Tensor) -> None:
-    """Write (n, heads, L, …) to (1, heads, T, …) where the index says."""
-    flat = parts.transpose(0, 1).flatten(1, 2)
-    where = index.flatten()
-    if real is not None:
-        kept = real.flatten().nonzero().squeeze(1)
-        where, flat = where[kept], flat.index_select(1, kept)
+def unstack(target: Tensor, short: Stack, parts: Tensor) -> None:
+    """Write (n, heads, L, …) to (1, heads, T, …) where they came from."""
+    flat, where = parts.transpose(0, 1).flatten(1, 2), short.index.flatten()
+    if short.kept is not None:
+        where, flat = where[short.kept], flat.index_select(1, short.kept)
     target[0].index_copy_(1, where, flat.to(target.dtype))
 
 

@@ -169,9 +169,7 @@ def load(directory: Path | str, config: ModelConfig, device: torch.device | str,
 
         inner = load_model(base.locate(), config, device)
         plain = "cpu" if torch.device(device).type == "cpu" else str(device)  # safetensors knows no cpu:0
-        model = PeftModel.from_pretrained(
-            inner, str(directory / "adapter"), is_trainable=True, torch_device=plain
-        )
+        model = PeftModel.from_pretrained(inner, str(directory / "adapter"), is_trainable=True, torch_device=plain)
         source = directory / "adapter"
     else:
         source = directory / "model"

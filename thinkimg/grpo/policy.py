@@ -85,7 +85,7 @@ def hidden_states(model, batch: dict[str, Tensor], features: Tensor | None, imag
     return states.last_hidden_state[batch["row"], batch["column"] - 1]
 
 
-def packed_states(model, packed: Packed, features: Tensor | None, image_token: int) -> Tensor:
+def packed_states(model, packed: Packed, features: Tensor | None, image_token: int, *, grouped: bool = False) -> Tensor:
     """(N, hidden): for each scored token of a packed batch the state that predicts it."""
     base = base_model(model)
     embed = base.get_input_embeddings()
@@ -101,7 +101,7 @@ def packed_states(model, packed: Packed, features: Tensor | None, image_token: i
         inputs_embeds=embeddings[None],
         position_ids=positions[:, None],
         use_cache=False,
-        layout=Layout(packed.spans, device),
+        layout=Layout(packed.spans, device, grouped=grouped),
     )
     return states.last_hidden_state[0].index_select(0, before)
 

@@ -27,6 +27,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> None:
     for layer in language.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)  # gloo can't multiply as it sums
     fully_shard(language, mesh=mesh, ignored_params={p for p in language.parameters() if p not in inside})
 
 
