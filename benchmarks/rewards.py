@@ -119,7 +119,7 @@ def peak_of_a_forward(read: bool) -> float:
         AttentionInterface.register(NAME, attend_and_read)
         columns = torch.arange(TOKENS - QUERIES, TOKENS)
         model.config._attn_implementation = NAME
-        Reader.current = Reader([0, -1], torch.zeros_like(columns), columns)  # -1: it goes on to the end, as a forward
+        Reader.current = Reader([0], torch.zeros_like(columns), columns, stop=False)  # to the end, as the forward
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory from here on
     before = high_water_kb()
     forward(TOKENS)

@@ -256,7 +256,10 @@ class TrainConfig(Settings):
     min_std: float = Field(0.02, ge=0)
     """Groups whose total reward varies less are silent."""
     token_budget: Positive = 16384
-    """Padded tokens per micro-batch."""
+    """Tokens per micro-batch; a prompt that rows share counts once."""
+    shared_prompts: bool = True
+    """Pack micro-batches and compute the common prompt of a group once; off: padded batches. Where the model does not allow
+    it (sliding windows, attention dropout, positions that depend on the length) it is off by itself, with a warning."""
     gradient_checkpointing: bool = False
     parity: ParityConfig = ParityConfig()
 

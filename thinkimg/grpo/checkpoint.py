@@ -20,6 +20,8 @@ from torch import Tensor
 
 from thinkimg.config import ModelConfig
 from thinkimg.errors import UserError
+from thinkimg.grpo.attention import use_packed_attention
+from thinkimg.grpo.shards import is_shard, like, wholes
 from thinkimg.grpo.vision import batch_equal_chunks
 
 if TYPE_CHECKING:
@@ -73,6 +75,10 @@ class Policy:
     moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """As in optimizer.safetensors, until an optimizer takes them."""
     optimizer: torch.optim.AdamW | None = None
+    sharded: bool = False
+    """Whether its layers are spread over the processes (FSDP2, shards.py)."""
+    packs: str | None = None
+    """Why its rows can't be packed, "" where they can; None: not tried yet."""
 
     @property
     def device(self) -> torch.device:
@@ -98,16 +104,22 @@ class Policy:
         if self.optimizer is None:
             self.optimizer = new_optimizer(parameters.values(), weight_decay)
             known = {name.partition(".")[2] for name in self.moments}
+            if self.updates and not known:
+                raise UserError(
+                    "The policy's optimizer state is gone: only the last two policies of a loop keep theirs.",
+                    hint="Go on from a later policy, or make this one again with --force.",
+                )
             if known and known != set(parameters):
                 raise UserError(
                     "The policy's optimizer belongs to other parameters than those to be trained.",
                     hint="Keep model.adaptation and model.train_vision as they were, or start a new policy.",
                 )
             for name in known:
-                self.optimizer.state[parameters[name]] = {
+                parameter = parameters[name]
+                self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.updates), device=self.device),
-                    "exp_avg": self.moments[f"exp_avg.{name}"].to(self.device),
-                    "exp_avg_sq": self.moments[f"exp_avg_sq.{name}"].to(self.device),
+                    "exp_avg": like(self.moments[f"exp_avg.{name}"], parameter),
+                    "exp_avg_sq": like(self.moments[f"exp_avg_sq.{name}"], parameter),
                 }
             self.moments = {}
         for group in self.optimizer.param_groups:
@@ -117,7 +129,10 @@ class Policy:
 
 def new_optimizer(parameters, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW whose learning rate is set before each step."""
-    return torch.optim.AdamW(list(parameters), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+    parameters = list(parameters)
+    parts, wholes = [p for p in parameters if is_shard(p)], [p for p in parameters if not is_shard(p)]
+    groups = [{"params": group} for group in (parts, wholes) if group]  # one kernel call can't take both
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
 
 
 def from_base(base: Base, config: ModelConfig, device: torch.device | str, *, seed: int) -> Policy:
@@ -153,40 +168,52 @@ def load(directory: Path | str, config: ModelConfig, device: torch.device | str,
         from peft import PeftModel
 
         inner = load_model(base.locate(), config, device)
-        model = PeftModel.from_pretrained(
-            inner, str(directory / "adapter"), is_trainable=True, torch_device=str(device)
-        )
+        plain = "cpu" if torch.device(device).type == "cpu" else str(device)  # safetensors knows no cpu:0
+        model = PeftModel.from_pretrained(inner, str(directory / "adapter"), is_trainable=True, torch_device=plain)
         source = directory / "adapter"
     else:
         source = directory / "model"
         model = load_model(source, config, device)
     from safetensors.torch import load_file
 
-    moments = load_file(directory / "optimizer.safetensors")
-    torch.set_rng_state(moments.pop("rng"))
+    kept = directory / "optimizer.safetensors"  # old policies have lost theirs, see stages/train.py
+    moments = load_file(kept) if kept.exists() else {}
+    if moments:
+        torch.set_rng_state(moments.pop("rng"))
     return Policy(model.eval(), config, base, companions(source), state["updates"], moments)
 
 
-def save(policy: Policy, directory: Path | str, *, learning_rate: float, seed: int) -> None:
-    """Write a policy directory (it may exist, empty). learning_rate: of the last step; seed: of the job."""
-    from safetensors.torch import save_file
+def save(policy: Policy, directory: Path | str, *, learning_rate: float, seed: int, write: bool = True) -> None:
+    """Write a policy directory (it may exist, empty). learning_rate: of the last step; seed: of the job.
 
-    directory = Path(directory)
-    lora = policy.config.adaptation == "lora"
-    target = directory / ("adapter" if lora else "model")
-    target.mkdir(parents=True)
-    if lora:
-        save_adapter(policy, target)
-    else:
-        policy.model.save_pretrained(target, max_shard_size="5GB")
-    for name, data in policy.files.items():
-        (target / name).write_bytes(data)
+    write: False in all processes but one; where weights are sharded all have to call, to hand over their parts.
+    """
+    if not (write or policy.sharded):
+        return
     tensors = dict(policy.moments)
     if policy.optimizer is not None:
         names = {parameter: name for name, parameter in policy.model.named_parameters()}
         for parameter, values in policy.optimizer.state.items():
             for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{names[parameter]}"] = values[moment].cpu().contiguous()
+                tensors[f"{moment}.{names[parameter]}"] = values[moment]
+    tensors = wholes(tensors, keep=write)
+    lora = policy.config.adaptation == "lora"
+    weights = (
+        wholes(adapter_tensors(policy) if lora else policy.model.state_dict(), keep=write) if policy.sharded else None
+    )
+    if not write:
+        return
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    target = directory / ("adapter" if lora else "model")
+    target.mkdir(parents=True)
+    if lora:
+        save_adapter(policy, target, weights)
+    else:
+        policy.model.save_pretrained(target, max_shard_size="5GB", state_dict=weights)
+    for name, data in policy.files.items():
+        (target / name).write_bytes(data)
     save_file(tensors | {"rng": torch.get_rng_state()}, directory / "optimizer.safetensors")
     state = {
         "version": 1,
@@ -212,14 +239,19 @@ def export_merged(directory: Path | str, out: Path | str, *, base: Base | None =
         (Path(out) / name).write_bytes(data)
 
 
-def save_adapter(policy: Policy, target: Path) -> None:
-    """peft's own save_pretrained would write sets in random order and a README."""
+def adapter_tensors(policy: Policy) -> dict[str, Tensor]:
+    """By the names that peft gives them in files."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     # Asked about embeddings, which are not adapted, peft would look for the base on the Hub.
-    state = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+
+
+def save_adapter(policy: Policy, target: Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """peft's own save_pretrained would write sets in random order and a README."""
+    from safetensors.torch import save_file
+
+    tensors = wholes(adapter_tensors(policy), keep=True) if tensors is None else tensors
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = policy.model.peft_config["default"].to_dict()
     settings |= {"base_model_name_or_path": policy.base.name, "revision": policy.base.revision, "inference_mode": True}
@@ -253,6 +285,7 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
     if model.config.model_type != "qwen2_5_vl":
         raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
     batch_equal_chunks(model)
+    use_packed_attention(model)
     return model if config.load_in_4bit else model.to(device)
 
 

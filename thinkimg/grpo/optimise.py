@@ -1,9 +1,9 @@
 """One optimizer step over any number of micro-batches and processes; what GRPO and the warm start share."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.packing import Conversation, micro_batches
 from thinkimg.grpo.policy import Scorer, base_model
 from thinkimg.grpo.rows import Patches, Row
+from thinkimg.grpo.shards import clip_gradients, is_shard
+from thinkimg.grpo.sharing import Unit, plan
 
 T = TypeVar("T")
 Progress = Callable[[dict], None]
@@ -43,6 +45,10 @@ class Ranks:
         values: list = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def together_with(self, policy: Policy, spare: Conversation) -> dict:
+        """What MicroBatches has to know where each forward pass is made by all processes at once."""
+        return {"company": lambda own: max(self.gather(own)), "spare": spare} if policy.sharded else {}
 
     def together(self, function: Callable[[], T]) -> T:
         """Call it in every process; if it fails in one, it fails in all, so that none waits for another.
@@ -89,8 +95,12 @@ class Stepper:
 
         Raises ArithmeticError if that is not finite; the weights are then unchanged.
         """
-        self.ranks.sum([parameter.grad for parameter in self.parameters])
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        grads = [parameter.grad for parameter in self.parameters]
+        self.ranks.sum([grad for grad in grads if not is_shard(grad)])  # FSDP2 has summed the others
+        if self.policy.sharded:
+            norm = clip_gradients(self.parameters, self.max_grad_norm)
+        else:
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not np.isfinite(norm):
             raise ArithmeticError(f"the gradient's norm is {norm}")
         for group in self.optimizer.param_groups:
@@ -105,45 +115,95 @@ class Stepper:
             parameter.grad = None
 
 
-class MicroBatches:
-    """Iterates over lists of indices, the longest conversations first, while the next one's images are being read.
+class Micro(NamedTuple):
+    """rows: indices of conversations. units: how they are packed, by place in `rows`; None: a padded batch."""
 
-    The longest go first so that a batch that is too large for the memory shows at once.
+    rows: list[int]
+    units: list[Unit] | None
+
+
+class MicroBatches:
+    """Iterates over micro-batches, the largest first, while the next one's images are being read.
+
+    The largest go first so that a batch that is too large for the memory shows at once.
     """
 
-    def __init__(self, conversations: Sequence[Conversation], token_budget: int, scorer: Scorer, pixels: Patches):
-        self.conversations, self.scorer, self.pixels = conversations, scorer, pixels
-        self.batches = list(micro_batches(conversations, token_budget))[::-1]
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        token_budget: int,
+        scorer: Scorer,
+        pixels: Patches,
+        groups: Sequence[Hashable] | None = None,
+        company: Callable[[int], int] = lambda own: own,
+        spare: Conversation | None = None,
+    ):
+        """groups: of each conversation; those of one group share their prompt. None: padded batches.
 
-    def __iter__(self):
+        company: own number of micro-batches -> that of the process that has most, where all have to make as many passes
+        (FSDP2). What is missing is made up with passes over `spare` that add nothing.
+        """
+        self.company, self.spare = company, spare
+        self.conversations, self.scorer, self.pixels = conversations, scorer, pixels
+        if groups is None:
+            self.batches = [Micro(rows, None) for rows in micro_batches(conversations, token_budget)][::-1]
+        else:
+            plans = plan(conversations, groups, token_budget, scorer.image_token)
+            self.batches = [micro(units) for units in plans]
+
+    def __iter__(self) -> Iterator[Micro]:
         self._prepare(0)
         for number, batch in enumerate(self.batches):
             self._prepare(number + 1)
             yield batch
             self.pixels.trim()
             self.scorer.trim()
+        for _ in range(self.company(len(self.batches)) - len(self.batches)):
+            self.pixels.prepare([self.spare], self.scorer.features or ())
+            logps, _ = self.scorer([self.spare])
+            if torch.is_grad_enabled():
+                (logps.sum() * 0).backward()
 
     def _prepare(self, number: int) -> None:
         for batch in self.batches[number : number + 1]:
-            self.pixels.prepare([self.conversations[i] for i in batch], self.scorer.features or ())
+            self.pixels.prepare([self.conversations[i] for i in batch.rows], self.scorer.features or ())
+
+
+def micro(units: Sequence[Unit]) -> Micro:
+    """Units of conversations' indices as a micro-batch."""
+    rows = [i for unit in units for i in unit.rows]
+    place = {i: k for k, i in enumerate(rows)}
+    return Micro(rows, [Unit(tuple(place[i] for i in unit.rows), unit.prefix) for unit in units])
 
 
 def score_all(
-    policy: Policy, scorer: Scorer, pixels: Patches, rows: Sequence[Row], token_budget: int, *, entropy: bool = False
+    policy: Policy,
+    scorer: Scorer,
+    pixels: Patches,
+    rows: Sequence[Row],
+    token_budget: int,
+    *,
+    packed: bool = False,
+    entropy: bool = False,
+    **together,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Log-probabilities, and entropies if asked for, of the scored tokens of each row, without gradient."""
+    """Log-probabilities, and entropies if asked for, of the scored tokens of each row, without gradient.
+
+    packed: rows of a group share their prompt; else padded batches. together: company and spare, as MicroBatches has them.
+    """
     logps: list[np.ndarray] = [np.empty(0)] * len(rows)
     entropies = list(logps)
     conversations = [row.conversation for row in rows]
+    groups = [row.group_id for row in rows] if packed else None
     with torch.no_grad():
-        for batch in MicroBatches(conversations, token_budget, scorer, pixels):
+        for batch in MicroBatches(conversations, token_budget, scorer, pixels, groups, **together):
             with policy.autocast():
-                found, spread = scorer([conversations[i] for i in batch], entropy=entropy)
+                found, spread = scorer([conversations[i] for i in batch.rows], batch.units, entropy=entropy)
             for target, values in ((logps, found), (entropies, spread)):
                 if values is not None:
-                    counts = [len(rows[i].engine) for i in batch]
+                    counts = [len(rows[i].engine) for i in batch.rows]
                     parts = values.float().cpu().numpy()
-                    for i, part in zip(batch, np.split(parts, np.cumsum(counts)[:-1]), strict=True):
+                    for i, part in zip(batch.rows, np.split(parts, np.cumsum(counts)[:-1]), strict=True):
                         target[i] = part
     return logps, entropies
 

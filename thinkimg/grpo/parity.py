@@ -1,11 +1,16 @@
 """The parity gate: before the first step, are the trainer's model and inputs those that the engine sampled with?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from thinkimg.errors import UserError
+from thinkimg.grpo import packing
+from thinkimg.grpo.packing import image_tokens
 from thinkimg.grpo.rows import Row
+
+FROM_GROUP = 4
 
 
 def check_weights(rows: Sequence[Row], version: str) -> None:
@@ -19,9 +24,65 @@ def check_weights(rows: Sequence[Row], version: str) -> None:
             )
 
 
-def choose(count: int, wanted: int, seed: int) -> list[int]:
-    """Indices of the rows to compare, ascending."""
-    return sorted(np.random.default_rng([seed, 1]).permutation(count)[:wanted].tolist())
+def check_tokens(rows: Sequence[Row], image_token: int) -> None:
+    """Raises UserError if a row's image tokens are not what its grids say: as many, each image's in one piece."""
+    for row in rows:
+        talk = row.conversation
+        sizes = [image_tokens(grid) for grid in talk.grids]
+        found = np.flatnonzero(talk.tokens == image_token)
+        if len(found) != sum(sizes):
+            raise UserError(
+                f"Trajectory {row.trajectory_id} has {len(found)} image tokens, and grids of {sum(sizes)} in all.",
+                hint="The rollouts were changed since they were made: make them again.",
+            )
+        for image, place in zip(talk.images, np.split(found, np.cumsum(sizes)[:-1]), strict=True):
+            if np.any(np.diff(place) != 1):
+                raise UserError(
+                    f"In trajectory {row.trajectory_id} the tokens of image {image[:16]}… are interrupted.",
+                    hint="The rollouts were changed since they were made: make them again.",
+                )
+
+
+def check_positions(rows: Sequence[Row], model) -> None:
+    """Raises UserError if the positions that we compute aren't those of the model's own get_rope_index.
+
+    Rows with two images side by side are left out: transformers takes these for one. model: Qwen2_5_VLModel.
+    """
+    for row in rows:
+        talk = row.conversation
+        kinds = talk.tokens == model.config.image_token_id
+        if int((np.diff(np.concatenate([[0], kinds])) == 1).sum()) != len(talk.images):
+            continue
+        theirs, _ = model.get_rope_index(
+            torch.from_numpy(talk.tokens)[None],
+            mm_token_type_ids=torch.from_numpy(kinds.astype(np.int64))[None],
+            image_grid_thw=torch.from_numpy(talk.grids) if talk.images else None,
+        )
+        ours = packing.mrope_positions(talk.tokens, model.config.image_token_id, talk.grids)
+        different = np.flatnonzero((ours != theirs[:, 0].numpy()).any(0))
+        if len(different):
+            k = int(different[0])
+            raise UserError(
+                f"The position of token {k} of trajectory {row.trajectory_id} is {ours[:, k].tolist()} (time, height, "
+                f"width) to the trainer and {theirs[:, 0, k].tolist()} to the model's own get_rope_index.",
+                hint="A version of transformers that this one does not know? See pyproject.toml.",
+            )
+
+
+def choose(rows: Sequence[Row], wanted: int, seed: int) -> list[int]:
+    """Indices of the rows to compare, ascending: up to FROM_GROUP of a group, so that shared prompts are compared, too."""
+    rng = np.random.default_rng([seed, 1])
+    taken: list[int] = []
+    counts: dict[str, int] = {}
+    order = rng.permutation(len(rows)).tolist()
+    names = list(dict.fromkeys(rows[i].group_id for i in order))
+    for i in sorted(order, key=lambda i: names.index(rows[i].group_id)):
+        group = rows[i].group_id
+        if len(taken) < wanted and counts.get(group, 0) < FROM_GROUP:
+            taken.append(i)
+            counts[group] = counts.get(group, 0) + 1
+    taken += [i for i in order if i not in taken][: wanted - len(taken)]
+    return sorted(taken)
 
 
 def compare(engine: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
@@ -51,17 +112,20 @@ def check_numbers(
     *,
     limit: float,
     files: Mapping[str, bytes],
+    explain: Callable[[list[int]], str] = lambda worst: "",
 ) -> None:
     """Raises UserError, showing the worst token, if the mean difference or the KL exceeds the limit (nats per token).
 
     The KL is held to it as well: it catches a few tokens that are far off, which the mean of the absolute hides.
     trainer: log-probabilities of each row's scored tokens. files: the policy's, for its tokenizer.json.
+    explain: given the rows' numbers, the worst first, says what the difference is made of (causes.py).
     """
     worst = max(metrics["parity/mean_abs"], metrics["parity/kl"])
     if worst <= limit:  # NaN is not
         return
     differences = [np.nan_to_num(np.abs(t - row.engine), nan=np.inf) for t, row in zip(trainer, rows, strict=True)]
-    number = int(np.argmax([d.max() for d in differences]))
+    order = sorted(range(len(rows)), key=lambda i: -differences[i].max())
+    number = order[0]
     place = int(differences[number].argmax())
     row = rows[number]
     position = int(np.flatnonzero(row.conversation.scored)[place])
@@ -69,7 +133,7 @@ def check_numbers(
         f"Engine and trainer disagree: mean |log p| difference {metrics['parity/mean_abs']:.4f}, KL {metrics['parity/kl']:.4f} "
         f"on {metrics['parity/tokens']} tokens, allowed are {limit}; the worst is token {position} of trajectory "
         f"{row.trajectory_id}, {context(row, position, files)}: engine {row.engine[place]:.3f}, "
-        f"trainer {trainer[number][place]:.3f}.",
+        f"trainer {trainer[number][place]:.3f}. {explain(order)}".rstrip(),
         hint="Same weights, images, temperature and banned tokens on both sides? train.parity.max_kl is the limit.",
     )
 

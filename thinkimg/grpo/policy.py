@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from thinkimg.grpo.attention import Layout
+from thinkimg.grpo.flex import bucket
 from thinkimg.grpo.packing import Conversation, mrope_positions
+from thinkimg.grpo.sharing import Packed, Unit, pack, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,9 +30,12 @@ def base_model(model: "PreTrainedModel"):
     return unwrap(model).model
 
 
-def batch_tensors(rows: Sequence[Conversation], image_token: int, pad_token: int, device) -> dict[str, Tensor]:
+def batch_tensors(
+    rows: Sequence[Conversation], image_token: int, pad_token: int, device, where: Callable | None = None
+) -> dict[str, Tensor]:
     """Right-padded batch. Causal attention never looks to the right, so padding needs no mask.
 
+    where: (tokens, image token, grids) -> (3, T) positions; None: mrope_positions.
     Returns tokens (B, T) int64, positions (3, B, T) int64, row and column (N,) of the scored tokens, row by row.
     """
     length = max(len(row.tokens) for row in rows)
@@ -37,10 +43,10 @@ def batch_tensors(rows: Sequence[Conversation], image_token: int, pad_token: int
     positions = np.zeros((3, len(rows), length), dtype=np.int64)
     for b, row in enumerate(rows):
         tokens[b, : len(row.tokens)] = row.tokens
-        positions[:, b, : len(row.tokens)] = mrope_positions(row.tokens, image_token, row.grids)
-    where = [np.flatnonzero(row.scored) for row in rows]
-    numbers = np.repeat(np.arange(len(rows)), [len(w) for w in where])
-    arrays = {"tokens": tokens, "positions": positions, "row": numbers, "column": np.concatenate(where)}
+        positions[:, b, : len(row.tokens)] = (where or mrope_positions)(row.tokens, image_token, row.grids)
+    scored = [np.flatnonzero(row.scored) for row in rows]
+    numbers = np.repeat(np.arange(len(rows)), [len(s) for s in scored])
+    arrays = {"tokens": tokens, "positions": positions, "row": numbers, "column": np.concatenate(scored)}
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
@@ -77,6 +83,27 @@ def hidden_states(model, batch: dict[str, Tensor], features: Tensor | None, imag
         embeddings = embeddings.masked_scatter(where, features.to(embeddings.dtype))
     states = base.language_model(inputs_embeds=embeddings, position_ids=batch["positions"], use_cache=False)
     return states.last_hidden_state[batch["row"], batch["column"] - 1]
+
+
+def packed_states(model, packed: Packed, features: Tensor | None, image_token: int, *, grouped: bool = False) -> Tensor:
+    """(N, hidden): for each scored token of a packed batch the state that predicts it."""
+    base = base_model(model)
+    embed = base.get_input_embeddings()
+    device = embed.weight.device
+    tokens, positions, before = (
+        torch.from_numpy(x).to(device) for x in (packed.tokens, packed.positions, packed.before)
+    )
+    embeddings = embed(tokens)
+    if features is not None:
+        where = torch.from_numpy(np.flatnonzero(packed.tokens == image_token)).to(device)
+        embeddings = embeddings.index_copy(0, where, features.to(embeddings.dtype))
+    states = base.language_model(
+        inputs_embeds=embeddings[None],
+        position_ids=positions[:, None],
+        use_cache=False,
+        layout=Layout(packed.spans, device, grouped=grouped),
+    )
+    return states.last_hidden_state[0].index_select(0, before)
 
 
 def token_logps(
@@ -134,12 +161,14 @@ class Scorer:
         temperature: float,
         banned: Sequence[int],
         features: dict[str, Tensor] | None,
+        positions: Callable | None = None,
     ):
         """pixels: image key -> patches, as `packing.patches` gives them. banned: ids that the engine can't sample.
 
         features: where the features of a frozen vision tower are kept, by image key; None: the tower is being trained.
+        positions: of padded batches, others than the right ones to see what they would change.
         """
-        self.model, self.pixels, self.features = model, pixels, features
+        self.model, self.pixels, self.features, self.positions = model, pixels, features, positions
         self.head = unwrap(model).lm_head
         self.device = self.head.weight.device
         config = unwrap(model).config
@@ -148,22 +177,40 @@ class Scorer:
         self.banned = torch.tensor(sorted(banned), device=self.device) if banned else None
 
     def __call__(
-        self, rows: Sequence[Conversation], *, entropy: bool = False, entropy_grad: bool = False
+        self,
+        rows: Sequence[Conversation],
+        units: Sequence[Unit] | None = None,
+        *,
+        entropy: bool = False,
+        entropy_grad: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(N,) float32 log-probabilities of the scored tokens, row by row, and their entropies (N,) if asked for."""
-        batch = batch_tensors(rows, self.image_token, self.pad_token, self.device)
-        images = [key for row in rows for key in row.images]
-        features = None
-        if images:
-            grids = np.concatenate([row.grids for row in rows if row.images])
-            with torch.set_grad_enabled(self.features is None and torch.is_grad_enabled()):
-                features = image_features(self.model, images, self.pixels, grids, self.features)
-        states = hidden_states(self.model, batch, features, self.image_token)
-        targets = batch["tokens"][batch["row"], batch["column"]]
+        """(N,) float32 log-probabilities of the scored tokens, row by row, and their entropies (N,) if asked for.
+
+        units: pack the rows, sharing their prefixes so (sharing.py); None: a padded batch.
+        """
+        if units is None:
+            batch = batch_tensors(rows, self.image_token, self.pad_token, self.device, self.positions)
+            images = [key for row in rows for key in row.images]
+            grids = np.concatenate([row.grids for row in rows]) if images else None
+            states = hidden_states(self.model, batch, self._features(images, grids), self.image_token)
+            targets = batch["tokens"][batch["row"], batch["column"]]
+        else:
+            packed = pack(rows, units, self.image_token)
+            features = self._features(packed.images, packed.grids)
+            if self.device.type == "cuda":
+                packed = pad(packed, bucket(len(packed.tokens)), self.pad_token)
+            states = packed_states(self.model, packed, features, self.image_token)
+            targets = torch.from_numpy(packed.targets).to(self.device)
         return token_logps(
             self.head, states, targets,
             temperature=self.temperature, banned=self.banned, entropy=entropy, entropy_grad=entropy_grad,
         )  # fmt: skip
+
+    def _features(self, images: Sequence[str], grids: np.ndarray | None) -> Tensor | None:
+        if not len(images):
+            return None
+        with torch.set_grad_enabled(self.features is None and torch.is_grad_enabled()):
+            return image_features(self.model, images, self.pixels, grids, self.features)
 
     def trim(self) -> None:
         """Forget the oldest features beyond FEATURE_BYTES."""

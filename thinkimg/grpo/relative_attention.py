@@ -32,8 +32,8 @@ class Reader:
 
     current: "Reader | None" = None
 
-    def __init__(self, layers: Sequence[int], row: Tensor, column: Tensor):
-        self.layers, self.row, self.column = set(layers), row, column
+    def __init__(self, layers: Sequence[int], row: Tensor, column: Tensor, *, stop: bool = True):
+        self.layers, self.row, self.column, self.stop = set(layers), row, column, stop
         self.read: dict[int, Tensor] = {}
 
     def look(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -50,7 +50,7 @@ class Reader:
                 scores = scores.masked_fill(positions > where[:, None], float("-inf"))
                 parts.append(scores.softmax(-1).mean(0))
         self.read[layer] = torch.cat(parts)
-        if self.layers <= self.read.keys():
+        if self.stop and self.layers <= self.read.keys():
             raise _Enough
 
 
@@ -82,8 +82,13 @@ def reading(model: "PreTrainedModel", reader: Reader):
         config._attn_implementation = before
 
 
-def attention_rows(scorer: Scorer, rows: Sequence[Conversation], layers: Sequence[int]) -> dict[int, Tensor]:
-    """layer -> (N, T) float32: attention of the N scored tokens of padded rows to all T tokens; no logits are computed."""
+def attention_rows(
+    scorer: Scorer, rows: Sequence[Conversation], layers: Sequence[int], *, stop: bool = True
+) -> dict[int, Tensor]:
+    """layer -> (N, T) float32: attention of the N scored tokens of padded rows to all T tokens; no logits are computed.
+
+    stop: leave out the layers above the last of `layers`.
+    """
     model, image_token = scorer.model, scorer.image_token
     batch = batch_tensors(rows, image_token, scorer.pad_token, scorer.device)
     images = [key for row in rows for key in row.images]
@@ -93,7 +98,7 @@ def attention_rows(scorer: Scorer, rows: Sequence[Conversation], layers: Sequenc
     embeddings = base.get_input_embeddings()(tokens)
     where = (tokens == image_token)[..., None].expand_as(embeddings)
     embeddings = embeddings.masked_scatter(where, features.to(embeddings.dtype))
-    reader = Reader(layers, batch["row"], batch["column"])
+    reader = Reader(layers, batch["row"], batch["column"], stop=stop)
     with reading(model, reader):
         # A causal model with padding on the right needs no mask, and without one SDPA takes its causal path.
         base.language_model(
@@ -111,17 +116,19 @@ def run(job: dict, policy: Policy, ranks: Ranks, progress: Progress) -> dict:
     policy.model.eval()
 
     def look() -> dict[int, dict]:
-        mine = range(len(job["pairs"]))[ranks.rank :: ranks.count]
+        # Sharded weights are gathered by all processes at once, layer by layer: each makes every pass, to the end.
+        mine = range(len(job["pairs"])) if policy.sharded else range(len(job["pairs"]))[ranks.rank :: ranks.count]
         rows = [one for i in mine for one in conversations(job["pairs"][i], scorer.image_token)]
         maps: list[dict] = [{}] * len(rows)
         done = 0
         with torch.no_grad():
             for batch in MicroBatches(rows, job["token_budget"], scorer, pixels):
+                chosen = [rows[i] for i in batch.rows]
                 with policy.autocast():
-                    found = attention_rows(scorer, [rows[i] for i in batch], layers)
-                for i, one in zip(batch, split(found, [rows[i] for i in batch], scorer.image_token), strict=True):
+                    found = attention_rows(scorer, chosen, layers, stop=not policy.sharded)
+                for i, one in zip(batch.rows, split(found, chosen, scorer.image_token), strict=True):
                     maps[i] = one
-                done += len(batch)
+                done += len(chosen)
                 progress({"step": done, "steps": len(rows)})
         return {i: measure(job["pairs"][i], *maps[2 * n : 2 * n + 2]) for n, i in enumerate(mine)}
 

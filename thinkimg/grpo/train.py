@@ -1,5 +1,6 @@
 """GRPO's train job: from a policy and the advantages of its rollouts to the next policy."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from thinkimg.artifacts import Artifact
 from thinkimg.config import ModelConfig, TrainConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo import checkpoint, parity
+from thinkimg.grpo import causes, checkpoint, packed, parity, sharing
 from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
 from thinkimg.grpo.optimise import (
@@ -23,8 +24,10 @@ from thinkimg.grpo.optimise import (
     peak_memory_mb,
     score_all,
 )
-from thinkimg.grpo.policy import Scorer, unwrap
+from thinkimg.grpo.policy import Scorer, base_model, unwrap
 from thinkimg.grpo.rows import Patches, Row, read_advantages, read_rows
+
+log = logging.getLogger(__name__)
 
 
 def deal(rows: Sequence[Row], steps: int, epochs: int, seed: int) -> list[list[int]]:
@@ -60,6 +63,7 @@ class TrainJob:
         clock = Clock(self.policy.device)
         self.ranks.together(self._read)
         try:
+            packing = self._packing()
             checks = self._parity_gate()
             self._reference()
             self._old()
@@ -67,12 +71,16 @@ class TrainJob:
             steps = self._steps(clock, progress)
         finally:
             self.pixels.close()
-        if self.ranks.rank == 0:
-            checkpoint.save(self.policy, self.job["output"], learning_rate=steps[-1]["lr"], seed=self.job["seed"])
+        checkpoint.save(
+            self.policy, self.job["output"], learning_rate=steps[-1]["lr"], seed=self.job["seed"],
+            write=self.ranks.rank == 0,
+        )  # fmt: skip
         means = {
             name: float(np.mean([step[name] for step in steps if name in step])) for name in steps[0] if name != "step"
         }
-        means |= checks | {"peak_memory_mb": peak_memory_mb(self.policy.device), "prepare_seconds": prepared_s}
+        means |= (
+            checks | packing | {"peak_memory_mb": peak_memory_mb(self.policy.device), "prepare_seconds": prepared_s}
+        )
         return {"metrics": means | {"write_seconds": clock.lap()}, "steps": steps, "updates": self.policy.updates}
 
     def _read(self) -> None:
@@ -83,11 +91,34 @@ class TrainJob:
         image_token = unwrap(self.policy.model).config.image_token_id
         self.rows = read_rows(Artifact.open(Path(job["rollouts"])), image_token, advantages)
         self.batches = deal(self.rows, self.config.steps, self.config.epochs, job["seed"])
-        lengths = [len(row.conversation.tokens) for row in self.rows]
-        self.shares = [self.ranks.share(batch, lengths) for batch in self.batches]
         images = job["images"]
         self.pixels = Patches(images["tables"], min_pixels=images["min_pixels"], max_pixels=images["max_pixels"])
         self.scorer = self._scorer(self.policy)
+
+    def _packing(self) -> dict[str, float]:
+        """Decide whether rows are packed, and which are this process's; returns metrics."""
+        reason = None
+        if self.config.shared_prompts:
+            found = self.ranks.together(lambda: packed.obstacle(self.policy, self.scorer, self.pixels, self.rows))
+            reason = next((r for r in self.ranks.gather(found) if r), None)
+            if reason and self.ranks.rank == 0:
+                log.warning("prompts are not shared: %s", reason)
+        self.packed = self.config.shared_prompts and reason is None
+        self.shares = [self._share(batch) for batch in self.batches]
+        metrics = packed.savings(self.rows, self.scorer.image_token) if self.packed else {}
+        if metrics.get("packing/unshared_rows"):
+            log.warning("%d rows begin otherwise than their group: computed alone", metrics["packing/unshared_rows"])
+        return metrics | {"packing/fallback": float(reason is not None)}
+
+    def _share(self, batch: Sequence[int]) -> list[int]:
+        """This process's part of a batch of row indices."""
+        conversations = [self.rows[i].conversation for i in batch]
+        if not self.packed:
+            lengths = {i: len(row.tokens) for i, row in zip(batch, conversations, strict=True)}
+            return self.ranks.share(batch, lengths)
+        groups = [self.rows[i].group_id for i in batch]
+        dealt = sharing.balance(conversations, groups, self.scorer.image_token, self.ranks.count)
+        return [batch[k] for k in dealt[self.ranks.rank]]
 
     def _scorer(self, policy: Policy, *, frozen: bool = False) -> Scorer:
         talk = self.job["conversation"]
@@ -99,23 +130,47 @@ class TrainJob:
     def _score(self, indices: Sequence[int], *, entropy: bool = False) -> tuple[dict, dict]:
         """Row index -> log-probabilities, and entropies if asked for."""
         rows = [self.rows[i] for i in indices]
-        logps, entropies = score_all(self.policy, self.scorer, self.pixels, rows, self.budget, entropy=entropy)
+        logps, entropies = self._score_rows(self.policy, self.scorer, rows, entropy=entropy)
         return dict(zip(indices, logps, strict=True)), dict(zip(indices, entropies, strict=True))
+
+    def _score_rows(self, policy: Policy, scorer: Scorer, rows: Sequence[Row], *, entropy: bool = False) -> tuple:
+        return score_all(
+            policy,
+            scorer,
+            self.pixels,
+            rows,
+            self.budget,
+            packed=self.packed,
+            entropy=entropy,
+            **self._together(policy),
+        )
+
+    def _together(self, policy: Policy) -> dict:
+        return self.ranks.together_with(policy, self.rows[0].conversation)
 
     def _parity_gate(self) -> dict[str, float]:
         gate = self.config.parity
-        chosen = parity.choose(len(self.rows), gate.trajectories, self.job["seed"])
+        chosen = parity.choose(self.rows, gate.trajectories, self.job["seed"])
 
         def measure() -> dict[int, np.ndarray]:
             parity.check_weights(self.rows, self.job["policy"]["digest"])
-            return self._score(chosen[self.ranks.rank :: self.ranks.count])[0]
+            parity.check_tokens(self.rows, self.scorer.image_token)
+            parity.check_positions([self.rows[i] for i in chosen], base_model(self.policy.model))
+            return self._score(self._share(chosen))[0]
 
         found: dict[int, np.ndarray] = {}
         for part in self.ranks.gather(self.ranks.together(measure)):
             found |= part
         rows, trainer = [self.rows[i] for i in chosen], [found[i] for i in chosen]
         metrics = parity.compare(np.concatenate([row.engine for row in rows]), np.concatenate(trainer))
-        parity.check_numbers(metrics, rows, trainer, limit=gate.max_kl, files=self.policy.files)
+
+        def explain(worst: Sequence[int]) -> str:
+            return causes.split(
+                self.policy, self.pixels, [rows[i] for i in worst], [trainer[i] for i in worst],
+                temperature=self.scorer.temperature, banned=self.job["conversation"]["banned"],
+            )  # fmt: skip
+
+        parity.check_numbers(metrics, rows, trainer, limit=gate.max_kl, files=self.policy.files, explain=explain)
         return metrics
 
     def _reference(self) -> None:
@@ -127,7 +182,7 @@ class TrainJob:
         rows = [self.rows[i] for i in mine]
         if self.policy.config.adaptation == "lora":
             with self.policy.model.disable_adapter():
-                logps, _ = score_all(self.policy, self.scorer, self.pixels, rows, self.budget)
+                logps, _ = self._score_rows(self.policy, self.scorer, rows)
         else:
             directory = self.job["reference"]
             if directory is None:
@@ -137,7 +192,7 @@ class TrainJob:
             reference = self.ranks.together(lambda: checkpoint.load(directory, config, self.policy.device))
             torch.set_rng_state(state)
             scorer = self._scorer(reference, frozen=True)
-            logps, _ = score_all(reference, scorer, self.pixels, rows, self.budget)
+            logps, _ = self._score_rows(reference, scorer, rows)
         self.reference = dict(zip(mine, logps, strict=True))
 
     def _old(self) -> None:
@@ -193,8 +248,10 @@ class TrainJob:
         )
         totals: dict[str, float] = {}
         conversations = [self.rows[i].conversation for i in share]
-        for micro in MicroBatches(conversations, self.budget, self.scorer, self.pixels):
-            for name, value in self._micro([share[k] for k in micro], normaliser).items():
+        groups = [self.rows[i].group_id for i in share] if self.packed else None
+        together = self._together(self.policy)
+        for micro in MicroBatches(conversations, self.budget, self.scorer, self.pixels, groups, **together):
+            for name, value in self._micro([share[k] for k in micro.rows], micro.units, normaliser).items():
                 totals[name] = totals.get(name, 0.0) + value
         merged: dict[str, float] = {}
         for part in self.ranks.gather(totals):
@@ -202,11 +259,11 @@ class TrainJob:
                 merged[name] = merged.get(name, 0.0) + value
         return merged
 
-    def _micro(self, indices: Sequence[int], normaliser) -> dict[str, float]:
+    def _micro(self, indices: Sequence[int], units, normaliser) -> dict[str, float]:
         rows = [self.rows[i] for i in indices]
         with self.policy.autocast():
             flat, entropy = self.scorer(
-                [row.conversation for row in rows], entropy=True, entropy_grad=self.loss.entropy_coef != 0
+                [row.conversation for row in rows], units, entropy=True, entropy_grad=self.loss.entropy_coef != 0
             )
         mask = row_mask(rows, flat.device)
 

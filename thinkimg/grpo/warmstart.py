@@ -54,8 +54,8 @@ def run(job: dict, policy: Policy, ranks: Ranks, progress: Progress) -> dict:
     steps: list[dict] = []
     if config.steps:
         steps = _learn(job, config, policy, ranks, clock, progress)
-    if ranks.rank == 0:
-        checkpoint.save(policy, job["output"], learning_rate=steps[-1]["lr"] if steps else 0.0, seed=job["seed"])
+    rate = steps[-1]["lr"] if steps else 0.0
+    checkpoint.save(policy, job["output"], learning_rate=rate, seed=job["seed"], write=ranks.rank == 0)
     metrics = {"peak_memory_mb": peak_memory_mb(policy.device)}
     if steps:
         metrics |= {"loss": steps[-1]["loss"], "seconds": sum(step["seconds"] for step in steps)}
@@ -88,10 +88,11 @@ def _learn(
         mine = ranks.share([*batch, *(count + i for i in comparisons)], lengths)
         conversations = [rows[i].conversation for i in mine]
         share = 0.0
-        for micro in MicroBatches(conversations, job["token_budget"], scorer, pixels):
+        together = ranks.together_with(policy, rows[0].conversation)
+        for micro in MicroBatches(conversations, job["token_budget"], scorer, pixels, **together):
             with policy.autocast():
-                logps, _ = scorer([conversations[k] for k in micro])
-            each = np.concatenate([np.full(len(rows[mine[k]].engine), weights[mine[k]]) for k in micro])
+                logps, _ = scorer([conversations[k] for k in micro.rows])
+            each = np.concatenate([np.full(len(rows[mine[k]].engine), weights[mine[k]]) for k in micro.rows])
             loss = -(logps * torch.from_numpy(each).to(logps)).sum()
             loss.backward()
             share += float(loss.detach())

@@ -208,6 +208,10 @@ class Worker:
             f"{self.accelerator.num_processes} processes, not {processes}"
         )
         self.spool, self.ranks = spool, Ranks(self.accelerator.process_index, processes)
+        # accelerate's launcher says so in the environment; on a CPU its Accelerator does not heed it.
+        self.sharded = processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.sharded and os.environ.get("FSDP_VERSION") != "2":
+            raise UserError("The accelerate config asks for FSDP 1.", hint="Set fsdp_config.fsdp_version to 2.")
         self.policy: Policy | None = None
         self.held: list[tuple] | None = None
 
@@ -260,7 +264,7 @@ class Worker:
         import torch
 
         from thinkimg.config import ModelConfig
-        from thinkimg.grpo import relative_attention, train, warmstart
+        from thinkimg.grpo import relative_attention, shards, train, warmstart
         from thinkimg.grpo.checkpoint import Base
 
         if self.accelerator.device.type == "cuda":
@@ -271,6 +275,9 @@ class Worker:
         if reloaded:
             self.policy = self.held = None  # before the next one takes memory
             self.policy = self.ranks.together(lambda: self._load(job, config, base))
+            if self.sharded:
+                shards.shard(self.policy.model, self.accelerator.device)
+                self.policy.sharded = True
         if job["kind"] == "attention":  # changes nothing, so that the weights stay those of the directory
             result = relative_attention.run(job, self.policy, self.ranks, progress)
             self.held = self._stamped(job["policy"]["directory"])

@@ -58,7 +58,7 @@ def train(
     """The policy after this iteration. reference: the policy that the KL term is measured against (loss.beta > 0).
 
     Raises UserError where the parity gate refuses. Where no group is left to learn from, no step is taken and the next
-    policy has the same weights; the metric train/rows is 0.
+    policy has the same weights; the metric train/no_step is 1, and a warning says why.
     """
     check_mix(config)
     reference = reference_of(config, reference)
@@ -122,11 +122,15 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
             done = crew.trainer.submit(job, progress=lambda line: progress(line["step"], line["steps"]))
             work.metrics |= done["metrics"]
         else:
-            log.warning("no group is left to learn from: no step is taken")
+            log.warning(
+                "no group is left to learn from: no step is taken (%d of %d groups are silent, %d of %d rows don't count)",
+                len(result.silent_groups), len(set(groups)), int((~valid).sum()), len(ids),
+            )  # fmt: skip
             shutil.copytree(policy.checked("policy"), output)
     work.metrics |= {
         "reward/total": float(totals[valid].mean()) if valid.any() else None,
         "train/rows": len(rows),
+        "train/no_step": float(len(rows) == 0),
         "train/silent_groups": len(result.silent_groups) / len(set(groups)),
     }
     for reason in Inclusion:

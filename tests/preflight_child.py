@@ -1,0 +1,104 @@
+"""One training step in a process of its own: the memory that preflight.py predicts and what the kernel then says."""
+
+import argparse
+import ctypes
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from thinkimg.config import ModelConfig, TinyModel
+from thinkimg.grpo import preflight
+from thinkimg.grpo.checkpoint import Base, from_base
+from thinkimg.grpo.optimise import checkpointing, micro
+from thinkimg.grpo.packing import Conversation, image_tokens
+from thinkimg.grpo.policy import Scorer
+from thinkimg.grpo.sharing import plan
+from thinkimg.tiny import create_tiny
+
+TINY = TinyModel(hidden_size=256, layers=6, heads=4)
+
+
+def group(image_token: int, *, images: int, turns: int, size: int, seed: int = 0) -> list[Conversation]:
+    """Rows of one prompt with `images` pictures of 12 x 12 tokens, and `turns` turns with a tool's picture each."""
+    rng = np.random.default_rng(seed)
+    grid, tool = (1, 24, 24), (1, 16, 20)
+    rows = []
+    for number in range(size):
+        tokens, scored, keys, grids = list(range(20, 60)), [False] * 40, [], []
+        for k in range(images):
+            tokens += [image_token] * image_tokens(grid)
+            keys.append(f"prompt {k}")
+            grids.append(grid)
+        scored += [False] * (len(tokens) - len(scored))
+        for turn in range(turns):
+            tokens += rng.integers(20, 200, 60).tolist()
+            scored += [True] * 60
+            tokens += [image_token] * image_tokens(tool)
+            scored += [False] * image_tokens(tool)
+            keys.append(f"tool {number} {turn}")
+            grids.append(tool)
+        tokens += rng.integers(20, 200, 60).tolist()
+        scored += [True] * 60
+        rows.append(Conversation(np.array(tokens), np.array(scored), tuple(keys), np.array(grids, dtype=np.int64)))
+    return rows
+
+
+def status(field: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("images", "turns", "size"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--adaptation")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--model", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    create_tiny(args.model, TINY, ["some text"], seed=0)
+    config = ModelConfig(dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16)
+    policy = from_base(Base("tiny", directory=str(args.model)), config, "cpu", seed=0)
+    parameters = policy.train_only(vision=False)
+    image_token = (policy.model.get_base_model() if args.adaptation == "lora" else policy.model).config.image_token_id
+    made: dict[str, np.ndarray] = {}
+
+    def pixels(key: str) -> np.ndarray:
+        if key not in made:
+            made[key] = np.zeros((24 * 24 if key.startswith("prompt") else 16 * 20, 1176), dtype=np.float32)
+            made[key] += 0.5
+        return made[key]
+
+    def step(rows: list[Conversation], optimizer) -> None:
+        scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
+        (units,) = plan(rows, [0] * len(rows), 10**9, image_token)
+        batch = micro(units)
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        if args.checkpointing:
+            checkpointing(policy, True)
+        logps, _ = scorer([rows[i] for i in batch.rows], batch.units, entropy=True)
+        logps.sum().backward()
+        checkpointing(policy, False)
+        optimizer.step()
+
+    step(group(image_token, images=1, turns=1, size=1), torch.optim.SGD(list(parameters.values()), lr=0.0))
+    rows = group(image_token, images=args.images, turns=args.turns, size=args.size, seed=1)
+    plans = plan(rows, [0] * len(rows), 10**9, image_token)
+    need = preflight.check(policy, rows, plans, token_budget=10**9, checkpointing=args.checkpointing, free=10**12)
+    made.clear()
+    for parameter in parameters.values():
+        parameter.grad = None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    step(rows, torch.optim.AdamW(list(parameters.values()), fused=True))
+    measured = status("VmHWM") - before
+    print(json.dumps({"predicted": need.total, "measured": measured, "parts": vars(need)}))
+
+
+if __name__ == "__main__":
+    main()

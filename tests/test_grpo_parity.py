@@ -1,0 +1,148 @@
+"""The parity gate: each way in which engine and trainer can differ trips it, by identity or by number."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from grpo_world import BANNED, FULL, LORA, TRAIN, World
+
+from thinkimg.errors import UserError
+from thinkimg.grpo import causes, checkpoint, packing, parity, policy, sharing
+from thinkimg.grpo.packing import mrope_positions
+from thinkimg.grpo.rows import Patches, Row, read_rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield World(tmp_path_factory.mktemp("world"))
+    torch.set_num_threads(before)
+
+
+def shifted(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
+    """Everything after the first image one further on."""
+    positions = mrope_positions(tokens, image_token, grids)
+    if len(grids):
+        positions[:, int(np.flatnonzero(tokens == image_token)[0]) + packing.image_tokens(grids[0]) :] += 1
+    return positions
+
+
+def refused(world, job, message: str) -> str:
+    with pytest.raises(UserError, match=message) as caught:
+        world.train(job)
+    assert not Path(job["output"]).exists()
+    return str(caught.value)
+
+
+def test_a_shifted_position_trips_it_by_identity_and_shows_in_the_numbers(world, monkeypatch):
+    for module in (packing, policy, sharing):
+        monkeypatch.setattr(module, "mrope_positions", shifted)
+    refused(world, world.job("shift"), "position of token .* get_rope_index")
+    monkeypatch.setattr(parity, "check_positions", lambda *_: None)
+    strict = TRAIN.model_copy(update={"parity": TRAIN.parity.model_copy(update={"max_kl": 1e-3})})
+    refused(world, world.job("shift", train=strict), "disagree")
+
+
+def test_an_image_swapped_for_one_of_the_same_size_trips_it(world):
+    """Its hash is right, and its grid: the numbers tell."""
+    shape = {key: grid for t in world.trajectories for key, grid in zip(t.images, t.grids, strict=True)}
+    rng = np.random.default_rng(5)
+    from PIL import Image
+
+    from thinkimg.images.decode import pixel_hash
+
+    others = {}
+    for key, (_, h, w) in shape.items():
+        picture = Image.fromarray(rng.integers(0, 256, (14 * h, 14 * w, 3), dtype=np.uint8))
+        others[key] = (pixel_hash(picture), picture)
+    table = world.image_table("others", dict(others.values()))
+    rows = [dataclasses.replace(t, images=tuple(others[key][0] for key in t.images)) for t in world.trajectories]
+    job = world.job("swap", rollouts=str(world.rollouts("swap", rows).directory))
+    job["images"] = job["images"] | {"tables": [str(world.images), str(table)]}
+    message = refused(world, job, "Engine and trainer disagree")
+    assert "none of these explains it" in message and "Pixels: by the number of images" in message
+
+
+def test_a_changed_pad_trips_it(world):
+    """In the compact tokens and in the expanded ones."""
+    (image_token,) = {t.tokens[1] for t in world.trajectories}
+    first = world.trajectories[0]
+    tokens = tuple(50 if token == image_token else token for token in first.tokens)
+    rollouts = world.rollouts("pad", [dataclasses.replace(first, tokens=tokens), *world.trajectories[1:]])
+    refused(world, world.job("pad", rollouts=str(rollouts.directory)), "placeholders")
+    (row, *_) = read_rows(world.artifact, image_token)
+    parity.check_tokens([row], image_token)
+    for change, message in ((with_a_word_for_a_pad, "image tokens, and grids of"), (with_a_pad_moved, "interrupted")):
+        talk = dataclasses.replace(row.conversation, tokens=change(row.conversation.tokens, image_token))
+        with pytest.raises(UserError, match=message):
+            parity.check_tokens([dataclasses.replace(row, conversation=talk)], image_token)
+
+
+def with_a_word_for_a_pad(tokens: np.ndarray, image_token: int) -> np.ndarray:
+    changed = tokens.copy()
+    changed[np.flatnonzero(tokens == image_token)[1]] = 50
+    return changed
+
+
+def with_a_pad_moved(tokens: np.ndarray, image_token: int) -> np.ndarray:
+    changed = with_a_word_for_a_pad(tokens, image_token)
+    changed[-1] = image_token
+    return changed
+
+
+def test_a_stale_adapter_trips_it_by_name_and_by_number(world):
+    fast = TRAIN.model_copy(update={"learning_rate": 0.1})
+    world.train(world.job("newer", model=LORA, train=fast))
+    newer = {"directory": str(world.root / "newer"), "digest": "v1"}
+    refused(world, world.job("stale", model=LORA, policy=newer), "sampled with the weights v0")
+    claimed = world.job("stale", model=LORA, policy=newer | {"digest": "v0"})
+    assert "none of these explains it" in refused(world, claimed, "Engine and trainer disagree")
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [({"banned": []}, "sampling mask"), ({"temperature": 1.0}, "temperature")],
+)
+def test_the_refusal_names_the_cause(world, change, cause):
+    """The engine sampled without what the trainer believes: the pass without it is the one that agrees."""
+    image_token = world.trajectories[0].tokens[1]
+    held = checkpoint.load(world.policies["full"], FULL, "cpu")
+    rows = read_rows(world.artifact, image_token)
+    pixels = Patches([world.images], min_pixels=784, max_pixels=7056)
+    options = {"temperature": 0.5, "banned": list(range(200, 270))}
+    pixels.prepare([row.conversation for row in rows])
+
+    def engine(**settings) -> list[np.ndarray]:
+        scorer = policy.Scorer(held.model, pixels, features={}, **settings)
+        with torch.no_grad():
+            return [scorer([row.conversation])[0].numpy() for row in rows]
+
+    seen = [dataclasses.replace(row, engine=e) for row, e in zip(rows, engine(**options | change), strict=True)]
+    said = causes.split(held, pixels, seen, engine(**options), **options)
+    pixels.close()
+    assert f"most of it goes with: {cause}" in said
+
+
+def test_float32_and_back_changes_no_bit(world):
+    config = LORA.model_copy(update={"dtype": "bfloat16"})
+    held = checkpoint.load(world.policies["lora"], config, "cpu", world.base)
+    before = {name: p.clone() for name, p in held.model.named_parameters()}
+    with causes.in_float32(held):
+        assert {p.dtype for p in held.model.parameters()} == {torch.float32}
+    for name, p in held.model.named_parameters():
+        assert p.dtype == before[name].dtype and torch.equal(p, before[name]), name
+
+
+def test_the_sample_has_several_rows_of_a_group():
+    rows = [Row(str(i), f"g{i // 8}", "", None, np.empty(0)) for i in range(64)]
+    chosen = parity.choose(rows, 16, 0)
+    assert len(set(chosen)) == 16 and chosen == sorted(chosen) == parity.choose(rows, 16, 0)
+    assert len({rows[i].group_id for i in chosen}) == 4
+    assert len(parity.choose(rows, 40, 0)) == 40 and len(parity.choose(rows, 100, 0)) == 64
+
+
+def test_banned_ids_are_those_of_the_world(world):
+    assert BANNED and all(not set(t.tokens) & set(BANNED) for t in world.trajectories)
