@@ -43,7 +43,7 @@ server: $(READY)
 deploy: $(READY)
 	@PREFECT_API_URL=$(API) $(PREFECT) work-pool create thinkimg --type process --overwrite
 	@PREFECT_API_URL=$(API) $(BIN)/python -m flows._device
-	@PREFECT_API_URL=$(API) $(PREFECT) deploy --all
+	@PWD=$(CURDIR) PREFECT_API_URL=$(API) $(PREFECT) deploy --all
 
 worker: $(READY)
 	@PREFECT_API_URL=$(API) $(PREFECT) worker start --pool thinkimg --type process

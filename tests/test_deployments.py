@@ -41,6 +41,7 @@ class Prefect:
         self.environment = os.environ | {
             "PREFECT_HOME": str(place / "prefect"),
             "PREFECT_API_URL": self.url,
+            "PWD": str(place),  # what prefect.yaml calls the working directory
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
