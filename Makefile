@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 READY := .venv/ready
 
-.PHONY: demo setup test test-all lint ui server deploy worker
+.PHONY: demo setup test test-all lint ui server deploy worker chaos
 
 demo: $(READY)
 	@$(BIN)/thinkimg run --preset tiny
@@ -43,7 +43,11 @@ server: $(READY)
 deploy: $(READY)
 	@PREFECT_API_URL=$(API) $(PREFECT) work-pool create thinkimg --type process --overwrite
 	@PREFECT_API_URL=$(API) $(BIN)/python -m flows._device
-	@PREFECT_API_URL=$(API) $(PREFECT) deploy --all
+	@PWD=$(CURDIR) PREFECT_API_URL=$(API) $(PREFECT) deploy --all
 
 worker: $(READY)
 	@PREFECT_API_URL=$(API) $(PREFECT) worker start --pool thinkimg --type process
+
+# Hundreds of kills; THINKIMG_SEED=… replays.
+chaos: $(READY)-test
+	THINKIMG_KILLS=$(or $(KILLS),300) $(BIN)/pytest -q -m long tests/test_chaos.py

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import yaml
 
 from thinkimg.artifacts import Store
 from thinkimg.engine.server import free_port
+from thinkimg.process import Child, spawn
 from thinkimg.watchdog import descendants
 
 REPOSITORY = Path(__file__).parents[1]
@@ -43,18 +43,20 @@ class Prefect:
         self.environment = os.environ | {
             "PREFECT_HOME": str(place / "prefect"),
             "PREFECT_API_URL": self.url,
+            "PWD": str(place),  # what prefect.yaml calls the working directory
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
             "DO_NOT_TRACK": "true",
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
             "COLUMNS": "200",
         }
 
-    def start(self, *arguments: str) -> subprocess.Popen:
-        log = (self.place / f"{arguments[0]}.log").open("ab")
-        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        return subprocess.Popen(command, cwd=self.place, env=self.environment, stdout=log, stderr=log)
+    def start(self, *arguments: str) -> Child:
+        """Under our own watchdog: whatever a test leaves running ends with it."""
+        command = ["env", "-C", str(self.place), sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        log = self.place / f"{arguments[0]}.log"
+        return spawn(command, name=arguments[0], env=self.environment, log_path=log)
 
     def cli(self, *arguments: str, code: int = 0) -> str:
         command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
@@ -113,10 +115,8 @@ def prefect(tmp_path_factory):
     (place / "prefect.yaml").write_text(yaml.safe_dump(project, sort_keys=False))
     port = free_port()
     prefect = Prefect(place, port)
-    server = prefect.start("server", "start", "--host", "127.0.0.1", "--port", str(port))
-    worker = None
-    try:
-        wait_for(lambda: answers(f"{prefect.url}/health"), 180)
+    with prefect.start("server", "start", "--host", "127.0.0.1", "--port", str(port)) as server:
+        wait_for(lambda: server.alive and answers(f"{prefect.url}/health"), 180)
         for _ in range(2):  # twice: it is idempotent
             prefect.cli("work-pool", "create", "thinkimg", "--type", "process", "--overwrite")
             made = subprocess.run(
@@ -125,21 +125,8 @@ def prefect(tmp_path_factory):
             )  # fmt: skip
             assert ": 1" in made.stdout
             prefect.cli("deploy", "--all")
-        worker = prefect.start("worker", "start", "--pool", "thinkimg", "--type", "process")
-        prefect.worker = worker
-        yield prefect
-    finally:
-        for process in filter(None, (worker, server)):
-            family = descendants(process.pid)
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            for pid in family:
-                if pid in descendants(os.getpid()):
-                    os.kill(pid, signal.SIGKILL)
+        with prefect.start("worker", "start", "--pool", "thinkimg", "--type", "process") as prefect.worker:
+            yield prefect
 
 
 def answers(url: str) -> bool:
@@ -250,7 +237,7 @@ def test_cancelling_leaves_no_process_and_no_slot_behind(prefect, scheduled):
     prefect.cli("flow-run", "cancel", run["id"])
     assert prefect.wait(run["id"], 120)["state_type"] == "CANCELLED"
     wait_for(lambda: not [pid for pid, title in names.items() if title_of(pid) == title], 60)
-    assert prefect.worker.poll() is None
+    assert prefect.worker.alive
     wait_for(lambda: prefect.limit()["active_slots"] == 0, 120)
 
 

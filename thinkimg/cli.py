@@ -14,6 +14,9 @@ from thinkimg.ledger_cli import ledger
 
 app = App(name="thinkimg", help="Teach a vision-language model to think with images.", version=__version__)
 
+EXPLAINED = {"EngineError", "TrainerError", "PrefectUnavailable", "Stopped"}
+"""RuntimeErrors (and what derives from them) that say all there is to say; named here, their modules need not be loaded."""
+
 Preset = Annotated[str, Parameter(name=["--preset", "-p"], help="Name of a preset, or the path of a YAML file.")]
 Set = Annotated[
     list[str] | None, Parameter(name=["--set", "-s"], help="A setting, as a.b=value; may be repeated.", negative=[])
@@ -216,20 +219,31 @@ def guarded(command: Callable[[], object]) -> None:
     sys.path.insert(0, str(Path.cwd()))  # a user's own reward functions
     try:
         command()
-    except UserError as error:
-        print(f"thinkimg: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        # These say all there is to say; named here, their modules need not be loaded.
-        if type(error).__name__ not in ("EngineError", "EngineUnavailable", "TrainerError", "Stopped"):
+    except Exception as error:
+        sentence, code = explained(error)
+        if sentence is None:
             raise
-        print(f"thinkimg: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except TypeError as error:
-        if type(error).__name__ != "ParameterTypeError":  # Prefect's: a flow's argument does not fit
-            raise
-        print(f"thinkimg: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"thinkimg: {sentence}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def explained(error: Exception) -> tuple[str | None, int]:
+    """What a person is told, and the exit code; None for what nobody has foreseen."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, UserError):
+        return str(error), 2
+    if "ParameterTypeError" in kinds:  # Prefect's: a flow's argument does not fit
+        return " ".join(str(error).split()), 2
+    if EXPLAINED & kinds:
+        return str(error), 1
+    if str(error).startswith("Failed to reach API") or type(error).__module__.partition(".")[0] in (
+        "httpx",
+        "httpcore",
+    ):
+        said = str(error).split("\n")[0] or type(error).__name__
+        hint = "start it (`make server`), or unset PREFECT_API_URL; then run this again: what is complete is kept"
+        return f"Prefect's server does not answer ({said}). Hint: {hint}.", 1
+    return None, 1
 
 
 def main() -> None:

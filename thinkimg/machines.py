@@ -5,12 +5,12 @@ A loop that finds everything cached starts neither. A stage that runs alone open
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from thinkimg import process
 from thinkimg.base import base_entry
 from thinkimg.config import Config
 
@@ -40,7 +40,7 @@ class Machines:
     def __enter__(self) -> "Machines":
         self._stack.__enter__()
         self._stack.enter_context(take_device())
-        self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkimg-")))
+        self.scratch = self._stack.enter_context(process.scratch())
         self._stack.callback(CURRENT.reset, CURRENT.set(self))
         return self
 

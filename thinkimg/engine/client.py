@@ -1,92 +1,28 @@
 """Asynchronous client of vLLM's tokens-in-tokens-out interface, over any number of servers with the same weights."""
 
 import asyncio
-import base64
 import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 import aiohttp
 
 from thinkimg.engine import EngineError
+from thinkimg.engine.request import Generation, ImageRef, Sampling
+
+__all__ = ["EngineClient", "EngineUnavailable", "Generation", "ImageRef", "Sampling"]
 
 log = logging.getLogger(__name__)
 
 RETRIES = 3
-HEALTH_S = 10.0  # a server that does not answer /health for so long is given up
+PATIENCE_S = 25.0  # after so long without an answer a server is asked whether it is well, and again and again
+HEALTH_S = 20.0  # one that does not say so for so long is given up
 BACKOFF_S = 0.25  # doubled with each retry
 # So much more work than the least busy server may a prompt's own server have before the prompt goes elsewhere.
 AFFINITY_SLACK = 8
-# vLLM clips a bias at 100: e^-100 is below what float32 adds to a normaliser, and nothing was ever sampled from it.
-BAN_BIAS = -100.0
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """One image of a prompt as the model sees it. uuid: the hash of its pixels; vLLM trusts it and caches by it."""
-
-    uuid: str
-    path: Path | None = None
-    """The file in a folder that the server may read (media="file")."""
-    data: bytes | None = None
-    """The encoded image (media="data"); read from `path` if None."""
-
-    def url(self, media: Literal["file", "data"]) -> str:
-        if media == "file":
-            assert self.path is not None, "media='file' needs a path"
-            return self.path.absolute().as_uri()
-        data = self.path.read_bytes() if self.data is None else self.data
-        kind = "jpeg" if data[:2] == b"\xff\xd8" else "webp" if data[8:12] == b"WEBP" else "png"
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a turn is sampled; it ends at one of stop_token_ids, which is kept, or after max_tokens, at nothing else."""
-
-    temperature: float
-    max_tokens: int
-    seed: int
-    stop_token_ids: tuple[int, ...]
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
-    banned_token_ids: tuple[int, ...] = ()
-    """Never sampled: 100 is taken off their logits before the temperature; the others are normalised without them."""
-
-    def params(self) -> dict:
-        """vLLM's SamplingParams as JSON."""
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
-            "stop_token_ids": list(self.stop_token_ids),
-            "ignore_eos": True,  # what ends a turn is our decision, not that of a generation_config.json
-            "logit_bias": {str(token): BAN_BIAS for token in self.banned_token_ids} or None,
-            "logprobs": 0,  # of the sampled token only
-            "detokenize": False,
-        }
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was sampled."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    """Natural logarithms, one per token, of the distribution that was sampled from: after ban, temperature, top_p."""
-    prompt_token_ids: list[int]
-    """The prompt as the engine expanded it: compare it with yours, always."""
-    finish_reason: str
-    """"stop": the last token is one of stop_token_ids; "length": max_tokens or the end of the context; "abort"."""
-    weight_version: str
-    """The adapter's name if there was one, else what the server reports; "a>b" if weights were changed in between."""
 
 
 class EngineClient:
@@ -260,11 +196,11 @@ class EngineClient:
             url = self._choose(affinity, failed)
             self._outstanding[url] += 1
             try:
-                return await self._request(url, "POST", "/inference/v1/generate", content)
+                return await self._watched(url, content)
             except EngineUnavailable as error:
                 if isinstance(error, _Unreachable) and len(self.urls) > 1:
                     await self._check(url)
-                if attempt == RETRIES:
+                if attempt == RETRIES or isinstance(error, _Hanging) and self._dead.issuperset(self.urls):
                     raise
                 failed.add(url)
                 if failed.issuperset(self.urls):
@@ -273,6 +209,18 @@ class EngineClient:
                 attempt += 1
             finally:
                 self._outstanding[url] -= 1
+
+    async def _watched(self, url: str, content: bytes) -> dict:
+        """Generate; a server that hangs is found out long before the request's own time-out."""
+        request = asyncio.create_task(self._request(url, "POST", "/inference/v1/generate", content))
+        try:
+            while not (await asyncio.wait({request}, timeout=PATIENCE_S))[0]:
+                await self._check(url)
+                if url in self._dead and not request.done():
+                    raise _Hanging(f"{url} hangs: it says nothing any more", hint="read its log and start it again")
+            return request.result()
+        finally:
+            request.cancel()
 
     def _choose(self, affinity: str, failed: set[str]) -> str:
         """The affinity's own server (rendezvous hashing), unless that failed or is much busier than the least busy."""
@@ -314,6 +262,10 @@ class EngineUnavailable(EngineError):
 
 class _Unreachable(EngineUnavailable):
     """No answer came at all."""
+
+
+class _Hanging(_Unreachable):
+    """The server accepts connections and says nothing."""
 
 
 def told(answer: bytes) -> str:

@@ -117,7 +117,8 @@ def score(
         with ExitStack() as stack:
             stack.callback(forget)
             run = mapper or stack.enter_context(ThreadPoolExecutor(config.where.workers)).map
-            bench.crew = stack.enter_context(machines(config))
+            if config.image.types:  # else nobody needs the device, which a loop may hold
+                bench.crew = stack.enter_context(machines(config))
             known = judge.earlier(store, plan.fingerprint)
             fill(work, config, bench, dataset, rollouts, run, known, progress)
 
