@@ -27,7 +27,9 @@ extends: tiny
 iterations: 2
 data: {train: 16, held_out: 8}
 conversation: {max_turns: 3, max_turn_tokens: 24}
-warmstart: {steps: 3, batch: 8}
+warmstart: {steps: 3, batch: 8, pairs: 0}
+image: {types: []}
+mix: {format: 0.2, tool: 0.3, answer: 0.5}
 rollout: {samples: 4, group_size: 4}
 train: {steps: 1}
 evaluate: {samples: 8, samples_ends: 8, k: 1}
