@@ -75,12 +75,6 @@ def with_settings(overrides: list[str], **settings) -> list[str]:
     return [*overrides, *(f"{name}={json.dumps(value)}" for name, value in settings.items() if value is not None)]
 
 
-def origin(store: Store, artifact: Artifact, name: str) -> Artifact:
-    """The input `name` that an artifact was made from."""
-    entry = artifact.manifest["recipe"]["inputs"][name]
-    return store.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
-
-
 def ended(config: Config, store: Store, artifact: Artifact, cached: bool) -> State:
     """The state shows whether anything was done; its data is the reference, never the data itself."""
     if machines.CURRENT.get() is not None:  # within a loop its tracker logs

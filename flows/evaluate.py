@@ -13,7 +13,6 @@ from flows._common import (
     ended,
     main,
     opened,
-    origin,
 )
 from flows._ui import progress
 from thinkimg.stages import evaluate as stage
@@ -32,7 +31,7 @@ def evaluate(
     """Measure held-out accuracy of a policy, greedy and sampled."""
     config, store = opened(preset, overrides)
     player = store.resolve(policy, "policy")
-    data = store.resolve(dataset, "dataset") if dataset else origin(store, player, "dataset")
+    data = store.resolve(dataset, "dataset") if dataset else store.origin(player, "dataset")
     with progress("evaluate") as tell:
         return ended(
             config,

@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows import _ui
-from flows._common import Iterations, Mix, Overrides, Preset, Seed, main, opened, origin, with_settings
+from flows._common import Iterations, Mix, Overrides, Preset, Seed, main, opened, with_settings
 from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.rollout import rollout
@@ -47,7 +47,7 @@ def loop(
         def note(step: int, **references: str) -> None:
             made = {name: store.resolve(reference) for name, reference in references.items()}
             if "demonstrations" in made.get("warmstart", made["evaluate"]).manifest["recipe"]["inputs"]:
-                made["demonstrate"] = origin(store, made["warmstart"], "demonstrations")
+                made["demonstrate"] = store.origin(made["warmstart"], "demonstrations")
             tracker.log_iteration(step, artifacts=made)
             report.step(tracker.record, step)
             progress(step, config.iterations)

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened, origin
+from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened
 from flows._ui import progress
 from thinkimg.stages import rollout as stage
 
@@ -19,7 +19,7 @@ def rollout(
     """Let a policy play an iteration's samples."""
     config, store = opened(preset, overrides)
     player = store.resolve(policy, "policy")
-    data = store.resolve(dataset, "dataset") if dataset else origin(store, player, "dataset")
+    data = store.resolve(dataset, "dataset") if dataset else store.origin(player, "dataset")
     with progress(f"rollout {iteration}") as tell:
         return ended(
             config,

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from flows._common import Force, Overrides, Preset, Reference, ended, main, opened, origin
+from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
 from flows._runner import mapper
 from flows._ui import progress
 from thinkimg.stages import score as stage
@@ -18,7 +18,7 @@ def score(
     """Score stored rollouts: one raw column per reward component."""
     config, store = opened(preset, overrides)
     played = store.resolve(rollouts, "rollouts")
-    data = origin(store, played, "dataset")
+    data = store.origin(played, "dataset")
     with progress("score") as tell, mapper(config.where) as run:
         return ended(config, store, *stage.score(config, data, played, store, force=force, progress=tell, mapper=run))
 

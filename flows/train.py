@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from flows._common import Force, Mix, Optional, Overrides, Preset, Reference, ended, main, opened, origin
+from flows._common import Force, Mix, Optional, Overrides, Preset, Reference, ended, main, opened
 from flows._ui import progress
 from thinkimg.stages import train as stage
 
@@ -19,8 +19,8 @@ def train(
     """Take GRPO steps from scored rollouts to the next policy."""
     config, store = opened(preset, overrides, mix=mix)
     judged = store.resolve(scores, "scores")
-    played = origin(store, judged, "rollouts")
-    data, player = origin(store, played, "dataset"), origin(store, played, "policy")
+    played = store.origin(judged, "rollouts")
+    data, player = store.origin(played, "dataset"), store.origin(played, "policy")
     anchor = store.resolve(reference, "policy") if reference else None
     with progress("train") as tell:
         return ended(

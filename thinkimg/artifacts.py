@@ -277,6 +277,13 @@ class Store:
         what = "several artifacts begin" if matches else f"no {kind or 'artifact'} under {self.root} begins"
         raise UserError(f"{what} with {reference!r}", hint=f"there are {listed}" if names else "there are none yet")
 
+    def origin(self, artifact: Artifact, name: str) -> Artifact:
+        """The input `name` that an artifact was made from. Raises UserError if there is none, or the store has it no more."""
+        entry = artifact.manifest["recipe"]["inputs"].get(name)
+        if entry is None:
+            raise UserError(f"{artifact.reference} was not made from {name}.")
+        return self.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
+
     def verify(self, artifact: Artifact | Path) -> list[Problem]:
         """Hash every file again, and the manifest itself; one problem for each that is missing, extra or different."""
         directory = artifact.directory if isinstance(artifact, Artifact) else artifact

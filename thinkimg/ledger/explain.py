@@ -10,7 +10,7 @@ from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import Config
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import Inclusion
-from thinkimg.ledger.stored import Scored, Weighing, judgements, open_scores, origin, stored_advantages, weighings
+from thinkimg.ledger.stored import Scored, Weighing, judgements, open_scores, stored_advantages, weighings
 from thinkimg.schemas import Sample, StopReason, Trajectory, from_row
 from thinkimg.stages.score import IDENTITY
 
@@ -47,7 +47,7 @@ def find(store: Store, prefix: str, scores: Artifact | None = None) -> tuple[Art
 def story(store: Store, scores: Artifact, trajectory_id: str, config: Config) -> dict[str, Any]:
     """All of it as JSON: see the keys. config: whose mix is shown where no policy was trained on the scores."""
     scored = open_scores(scores, store)
-    dataset = origin(store, scored.rollouts, "dataset")
+    dataset = store.origin(scored.rollouts, "dataset")
     row, sample = played(scored.rollouts, dataset, trajectory_id)
     place = scored.ids.index(trajectory_id)
     return {

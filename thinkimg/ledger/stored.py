@@ -56,20 +56,12 @@ class Weighing:
 
 
 def open_scores(scores: Artifact, store: Store) -> Scored:
-    rollouts = origin(store, scores, "rollouts")
+    rollouts = store.origin(scores, "rollouts")
     components, ids, groups = read_scores(scores)
     ends = rollouts.table("trajectories", ["trajectory_id", "stop", "turns"]).to_pydict()
     if ids != ends["trajectory_id"]:
         raise UserError(f"{scores.reference} does not hold the trajectories of {rollouts.reference}.")
     return Scored(scores, rollouts, components, ids, np.array(groups), counted(ends["stop"], ends["turns"]))
-
-
-def origin(store: Store, artifact: Artifact, name: str) -> Artifact:
-    """The input `name` that an artifact was made from; UserError where the store has it no more."""
-    entry = artifact.manifest["recipe"]["inputs"].get(name)
-    if entry is None:
-        raise UserError(f"{artifact.reference} was not made from {name}.")
-    return store.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
 
 
 def trained(store: Store, scores: Artifact) -> list[Artifact]:

@@ -81,17 +81,12 @@ def bench_of(
     """Where the judges work; nothing is started or loaded yet."""
     policy = founder = None
     if set(config.image.types) - {"embedding"}:
-        policy = origin(store, rollouts, "policy")
+        policy = store.origin(rollouts, "policy")
     if "teacher" in config.image.types and config.image.teacher.model == FROZEN:
         founder = policy
         while founder.manifest["recipe"]["stage"] != warmstart.STAGE:
-            founder = origin(store, founder, "policy")
+            founder = store.origin(founder, "policy")
     return Bench(config, crew, policy, founder, small_clip, (dataset, rollouts), None)
-
-
-def origin(store: Store, artifact: Artifact, name: str) -> Artifact:
-    entry = artifact.manifest["recipe"]["inputs"][name]
-    return store.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
 
 
 def score(
