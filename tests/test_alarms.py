@@ -290,8 +290,8 @@ def test_a_loop_keeps_every_table_and_logs_the_same_keys_in_every_iteration(tmp_
     record = load_record(store, loop_id(settings))
     for step in range(1, 5):
         metrics = record.iteration(step).metrics
-        assert {key for key in metrics if key.startswith("alarm/")} == {f"alarm/{name}" for name in NAMES}
-        assert metrics["alarm/no_step"] == float(step == 4) and metrics["signal/tool_rate"] == 0.75
+        assert {key for key in metrics if key.startswith("watch/")} == {f"watch/{name}" for name in NAMES}
+        assert metrics["watch/no_step"] == float(step == 4) and metrics["signal/tool_rate"] == 0.75
         table = [row for row in record.tables["alarms"] if row["step"] == step]
         assert [row["alarm"] for row in table] == NAMES
         assert [row["fired"] for row in table] == [one.fired for one in found[step - 1]]
@@ -312,7 +312,7 @@ def test_the_figures_arrive_in_mlflow(tmp_path):
 
     connection = Connection(store.root, config.TrackingConfig())
     (run,) = connection.all_runs(connection.loops)
-    for key in ("alarm/no_step", "alarm/tool_collapse", "signal/tool_rate", "signal/tool_rate_se"):
+    for key in ("watch/no_step", "watch/tool_collapse", "signal/tool_rate", "signal/tool_rate_se"):
         assert [point.step for point in connection.client.get_metric_history(run.info.run_id, key)] == [1, 2]
     assert "alarms.json" in [file.path for file in connection.client.list_artifacts(run.info.run_id)]
     assert "on_alarm" not in run.data.params

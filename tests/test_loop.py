@@ -140,7 +140,7 @@ def test_mlflow_has_the_loop_and_every_executed_stage(place, output):
     history = client.get_metric_history(loop.info.run_id, "eval/accuracy")
     assert [metric.step for metric in history] == [0, 1, 2]
     logged = ["self", "teacher", "attention", "embedding", "brevity", "total"]
-    keys = [f"reward/{name}" for name in logged] + ["tool/rate", "parity/mean_abs", "time/train_s", "alarm/no_step"]
+    keys = [f"reward/{name}" for name in logged] + ["tool/rate", "parity/mean_abs", "time/train_s", "watch/no_step"]
     for key in keys:
         assert [metric.step for metric in client.get_metric_history(loop.info.run_id, key)] == [1, 2], key
     stages = client.search_runs([experiments["thinkimg-stages"]], max_results=100)
@@ -188,7 +188,7 @@ def test_an_alarm_ends_a_loop_that_asks_for_it_when_everything_is_published(plac
     (record,) = [record for record in records if record["config"]["mix"] == {"brevity": 0.0}]
     assert [iteration["step"] for iteration in record["iterations"]] == [0, 1] and record["status"] == "FAILED"
     assert set(record["iterations"][1]["artifacts"]) == {"rollout", "score", "train", "evaluate"}
-    assert record["iterations"][1]["metrics"]["alarm/no_step"] == 1
+    assert record["iterations"][1]["metrics"]["watch/no_step"] == 1
     assert {row["alarm"] for row in record["tables"]["alarms"] if row["fired"]} == {"no_step"}
 
 

@@ -229,7 +229,7 @@ class Stopped(RuntimeError):
 
 
 def watch(tracker: "LoopTracker", store: "Store", config: "Config", step: int) -> list[Finding]:
-    """Tell an iteration's figures, judge it by all that came before, and log both: `signal/…`, `alarm/<name>` (0 or 1), and
+    """Tell an iteration's figures, judge it by all that came before, and log both: `signal/…`, `watch/<name>` (0 or 1), and
     the table `alarms`, which keeps every iteration. Returns the findings, fired or not.
 
     It reads what the step has published, so that a loop that goes on, or is run again, finds the same.
@@ -252,7 +252,7 @@ def watch(tracker: "LoopTracker", store: "Store", config: "Config", step: int) -
     rows = [row for row in record.tables.get("alarms", []) if row["step"] != step]
     rows += [{"step": step} | asdict(one) for one in findings]
     record.tables["alarms"] = sorted(rows, key=lambda row: row["step"])
-    tracker.log_iteration(step, figures | {f"alarm/{one.alarm}": float(one.fired) for one in findings})
+    tracker.log_iteration(step, figures | {f"watch/{one.alarm}": float(one.fired) for one in findings})
     return findings
 
 
