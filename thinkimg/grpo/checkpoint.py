@@ -77,6 +77,8 @@ class Policy:
     optimizer: torch.optim.AdamW | None = None
     sharded: bool = False
     """Whether its layers are spread over the processes (FSDP2, shards.py)."""
+    fits: int = 0
+    """Tokens of the largest micro-batch that memory was found to hold (preflight.py)."""
     packs: str | None = None
     """Why its rows can't be packed, "" where they can; None: not tried yet."""
 
