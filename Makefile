@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 READY := .venv/ready
 
-.PHONY: demo setup test test-all lint ui clean-venv
+.PHONY: demo setup test test-all lint ui server deploy worker chaos
 
 demo: $(READY)
 	@$(BIN)/thinkimg run --preset tiny
@@ -29,3 +29,25 @@ lint: $(READY)-test
 
 ui: $(READY)
 	@$(BIN)/thinkimg track ui --preset tiny
+
+# Scheduled runs: three terminals, or three services. Whoever sets PREFECT_API_URL has a server of his own.
+API := $(or $(PREFECT_API_URL),http://127.0.0.1:4200/api)
+PREFECT := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=true $(BIN)/prefect --no-prompt
+
+# Leases on disk: else whoever held a concurrency limit when the server is restarted holds it for ever.
+server: $(READY)
+	@PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem \
+		$(PREFECT) server start --host 127.0.0.1
+
+# The pool, the device's concurrency limit, the deployments of prefect.yaml; doing it again changes nothing.
+deploy: $(READY)
+	@PREFECT_API_URL=$(API) $(PREFECT) work-pool create thinkimg --type process --overwrite
+	@PREFECT_API_URL=$(API) $(BIN)/python -m flows._device
+	@PWD=$(CURDIR) PREFECT_API_URL=$(API) $(PREFECT) deploy --all
+
+worker: $(READY)
+	@PREFECT_API_URL=$(API) $(PREFECT) worker start --pool thinkimg --type process
+
+# Hundreds of kills; THINKIMG_SEED=… replays.
+chaos: $(READY)-test
+	THINKIMG_KILLS=$(or $(KILLS),300) $(BIN)/pytest -q -m long tests/test_chaos.py

@@ -1,40 +1,89 @@
 """What all stage flows share: their parameters' types, the store, and the state that they end in."""
 
+import json
+import sys
 from collections.abc import Callable
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from prefect.states import Completed, State
 from pydantic import Field
 
+from flows import _server, _ui
+from flows._device import device
 from thinkimg import cli, machines, tracking
 from thinkimg.artifacts import Artifact, Store
-from thinkimg.config import Config, load
+from thinkimg.config import Config, load, presets
 
-Preset = Annotated[str, Field(description="Name of a preset, or the path of a YAML file.")]
-Overrides = Annotated[list[str], Field(description="Settings that differ from the preset, as a.b=value.")]
-Reference = Annotated[
-    str, Field(description="An artifact: the beginning of its fingerprint, or kind/fingerprint.", min_length=4)
+
+def described(text: str, **limits) -> Any:
+    """A parameter's description and limits; said twice, as Prefect takes the first from docstrings alone."""
+    return Field(description=text, json_schema_extra={"description": text}, **limits)
+
+
+# A server checks these limits before it schedules anything, and its interface makes a form of them.
+Preset = Annotated[
+    str,
+    described(
+        f"One of {', '.join(presets())}, or the path of a YAML file.",
+        pattern=rf"^({'|'.join(presets())}|.+\.ya?ml)$",
+    ),
 ]
-Optional = Annotated[str | None, Field(description="An artifact; left out, the one that the others were made from.")]
-Iteration = Annotated[int, Field(description="Number of the iteration, from 1.", ge=1)]
-Force = Annotated[bool, Field(description="Make a new attempt even if there is one.")]
+Overrides = Annotated[
+    list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*=", max_length=2000)]],
+    described("Settings that differ from the preset, each as a.b=value; see `thinkimg schema`."),
+]
+Reference = Annotated[
+    str,
+    described(
+        "An artifact: the beginning of its fingerprint, or kind/fingerprint.",
+        min_length=4,
+        max_length=300,
+    ),
+]
+Optional = Annotated[
+    str | None, described("An artifact; left out, the one that the others were made from.", min_length=4)
+]
+Iteration = Annotated[int, described("Number of the iteration, from 1.", ge=1, le=1_000_000)]
+Iterations = Annotated[
+    int | None, described("Iterations of the loop; left out, as the preset says.", ge=1, le=1_000_000)
+]
+Seed = Annotated[int | None, described("Seed; left out, as the preset says.", ge=0, lt=2**32)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Mix = Annotated[
+    dict[str, Weight] | None,
+    described("Weight of each reward component, all of them; left out, as the preset says."),
+]
+Samples = Annotated[int | None, described("Held-out samples; left out, as the preset says.", ge=1, le=10_000_000)]
+Blind = Annotated[bool, described("Show grey images in place of those that tools make.")]
+Force = Annotated[bool, described("Make a new attempt even if there is one.")]
+
+_server.guard()
+machines.take_device = device
 
 
-def opened(preset: str, overrides: list[str]) -> tuple[Config, Store]:
-    config = load(preset, overrides)
+def opened(preset: str, overrides: list[str], **settings) -> tuple[Config, Store]:
+    """settings: name -> value of those that are parameters of the flow; None leaves the preset's."""
+    here = str(Path.cwd())
+    if here not in sys.path:  # a user's own reward functions
+        sys.path.insert(0, here)
+    config = load(preset, with_settings(overrides, **settings))
     return config, Store(config.where.store)
 
 
-def origin(store: Store, artifact: Artifact, name: str) -> Artifact:
-    """The input `name` that an artifact was made from."""
-    entry = artifact.manifest["recipe"]["inputs"][name]
-    return store.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
+def with_settings(overrides: list[str], **settings) -> list[str]:
+    return [*overrides, *(f"{name}={json.dumps(value)}" for name, value in settings.items() if value is not None)]
 
 
 def ended(config: Config, store: Store, artifact: Artifact, cached: bool) -> State:
     """The state shows whether anything was done; its data is the reference, never the data itself."""
-    if not cached and machines.CURRENT.get() is None:  # within a loop its tracker does this
-        tracking.log_stage(artifact, store, config.where.tracking)
+    if machines.CURRENT.get() is not None:  # within a loop its tracker logs
+        link = _ui.LOOP_LINK.get()
+    elif cached and _server.is_embedded():  # nobody can look
+        link = None
+    else:
+        link = tracking.log_stage(artifact, store, config.where.tracking)
+    _ui.show_artifact(artifact, cached, link)
     return Completed(name="Cached" if cached else "Completed", data=str(artifact.reference))
 
 

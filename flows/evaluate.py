@@ -2,8 +2,19 @@
 
 from prefect import flow
 
-from flows._common import Force, Optional, Overrides, Preset, Reference, ended, main, opened, origin
-from thinkimg import console
+from flows._common import (
+    Blind,
+    Force,
+    Optional,
+    Overrides,
+    Preset,
+    Reference,
+    Samples,
+    ended,
+    main,
+    opened,
+)
+from flows._ui import progress
 from thinkimg.stages import evaluate as stage
 
 
@@ -11,20 +22,21 @@ from thinkimg.stages import evaluate as stage
 def evaluate(
     policy: Reference,
     dataset: Optional = None,
-    samples: int | None = None,
-    blind: bool = False,
+    samples: Samples = None,
+    blind: Blind = False,
     preset: Preset = "development",
     overrides: Overrides = [],
     force: Force = False,
 ):
+    """Measure held-out accuracy of a policy, greedy and sampled."""
     config, store = opened(preset, overrides)
     player = store.resolve(policy, "policy")
-    data = store.resolve(dataset, "dataset") if dataset else origin(store, player, "dataset")
-    with console.progress("evaluate") as progress:
+    data = store.resolve(dataset, "dataset") if dataset else store.origin(player, "dataset")
+    with progress("evaluate") as tell:
         return ended(
             config,
             store,
-            *stage.evaluate(config, data, player, store, samples=samples, blind=blind, force=force, progress=progress),
+            *stage.evaluate(config, data, player, store, samples=samples, blind=blind, force=force, progress=tell),
         )
 
 

@@ -11,21 +11,29 @@ Killed anywhere and started again it goes on: what is complete is found in the s
 from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-from flows._common import Overrides, Preset, main, opened, origin
+from flows import _ui
+from flows._common import Iterations, Mix, Overrides, Preset, Seed, main, opened, with_settings
 from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.rollout import rollout
 from flows.score import score
 from flows.train import train
 from flows.warmstart import warmstart
-from thinkimg import console, report, tracking
+from thinkimg import alarms, console, report, tracking
 from thinkimg.machines import Machines
 from thinkimg.stages.train import check_mix
 
 
 @flow(name="thinkimg")
-def loop(preset: Preset = "development", overrides: Overrides = []):
+def loop(
+    preset: Preset = "development",
+    overrides: Overrides = [],
+    iterations: Iterations = None,
+    seed: Seed = None,
+    mix: Mix = None,
+):
     """Train for `iterations`; returns the reference of the final policy."""
+    overrides = with_settings(overrides, iterations=iterations, seed=seed, mix=mix)
     config, store = opened(preset, overrides)
     settings = {"preset": preset, "overrides": overrides}
     # A sub-flow lives and dies with this flow: its own heartbeat would cost a second each time.
@@ -33,15 +41,26 @@ def loop(preset: Preset = "development", overrides: Overrides = []):
         Machines(config, console.say),
         temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
         tracking.open_loop(config, store) as tracker,
+        _ui.bar("iterations") as progress,
     ):
 
         def note(step: int, **references: str) -> None:
             made = {name: store.resolve(reference) for name, reference in references.items()}
             if "demonstrations" in made.get("warmstart", made["evaluate"]).manifest["recipe"]["inputs"]:
-                made["demonstrate"] = origin(store, made["warmstart"], "demonstrations")
+                made["demonstrate"] = store.origin(made["warmstart"], "demonstrations")
             tracker.log_iteration(step, artifacts=made)
             report.step(tracker.record, step)
+            progress(step, config.iterations)
 
+        def watch(step: int) -> None:
+            found = alarms.watch(tracker, store, config, step)
+            report.alarms(found, step)
+            if config.on_alarm == "stop" and step < config.iterations and any(one.fired for one in found):
+                report.final(tracker.record, store.resolve(policy), config)
+                raise alarms.Stopped(alarms.sentence(found, step))
+
+        _ui.LOOP_LINK.set(tracker.link)
+        _ui.show_link(tracker.link)
         check_mix(config)
         ends = config.evaluate.samples_ends
         dataset = prepare(**settings)
@@ -54,6 +73,8 @@ def loop(preset: Preset = "development", overrides: Overrides = []):
             last = iteration == config.iterations
             evaluation = evaluate(policy, samples=ends if last else config.evaluate.samples, **settings)
             note(iteration, rollout=rollouts, score=scores, train=policy, evaluate=evaluation)
+            watch(iteration)
+        _ui.show_loop(tracker.record)
         report.final(tracker.record, store.resolve(policy), config)
     return policy
 

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from flows._common import Force, Overrides, Preset, ended, main, opened
-from thinkimg import console
+from flows._ui import progress
 from thinkimg.stages import prepare as stage
 
 
@@ -13,9 +13,10 @@ def prepare(
     overrides: Overrides = [],
     force: Force = False,
 ):
+    """Turn a source of questions and pictures into a data set."""
     config, store = opened(preset, overrides)
-    with console.progress("prepare") as progress:
-        return ended(config, store, *stage.prepare(config, store, force=force, progress=progress))
+    with progress("prepare") as tell:
+        return ended(config, store, *stage.prepare(config, store, force=force, progress=tell))
 
 
 if __name__ == "__main__":

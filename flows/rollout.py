@@ -2,8 +2,8 @@
 
 from prefect import flow
 
-from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened, origin
-from thinkimg import console
+from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened
+from flows._ui import progress
 from thinkimg.stages import rollout as stage
 
 
@@ -16,14 +16,15 @@ def rollout(
     overrides: Overrides = [],
     force: Force = False,
 ):
+    """Let a policy play an iteration's samples."""
     config, store = opened(preset, overrides)
     player = store.resolve(policy, "policy")
-    data = store.resolve(dataset, "dataset") if dataset else origin(store, player, "dataset")
-    with console.progress(f"rollout {iteration}") as progress:
+    data = store.resolve(dataset, "dataset") if dataset else store.origin(player, "dataset")
+    with progress(f"rollout {iteration}") as tell:
         return ended(
             config,
             store,
-            *stage.rollout(config, data, player, store, iteration=iteration, force=force, progress=progress),
+            *stage.rollout(config, data, player, store, iteration=iteration, force=force, progress=tell),
         )
 
 

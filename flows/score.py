@@ -2,8 +2,9 @@
 
 from prefect import flow
 
-from flows._common import Force, Overrides, Preset, Reference, ended, main, opened, origin
-from thinkimg import console
+from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
+from flows._runner import mapper
+from flows._ui import progress
 from thinkimg.stages import score as stage
 
 
@@ -14,11 +15,12 @@ def score(
     overrides: Overrides = [],
     force: Force = False,
 ):
+    """Score stored rollouts: one raw column per reward component."""
     config, store = opened(preset, overrides)
     played = store.resolve(rollouts, "rollouts")
-    with console.progress("score") as progress:
-        data = origin(store, played, "dataset")
-        return ended(config, store, *stage.score(config, data, played, store, force=force, progress=progress))
+    data = store.origin(played, "dataset")
+    with progress("score") as tell, mapper(config.where) as run:
+        return ended(config, store, *stage.score(config, data, played, store, force=force, progress=tell, mapper=run))
 
 
 if __name__ == "__main__":

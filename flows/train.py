@@ -2,8 +2,8 @@
 
 from prefect import flow
 
-from flows._common import Force, Optional, Overrides, Preset, Reference, ended, main, opened, origin
-from thinkimg import console
+from flows._common import Force, Mix, Optional, Overrides, Preset, Reference, ended, main, opened
+from flows._ui import progress
 from thinkimg.stages import train as stage
 
 
@@ -13,18 +13,20 @@ def train(
     reference: Optional = None,
     preset: Preset = "development",
     overrides: Overrides = [],
+    mix: Mix = None,
     force: Force = False,
 ):
-    config, store = opened(preset, overrides)
+    """Take GRPO steps from scored rollouts to the next policy."""
+    config, store = opened(preset, overrides, mix=mix)
     judged = store.resolve(scores, "scores")
-    played = origin(store, judged, "rollouts")
-    data, player = origin(store, played, "dataset"), origin(store, played, "policy")
+    played = store.origin(judged, "rollouts")
+    data, player = store.origin(played, "dataset"), store.origin(played, "policy")
     anchor = store.resolve(reference, "policy") if reference else None
-    with console.progress("train") as progress:
+    with progress("train") as tell:
         return ended(
             config,
             store,
-            *stage.train(config, data, player, played, judged, store, reference=anchor, force=force, progress=progress),
+            *stage.train(config, data, player, played, judged, store, reference=anchor, force=force, progress=tell),
         )
 
 

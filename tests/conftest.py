@@ -10,6 +10,11 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+# An example's time says nothing where other work takes the cores.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 CORPUS = [
     "<think>The stripes at 63, 27 are too fine to see. I crop the image there.</think>",

@@ -12,15 +12,18 @@ import pytest
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import load
 from thinkimg.manifest import canonical
-from thinkimg.stages import prepare, score, train, warmstart
+from thinkimg.stages import pairs, prepare, score, train, warmstart
 
 GOLDEN = {
     "prepare": (1, "3b218f342e0031d35b434fb96440ebf6a8e2c096f5483af2af1ac3784b340a4d"),
-    "demonstrate": (1, "ace98327b49890ff0fcf301d71ac6894b485c91252b367cd1472bf66e92345fb"),
-    "score": (1, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
+    "demonstrate": (2, "ddfa3bea6fd9fd2937ddb026a73678c0ac8b9f76101a961ef063804327910614"),
+    "pairs": (1, "3484d9f147e92a0a2136223d58ff285075234d6781efa10beb42018f64619e61"),
+    "compare": (2, "58d7f5ae2af41e2184f36651b43bcb3c087042169c718f6cff46be08f3e0a469"),
+    "score": (2, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
     "advantages": (2, "ede1dc795e27b5c0c68011ade8e4e4a29c3d0f89ef2f7ac6040384d568746b7a"),
 }
-OVERRIDES = ["data.train=12", "data.held_out=8", "data.seed=4", "seed=4"]
+OVERRIDES = ["data.train=12", "data.held_out=8", "data.seed=4", "seed=4", "warmstart.pairs=8", "image.types=[]"]
+MIX = "mix={format: 0.2, tool: 0.3, answer: 0.5}"
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +35,17 @@ def outputs(tmp_path_factory) -> dict[str, tuple[int, str]]:
     dataset, _ = prepare.prepare(config, store)
     with contextlib.ExitStack() as stack:
         base = warmstart.BaseModel(config, dataset, stack)
-        plan = warmstart.script_recipe(config, dataset)
+        known, _ = pairs.pairs(config, store, split="train", count=8)
+        plan = warmstart.script_recipe(config, dataset, known)
         scripted, _ = store.build(
-            "demonstrations", plan, lambda w: warmstart.demonstrate(w, config, dataset, base, lambda *_: None)
+            "demonstrations", plan, lambda w: warmstart.demonstrate(w, config, dataset, base, lambda *_: None, known)
         )
     scores, _ = score.score(config, dataset, scripted, store)
     return {
         "prepare": (prepare.VERSION, digest(dataset, "samples")),
+        "pairs": (pairs.VERSION, digest(known, "pairs")),
         "demonstrate": (warmstart.VERSION, digest(scripted, "trajectories")),
+        "compare": (warmstart.VERSION, digest(scripted, "comparisons")),
         "score": (score.VERSION, digest(scores, "scores")),
         "advantages": (train.VERSION, weighed(scores)),
     }
@@ -51,7 +57,7 @@ def digest(artifact: Artifact, table: str) -> str:
 
 
 def weighed(scores: Artifact) -> str:
-    config = load("tiny", OVERRIDES)
+    config = load("tiny", [*OVERRIDES, MIX])
     components, _, _ = score.read_scores(scores)
     groups, stops = np.repeat(["a", "b", "c"], 4), ["answer"] * 11 + ["max_turns"]
     totals, result = train.weigh(config, components, groups, train.counted(stops, [[]] * 12))

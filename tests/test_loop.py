@@ -19,10 +19,11 @@ extends: tiny
 iterations: 2
 data: {train: 16, held_out: 8}
 conversation: {max_turns: 3, max_turn_tokens: 24}
-warmstart: {steps: 3, batch: 8}
+warmstart: {steps: 3, batch: 8, pairs: 8}
+image: {types: [self, teacher, attention, embedding]}
 rollout: {samples: 4, group_size: 4}
 rewards: {functions: ["my_rewards:brevity"]}
-mix: {format: 0.2, tool: 0.3, answer: 0.5, brevity: 1.0}
+mix: {format: 0.2, tool: 0.3, answer: 0.5, brevity: 1.0, image: 0.2}
 train: {steps: 1}
 evaluate: {samples: 4, samples_ends: 8, k: 1}
 where: {engine: {cpu_kvcache_gib: 1, max_num_seqs: 32}, tracking: {traces: 2}}
@@ -82,9 +83,10 @@ def artifacts(place: Path, kind: str) -> list:
 def test_a_killed_loop_goes_on_and_makes_everything_once(place, output):
     counts = {
         kind: len(artifacts(place, kind))
-        for kind in ("dataset", "demonstrations", "policy", "rollouts", "scores", "evaluation")
+        for kind in ("dataset", "pairs", "clip", "demonstrations", "policy", "rollouts", "scores", "evaluation")
     }
-    assert counts == {"dataset": 1, "demonstrations": 1, "policy": 3, "rollouts": 2, "scores": 2, "evaluation": 3}
+    once = dict.fromkeys(("dataset", "pairs", "clip", "demonstrations"), 1)
+    assert counts == once | {"policy": 3, "rollouts": 2, "scores": 2, "evaluation": 3}
     store = Store(place / "artifacts")
     for artifact in store.list():
         assert store.verify(artifact) == []
@@ -137,7 +139,9 @@ def test_mlflow_has_the_loop_and_every_executed_stage(place, output):
     (loop,) = client.search_runs([experiments["thinkimg"]])
     history = client.get_metric_history(loop.info.run_id, "eval/accuracy")
     assert [metric.step for metric in history] == [0, 1, 2]
-    for key in ("reward/brevity", "reward/total", "tool/rate", "parity/mean_abs", "time/train_s"):
+    logged = ["self", "teacher", "attention", "embedding", "brevity", "total"]
+    keys = [f"reward/{name}" for name in logged] + ["tool/rate", "parity/mean_abs", "time/train_s", "alarm/no_step"]
+    for key in keys:
         assert [metric.step for metric in client.get_metric_history(loop.info.run_id, key)] == [1, 2], key
     stages = client.search_runs([experiments["thinkimg-stages"]], max_results=100)
     logged = sorted(run.data.tags["thinkimg.artifact"] for run in stages)
@@ -151,7 +155,7 @@ def test_a_second_run_finds_everything_cached(place, output):
     assert {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("manifest.json")} == before
     assert time.monotonic() - started < 120
     plan = run(place, "run", "--dry-run")
-    assert "missing" not in plan and plan.count("Cached") == 3 + 2 * 3 + 3
+    assert "missing" not in plan and plan.count("Cached") == 5 + 2 * 3 + 3
 
 
 def test_one_stage_runs_again_from_its_artifacts_with_another_mix(place, output):
@@ -171,6 +175,21 @@ def test_with_nothing_to_learn_no_step_is_taken(place, output):
     assert policy.metrics["train/rows"] == 0
     weights = "policy/model/model.safetensors"
     assert policy.files[weights]["sha256"] == start_policy.files[weights]["sha256"]
+
+
+def test_an_alarm_ends_a_loop_that_asks_for_it_when_everything_is_published(place, output):
+    process = start(place, "run", "--set", "mix={brevity: 0.0}", "--set", "on_alarm=stop")
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, printed[-4000:]
+    (said,) = [line for line in printed.splitlines() if line.startswith("thinkimg: ")]
+    assert "Stopped after iteration 1" in said and "no_step" in said and "Traceback" not in printed
+    assert "Alarms of iteration 1" in printed and "Final policy: " in printed
+    records = [json.loads(path.read_bytes()) for path in (place / "artifacts" / "loops").glob("*.json")]
+    (record,) = [record for record in records if record["config"]["mix"] == {"brevity": 0.0}]
+    assert [iteration["step"] for iteration in record["iterations"]] == [0, 1] and record["status"] == "FAILED"
+    assert set(record["iterations"][1]["artifacts"]) == {"rollout", "score", "train", "evaluate"}
+    assert record["iterations"][1]["metrics"]["alarm/no_step"] == 1
+    assert {row["alarm"] for row in record["tables"]["alarms"] if row["fired"]} == {"no_step"}
 
 
 @pytest.mark.parametrize(

@@ -164,3 +164,34 @@ def test_wait_times_out():
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(0.1)
         assert child.returncode is None
+
+
+def test_scratch_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "run_directory", lambda: tmp_path)
+    repository = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from thinkimg import process
+process.run_directory = lambda: Path(sys.argv[2])
+with process.scratch() as directory:
+    (directory / "media").mkdir()
+    print(directory, flush=True)
+    time.sleep(600)
+"""
+    others = [
+        subprocess.Popen([sys.executable, "-c", code, repository, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        killed, living = (other.stdout.readline().strip() for other in others)
+        others[0].kill()
+        others[0].wait()
+        with process.scratch() as mine:
+            assert sorted(map(str, tmp_path.glob("scratch-*"))) == sorted([living, str(mine)])
+        assert [str(path) for path in tmp_path.glob("scratch-*")] == [living] and killed != living
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from rewards_rows import batch, call, failed, final, malformed, sample, trajectory
 
-from thinkimg.config import RewardsConfig
+from thinkimg.config import ImageConfig, RewardsConfig
 from thinkimg.errors import UserError
-from thinkimg.rewards import COMPONENTS, Score, Status, components, sources
+from thinkimg.rewards import COMPONENTS, JUDGES, Score, Status, components, sources
 from thinkimg.rewards._functions import load
 
 IMAGE = Image.new("RGB", (3, 2))
@@ -34,7 +34,7 @@ def module(tmp_path, monkeypatch):
         importlib.invalidate_caches()
         load.cache_clear()
         config = RewardsConfig(functions=(f"own:{name}",))
-        return components(config)[name](batch(rows, one, Images(), functions=config.functions))
+        return components(config, ImageConfig())[name](batch(rows, one, Images(), functions=config.functions))
 
     yield write
     sys.modules.pop("own", None)
@@ -50,7 +50,7 @@ def test_a_function_of_trls_form_is_one_more_component(module):
     scores = module(body)
     assert values(scores) == [len(row.turns[-1].text) / 100 for row in ROWS]
     config = RewardsConfig(functions=("own:mine",))
-    assert list(components(config)) == [*COMPONENTS, "mine"]
+    assert list(components(config, ImageConfig(types=tuple(JUDGES)))) == [*COMPONENTS, "mine"]
     assert sources(config) == {"own:mine": hashlib.sha256(body.encode()).hexdigest()}
 
 
@@ -59,7 +59,7 @@ def test_the_source_on_record_is_the_one_that_runs(module, tmp_path):
     config = RewardsConfig(functions=("own:mine",))
     recorded = sources(config)
     (tmp_path / "own.py").write_text("def mine(completions, **columns): return [0.25, 0.25]")
-    assert values(components(config)["mine"](batch(ROWS))) == [1, 1] and sources(config) == recorded
+    assert values(components(config, ImageConfig())["mine"](batch(ROWS))) == [1, 1] and sources(config) == recorded
 
 
 def test_it_is_called_as_trl_calls_it(module, tmp_path):
@@ -95,7 +95,10 @@ def mine(prompts, completions, completion_ids, images, **columns):
 def test_trls_own_functions_run_unchanged():
     """think_format_reward of TRL reads the first message of each completion."""
     path = "trl.rewards:think_format_reward"
-    assert values(components(RewardsConfig(functions=(path,)))["think_format_reward"](batch(ROWS))) == [1, 1]
+    assert values(components(RewardsConfig(functions=(path,)), ImageConfig())["think_format_reward"](batch(ROWS))) == [
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ Callable = Own()
 """
     module(body, rows=[])
     with pytest.raises(UserError) as caught:
-        components(RewardsConfig(functions=(path,)))
+        components(RewardsConfig(functions=(path,)), ImageConfig())
     assert says in str(caught.value)
 
 
@@ -200,4 +203,4 @@ def test_a_module_that_raises_is_the_users_mistake(module):
 def test_two_functions_of_one_name_are_refused(module):
     module("def mine(completions, **columns): return []", rows=[])
     with pytest.raises(UserError, match="the name is taken"):
-        components(RewardsConfig(functions=("own:mine", "own:mine")))
+        components(RewardsConfig(functions=("own:mine", "own:mine")), ImageConfig())

@@ -15,7 +15,7 @@ from thinkimg import schemas
 from thinkimg.artifacts import Recipe, Store
 from thinkimg.config import load
 from thinkimg.errors import UserError
-from thinkimg.rewards import COMPONENTS
+from thinkimg.rewards import COMPONENTS, JUDGES
 from thinkimg.rewards._functions import load as load_function
 from thinkimg.schemas import AnswerType, to_row
 from thinkimg.stages import score as stage
@@ -25,7 +25,8 @@ SHA = "ab" * 32
 
 
 def config(**rewards):
-    return load("tiny", [f"rewards.{name}={json.dumps(value)}" for name, value in rewards.items()])
+    overrides = [f"rewards.{name}={json.dumps(value)}" for name, value in rewards.items()]
+    return load("tiny", ["image.types=[]", *overrides])
 
 
 def table(rows, schema):
@@ -102,7 +103,7 @@ def test_every_trajectory_has_a_row_and_every_component_a_column(made, own):
     assert {name: entry["rows"] for name, entry in artifact.files.items()} == {
         "scores-00000.parquet": 4, "scores-00001.parquet": 8, "scores-00002.parquet": 4,
     }  # fmt: skip
-    names = [*COMPONENTS, "luck"]
+    names = [*(name for name in COMPONENTS if name not in JUDGES), "luck"]
     rows = [row for part in artifact.table_files("scores") for row in pq.read_table(part).to_pylist()]
     assert pq.read_schema(artifact.path("scores-00000.parquet")) == schemas.scores(names)
     for row, played in zip(rows, [row for part in PARTS for row in part], strict=True):
@@ -146,8 +147,12 @@ def test_the_same_is_not_scored_twice_and_gives_the_same_bytes(made, tmp_path):
 def test_what_defines_the_scores_is_in_the_fingerprint(made, own, tmp_path):
     _, dataset, rollouts = made
 
+    def of(settings):
+        bench = stage.bench_of(settings, dataset, rollouts, None, None, None)
+        return stage.recipe(settings, dataset, rollouts, bench).fingerprint
+
     def fingerprint(**rewards):
-        return stage.recipe(config(**rewards), dataset, rollouts).fingerprint
+        return of(config(**rewards))
 
     with_function = fingerprint(functions=["own_rewards:luck"])
     with open(tmp_path / "own_rewards.py", "a") as file:
@@ -160,10 +165,8 @@ def test_what_defines_the_scores_is_in_the_fingerprint(made, own, tmp_path):
         fingerprint(number_tolerance=0.1),
     }
     assert len(different) == 4
-    assert (
-        fingerprint()
-        == stage.recipe(load("tiny", ["where.workers=1", "mix={answer: 1}"]), dataset, rollouts).fingerprint
-    )
+    elsewhere = ["where.workers=1", "mix={answer: 1}", "image.types=[]", "image.only_if_right=true"]
+    assert fingerprint() == of(load("tiny", elsewhere))
 
 
 def test_a_resumed_run_scores_only_what_is_missing(made):
@@ -196,15 +199,28 @@ def test_a_mapper_gets_whole_jobs_that_run_anywhere(made):
         found = {}
         for job in reversed(jobs):
             stage.forget()
-            thread = threading.Thread(target=lambda job=job: found.__setitem__(job, run(job)))
+            thread = threading.Thread(target=lambda job=job: found.__setitem__(job.component, run(job)))
             thread.start()
             thread.join()
         seen.extend(job.component for job in jobs)
-        return [found[job] for job in jobs]
+        return [found[job.component] for job in jobs]
 
     artifact, _ = score(config(), dataset, rollouts, store, mapper=elsewhere)
-    assert seen == list(COMPONENTS) * 3
+    assert seen == [name for name in COMPONENTS if name not in JUDGES] * 3
     assert artifact.digest == score(config(), dataset, rollouts, store, force=True)[0].digest
+
+
+def test_rollouts_without_a_processed_image_need_no_judge_and_an_empty_part_no_row(tmp_path):
+    """No CLIP is loaded: there is none here by that name."""
+    store = Store(tmp_path / "store")
+    dataset = make_dataset(store)
+    settings = load("tiny", ["image.types=[embedding]", "image.embedding={model: nobodys-clip, pretrained: null}"])
+    artifact, _ = score(settings, dataset, make_rollouts(store, dataset, [group(0), []]), store)
+    column = [row["embedding"] for row in artifact.table("scores").to_pylist()]
+    assert [(one["value"], one["status"]) for one in column] == [(0.0, "zero")] * 3 + [(None, "missing")]
+    assert column[0]["reason"] == "No image was processed."
+    assert artifact.table("judgements").num_rows == 0 and artifact.files["judgements-00001.parquet"]["rows"] == 0
+    assert artifact.metrics["reward/embedding"] == 0.0 and artifact.metrics["missing/embedding"] == 1
 
 
 def test_no_part_is_kept_in_memory(made):

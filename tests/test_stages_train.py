@@ -49,4 +49,4 @@ def test_a_mix_of_something_that_is_never_scored_is_refused_at_once():
 
 
 def test_one_weight_is_changed_without_losing_the_others():
-    assert load("tiny", ["mix.answer=0.9"]).mix == {"format": 0.2, "tool": 0.3, "answer": 0.9}
+    assert load("tiny", ["mix.answer=0.9"]).mix == {"format": 0.2, "tool": 0.3, "answer": 0.9, "image": 0.2}

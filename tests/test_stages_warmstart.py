@@ -9,22 +9,25 @@ import pytest
 from PIL import Image
 
 from thinkimg.artifacts import Artifact, Store
+from thinkimg.chat import compare
+from thinkimg.chat.codec import Codec
 from thinkimg.config import Config, load
 from thinkimg.data.demonstrations import right_calls
 from thinkimg.data.images import load_samples
 from thinkimg.errors import UserError
 from thinkimg.schemas import StopReason, Trajectory, TurnKind, from_row
-from thinkimg.stages import prepare, warmstart
+from thinkimg.stages import pairs, prepare, warmstart
 
 
 def demonstrations(config: Config, store: Store) -> tuple[Artifact, Artifact]:
     dataset, _ = prepare.prepare(config, store)
     with contextlib.ExitStack() as stack:
         base = warmstart.BaseModel(config, dataset, stack)
+        known = pairs.pairs(config, store, split="train", count=24)[0] if warmstart.has_pairs(config) else None
         made, _ = store.build(
             "demonstrations",
-            warmstart.script_recipe(config, dataset),
-            lambda work: warmstart.demonstrate(work, config, dataset, base, lambda done, total: None),
+            warmstart.script_recipe(config, dataset, known),
+            lambda work: warmstart.demonstrate(work, config, dataset, base, lambda done, total: None, known),
         )
     return dataset, made
 
@@ -73,6 +76,37 @@ def test_without_tools_the_right_answer_is_demonstrated(tmp_path):
     dataset, scripted = demonstrations(config, Store(tmp_path))
     answers = {sample.sample_id: sample.answer for sample in load_samples(dataset, "train")}
     assert all(len(row.turns) == 1 and row.answer == answers[row.sample_id] for row in rows(scripted))
+
+
+def test_every_known_pair_is_compared_in_both_orders_with_the_rating_as_the_only_sampled_token(made, tmp_path):
+    config, dataset, scripted = made
+    known = {
+        row["sample_id"]: row
+        for row in Store(scripted.directory.parents[2])
+        .resolve(next_input(scripted, "pairs"))
+        .table("pairs")
+        .to_pylist()
+    }
+    with contextlib.ExitStack() as stack:
+        codec = Codec.load(warmstart.BaseModel(config, dataset, stack).directory)
+    ratings = compare.rating_tokens(codec)
+    compared = [from_row(Trajectory, row) for row in scripted.table("comparisons").to_pylist()]
+    assert len(compared) == 4 * len(known) == 4 * 24
+    seen = Counter()
+    for row in compared:
+        pair = known[row.sample_id]
+        helps = [{pair["right"]: 2, pair["original"]: 1, pair["wrong"]: 0}[sha] for sha in row.images]
+        assert row.roles == (0,) * (len(row.tokens) - 1) + (1,)
+        assert row.tokens[-1] == ratings[int(np.argmax(helps))] and row.answer == compare.RATINGS[np.argmax(helps)]
+        assert row.tokens[:-1] == tuple(compare.prompt(codec, pair["question"]))
+        assert row.tokens.count(codec.image) == 2 and len(row.grids) == 2
+        seen[tuple(helps)] += 1
+    assert seen == {(1, 2): 24, (2, 1): 24, (1, 0): 24, (0, 1): 24}
+
+
+def next_input(artifact: Artifact, name: str) -> str:
+    found = artifact.manifest["recipe"]["inputs"][name]
+    return f"{found['kind']}/{found['fingerprint']}/{found['attempt']}"
 
 
 @pytest.fixture

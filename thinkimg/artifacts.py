@@ -4,6 +4,7 @@ artifacts/<kind>/<fingerprint>/.lock         one process at a time works on a fi
                                0001/         an attempt, complete: it has its name and a manifest.json
                                0002.work/    the next attempt in progress, in closed parts
                                0002.jsonl    its journal, the closed parts with their hashes; goes after the rename
+                               0001.dropped  a mark: `gc` has removed the files of 0001, all but its manifest
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from thinkimg import files
 from thinkimg.errors import UserError
 from thinkimg.manifest import (
+    DROPPED,
     MANIFEST,
     Artifact,
     Recipe,
@@ -171,6 +173,7 @@ class Work:
     def _recover(self) -> None:
         """Keep the parts of a killed run whose bytes are those in the journal; remove everything else."""
         files.make_directory(self.directory)
+        files.remove(self.directory.with_suffix(DROPPED))  # of an attempt of this number that gc has removed since
         lines = self._journal.read_bytes().splitlines() if self._journal.exists() else []
         for line in lines:
             try:
@@ -274,6 +277,13 @@ class Store:
         what = "several artifacts begin" if matches else f"no {kind or 'artifact'} under {self.root} begins"
         raise UserError(f"{what} with {reference!r}", hint=f"there are {listed}" if names else "there are none yet")
 
+    def origin(self, artifact: Artifact, name: str) -> Artifact:
+        """The input `name` that an artifact was made from. Raises UserError if there is none, or the store has it no more."""
+        entry = artifact.manifest["recipe"]["inputs"].get(name)
+        if entry is None:
+            raise UserError(f"{artifact.reference} was not made from {name}.")
+        return self.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
+
     def verify(self, artifact: Artifact | Path) -> list[Problem]:
         """Hash every file again, and the manifest itself; one problem for each that is missing, extra or different."""
         directory = artifact.directory if isinstance(artifact, Artifact) else artifact
@@ -282,9 +292,12 @@ class Store:
         except UserError as error:
             return [Problem(MANIFEST, str(error))]
         problems = []
+        dropped = directory.with_suffix(DROPPED).is_file()
         expected = {entry["name"]: entry for entry in manifest["files"]}
         for name in sorted({MANIFEST, *expected} | set(files.files_under(directory))):
             path, entry = directory / name, expected.get(name)
+            if dropped and name != MANIFEST and not path.exists():
+                continue
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 problems.append(Problem(name, "not a regular file"))
             elif not path.exists():
@@ -321,6 +334,15 @@ class Store:
                     for path in found if remove else ():
                         files.remove(path)
         return left
+
+    def busy(self) -> list[Path]:
+        """Homes (kind/fingerprint) on which a process works right now."""
+        found = []
+        for home in self._homes(None):
+            if (home / ".lock").exists():
+                with files.locked(home / ".lock", wait=False) as free:
+                    found += [] if free else [home]
+        return found
 
     def _homes(self, kind: str | None) -> list[Path]:
         return sorted(path for path in self.root.glob(f"{kind or '*'}/*") if path.is_dir() and len(path.name) == 64)

@@ -10,8 +10,12 @@ from cyclopts import App, Parameter
 
 from thinkimg import __version__
 from thinkimg.errors import UserError
+from thinkimg.ledger_cli import ledger
 
 app = App(name="thinkimg", help="Teach a vision-language model to think with images.", version=__version__)
+
+EXPLAINED = {"EngineError", "TrainerError", "PrefectUnavailable", "Stopped"}
+"""RuntimeErrors (and what derives from them) that say all there is to say; named here, their modules need not be loaded."""
 
 Preset = Annotated[str, Parameter(name=["--preset", "-p"], help="Name of a preset, or the path of a YAML file.")]
 Set = Annotated[
@@ -139,6 +143,12 @@ def schema() -> None:
     print(json.dumps(found, indent=1))
 
 
+app.command(
+    "thinkimg.cli_artifacts:app",
+    name="artifacts",
+    help="What the stages made: list, show, lineage, verify, gc, export.",
+)
+
 track = App(name="track", help="MLflow, the projection of the store.")
 app.command(track)
 
@@ -165,6 +175,32 @@ def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
     os.execvp("sh", ["sh", "-c", f"exec env {command}"])
 
 
+app.update(ledger)
+
+calibrate = App(name="calibrate", help="Find what a judge needs to know about a model.")
+app.command(calibrate)
+
+
+@calibrate.command
+def attention(
+    policy: Reference,
+    *,
+    pairs: Annotated[int, Parameter(help="How many of the built-in puzzles to try it on, at most.")] = 100,
+    preset: Preset = "tiny",
+    set: Set = None,
+) -> None:
+    """Layer and query rows at which attention tells right from wrong processing of the built-in puzzles."""
+    from thinkimg.artifacts import Store
+    from thinkimg.config import load
+    from thinkimg.report import calibration
+    from thinkimg.stages.calibrate import calibrate_attention
+
+    config = load(preset, set or ())
+    store = Store(config.where.store)
+    player = store.resolve(policy, "policy")
+    calibration(calibrate_attention(config, player, store, count=pairs))
+
+
 def plan(config) -> None:
     """Print the resolved config as YAML and, stage by stage, what the store holds already."""
     import yaml
@@ -178,25 +214,36 @@ def plan(config) -> None:
 
 
 def guarded(command: Callable[[], object]) -> None:
-    """Run a command; a user's mistake is one sentence on stderr and exit code 2, a broken engine or trainer exit code 1."""
+    """Run a command; a user's mistake is one sentence on stderr and exit code 2, a broken engine or trainer, or an alarm, exit code 1."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # Prefect logs every exception once per flow level
     sys.path.insert(0, str(Path.cwd()))  # a user's own reward functions
     try:
         command()
-    except UserError as error:
-        print(f"thinkimg: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        # EngineError and TrainerError say all there is to say; named here, their modules need not be loaded.
-        if type(error).__name__ not in ("EngineError", "EngineUnavailable", "TrainerError"):
+    except Exception as error:
+        sentence, code = explained(error)
+        if sentence is None:
             raise
-        print(f"thinkimg: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except TypeError as error:
-        if type(error).__name__ != "ParameterTypeError":  # Prefect's: a flow's argument does not fit
-            raise
-        print(f"thinkimg: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"thinkimg: {sentence}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def explained(error: Exception) -> tuple[str | None, int]:
+    """What a person is told, and the exit code; None for what nobody has foreseen."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, UserError):
+        return str(error), 2
+    if "ParameterTypeError" in kinds:  # Prefect's: a flow's argument does not fit
+        return " ".join(str(error).split()), 2
+    if EXPLAINED & kinds:
+        return str(error), 1
+    if str(error).startswith("Failed to reach API") or type(error).__module__.partition(".")[0] in (
+        "httpx",
+        "httpcore",
+    ):
+        said = str(error).split("\n")[0] or type(error).__name__
+        hint = "start it (`make server`), or unset PREFECT_API_URL; then run this again: what is complete is kept"
+        return f"Prefect's server does not answer ({said}). Hint: {hint}.", 1
+    return None, 1
 
 
 def main() -> None:

@@ -157,6 +157,8 @@ class WarmstartConfig(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(10, ge=0)
     flaws: Flaws = Flaws()
+    pairs: int = Field(0, ge=0)
+    """Puzzles from which a tiny policy also learns to compare images, as the image reward `self` asks it to."""
     checkpoint: str | None = None
     """Directory of a warm-started model to take instead of training one; with LoRA set model.path to it."""
 
@@ -173,6 +175,65 @@ class RewardsConfig(Settings):
     """Relative tolerance of numeric answers."""
     functions: tuple[str, ...] = ()
     """A user's own rewards by import path, `package.module:function`, as fn(completions, **columns) -> list[float]."""
+
+
+class TeacherConfig(Settings):
+    """A larger model that judges, behind the OpenAI-compatible endpoint `where.teacher.url`."""
+
+    model: str = "Qwen/Qwen2.5-VL-72B-Instruct"
+    """Its name at the endpoint; "warmstart": the frozen first policy, which a loop serves on a second server of its own."""
+    prefix: bool = True
+    """Begin the reply for the model, so that its next token is the rating: vLLM and SGLang can, OpenAI's own API can't."""
+    fallback: Literal["error", "self", "skip"] = "self"
+    """Where the endpoint can't be reached: fail, take the policy's own judgement for whole groups, or have no value."""
+
+
+class AttentionConfig(Settings):
+    """Where attention is read; `thinkimg calibrate attention` finds both for a model."""
+
+    layer: int = Field(22, ge=0)
+    """Layer of the language model, from 0."""
+    rows: Literal["text", "last"] = "text"
+    """The query rows: all tokens of the text, or the last token of the prompt."""
+
+
+class EmbeddingConfig(Settings):
+    model: str = "ViT-B-32"
+    """A model of open_clip, `hf-hub:…`, `local-dir:…`; "warmstart": a small one that the warm start trains on the puzzles."""
+    pretrained: str | None = "laion2b_s34b_b79k"
+    """Tag or file of its weights; null where the model's name says it all."""
+
+
+ImageReward = Literal["self", "teacher", "attention", "embedding"]
+
+
+class ImageConfig(Settings):
+    """The reward of the processed image itself."""
+
+    types: tuple[ImageReward, ...] = ("embedding",)
+    """Who judges; each is a raw column of the scores. Without any there is no image reward."""
+    weights: dict[ImageReward, Annotated[float, Field(ge=0)]] = {
+        "self": 0.3, "teacher": 0.3, "attention": 0.2, "embedding": 0.2,
+    }  # fmt: skip
+    """Weight of each type in `image`, the part of the mix: those of `types` are divided by their sum. Applied with the mix."""
+    which: Literal["final", "best", "mean"] = "final"
+    """Which of a conversation's processed images counts."""
+    only_if_right: bool = False
+    """Count the image reward only where the answer is right; applied with the mix."""
+    teacher: TeacherConfig = TeacherConfig()
+    attention: AttentionConfig = AttentionConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Self:
+        if not set(self.types) <= set(self.weights):
+            raise ValueError("image.weights must have a weight for each of image.types")
+        return self
+
+    def scored(self) -> dict[str, Any]:
+        """What of this defines scores; the rest defines the mix."""
+        tree = self.model_dump(mode="json", exclude={"weights", "only_if_right"})
+        return {name: value for name, value in tree.items() if name in ("types", "which") or name in self.types}
 
 
 class ParityConfig(Settings):
@@ -233,6 +294,23 @@ class EngineConfig(Settings):
     """A request that takes longer fails and is sent again."""
 
 
+class TeacherEndpoint(Settings):
+    """Where the teacher answers."""
+
+    url: str | None = None
+    """Base URL of an OpenAI-compatible API, as http://host:8000/v1."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, where the endpoint wants one."""
+    concurrency: Positive = 32
+    """Requests in flight."""
+    timeout_s: Positive = 20
+    """For one request."""
+    retries: int = Field(1, ge=0)
+    """Of a request that failed or took too long, with growing pauses."""
+    cpu_threads_bind: str | None = None
+    """VLLM_CPU_OMP_THREADS_BIND of the loop's own second server on a CPU ("warmstart")."""
+
+
 class TrainerConfig(Settings):
     """Where and how the trainer runs."""
 
@@ -259,10 +337,14 @@ class WhereConfig(Settings):
     store: str = "artifacts"
     """Root of the artifact store."""
     engine: EngineConfig = EngineConfig()
+    teacher: TeacherEndpoint = TeacherEndpoint()
     trainer: TrainerConfig = TrainerConfig()
     tracking: TrackingConfig = TrackingConfig()
     workers: Positive = 4
     """Threads for decoding images, image tools and scoring."""
+    runner: str = Field("threads", pattern=r"^(threads|dask|(tcp|tls)://\S+)$")
+    """Who scores: threads of this process, Dask with so many processes of this machine, or the Dask scheduler at an
+    address such as tcp://10.0.0.1:8786, whose workers must see the store under the same path."""
 
     def public(self) -> dict[str, Any]:
         """As JSON for manifests and people: without a password in the tracking URI."""
@@ -293,10 +375,13 @@ class Config(Settings):
     warmstart: WarmstartConfig = WarmstartConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
-    mix: dict[str, Annotated[float, Field(ge=0)]] = {"format": 0.2, "tool": 0.3, "answer": 0.5}
+    image: ImageConfig = ImageConfig()
+    mix: dict[str, Annotated[float, Field(ge=0)]] = {"format": 0.2, "tool": 0.3, "answer": 0.3, "image": 0.2}
     """Weight of each reward component; applied when advantages are computed, so that another mix needs no new scores."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """What an alarm does to the loop (see thinkimg/alarms.py): tell, or tell and end it. Not part of what the loop is."""
     where: WhereConfig = WhereConfig()
 
     @model_validator(mode="after")
@@ -331,6 +416,8 @@ def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = (
             ) from None
         if key.startswith("mix."):  # one weight of the mix, and not a mix of this one alone
             tree.setdefault("mix", dict(Config.model_fields["mix"].default))
+        if key.startswith("image.weights."):
+            tree["image"] = merge({"weights": ImageConfig().weights}, tree.get("image", {}))
         assign(tree, key.strip().split("."), value)
     return validate(tree)
 

@@ -43,3 +43,17 @@ class _Lines:
 
 def say(line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
+
+
+def decimal(value: float) -> str:
+    """A figure for people: counts as they are, the rest with three significant digits."""
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def size(count: int) -> str:
+    """Bytes for people, as in 3.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

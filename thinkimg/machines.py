@@ -5,12 +5,12 @@ A loop that finds everything cached starts neither. A stage that runs alone open
 
 import contextlib
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from thinkimg import process
 from thinkimg.base import base_entry
 from thinkimg.config import Config
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 CURRENT: ContextVar["Machines | None"] = ContextVar("machines", default=None)
 
+take_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+"""Entered before anything is started and left after all has ended; the flows put a queue here, for machines that several
+runs share."""
+
 
 class Machines:
     """Context manager; ends everything that it started. `report` takes lines about slow starts."""
@@ -31,10 +35,12 @@ class Machines:
         self._stack = contextlib.ExitStack()
         self._server: Server | None = None
         self._trainer: Trainer | None = None
+        self._teacher: Server | None = None
 
     def __enter__(self) -> "Machines":
         self._stack.__enter__()
-        self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkimg-")))
+        self._stack.enter_context(take_device())
+        self.scratch = self._stack.enter_context(process.scratch())
         self._stack.callback(CURRENT.reset, CURRENT.set(self))
         return self
 
@@ -70,9 +76,10 @@ class Machines:
         media = "data" if where.urls else "file"
         client = EngineClient(urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s)
         try:
+            await client.leave_out_dead()
             if adapter is not None:
                 await client.load_adapter(adapter, policy.checked("policy/adapter"))
-            elif await client.version() != policy.digest:
+            elif set((await client.versions()).values()) != {policy.digest}:
                 await client.load_weights(self.weights(policy), policy.digest)
         except BaseException:
             await client.__aexit__()
@@ -104,6 +111,29 @@ class Machines:
             )  # fmt: skip
             self._server = self._stack.enter_context(server)  # leaving a server that was stopped does nothing
         return self._server
+
+    def teacher(self, founder: "Artifact") -> "Server":
+        """The second server, with the frozen first policy, which judges what later ones make."""
+        from thinkimg.engine.server import Server, ServerSettings
+
+        if self._teacher is None or not self._teacher.alive:
+            config, where = self.config, self.config.where
+            settings = ServerSettings(
+                max_model_len=config.conversation.max_tokens,
+                max_images=2,
+                max_num_seqs=where.teacher.concurrency,
+                dtype=config.model.dtype,
+                max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
+                gpu_memory_utilization=where.engine.gpu_memory_utilization,
+                cpu_kvcache_gib=1,
+                cpu_threads_bind=where.teacher.cpu_threads_bind,
+            )
+            server = Server(
+                self.weights(founder), log_path=self.log("teacher"), version=founder.digest, settings=settings,
+                progress=self.report, name="teacher",
+            )  # fmt: skip
+            self._teacher = self._stack.enter_context(server)
+        return self._teacher
 
     @property
     def media(self) -> Path:

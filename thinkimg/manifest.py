@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST = "manifest.json"
+DROPPED = ".dropped"
+"""Suffix of the mark beside an attempt whose files `gc` has dropped: it is still found, but can no longer be read."""
 MEND = "put it back, or move the attempt's directory away and run the stage again"
 
 
@@ -114,11 +116,21 @@ class Artifact:
 
     @classmethod
     def open(cls, directory: Path) -> "Artifact":
-        """Raises UserError where the manifest is damaged, or a file is missing or of another size."""
+        """Raises UserError where the manifest is damaged, or a file is missing or of another size (and was not dropped)."""
         artifact = cls(directory, read_manifest(directory))
-        for name in artifact.files:
+        for name in () if artifact.dropped else artifact.files:
             artifact.path(name)
         return artifact
+
+    @property
+    def dropped(self) -> bool:
+        """Whether `gc` has dropped the files: the manifest still says what they were, and what was made from them."""
+        return self.directory.with_suffix(DROPPED).is_file()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, as published."""
+        return sum(entry["size"] for entry in self.manifest["files"])
 
     @property
     def kind(self) -> str:
@@ -209,6 +221,11 @@ class Artifact:
         return inside
 
     def _damaged(self, name: str) -> UserError:
+        if self.dropped:
+            return UserError(
+                f"the files of {self.kind}/{self.short} were dropped by gc, only its manifest is kept",
+                hint="make it again with --force",
+            )
         return UserError(f"{self.directory / name} is not what was published", hint=MEND)
 
 

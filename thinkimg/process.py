@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,11 @@ class Child:
         self._process = process  # the watchdog: it ends when nothing of the command is left, with the command's status
         self._pipe: int | None = pipe
         self._log_start = log_start
+
+    @property
+    def process(self) -> subprocess.Popen:
+        """The watchdog, for code that wants a Popen: its signals and its exit status stand for the command's."""
+        return self._process
 
     @property
     def pid(self) -> int:
@@ -148,6 +154,20 @@ def clear_leftovers() -> list[str]:
                     os.kill(pid, signal.SIGKILL)
         path.unlink(missing_ok=True)
     return sorted(set(cleared))
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary directory of this process, gone afterwards; what killed processes have left of theirs goes first."""
+    for path in run_directory().glob("scratch-*"):
+        boot, pid, started, _ = path.name.removeprefix("scratch-").split("-", 3)
+        owner = identity(int(pid))
+        if owner is None or (owner["boot"][:8], str(owner["started"])) != (boot, started):
+            shutil.rmtree(path, ignore_errors=True)  # another process may be at it, too
+    mine = identity(os.getpid())
+    prefix = f"scratch-{mine['boot'][:8]}-{mine['pid']}-{mine['started']}-"
+    with tempfile.TemporaryDirectory(dir=run_directory(), prefix=prefix) as directory:
+        yield Path(directory)
 
 
 def write_record(path: Path, record: dict) -> None:

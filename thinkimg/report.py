@@ -1,12 +1,19 @@
 """What a loop tells at its end: one line per iteration as it goes, and the table of all of them."""
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from thinkimg import tracking
+from thinkimg.alarms import WINDOW, Finding, Z
 from thinkimg.artifacts import Artifact
 from thinkimg.config import Config
 from thinkimg.console import console, say
+
+if TYPE_CHECKING:
+    from thinkimg.stages.calibrate import Place
 
 STAGES = ("prepare", "warmstart", "rollout", "score", "train", "evaluate")
 
@@ -34,6 +41,8 @@ def table(record: tracking.LoopRecord) -> Table:
     rows = [(iteration.step, iteration.metrics) for iteration in record.iterations]
     rewards = sorted(
         {name for _, found in rows for name in found if name.startswith("reward/") and name.count("/") == 1}
+        - {"reward/teacher_fallback"}
+        | {"reward/teacher_fallback" for _, found in rows if found.get("reward/teacher_fallback")}
     )
     stages = [name for name in STAGES if any(f"time/{name}_s" in found for _, found in rows)]
     caption = (
@@ -49,6 +58,34 @@ def table(record: tracking.LoopRecord) -> Table:
         cells += [percent(found, "eval/accuracy"), interval(found), percent(found, "eval/avg_at_k")]
         shown.add_row(*cells, *(decimal(found, f"time/{name}_s", 0) for name in stages))
     return shown
+
+
+def calibration(places: "list[Place]", count: int = 8) -> None:
+    """The best places at which to read attention, and how to set the first."""
+    shown = Table(title="Attention tells right from wrong processing", box=box.SIMPLE_HEAD, pad_edge=False,
+                  caption="AUC with its 95 % interval: on the half of the pairs that chooses, and on the other half.")  # fmt: skip
+    for heading in ("layer", "rows", "chosen on", "told on"):
+        shown.add_column(heading, justify="right")
+    for place in places[:count]:
+        halves = ["{:.3f} [{:.3f}, {:.3f}]".format(*half) for half in (place.chosen_on, place.told_on)]
+        shown.add_row(str(place.layer), place.rows, *halves)
+    console.print(shown)
+    say(f"Use it with --set image.attention.layer={places[0].layer} --set image.attention.rows={places[0].rows}")
+
+
+def alarms(findings: list[Finding], step: int) -> None:
+    """The table of an iteration's alarms, if any fired."""
+    if not any(one.fired for one in findings):
+        return
+    caption = f"Means of the last {WINDOW} iterations with intervals of {Z:g} standard errors; every iteration's table is kept."
+    shown = Table(title=f"Alarms of iteration {step}", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("alarm", "", "value", "interval", "limit", "why"):
+        shown.add_column(heading, justify="left" if heading in ("alarm", "", "why") else "right")
+    for one in findings:
+        figures = [f"{value:.3g}" if value is not None else "" for value in (one.value, one.low, one.high, one.limit)]
+        between = f"{figures[1]} … {figures[2]}" if one.value is not None else ""
+        shown.add_row(one.alarm, "ALARM" if one.fired else "", figures[0], between, figures[3], Text(one.why))
+    console.print(shown)
 
 
 def decimal(found: dict[str, float], name: str, digits: int = 2) -> str:

@@ -227,6 +227,36 @@ def trajectories() -> "pa.Schema":
 
 
 @cache
+def pairs() -> "pa.Schema":
+    """Puzzles with an image from which each can be read and one from which it can't (data/known_pairs.py)."""
+    import pyarrow as pa
+
+    names = ("sample_id", "question", "family", "original", "right", "wrong")
+    return pa.schema([pa.field(name, pa.string(), nullable=False) for name in names])
+
+
+@cache
+def judgements() -> "pa.Schema":
+    """What was judged by whom (rewards/_pairs.py): hashes of images, weights and prompt; evidence is JSON.
+
+    component: the score column that asked; judge: who answered, which is another where the teacher could not be reached.
+    """
+    import pyarrow as pa
+
+    text = pa.string()
+    names = ("key", "component", "judge", "model", "weights", "prompt", "question", "original", "processed")
+    return pa.schema(
+        [pa.field(name, text, nullable=False) for name in names]
+        + [
+            pa.field("value", pa.float64()),
+            pa.field("reason", text),
+            pa.field("evidence", text, nullable=False),
+            pa.field("unreachable", pa.bool_(), nullable=False),
+        ]
+    )
+
+
+@cache
 def score_fields() -> "pa.DataType":
     """A component's column: value in [0, 1] or null, status ("ok", "zero", "missing"), reason, evidence (JSON)."""
     import pyarrow as pa

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from thinkimg.chat.protocol import Answer, Protocol, ToolCall
 from thinkimg.data.puzzles import CELL, SCALE, SIZE, Family
 from thinkimg.grpo.packing import PATCH
+from thinkimg.images.coordinates import taken_box
 from thinkimg.schemas import Sample, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -87,9 +88,12 @@ def right_calls(sample: Sample, row: Trajectory) -> bool:
             )
 
 
-def seen(row: Trajectory) -> Iterator[tuple[Box | None, bool, Turn]]:
-    """(part of the picture, brightened, turn) of each image that a tool made; None where pixels have no simple place."""
-    known: list[tuple[Box | None, bool]] = [((0, 0, SIZE, SIZE), False)] * (
+def seen(row: Trajectory, size: tuple[int, int] = (SIZE, SIZE)) -> Iterator[tuple[Box | None, bool, Turn]]:
+    """(part of the picture, brightened, turn) of each image that a tool made; None where pixels have no simple place.
+
+    size: width and height of the sample's picture in pixels.
+    """
+    known: list[tuple[Box | None, bool]] = [((0, 0, *size), False)] * (
         len(row.images) - sum(1 for t in row.turns if t.image)
     )
     for turn in row.turns:
@@ -108,14 +112,7 @@ def seen(row: Trajectory) -> Iterator[tuple[Box | None, bool, Turn]]:
 
 def inside(box: Box, tool: str, args: dict, width: int, height: int) -> Box:
     """The box that a crop or zoom takes out of an image that shows `box` at width x height view pixels."""
-    if tool == "crop_image":
-        left, top = args["x"], args["y"]
-        right, bottom = left + args["width"], top + args["height"]
-    else:
-        wide, high = width / args["factor"], height / args["factor"]
-        left = min(max(args["center_x"] - wide / 2, 0), width - wide)
-        top = min(max(args["center_y"] - high / 2, 0), height - high)
-        right, bottom = left + wide, top + high
+    left, top, right, bottom = taken_box(tool, args, (width, height))
     x, y = (box[2] - box[0]) / width, (box[3] - box[1]) / height
     return box[0] + left * x, box[1] + top * y, box[0] + right * x, box[1] + bottom * y
 

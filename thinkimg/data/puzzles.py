@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.random import Generator
 
 SIZE = 448  # side of a picture in pixels
+VIEW = {"min_pixels": 28 * 28, "max_pixels": 112 * 112}  # limits under which a picture is seen at 112 x 112
 SCALE = 4  # view pixels are SCALE x SCALE picture pixels
 CELL = SIZE // 4  # side of a grid cell in pixels; one image token of the view
 FRAME = 16  # width of the frame around the marked cell, pixels

@@ -1,88 +1,28 @@
 """Asynchronous client of vLLM's tokens-in-tokens-out interface, over any number of servers with the same weights."""
 
 import asyncio
-import base64
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 import aiohttp
 
 from thinkimg.engine import EngineError
+from thinkimg.engine.request import Generation, ImageRef, Sampling
+
+__all__ = ["EngineClient", "EngineUnavailable", "Generation", "ImageRef", "Sampling"]
+
+log = logging.getLogger(__name__)
 
 RETRIES = 3
+PATIENCE_S = 25.0  # after so long without an answer a server is asked whether it is well, and again and again
+HEALTH_S = 20.0  # one that does not say so for so long is given up
 BACKOFF_S = 0.25  # doubled with each retry
 # So much more work than the least busy server may a prompt's own server have before the prompt goes elsewhere.
 AFFINITY_SLACK = 8
-# vLLM clips a bias at 100: e^-100 is below what float32 adds to a normaliser, and nothing was ever sampled from it.
-BAN_BIAS = -100.0
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """One image of a prompt as the model sees it. uuid: the hash of its pixels; vLLM trusts it and caches by it."""
-
-    uuid: str
-    path: Path | None = None
-    """The file in a folder that the server may read (media="file")."""
-    data: bytes | None = None
-    """The encoded image (media="data"); read from `path` if None."""
-
-    def url(self, media: Literal["file", "data"]) -> str:
-        if media == "file":
-            assert self.path is not None, "media='file' needs a path"
-            return self.path.absolute().as_uri()
-        data = self.path.read_bytes() if self.data is None else self.data
-        kind = "jpeg" if data[:2] == b"\xff\xd8" else "webp" if data[8:12] == b"WEBP" else "png"
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a turn is sampled; it ends at one of stop_token_ids, which is kept, or after max_tokens, at nothing else."""
-
-    temperature: float
-    max_tokens: int
-    seed: int
-    stop_token_ids: tuple[int, ...]
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
-    banned_token_ids: tuple[int, ...] = ()
-    """Never sampled: 100 is taken off their logits before the temperature; the others are normalised without them."""
-
-    def params(self) -> dict:
-        """vLLM's SamplingParams as JSON."""
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
-            "stop_token_ids": list(self.stop_token_ids),
-            "ignore_eos": True,  # what ends a turn is our decision, not that of a generation_config.json
-            "logit_bias": {str(token): BAN_BIAS for token in self.banned_token_ids} or None,
-            "logprobs": 0,  # of the sampled token only
-            "detokenize": False,
-        }
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was sampled."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    """Natural logarithms, one per token, of the distribution that was sampled from: after ban, temperature, top_p."""
-    prompt_token_ids: list[int]
-    """The prompt as the engine expanded it: compare it with yours, always."""
-    finish_reason: str
-    """"stop": the last token is one of stop_token_ids; "length": max_tokens or the end of the context; "abort"."""
-    weight_version: str
-    """The adapter's name if there was one, else what the server reports; "a>b" if weights were changed in between."""
 
 
 class EngineClient:
@@ -101,6 +41,7 @@ class EngineClient:
         self.urls = [url.rstrip("/") for url in urls]
         self.media = media
         self._outstanding = dict.fromkeys(self.urls, 0)
+        self._dead: set[str] = set()  # not used again: one that comes back may hold other weights
         self._slots = asyncio.Semaphore(concurrency)
         # httpx looks at all of its connections for every request: with 128 of them that took most of this process' time.
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30.0)
@@ -183,14 +124,18 @@ class EngineClient:
 
         await self._on_all(load)
 
+    async def versions(self) -> dict[str, str]:
+        """url -> the weight version that the server reports."""
+        bodies = await self._on_all(lambda url: self._request(url, "GET", "/weight_info"))
+        return {url: body["weight_version"] for url, body in zip(self.urls, bodies, strict=True)}
+
     async def version(self) -> str:
         """The weight version that the servers report. Raises EngineError if they differ."""
-        versions = await self._on_all(lambda url: self._request(url, "GET", "/weight_info"))
-        names = {body["weight_version"] for body in versions}
-        if len(names) != 1:
-            told = ", ".join(f"{url}: {body['weight_version']}" for url, body in zip(self.urls, versions, strict=True))
+        versions = await self.versions()
+        if len(set(versions.values())) != 1:
+            told = ", ".join(f"{url}: {version}" for url, version in versions.items())
             raise EngineError(f"the servers hold different weights ({told})", hint="load the same weights into all")
-        return names.pop()
+        return versions[self.urls[0]]
 
     async def checksum(self) -> str:
         """sha256 over the checksums of all tensors that the servers hold: tied to the weights, whatever their version.
@@ -202,6 +147,26 @@ class EngineClient:
         if len(sums) != 1:
             raise EngineError("the servers hold different weights", hint="load the same weights into all")
         return sums.pop()
+
+    async def leave_out_dead(self) -> None:
+        """Go on with the servers that answer; the others are left out and a warning says so. EngineUnavailable if none does."""
+        await asyncio.gather(*(self._check(url) for url in self.urls))
+        alive = [url for url in self.urls if url not in self._dead]
+        if not alive:
+            raise EngineUnavailable(
+                f"none of the servers {', '.join(self.urls)} answers", hint="start them, or set where.engine.urls"
+            )
+        self.urls, self._dead = alive, set()
+
+    async def _check(self, url: str) -> None:
+        """Note a server as dead if it does not say that it is well."""
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                await self._request(url, "GET", "/health")
+        except (EngineError, TimeoutError) as error:
+            if url not in self._dead:
+                log.warning("the server %s is left out: %s", url, str(error).split("\n")[0] or "no answer")
+            self._dead.add(url)
 
     async def _on_all(self, call) -> list:
         return await asyncio.gather(*(call(url) for url in self.urls))
@@ -231,9 +196,11 @@ class EngineClient:
             url = self._choose(affinity, failed)
             self._outstanding[url] += 1
             try:
-                return await self._request(url, "POST", "/inference/v1/generate", content)
-            except EngineUnavailable:
-                if attempt == RETRIES:
+                return await self._watched(url, content)
+            except EngineUnavailable as error:
+                if isinstance(error, _Unreachable) and len(self.urls) > 1:
+                    await self._check(url)
+                if attempt == RETRIES or isinstance(error, _Hanging) and self._dead.issuperset(self.urls):
                     raise
                 failed.add(url)
                 if failed.issuperset(self.urls):
@@ -243,9 +210,22 @@ class EngineClient:
             finally:
                 self._outstanding[url] -= 1
 
+    async def _watched(self, url: str, content: bytes) -> dict:
+        """Generate; a server that hangs is found out long before the request's own time-out."""
+        request = asyncio.create_task(self._request(url, "POST", "/inference/v1/generate", content))
+        try:
+            while not (await asyncio.wait({request}, timeout=PATIENCE_S))[0]:
+                await self._check(url)
+                if url in self._dead and not request.done():
+                    raise _Hanging(f"{url} hangs: it says nothing any more", hint="read its log and start it again")
+            return request.result()
+        finally:
+            request.cancel()
+
     def _choose(self, affinity: str, failed: set[str]) -> str:
         """The affinity's own server (rendezvous hashing), unless that failed or is much busier than the least busy."""
         urls = [url for url in self.urls if url not in failed]
+        urls = [url for url in urls if url not in self._dead] or urls
         own = max(urls, key=lambda url: hashlib.sha256(f"{url} {affinity}".encode()).digest())
         least = min(urls, key=lambda url: self._outstanding[url])
         return least if self._outstanding[own] > self._outstanding[least] + AFFINITY_SLACK else own
@@ -282,6 +262,10 @@ class EngineUnavailable(EngineError):
 
 class _Unreachable(EngineUnavailable):
     """No answer came at all."""
+
+
+class _Hanging(_Unreachable):
+    """The server accepts connections and says nothing."""
 
 
 def told(answer: bytes) -> str:

@@ -43,13 +43,15 @@ def read_advantages(path: Path | str) -> dict[str, float]:
     return dict(zip(columns["trajectory_id"], columns["advantage"], strict=True))
 
 
-def read_rows(artifact: Artifact, image_token: int, advantages: Mapping[str, float] | None = None) -> list[Row]:
+def read_rows(
+    artifact: Artifact, image_token: int, advantages: Mapping[str, float] | None = None, table: str = "trajectories"
+) -> list[Row]:
     """The rows with an advantage (all with sampled tokens if None) in the artifact's order.
 
     Raises UserError if an advantage belongs to none of them, or a row has another number of placeholders than of grids.
     """
     rows = []
-    for batch in artifact.batches("trajectories"):
+    for batch in artifact.batches(table):
         for record in batch.to_pylist():
             if advantages is not None and record["trajectory_id"] not in advantages:
                 continue

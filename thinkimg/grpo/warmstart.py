@@ -1,9 +1,11 @@
 """The warm start: supervised learning of demonstrations, with the same reading code as GRPO; makes the first policy."""
 
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from thinkimg.artifacts import Artifact
 from thinkimg.config import WarmstartConfig
@@ -12,9 +14,12 @@ from thinkimg.grpo import checkpoint
 from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.optimise import Clock, MicroBatches, Progress, Ranks, Stepper, checkpointing, peak_memory_mb
 from thinkimg.grpo.policy import Scorer, unwrap
-from thinkimg.grpo.rows import Patches, read_rows
+from thinkimg.grpo.rows import Patches, Row, read_rows
 
 MAX_GRAD_NORM = 1.0
+# Of the rows of a step, as many as this share of the conversations are comparisons of images; each is one token, and
+# together they weigh as much as this share of the conversations' loss.
+COMPARED = 0.25
 FLOOR = 0.1  # share of the learning rate at the end
 
 
@@ -40,6 +45,8 @@ def draw(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
 def run(job: dict, policy: Policy, ranks: Ranks, progress: Progress) -> dict:
     """Minimise the mean negative log-likelihood per sampled token; all weights, or the adapter. Rank 0 writes `output`.
 
+    Where the demonstrations hold comparisons, COMPARED times the mean over their tokens is added.
+
     With 0 steps the base becomes a policy as it is. The policy's optimizer starts afresh afterwards.
     """
     config = WarmstartConfig.model_validate(job["warmstart"])
@@ -58,7 +65,9 @@ def run(job: dict, policy: Policy, ranks: Ranks, progress: Progress) -> dict:
 def _learn(
     job: dict, config: WarmstartConfig, policy: Policy, ranks: Ranks, clock: Clock, progress: Progress
 ) -> list[dict]:
-    rows = ranks.together(lambda: _read(job, policy))
+    rows, compared = ranks.together(lambda: _read(job, policy))
+    count, extra = len(rows), round(COMPARED * config.batch) if compared else 0
+    rows = rows + compared
     lengths = [len(row.conversation.tokens) for row in rows]
     parameters = policy.train_only(vision=True)
     optimizer = checkpoint.new_optimizer(parameters.values())
@@ -70,15 +79,21 @@ def _learn(
     steps = []
     if job.get("gradient_checkpointing"):
         checkpointing(policy, True)
-    for number, batch in enumerate(draw(len(rows), config.batch, config.steps, job["seed"])):
+    drawn = draw(count, config.batch, config.steps, job["seed"])
+    also = draw(len(compared), extra, config.steps, job["seed"]) if extra else repeat([])
+    for number, (batch, comparisons) in enumerate(zip(drawn, also, strict=False)):
         tokens = sum(len(rows[i].engine) for i in batch)
-        conversations = [rows[i].conversation for i in ranks.share(batch, lengths)]
+        weights = dict.fromkeys(batch, 1 / tokens)
+        weights |= {count + i: COMPARED / len(comparisons) for i in comparisons}
+        mine = ranks.share([*batch, *(count + i for i in comparisons)], lengths)
+        conversations = [rows[i].conversation for i in mine]
         share = 0.0
         together = ranks.together_with(policy, rows[0].conversation)
         for micro in MicroBatches(conversations, job["token_budget"], scorer, pixels, **together):
             with policy.autocast():
                 logps, _ = scorer([conversations[k] for k in micro.rows])
-            loss = -logps.sum() / tokens
+            each = np.concatenate([np.full(len(rows[mine[k]].engine), weights[mine[k]]) for k in micro.rows])
+            loss = -(logps * torch.from_numpy(each).to(logps)).sum()
             loss.backward()
             share += float(loss.detach())
         rate = learning_rate(config, number)
@@ -93,8 +108,11 @@ def _learn(
     return steps
 
 
-def _read(job: dict, policy: Policy) -> list:
-    rows = read_rows(Artifact.open(Path(job["rollouts"])), unwrap(policy.model).config.image_token_id)
+def _read(job: dict, policy: Policy) -> tuple[list[Row], list[Row]]:
+    """(conversations, comparisons)"""
+    artifact, image_token = Artifact.open(Path(job["rollouts"])), unwrap(policy.model).config.image_token_id
+    rows = read_rows(artifact, image_token)
     if not rows:
         raise UserError("There are no demonstrations to start from.")
-    return rows
+    compared = "comparisons.parquet" in artifact.files
+    return rows, read_rows(artifact, image_token, table="comparisons") if compared else []

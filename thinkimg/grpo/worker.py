@@ -23,7 +23,14 @@ its parent exists) and answers with a JSON object. Policy directories are descri
      "token_budget": 16384,                         padded tokens per micro-batch
      "output": "…", "seed": 0}
 
-Results: {"metrics": {name: float} (means over the steps, parity/*, memory, seconds), "steps": [{"step", …, per step}],
+    {"kind": "attention",                          what do texts look at? See relative_attention.py
+     "policy": {…}, "base": {…}, "model": {…},      as above
+     "layers": [22], "images": {…}, "token_budget": 16384,
+     "pairs": [{"images": ["…", "…"], "grids": [[t, h, w], …], "region": [left, top, right, bottom] or null,
+                "prompts": [{"tokens": [compact ids], "text": [first, end)}, …]}, …]}
+     Result: {"pairs": [{"<layer>/<rows>": {"question": mass, "generic": mass, …}}, …], "forwards": number}
+
+Other results: {"metrics": {name: float} (means over the steps, parity/*, memory, seconds), "steps": [{"step", …, per step}],
 "updates": optimizer steps since the base, "reloaded": whether weights had to be read from disk}.
 Progress lines have {"step", "steps", "loss", …} of one optimizer step each.
 """
@@ -191,7 +198,7 @@ class Worker:
         import transformers
         from accelerate import Accelerator
 
-        from thinkimg.grpo import checkpoint, train, warmstart  # noqa: F401  all imports before the first job
+        from thinkimg.grpo import checkpoint, relative_attention, train, warmstart  # noqa: F401  all imports before the first job
         from thinkimg.grpo.optimise import Ranks
 
         transformers.utils.logging.disable_progress_bar()
@@ -257,7 +264,7 @@ class Worker:
         import torch
 
         from thinkimg.config import ModelConfig
-        from thinkimg.grpo import shards, train, warmstart
+        from thinkimg.grpo import relative_attention, shards, train, warmstart
         from thinkimg.grpo.checkpoint import Base
 
         if self.accelerator.device.type == "cuda":
@@ -271,14 +278,21 @@ class Worker:
             if self.sharded:
                 shards.shard(self.policy.model, self.accelerator.device)
                 self.policy.sharded = True
+        if job["kind"] == "attention":  # changes nothing, so that the weights stay those of the directory
+            result = relative_attention.run(job, self.policy, self.ranks, progress)
+            self.held = self._stamped(job["policy"]["directory"])
+            return result | {"reloaded": reloaded}
         policy, self.held = self.policy, None  # until the job is done the weights are those of no directory
         if job["kind"] == "train":
             result = train.TrainJob(job, policy, self.ranks).run(progress)
         else:
             assert job["kind"] == "warmstart", job["kind"]
             result = warmstart.run(job, policy, self.ranks, progress)
-        self.held = self.ranks.gather(stamps(Path(job["output"])) if self.ranks.rank == 0 else [])[0]
+        self.held = self._stamped(job["output"])
         return result | {"reloaded": reloaded}
+
+    def _stamped(self, directory: str) -> list[tuple]:
+        return self.ranks.gather(stamps(Path(directory)) if self.ranks.rank == 0 else [])[0]
 
     def _load(self, job: dict, config, base: "Base | None") -> "Policy":
         from thinkimg.grpo import checkpoint
@@ -289,7 +303,7 @@ class Worker:
 
     def _holds(self, job: dict, config) -> bool:
         """Whether the job's policy is the one in memory: its files are those that this worker wrote last, renamed or not."""
-        if job["kind"] != "train" or self.held is None or self.policy.config != config:
+        if job["kind"] == "warmstart" or self.held is None or self.policy.config != config:
             return False
         mine = stamps(Path(job["policy"]["directory"])) == self.held if self.ranks.rank == 0 else False
         return self.ranks.gather(mine)[0]

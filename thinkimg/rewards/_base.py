@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,8 +10,9 @@ from thinkimg.manifest import canonical
 from thinkimg.schemas import Sample, Trajectory
 
 if TYPE_CHECKING:
-    from thinkimg.config import RewardsConfig
+    from thinkimg.config import ImageConfig, RewardsConfig
     from thinkimg.data.images import ImageTable
+    from thinkimg.rewards._pairs import Judgements
 
 
 class Status(StrEnum):
@@ -64,13 +65,15 @@ class Batch:
     """Trajectories to score, whole groups, with all that a component may look at.
 
     samples: by sample_id, at least those of the trajectories. images: those of the data set and of the rollouts by hash;
-    None where no component needs one.
+    None where no component needs one. image, judgements: what the image components need, which the judges have made.
     """
 
     trajectories: Sequence[Trajectory]
     samples: Mapping[str, Sample]
     config: "RewardsConfig"
     images: "ImageTable | None" = None
+    image: "ImageConfig | None" = None
+    judgements: "Judgements" = field(default_factory=dict)
 
     def sample(self, trajectory: Trajectory) -> Sample:
         return self.samples[trajectory.sample_id]

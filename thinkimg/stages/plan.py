@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from thinkimg.artifacts import Artifact, Recipe, Store
 from thinkimg.config import Config
-from thinkimg.stages import evaluate, prepare, rollout, score, train, warmstart
+from thinkimg.stages import clip, evaluate, pairs, prepare, rollout, score, train, warmstart
 
 
 def planned(config: Config) -> Iterator[str]:
@@ -21,12 +21,32 @@ def planned(config: Config) -> Iterator[str]:
         return
     demonstrations = None
     if warmstart.has_script(config):
-        demonstrations, line = find("demonstrations", warmstart.script_recipe(config, dataset), "demonstrate")
+        known = None
+        if warmstart.has_pairs(config):
+            known, line = find("pairs", pairs.recipe(config, dataset, "train", config.warmstart.pairs), "pairs")
+            yield line
+            if known is None:
+                return
+        demonstrations, line = find("demonstrations", warmstart.script_recipe(config, dataset, known), "demonstrate")
         yield line
         if demonstrations is None:
             return
     policy, line = find("policy", warmstart.recipe(config, dataset, demonstrations), "warmstart")
     yield line
+    small_clip = None
+    if clip.wanted(config) and policy is not None:
+        shown = dataset
+        if config.data.source != "puzzles":
+            puzzles = pairs.puzzles(config)
+            shown, line = find("dataset", prepare.recipe(puzzles, None), "puzzles")
+        if shown is not None:
+            count = config.warmstart.pairs or clip.PAIRS
+            known, line = find("pairs", pairs.recipe(config, shown, "train", count), "pairs")
+            if known is not None:
+                small_clip, line = find("clip", clip.recipe(config, known), "clip")
+        yield line
+        if small_clip is None:
+            return
     first = policy
     ends = config.evaluate.samples_ends
     for iteration in range(config.iterations + 1):
@@ -40,7 +60,8 @@ def planned(config: Config) -> Iterator[str]:
             yield line
             if rollouts is None:
                 return
-            scores, line = find("scores", score.recipe(config, dataset, rollouts), f"score {iteration}")
+            bench = score.bench_of(config, dataset, rollouts, store, None, small_clip)
+            scores, line = find("scores", score.recipe(config, dataset, rollouts, bench), f"score {iteration}")
             yield line
             if scores is None:
                 return

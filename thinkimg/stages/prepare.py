@@ -14,7 +14,7 @@ from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, package
 from thinkimg.config import Config
 from thinkimg.data.images import image_writer
 from thinkimg.data.prepared import Job, Surveyed, in_order, puzzle_jobs, row_jobs, survey
-from thinkimg.data.puzzles import SCALE, SIZE
+from thinkimg.data.puzzles import SCALE, SIZE, VIEW
 from thinkimg.data.sources import Source, open_source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
@@ -58,7 +58,7 @@ def source_of(config: Config) -> Source | None:
         return open_source(config.data, limits_of(config))
     limits = {"min_pixels": config.images.min_pixels, "max_pixels": config.images.max_pixels}
     if view_size(SIZE, SIZE, **limits) != (SIZE // SCALE, SIZE // SCALE):
-        hint = "name your own data with data.source and data.path, or set images.min_pixels=784 and images.max_pixels=12544"
+        hint = f"name your own data with data.source and data.path, or set images.min_pixels={VIEW['min_pixels']} and images.max_pixels={VIEW['max_pixels']}"
         raise UserError(
             f"The built-in puzzles are made to be seen at {SIZE // SCALE} x {SIZE // SCALE} pixels.", hint=hint
         )

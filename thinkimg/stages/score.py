@@ -1,28 +1,39 @@
-"""The score stage: what each reward component makes of each trajectory, raw and unweighted."""
+"""The score stage: what each reward component makes of each trajectory, raw and unweighted.
+
+Part by part: first the judges of processed images, side by side, whose findings are the part's ledger (judgements-*), then
+the components, which are pure functions of rows and ledger.
+"""
 
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thinkimg import schemas
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
-from thinkimg.config import Config, RewardsConfig
+from thinkimg.config import Config, ImageConfig, RewardsConfig
 from thinkimg.errors import UserError
-from thinkimg.rewards import Batch, Score, components, sources
+from thinkimg.machines import machines
+from thinkimg.rewards import JUDGES, Batch, Score, components, sources
+from thinkimg.rewards._bench import Bench
+from thinkimg.rewards._pairs import Pair
+from thinkimg.rewards.teacher import FROZEN
 from thinkimg.schemas import SCHEMA_VERSION, Sample, Trajectory
+from thinkimg.stages import clip, judge, warmstart
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
     from thinkimg.data.images import ImageTable
+    from thinkimg.rewards._pairs import Judgements
 
-STAGE, VERSION, KIND = "score", 1, "scores"
+STAGE, VERSION, KIND = "score", 2, "scores"
+AT_ONCE = 4096  # trajectories whose images are judged together, at least
 IDENTITY = ("trajectory_id", "sample_id", "group_id")
 
 
@@ -33,22 +44,49 @@ class Job:
     component: str
     part: str
     rewards: RewardsConfig
+    image: ImageConfig
     dataset: Path
     rollouts: Path
+    judgements: Path | None
 
 
 Mapper = Callable[[Callable[[Job], list[Score]], list[Job]], Iterable[list[Score]]]
 """Runs a function on jobs, results in order: `map`, an executor's, or one that submits tasks to a Prefect task runner."""
 
 
-def recipe(config: Config, dataset: Artifact, rollouts: Artifact) -> Recipe:
+def recipe(config: Config, dataset: Artifact, rollouts: Artifact, bench: Bench) -> Recipe:
+    inputs = {"dataset": dataset.reference, "rollouts": rollouts.reference}
+    if bench.clip is not None:
+        inputs["clip"] = bench.clip.reference
+    if bench.founder is not None:
+        inputs["teacher"] = bench.founder.reference
+    settings = {
+        "rewards": config.rewards.model_dump(mode="json"),
+        "components": list(components(config.rewards, config.image)),
+    }
+    packages = ["rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy"]
+    if config.image.types:
+        settings["image"] = config.image.scored()
+        settings["judges"] = {name: asdict(JUDGES[name].identity(bench)) for name in config.image.types}
+        packages += ["torch", "open-clip-torch", "transformers"]
     return Recipe(
         STAGE, VERSION, SCHEMA_VERSION,
-        config={"rewards": config.rewards.model_dump(mode="json"), "components": list(components(config.rewards))},
-        inputs={"dataset": dataset.reference, "rollouts": rollouts.reference},
-        sources=sources(config.rewards),
-        packages=package_versions("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy"),
+        config=settings, inputs=inputs, sources=sources(config.rewards), packages=package_versions(*packages),
     )  # fmt: skip
+
+
+def bench_of(
+    config: Config, dataset: Artifact, rollouts: Artifact, store: Store, crew, small_clip: Artifact | None
+) -> Bench:
+    """Where the judges work; nothing is started or loaded yet."""
+    policy = founder = None
+    if set(config.image.types) - {"embedding"}:
+        policy = store.origin(rollouts, "policy")
+    if "teacher" in config.image.types and config.image.teacher.model == FROZEN:
+        founder = policy
+        while founder.manifest["recipe"]["stage"] != warmstart.STAGE:
+            founder = store.origin(founder, "policy")
+    return Bench(config, crew, policy, founder, small_clip, (dataset, rollouts), None)
 
 
 def score(
@@ -66,30 +104,79 @@ def score(
             f"{rollouts.reference} was not made from {dataset.reference}.",
             hint=f"Its data set is dataset/{played['fingerprint']}/{played['attempt']}.",
         )
+    small_clip = clip.train_clip(config, store)[0] if clip.wanted(config) else None
+    bench = bench_of(config, dataset, rollouts, store, None, small_clip)
+    plan = recipe(config, dataset, rollouts, bench)
 
     def produce(work: Work) -> None:
         with ExitStack() as stack:
             stack.callback(forget)
             run = mapper or stack.enter_context(ThreadPoolExecutor(config.where.workers)).map
-            fill(work, config.rewards, dataset, rollouts, run, progress)
+            if config.image.types:  # else nobody needs the device, which a loop may hold
+                bench.crew = stack.enter_context(machines(config))
+            known = judge.earlier(store, plan.fingerprint)
+            fill(work, config, bench, dataset, rollouts, run, known, progress)
 
-    where = config.where.public()
-    return store.build(KIND, recipe(config, dataset, rollouts), produce, where=where, force=force)
+    return store.build(KIND, plan, produce, where=config.where.public(), force=force)
 
 
-def fill(work: Work, rewards: RewardsConfig, dataset: Artifact, rollouts: Artifact, run: Mapper, progress) -> None:
+def fill(
+    work: Work, config: Config, bench: Bench, dataset: Artifact, rollouts: Artifact, run: Mapper, known, progress
+) -> None:
     """Score part after part, and close one of the same number for each."""
-    names = list(components(rewards))
+    names = list(components(config.rewards, config.image))
     parts = [path.name for path in rollouts.table_files("trajectories")]
-    total, done = sum(rollouts.files[part]["rows"] for part in parts), 0
+    tally = Tally(progress, sum(rollouts.files[part]["rows"] for part in parts))
+    bench.expect, bench.judged = tally.expect, tally.add
+    if config.image.types:
+        fill_ledger(work, bench, dataset, rollouts, [part for part in parts if not work.has(ledger_name(part))], known)
     for part in parts:
         if not work.has(scores_name(part)):
-            jobs = [Job(name, part, rewards, dataset.directory, rollouts.directory) for name in names]
+            judged = work.path(ledger_name(part)) if config.image.types else None
+            jobs = [
+                Job(name, part, config.rewards, config.image, dataset.directory, rollouts.directory, judged)
+                for name in names
+            ]
             columns = dict(zip(names, run(run_job, jobs), strict=True))
             work.table(scores_name(part), table_of(rollouts, part, columns))
-        done += rollouts.files[part]["rows"]
-        progress(done, total)
+        tally.add(rollouts.files[part]["rows"])
     work.metrics |= summary([work.path(scores_name(part)) for part in parts], names)
+
+
+class Tally:
+    """Progress of judging, which is found out about as it goes, and of scoring: pairs and trajectories."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int):
+        self._progress, self._total, self._done, self._lock = progress, total, 0, threading.Lock()
+
+    def expect(self, count: int) -> None:
+        with self._lock:
+            self._total += count
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._progress(self._done, self._total)
+
+
+def fill_ledger(work: Work, bench: Bench, dataset: Artifact, rollouts: Artifact, parts: list[str], known) -> None:
+    """Judge many parts at once: judges work in batches, and engine and trainer may have to take turns in the memory."""
+    waiting: dict[str, set[Pair]] = {}
+    count = 0
+    for part in parts:
+        batch = _batch(rollouts.directory, dataset.directory, part)
+        bench.images = batch.images
+        waiting[part] = judge.pairs_of(batch.trajectories, batch.samples)
+        count += len(batch.trajectories)
+        if count >= AT_ONCE or part == parts[-1]:
+            found = judge.judge(set().union(*waiting.values()), bench, known)
+            for name, pairs in waiting.items():
+                work.table(ledger_name(name), judge.table({key: one for key, one in found.items() if key[1] in pairs}))
+            waiting, count = {}, 0
+
+
+def ledger_name(part: str) -> str:
+    return part.replace("trajectories", "judgements", 1)
 
 
 def scores_name(part: str) -> str:
@@ -110,20 +197,27 @@ def table_of(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> 
 def run_job(job: Job) -> list[Score]:
     """One score per trajectory of the part, in order."""
     with _lock:  # the components of a part share it: who comes first reads it
-        batch = _batch(job.rollouts, job.dataset, job.part, job.rewards)
-    return components(job.rewards)[job.component](batch)
+        batch = _batch(job.rollouts, job.dataset, job.part)
+        judged = _judgements(job.judgements) if job.judgements else {}
+    batch = replace(batch, config=job.rewards, image=job.image, judgements=judged)
+    return components(job.rewards, job.image)[job.component](batch)
 
 
 _lock = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _batch(rollouts: Path, dataset: Path, part: str, rewards: RewardsConfig) -> Batch:
+def _batch(rollouts: Path, dataset: Path, part: str) -> Batch:
     import pyarrow.parquet as pq
 
     samples, images = _inputs(rollouts, dataset)
     rows = pq.read_table(Artifact.open(rollouts).checked(part)).to_pylist()
-    return Batch([schemas.from_row(Trajectory, row) for row in rows], samples, rewards, images)
+    return Batch([schemas.from_row(Trajectory, row) for row in rows], samples, RewardsConfig(), images)
+
+
+@lru_cache(maxsize=1)
+def _judgements(path: Path) -> "Judgements":
+    return judge.read(path)
 
 
 @lru_cache(maxsize=1)
@@ -137,12 +231,14 @@ def _inputs(rollouts: Path, dataset: Path) -> "tuple[dict[str, Sample], ImageTab
 def forget() -> None:
     """Let go of what the last jobs have read."""
     _batch.cache_clear()
+    _judgements.cache_clear()
     _inputs.cache_clear()
 
 
 def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
     """reward/<component>: mean over the present values (None without one); missing/<component>: how many there are not."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     metrics: dict[str, float | None] = {}
@@ -151,6 +247,10 @@ def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
         present = values[values == values]
         metrics[f"reward/{name}"] = float(present.mean()) if len(present) else None
         metrics[f"missing/{name}"] = len(values) - len(present)
+    if "teacher" in names:
+        evidence = pa.concat_tables(pq.read_table(path, columns=["teacher"]) for path in parts).column("teacher")
+        fallen = [text for text in pc.struct_field(evidence, "evidence").to_pylist() if text and '"fallback":' in text]
+        metrics["reward/teacher_fallback"] = len(fallen) / len(evidence)
     return metrics
 
 

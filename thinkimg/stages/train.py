@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,14 +11,18 @@ from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.base import base_entry
 from thinkimg.chat.codec import Codec
 from thinkimg.config import Config
-from thinkimg.errors import UserError
-from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows, mix_rewards
+from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows
 from thinkimg.machines import Machines, machines
+from thinkimg.mixing import Mix
 from thinkimg.rewards import components
+from thinkimg.rewards.teacher import check_teacher
 from thinkimg.rollout import view_limits
 from thinkimg.schemas import SCHEMA_VERSION, StopReason
 from thinkimg.stages.score import read_scores
 from thinkimg.stages.warmstart import model_slice
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +39,7 @@ def recipe(config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifa
         STAGE, VERSION, SCHEMA_VERSION,
         config={
             "images": view_limits(config),
-            "mix": config.mix,
+            **Mix.of_config(config).slice(),
             "model": model_slice(config),
             "temperature": config.rollout.temperature,
             "max_tokens": config.conversation.max_tokens,
@@ -87,15 +92,7 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
         mask_truncated_completions=config.train.loss.mask_truncated_completions,
     )  # fmt: skip
     if not work.has("advantages.parquet"):
-        table = {
-            "trajectory_id": ids,
-            "group_id": groups,
-            "total": totals,
-            "advantage": result.advantages,
-            "included": result.included,
-            "reason": [str(reason) for reason in result.reasons],
-        }
-        work.table("advantages.parquet", pa.table(table))
+        work.table("advantages.parquet", advantages_table(ids, groups, totals, result))
     chosen = crew.scratch / "advantages.parquet"  # the job's own copy: included rows only
     pa.parquet.write_table(
         pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), chosen
@@ -140,14 +137,26 @@ def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollou
         work.metrics[f"train/rows_{reason}"] = int((result.reasons == reason).sum())
 
 
+def advantages_table(ids: list[str], groups: list[str], totals: np.ndarray, result: AdvantageResult) -> "pa.Table":
+    """What each row was worth, and whether it entered the loss; in order of the rollouts."""
+    import pyarrow as pa
+
+    columns = {
+        "trajectory_id": ids,
+        "group_id": groups,
+        "total": totals,
+        "advantage": result.advantages,
+        "included": result.included,
+        "reason": [str(reason) for reason in result.reasons],
+    }
+    return pa.table(columns)
+
+
 def check_mix(config: Config) -> None:
-    """Raise UserError where the mix names a component that is never scored: before hours are spent, not after."""
-    known = components(config.rewards)
-    for name in config.mix:
-        if name not in known:
-            raise UserError(
-                f"The mix names '{name}', which is no reward component.", hint=f"There are {', '.join(known)}."
-            )
+    """Raise UserError where the mix names a component that is never scored, or a teacher who lives nowhere: before hours
+    are spent, not after."""
+    check_teacher(config)
+    Mix.of_config(config).check(components(config.rewards, config.image))
 
 
 def counted(stops: list[str], turns: list[list[dict]]) -> np.ndarray:
@@ -168,7 +177,6 @@ def weigh(
     config: Config, components: dict[str, np.ndarray], groups: np.ndarray, valid: np.ndarray
 ) -> tuple[np.ndarray, AdvantageResult]:
     """Totals of the mix and the advantages within groups, over the rows that count."""
-    weights = {name: weight for name, weight in config.mix.items() if weight > 0}
-    totals = mix_rewards(components, weights, groups, valid)
+    totals = Mix.of_config(config).totals(components, groups, valid)
     scale = config.train.loss.scale_rewards
     return totals, advantages(totals, groups, valid, scale_rewards=scale, min_std=config.train.min_std)

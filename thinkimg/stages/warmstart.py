@@ -12,6 +12,7 @@ import numpy as np
 from thinkimg import files, schemas
 from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, directory_digest, package_versions
 from thinkimg.base import base_entry, base_reference
+from thinkimg.chat import compare
 from thinkimg.chat.codec import Codec
 from thinkimg.chat.episode import Episode, default_system, offered_tools, question, scripted, size_statement
 from thinkimg.chat.picture import picture
@@ -21,11 +22,15 @@ from thinkimg.data.demonstrations import script
 from thinkimg.data.images import ImageTable, encode, image_writer, load_samples
 from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
+from thinkimg.rewards.attention import GENERIC
 from thinkimg.rollout import view_limits
-from thinkimg.schemas import SCHEMA_VERSION, Sample, StopReason, to_row
+from thinkimg.schemas import SCHEMA_VERSION, Sample, StopReason, Trajectory, to_row
+from thinkimg.stages.pairs import pairs, read_pairs
 
-STAGE, VERSION, KIND = "warmstart", 1, "policy"
+STAGE, VERSION, KIND = "warmstart", 2, "policy"
 SCRIPT = "script"  # policy of the demonstrations' rows
+# First image, second image, and which of them (0 or 1) is easier to answer with.
+ORDERS = (("original", "right", 1), ("right", "original", 0), ("original", "wrong", 0), ("wrong", "original", 1))
 
 
 def recipe(config: Config, dataset: Artifact, demonstrations: Artifact | None) -> Recipe:
@@ -45,9 +50,11 @@ def recipe(config: Config, dataset: Artifact, demonstrations: Artifact | None) -
     )  # fmt: skip
 
 
-def script_recipe(config: Config, dataset: Artifact) -> Recipe:
+def script_recipe(config: Config, dataset: Artifact, known: Artifact | None = None) -> Recipe:
     """Of the demonstrations, which are an artifact of their own in the form of rollouts."""
     inputs = {"dataset": dataset.reference} | base_inputs(config)
+    if known is not None:
+        inputs["pairs"] = known.reference
     if config.warmstart.demonstrations is not None:
         inputs["script"] = Reference("script", demonstrations_digest(config.warmstart.demonstrations))
     return Recipe(
@@ -70,6 +77,11 @@ def model_slice(config: Config) -> dict:
     if config.model.adaptation == "lora":
         fields |= {"lora_rank", "lora_alpha"}
     return config.model.model_dump(mode="json", include=fields)
+
+
+def has_pairs(config: Config) -> bool:
+    """Whether the policy also learns to compare images."""
+    return has_script(config) and config.data.source == "puzzles" and config.warmstart.pairs > 0
 
 
 def has_script(config: Config) -> bool:
@@ -109,23 +121,28 @@ def warmstart(
     where = config.where.public()
     with contextlib.ExitStack() as stack:
         base = BaseModel(config, dataset, stack)
-        demonstrations = None
+        demonstrations = known = None
+        if has_pairs(config):
+            known, _ = pairs(config, store, split="train", count=config.warmstart.pairs, progress=progress)
         if has_script(config):
+
+            def write(work: Work) -> None:
+                demonstrate(work, config, dataset, base, progress, known)
+
             demonstrations, _ = store.build(
-                "demonstrations", script_recipe(config, dataset), lambda work: demonstrate(work, config, dataset, base, progress),
-                seed=config.seed, where=where,
-            )  # fmt: skip
+                "demonstrations", script_recipe(config, dataset, known), write, seed=config.seed, where=where
+            )
 
         def produce(work: Work) -> None:
             with machines(config) as crew:
-                train(work, config, dataset, demonstrations, base, crew, progress)
+                train(work, config, dataset, demonstrations, known, base, crew, progress)
 
         plan = recipe(config, dataset, demonstrations)
         return store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
 
 
-def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifact | None, base: "BaseModel",
-          crew: Machines, progress) -> None:  # fmt: skip
+def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifact | None, known: Artifact | None,
+          base: "BaseModel", crew: Machines, progress) -> None:  # fmt: skip
     codec = Codec.load(base.directory)
     job = {
         "kind": "warmstart",
@@ -135,7 +152,7 @@ def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifac
         | {"steps": config.warmstart.steps if demonstrations else 0},
         "rollouts": demonstrations and str(demonstrations.directory.resolve()),
         "images": {
-            "tables": [str(artifact.directory.resolve()) for artifact in (dataset, demonstrations) if artifact],
+            "tables": [str(artifact.directory.resolve()) for artifact in (dataset, demonstrations, known) if artifact],
             **view_limits(config),
         },
         "token_budget": config.train.token_budget,
@@ -154,8 +171,13 @@ def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifac
     work.metrics |= result["metrics"]
 
 
-def demonstrate(work: Work, config: Config, dataset: Artifact, base: "BaseModel", progress) -> None:
-    """Scripted conversations in the form of rollouts, so that the trainer reads both with the same code."""
+def demonstrate(
+    work: Work, config: Config, dataset: Artifact, base: "BaseModel", progress, known: Artifact | None = None
+) -> None:
+    """Scripted conversations in the form of rollouts, so that the trainer reads both with the same code.
+
+    `comparisons` are of the same form: one sampled token each, the rating of a pair of images.
+    """
     import pyarrow as pa
 
     codec, images = Codec.load(base.directory), ImageTable([dataset])
@@ -180,9 +202,31 @@ def demonstrate(work: Work, config: Config, dataset: Artifact, base: "BaseModel"
         with work.part("images.parquet") as path, image_writer(path) as add:
             for sha in sorted(made):
                 add(sha, *made[sha])
+    if known is not None and not work.has("comparisons.parquet"):
+        compared = [to_row(row) for row in comparisons(known, config, codec)]
+        work.table("comparisons.parquet", pa.Table.from_pylist(compared, schemas.trajectories()))
     if work.has("trajectories.parquet"):
         return
     work.table("trajectories.parquet", pa.Table.from_pylist(rows, schemas.trajectories()))
+
+
+def comparisons(known: Artifact, config: Config, codec: Codec) -> Iterator[Trajectory]:
+    """Every known pair four times: the original beside the right and beside the wrong image, in both orders."""
+    images, ratings = ImageTable([known]), compare.rating_tokens(codec)
+    prompts: dict[str, list[int]] = {}
+    for row in read_pairs(known):
+        sample, asked = row["sample_id"], row["question"]
+        prompt = prompts.setdefault(asked, compare.prompt(codec, asked))
+        grids = {
+            name: picture(images.decoded(row[name]), config.images).grid for name in ("original", "right", "wrong")
+        }
+        for index, (first, second, better) in enumerate(ORDERS):
+            yield Trajectory(
+                trajectory_id=f"{sample}-compared-{index}", sample_id=sample, group_id=sample, index=index, policy=SCRIPT,
+                tokens=(*prompt, ratings[better]), roles=(0,) * len(prompt) + (1,), logprobs=(0.0,),
+                images=(row[first], row[second]), grids=(grids[first], grids[second]), turns=(),
+                answer=compare.RATINGS[better], stop=StopReason.ANSWER, error=None, weights="scripted",
+            )  # fmt: skip
 
 
 def scripts(config: Config, dataset: Artifact) -> Iterator[tuple[Sample, int, list[str]]]:
@@ -240,6 +284,8 @@ def corpus(config: Config, dataset: Artifact) -> list[str]:
     system = settings.system
     texts = [default_system(settings.protocol, offered_tools(settings.tools)) if system is None else system]
     texts += [f"{role}\n" for role in ("system", "user", "assistant")]
+    if has_pairs(config):
+        texts += [compare.REPLY, GENERIC]
     demonstrated = (
         {sample.sample_id: turns for sample, _, turns in scripts(config, dataset)} if has_script(config) else {}
     )
@@ -248,4 +294,5 @@ def corpus(config: Config, dataset: Artifact) -> list[str]:
         turns = demonstrated.get(sample.sample_id, [])
         texts += [part["text"] for part in question(sample, pictures) if part["type"] == "text"] + turns
         texts += [size_statement(number, pictures[0]) for number in range(1, len(turns))]
+        texts += [compare.instruction(sample.question)] if has_pairs(config) else []
     return texts

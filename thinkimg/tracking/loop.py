@@ -14,11 +14,21 @@ from thinkimg.config import Config, TrackingConfig
 from thinkimg.manifest import now
 from thinkimg.tracking.connection import Connection, artifact_root, first_line, uri_of
 from thinkimg.tracking.projection import LoopRun, open_run, project_loop, project_policies, project_stage, readable_mix
-from thinkimg.tracking.records import LoopRecord, load_record, loop_id, records, resolved, save_record
+from thinkimg.tracking.records import (
+    LoopRecord,
+    load_record,
+    loop_id,
+    records,
+    resolved,
+    save_record,
+    without_password,
+)
 from thinkimg.tracking.stored import has_traces, stored
 from thinkimg.tracking.traces import log_traces, trace_key, trace_keys
 
 log = logging.getLogger(__name__)
+
+LOCAL_UI = "http://127.0.0.1:5000"
 
 
 class LoopTracker:
@@ -56,6 +66,11 @@ class LoopTracker:
         if self.connection and not cached:
             with self._forgiving("stages"), self.connection.alone():
                 project_stage(self.connection, artifact)
+
+    @property
+    def link(self) -> str | None:
+        """Where a browser finds the run; None where tracking is off or MLflow has not answered."""
+        return run_link(self.connection, self.connection.loops, self._run.run_id) if self._run else None
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show rows (JSON values, finite) as a table of the run; replaces the table of that name. Keep it short."""
@@ -152,15 +167,24 @@ def system_prompt(config: Config) -> str:
     )
 
 
-def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> None:
-    """The short run of a stage that was executed by itself; a failure is a warning."""
+def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> str | None:
+    """The short run of a stage that was executed by itself, and where a browser finds it; a failure is a warning."""
     if tracking.enabled:
         try:
             connection = Connection(store.root, tracking)
             with connection.alone():
                 project_stage(connection, artifact)
+            run = connection.find_run(connection.stages, "thinkimg.artifact", str(artifact.reference))
+            return run_link(connection, connection.stages, run.info.run_id)
         except Exception as error:  # the artifact is made: that is what counts
             log.warning("MLflow did not take %s (%s)", artifact.reference, error)
+    return None
+
+
+def run_link(connection: Connection, experiment: str, run_id: str) -> str:
+    """The run's page; for a database, where `thinkimg track ui` shows it."""
+    base = without_password(connection.uri).rstrip("/") if connection.uri.startswith("http") else LOCAL_UI
+    return f"{base}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def log_missing_traces(connection: Connection, store: Store, record: LoopRecord, run_id: str, done: set[int]) -> int:

@@ -86,8 +86,9 @@ def project_loop(connection: Connection, record: LoopRecord, loop: LoopRun) -> i
     """Tags, parameters, data set, points, tables and status; returns how many points were missing."""
     client, run = connection.client, connection.client.get_run(loop.run_id)
     set_tags(connection, run, loop_tags(record))
-    # Both may change while it is the same loop, and MLflow's parameters never change: see config.json for them.
-    identity = {name: value for name, value in record.config.items() if name not in ("iterations", "where")}
+    # They may change while it is the same loop, and MLflow's parameters never change: see config.json for them.
+    changing = ("iterations", "where", "on_alarm")
+    identity = {name: value for name, value in record.config.items() if name not in changing}
     add_params(connection, run, identity)
     datasets = record.references("dataset")
     if datasets:

@@ -93,13 +93,13 @@ class LoopRecord:
 
 
 def loop_id(config: Config) -> str:
-    """16 hex digits over the config but the number of iterations and `where`: resumed or extended it stays the same."""
+    """16 hex digits over the config but `iterations`, `where` and `on_alarm`: resumed or extended it stays the same."""
     return hashlib.sha256(canonical(resolved(config, identity=True)).encode()).hexdigest()[:16]
 
 
 def resolved(config: Config, identity: bool = False) -> dict[str, Any]:
-    """The config as JSON, without a password in the tracking URI; for identity without iterations and `where`."""
-    tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset"} if identity else None)
+    """The config as JSON, without a password in the tracking URI; for identity without what may change."""
+    tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset", "on_alarm"} if identity else None)
     if not identity and tree["where"]["tracking"]["uri"]:
         tree["where"]["tracking"]["uri"] = without_password(tree["where"]["tracking"]["uri"])
     return tree
@@ -132,12 +132,13 @@ def milliseconds(time: str) -> int:
 
 
 def save_record(store: Store, record: LoopRecord) -> None:
-    """Replace the loop's file at once: a reader sees all of the old or all of the new."""
+    """Replace the loop's file at once: a reader sees all of the old or all of the new. Two loops take turns."""
     directory = store.root / "loops"
     files.make_directory(directory)
     # Keys in their order: it is that of the stages, and of a table's columns.
     text = json.dumps({"format": FORMAT} | asdict(record), indent=1, allow_nan=False)
-    files.write(directory / f"{record.loop_id}.json", text + "\n")
+    with files.locked(directory / ".lock"):
+        files.write(directory / f"{record.loop_id}.json", text + "\n")
 
 
 def load_record(store: Store, loop_id: str) -> LoopRecord | None:

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from thinkimg.artifacts import Artifact, Store
-from thinkimg.manifest import MANIFEST, Reference
+from thinkimg.manifest import DROPPED, MANIFEST, Reference
+from thinkimg.mixing import Mix
 from thinkimg.schemas import Sample, Trajectory, from_row
 from thinkimg.tracking.records import LoopRecord
 
@@ -35,10 +36,8 @@ def sources(record: LoopRecord, step: int) -> list[Reference | None]:
 
 def has_traces(store: Store, record: LoopRecord, step: int) -> bool:
     """Whether the step has rollouts with scores, and the store (still) all that they refer to."""
-    return all(
-        reference and reference.attempt and (store.root / str(reference) / MANIFEST).is_file()
-        for reference in sources(record, step)
-    )
+    places = [reference and reference.attempt and store.root / str(reference) for reference in sources(record, step)]
+    return all(place and (place / MANIFEST).is_file() and not place.with_suffix(DROPPED).exists() for place in places)
 
 
 def stored(store: Store, record: LoopRecord, step: int) -> Stored:
@@ -52,15 +51,13 @@ def stored(store: Store, record: LoopRecord, step: int) -> Stored:
         for row in batch.to_pylist()
         if row["sample_id"] in wanted
     }
-    scores, reasons = read_scores(scored, record.config["mix"])
+    scores, reasons = read_scores(scored, Mix.of(record.config))
     return Stored(trajectories, image_reader(rollouts, dataset), scores, samples, reasons)
 
 
-def read_scores(artifact: Artifact, mix: dict[str, float]) -> tuple[dict, dict]:
+def read_scores(artifact: Artifact, mix: Mix) -> tuple[dict, dict]:
     """Trajectory id -> component -> value, with the `total` of the mix; (trajectory id, component) -> reason."""
     import numpy as np
-
-    from thinkimg.grpo.advantages import mix_rewards
 
     rows = artifact.table("scores").to_pylist()
     components = [name for name, value in rows[0].items() if isinstance(value, dict)] if rows else []
@@ -68,7 +65,7 @@ def read_scores(artifact: Artifact, mix: dict[str, float]) -> tuple[dict, dict]:
         name: np.array([np.nan if row[name]["value"] is None else row[name]["value"] for row in rows])
         for name in components
     }
-    totals = mix_rewards(values, mix, np.array([row["group_id"] for row in rows])) if rows else []
+    totals = mix.totals(values, np.array([row["group_id"] for row in rows])) if rows else []
     scores = {
         row["trajectory_id"]: {"total": float(total)} | {name: row[name]["value"] for name in components}
         for row, total in zip(rows, totals, strict=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thinkimg.images.coordinates import Frame
+from thinkimg.images.coordinates import Frame, taken_box
 from thinkimg.schemas import Sample, StopReason, Trajectory, Turn, TurnKind
 from thinkimg.tracking.connection import Connection, load_mlflow
 
@@ -235,18 +235,6 @@ def pictures(row: Trajectory, turn: Turn, images: Callable[[str], "Image"]) -> l
     box = Frame(source.size, view).box_to_full(box)
     where = f"Taken from image {turn.source}, {source.width}x{source.height} pixels, at {box}:"
     return [text_part(where), shown(with_box(source, box)), *parts]
-
-
-def taken_box(tool: str | None, args: Mapping[str, Any], view: tuple[int, int]) -> tuple[float, ...] | None:
-    """(left, top, right, bottom), in pixels of the view, of what a crop or a zoom took; None for the other tools."""
-    if tool == "crop_image":
-        return args["x"], args["y"], args["x"] + args["width"], args["y"] + args["height"]
-    if tool == "zoom_image":
-        width, height = view[0] / args["factor"], view[1] / args["factor"]
-        left = min(max(args["center_x"] - width / 2, 0), view[0] - width)
-        top = min(max(args["center_y"] - height / 2, 0), view[1] - height)
-        return left, top, left + width, top + height
-    return None
 
 
 def with_box(image: "Image", box: tuple[int, int, int, int]) -> "Image":

@@ -1,0 +1,128 @@
+"""What orchestration costs: each iteration of a loop, split into work and what is around it.
+
+    python benchmarks/overhead.py --preset tiny --set where.store=/tmp/overhead --set iterations=3
+
+    work      the stages' own computing: engine, trainer, tools, rewards
+    store     hashing, syncing, renaming and reading or writing Parquet, in whatever thread (so it may overlap with work)
+    prefect   everything between a sub-flow's call and its stage, and back: states, settings, tables, links
+    mlflow    the loop's record and its projection, traces included
+
+The limit is 5 % of an iteration of 60 s or more, and 3 s of a shorter one. Iteration 0 (prepare, warm start, the first
+evaluation) is shown and not judged: servers start in it.
+"""
+
+import functools
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Annotated
+
+import cyclopts
+
+SHARE, LONG_S, SECONDS = 0.05, 60.0, 3.0
+PARTS = ("store", "prefect", "mlflow")
+
+
+class Clock:
+    """Seconds by name; of nested calls of one name only the outermost counts."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+        self._lock, self._running = threading.Lock(), threading.local()
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            running = self._running.__dict__.setdefault("names", set())
+            if name in running:
+                return function(*arguments, **options)
+            running.add(name)
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                running.discard(name)
+                with self._lock:
+                    self.seconds[name] += time.perf_counter() - started
+
+        return call
+
+    def patch(self, name: str, owner: object, *attributes: str) -> None:
+        for attribute in attributes:
+            setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
+
+
+def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
+    """Seconds per iteration, by part."""
+    import pyarrow.parquet as pq
+
+    import flows.loop as pipeline
+    from thinkimg import artifacts, files
+    from thinkimg.tracking import LoopTracker
+
+    clock, rows = Clock(), []
+    clock.patch("store", files, "sync", "sync_tree", "rename", "remove", "sha256", "append")
+    clock.patch("store", artifacts, "write_table")
+    clock.patch("store", pq, "read_table", "read_metadata")
+    clock.patch("store", artifacts.Artifact, "table", "checked")
+    for name in ("prepare", "warmstart", "rollout", "score", "train", "evaluate"):
+        module = sys.modules[f"flows.{name}"]
+        clock.patch("stage", module.stage, name)
+        setattr(pipeline, name, clock.timed("flow", getattr(pipeline, name)))
+    log_iteration = clock.timed("mlflow", LoopTracker.log_iteration)
+    began = time.perf_counter()
+
+    def iteration_ends(self, *arguments, **options):
+        nonlocal began
+        log_iteration(self, *arguments, **options)
+        spent, clock.seconds = clock.seconds, Counter()
+        wall = time.perf_counter() - began
+        began = time.perf_counter()
+        row = {
+            "wall": wall,
+            "store": spent["store"],
+            "prefect": spent["flow"] - spent["stage"],
+            "mlflow": spent["mlflow"],
+        }
+        rows.append(row | {"work": wall - sum(row[part] for part in PARTS)})
+
+    LoopTracker.log_iteration = iteration_ends
+    pipeline.loop(preset=preset, overrides=overrides)
+    return rows
+
+
+def allowed(wall: float) -> float:
+    return SHARE * wall if wall >= LONG_S else SECONDS
+
+
+def show(rows: list[dict[str, float]]) -> bool:
+    """Print the split; whether every iteration but the first is within the limit."""
+    print(
+        f"{'iteration':>9}{'wall s':>9}{'work':>9}"
+        + "".join(f"{part:>9}" for part in PARTS)
+        + f"{'around':>9}{'allowed':>9}"
+    )
+    fine = True
+    for number, row in enumerate(rows):
+        around = sum(row[part] for part in PARTS)
+        fine &= number == 0 or around <= allowed(row["wall"])
+        cells = [row["wall"], row["work"], *(row[part] for part in PARTS), around, allowed(row["wall"])]
+        print(f"{number:>9}" + "".join(f"{cell:>9.2f}" for cell in cells))
+    return fine
+
+
+def main(
+    *,
+    preset: str = "tiny",
+    set: Annotated[list[str] | None, cyclopts.Parameter(name="--set", negative=[])] = None,
+) -> None:
+    """Run a loop and split its iterations; exit code 1 if orchestration costs more than it may."""
+    rows = measure(preset, set or [])
+    if not show(rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

@@ -1,0 +1,232 @@
+"""Can the image rewards tell right processing from wrong, and how fast are they?
+
+    python benchmarks/rewards.py --store artifacts --policy 3f2a        (without a policy: the tiny preset's warm-started one)
+    python benchmarks/rewards.py --memory                               what reading attention adds, one layer of the 7B
+
+On known pairs of held-out photographs (thinkimg/data/known_pairs.py): a crop on the target against one elsewhere, the right
+light against too little or noise, the right turn against a wrong one. Prints each judge's AUC with its 95 % interval beside
+a scripted perfect judge and a coin; then pairs per second, what batching gains, and what `self` costs in prefills.
+The teacher is the policy's own server, asked through its OpenAI-compatible endpoint.
+"""
+
+import argparse
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from thinkimg import clip
+from thinkimg.artifacts import Artifact, Store
+from thinkimg.chat import compare
+from thinkimg.config import Config, load
+from thinkimg.data.images import ImageTable
+from thinkimg.engine.client import Sampling
+from thinkimg.engine.server import SERVED_NAME
+from thinkimg.machines import Machines
+from thinkimg.rewards import JUDGES, self
+from thinkimg.rewards._bench import Bench
+from thinkimg.rewards._pairs import Pair
+from thinkimg.rewards._quality import auc_interval
+from thinkimg.stages.calibrate import calibrate_attention, known_side
+from thinkimg.stages.clip import train_clip
+from thinkimg.stages.pairs import pairs, read_pairs
+from thinkimg.stages.prepare import prepare
+from thinkimg.stages.warmstart import warmstart
+
+TOKENS, QUERIES = 2800, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", default="artifacts")
+    parser.add_argument("--policy")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--child", choices=("forward", "read"))
+    args = parser.parse_args()
+    if args.child:
+        print(peak_of_a_forward(args.child == "read"))
+        return
+    if args.memory:
+        memory()
+        return
+    config = load(args.preset, [f"where.store={args.store}", *args.set])
+    store = Store(config.where.store)
+    dataset, _ = prepare(config, store)
+    policy = store.resolve(args.policy, "policy") if args.policy else warmstart(config, dataset, store)[0]
+    small = train_clip(config, store)[0] if config.image.embedding.model == clip.OWN else None
+    known, _ = pairs(config, store, split="held_out", count=args.pairs)
+    rows = read_pairs(known)
+    with Machines(config) as crew:
+        asyncio.run(warm(crew, policy))
+        url = config.where.engine.urls[0] if config.where.engine.urls else crew.server(policy, None).url
+        teacher = {"url": f"{url}/v1"}
+        config = load(
+            args.preset,
+            [f"where.store={args.store}", *args.set, f"where.teacher={teacher}", f"image.teacher.model={SERVED_NAME}"],
+        )
+        bench = Bench(config, crew, policy, policy, small, (known,), ImageTable([known]))
+        quality(bench, rows)
+        where(config, policy, store, args.pairs)
+        speed(bench, rows)
+
+
+def memory() -> None:
+    """Each in a process of its own, whose highest memory is what counts; random weights of the 7B's geometry."""
+    peaks = {}
+    for kind in ("forward", "read"):
+        command = [sys.executable, __file__, "--child", kind]
+        peaks[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    print(
+        f"one layer of the 7B over {TOKENS} tokens, peak above the weights: {peaks['forward']:.0f} MB, with its attention"
+    )
+    print(f"read at {QUERIES} query rows {peaks['read']:.0f} MB: {peaks['read'] - peaks['forward']:+.0f} MB")
+
+
+def peak_of_a_forward(read: bool) -> float:
+    """MB above what is held before it."""
+    import torch
+    from transformers import AttentionInterface, Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    from thinkimg.grpo.relative_attention import NAME, Reader, attend_and_read
+
+    config = Qwen2_5_VLConfig(text_config={
+        "vocab_size": 64, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }).text_config  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = Qwen2_5_VLTextModel(config).eval()
+
+    def forward(count: int) -> None:
+        positions = torch.arange(count).expand(3, 1, count)
+        with torch.inference_mode():
+            model(
+                inputs_embeds=torch.ones(1, count, 3584), position_ids=positions,
+                attention_mask={"full_attention": None}, use_cache=False,
+            )  # fmt: skip
+
+    forward(64)  # whatever is loaded once
+    if read:
+        AttentionInterface.register(NAME, attend_and_read)
+        columns = torch.arange(TOKENS - QUERIES, TOKENS)
+        model.config._attn_implementation = NAME
+        Reader.current = Reader([0], torch.zeros_like(columns), columns, stop=False)  # to the end, as the forward
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory from here on
+    before = high_water_kb()
+    forward(TOKENS)
+    return (high_water_kb() - before) / 1024
+
+
+def high_water_kb() -> int:
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
+
+
+async def warm(crew: Machines, policy: Artifact) -> None:
+    engine, _ = await crew.engine(policy)
+    await engine.__aexit__()
+
+
+def quality(bench: Bench, rows: Sequence[dict[str, str]]) -> None:
+    families = np.array([row["family"] for row in rows])
+    both = [*known_side(rows, "right"), *known_side(rows, "wrong")]
+    coin = np.random.default_rng(0).uniform(size=(2, len(rows)))
+    values = {"perfect judge": np.repeat([[1.0], [0.0]], len(rows), axis=1), "coin": coin}
+    seconds: dict[str, float] = {}
+    for name, module in JUDGES.items():
+        start = time.perf_counter()
+        found = module.judge(both, bench)
+        seconds[name] = time.perf_counter() - start
+        values[name] = np.array([np.nan if one.value is None else one.value for one in found]).reshape(2, -1)
+    print(f"{len(rows)} pairs of held-out photographs, AUC with its 95 % interval")
+    print(
+        f"{'':<14} {'all':<20} "
+        + " ".join(f"{family:<8}" for family in sorted(set(families)))
+        + " right wrong  pairs/s"
+    )
+    for name, (right, wrong) in values.items():
+        there = ~np.isnan(right + wrong)
+        mid, low, high = auc_interval(right[there], wrong[there])
+        per = [
+            auc_interval(*(side[there & (families == family)] for side in (right, wrong)))[0]
+            for family in sorted(set(families))
+        ]
+        rate = f"{len(both) / seconds[name]:8.0f}" if name in seconds else ""
+        print(
+            f"{name:<14} {mid:.3f} [{low:.3f}, {high:.3f}] " + " ".join(f"{one:<8.3f}" for one in per)
+            + f" {np.nanmean(right):.2f}  {np.nanmean(wrong):.2f} {rate}"
+        )  # fmt: skip
+
+
+def where(config: Config, policy: Artifact, store: Store, count: int) -> None:
+    print("\nattention: chosen on one half of the pairs, told on the other")
+    for place in calibrate_attention(config, policy, store, count=count)[:4]:
+        chosen, told = ("{:.3f} [{:.3f}, {:.3f}]".format(*one) for one in (place.chosen_on, place.told_on))
+        print(f"  layer {place.layer:<2} rows {place.rows:<5} {chosen}   {told}")
+
+
+def speed(bench: Bench, rows: Sequence[dict[str, str]]) -> None:
+    both = [*known_side(rows, "right"), *known_side(rows, "wrong")]
+    encoder = clip.load(bench.config.image.embedding, bench.clip)
+    hashes = sorted({sha for pair in both for sha in (pair.original, pair.processed)})
+    ready = {sha: encoder._preprocess(bench.images.decoded(sha)) for sha in hashes}  # the model's part alone
+
+    def encode(batch: int) -> float:
+        before, clip.BATCH = clip.BATCH, batch
+        start = time.perf_counter()
+        encoder._encode(encoder._model.encode_image, ([ready[s] for s in part] for part in clip.batches(hashes)))
+        elapsed = time.perf_counter() - start
+        clip.BATCH = before
+        return elapsed
+
+    encode(64)
+    one, many = encode(1), encode(64)
+    print(
+        f"\nembedding: {len(hashes)} unique images of {2 * len(both)}: batches of 64 take 1/{one / many:.1f} of one by one"
+    )
+    judged, prefilled = asyncio.run(prefill(bench, both))
+    print(f"self: {2 * len(both)} forwards in {judged:.1f} s, {judged / prefilled:.2f} x a prefill of the same prompts")
+
+
+async def prefill(bench: Bench, both: Sequence[Pair]) -> tuple[float, float]:
+    """Seconds of judging, and of sampling one token after the same prompts; each with empty caches."""
+    engine, adapter = await bench.crew.engine(bench.policy)
+    refs = await asyncio.to_thread(self.references, both, bench, bench.crew.media)
+    prompts = {pair.question: compare.prompt(bench.codec, pair.question) for pair in both}
+    ratings = compare.rating_tokens(bench.codec)
+    sampling = Sampling(temperature=1.0, max_tokens=1, seed=0, stop_token_ids=())
+    seconds = {"judge": [], "prefill": []}
+    async with engine:
+        for _ in range(3):
+            for name in seconds:
+                for url in engine.urls:
+                    for cache in ("prefix", "mm", "encoder"):
+                        await engine._post(url, f"/reset_{cache}_cache", {})
+                start = time.perf_counter()
+                if name == "judge":
+                    await asyncio.gather(
+                        *(self._compare(p, engine, adapter, refs, prompts[p.question], ratings) for p in both)
+                    )
+                else:
+                    pictures = [[refs[p.original], refs[p.processed]] for p in both]
+                    await asyncio.gather(
+                        *(
+                            engine.generate(prompts[p.question], order, sampling, adapter)
+                            for p, shown in zip(both, pictures, strict=True)
+                            for order in (shown, shown[::-1])
+                        )
+                    )
+                seconds[name].append(time.perf_counter() - start)
+    return min(seconds["judge"]), min(seconds["prefill"])
+
+
+if __name__ == "__main__":
+    main()

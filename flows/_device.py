@@ -1,0 +1,55 @@
+"""One run at a time on a machine's device: a global concurrency limit that whoever needs it creates.
+
+PREFECT_API_URL=… python -m flows._device     creates it, for `make deploy`
+"""
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+from flows._server import is_embedded
+from thinkimg import console
+
+log = logging.getLogger(__name__)
+
+LIMIT = f"thinkimg-device-{socket.gethostname()}"
+LEASE_S = 60  # the shortest that Prefect allows: so long the device stays taken after a SIGKILL
+
+
+@contextmanager
+def device() -> Iterator[None]:
+    """Hold this machine's device, waiting for whoever has it; without a shared server there is nobody to share with.
+
+    A server that does not answer later on does not end the run: what it does is worth more than the order of a queue.
+    """
+    if is_embedded():
+        yield
+        return
+    if create().active_slots:
+        console.say(f"waiting for the device: another run holds the concurrency limit {LIMIT}")
+    with concurrency(LIMIT, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False):
+        yield
+
+
+def create():
+    """The limit as the server has it, made if there is none; its size is left alone, so that two devices can be told."""
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_global_concurrency_limit_by_name(LIMIT)
+        except ObjectNotFound:
+            try:
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
+            except ObjectAlreadyExists:
+                log.debug("another run created %s in the meantime", LIMIT)
+            return client.read_global_concurrency_limit_by_name(LIMIT)
+
+
+if __name__ == "__main__":
+    limit = create()
+    print(f"Concurrency limit {limit.name}: {limit.limit}")

@@ -1,0 +1,53 @@
+"""Scoring on a Prefect task runner: threads of this process, or Dask on this machine or many (`where.runner`)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from flows import _server
+from thinkimg.config import WhereConfig
+from thinkimg.errors import UserError
+
+
+# The store is the cache, and jobs name artifacts: nothing that a task takes or gives is written anywhere by Prefect.
+@task(name="component", cache_policy=NO_CACHE, persist_result=False, task_run_name="{job.component} of {job.part}")
+def component(work: Callable, job):
+    """One component on one part."""
+    return work(job)
+
+
+@contextmanager
+def mapper(where: WhereConfig) -> Iterator[Callable]:
+    """Yield a `stages.score.Mapper`; its runner is started by the first call, so that a cached stage starts none."""
+    with ExitStack() as stack:
+        runners: list[TaskRunner] = []
+
+        def run(work: Callable, jobs: list) -> Iterator:
+            if not runners:
+                runners.append(stack.enter_context(runner(where, stack)))
+            futures = [runners[0].submit(component, {"work": work, "job": job}) for job in jobs]
+            return (future.result() for future in futures)
+
+        yield run
+
+
+def runner(where: WhereConfig, stack: ExitStack) -> TaskRunner:
+    if where.runner == "threads":
+        return ThreadPoolTaskRunner(max_workers=where.workers)
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"where.runner={where.runner} needs {error.name}, which is not installed",
+            hint="pip install 'thinkimg[dask]'",
+        ) from error
+    # Workers report to the API of this process, embedded or not, and don't start servers of their own.
+    stack.enter_context(temporary_settings({PREFECT_API_URL: _server.api_url()}))
+    if where.runner != "dask":
+        return DaskTaskRunner(address=where.runner)
+    cluster = {"n_workers": where.workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    return DaskTaskRunner(cluster_kwargs=cluster)

@@ -1,0 +1,252 @@
+"""The fault table (docs/faults.md): each row ends in a retry that works, or in one clear sentence, within a minute."""
+
+import asyncio
+import logging
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from test_crash_points import Recorded, stages  # noqa: F401  a fixture
+from test_engine import PLAIN, FakeServer, fakes, generate_many, image  # noqa: F401  a fixture
+
+from thinkimg import tracking
+from thinkimg.artifacts import Recipe, Store
+from thinkimg.config import load
+from thinkimg.engine import EngineError, client
+from thinkimg.engine.client import EngineClient, EngineUnavailable
+from thinkimg.errors import UserError
+from thinkimg.stages import rollout
+
+REPOSITORY = Path(__file__).parents[1]
+MINUTE = 60.0
+
+
+def test_every_row_of_the_table_names_tests_that_exist():
+    table = (REPOSITORY / "docs" / "faults.md").read_text()
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", table)
+    assert len(named) >= 12
+    for module, name in named:
+        assert f"def {name}(" in (REPOSITORY / "tests" / f"{module}.py").read_text(), f"{module}::{name}"
+
+
+# engines and judges ---------------------------------------------------------------------------------------------------
+
+
+class Hanging(FakeServer):
+    """Takes every request and says nothing until it is let go; `well` answers /health all the same."""
+
+    def __init__(self, well: bool):
+        self.bodies, self.let_go = [], threading.Event()
+        hanging = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                if not well:
+                    hanging.let_go.wait(30)
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def do_POST(self):
+                hanging.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+                hanging.let_go.wait(30)
+                self.close_connection = True
+
+            def log_message(self, *_):
+                """Silent."""
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.let_go.set()
+        super().close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    assert client.PATIENCE_S + client.HEALTH_S < MINUTE
+    monkeypatch.setattr(client, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(client, "HEALTH_S", 0.3)
+
+
+@pytest.fixture
+def hanging(request):
+    server = Hanging(getattr(request, "param", False))
+    yield server
+    server.close()
+
+
+def test_an_engine_or_judge_that_hangs_is_told_in_a_sentence(hanging, impatient):
+    with pytest.raises(EngineUnavailable, match=f"^{hanging.url} hangs: it says nothing any more\nHint: "):
+        generate_many([hanging.url], 3)
+
+
+def test_one_that_hangs_is_stood_in_for(hanging, impatient, fakes, caplog):  # noqa: F811
+    (fake,) = fakes([])
+    assert len(generate_many([hanging.url, fake.url], 20)) == 20
+    assert len(fake.bodies) == 20 and caplog.text.count(f"{hanging.url} is left out") == 1
+
+
+@pytest.mark.parametrize("hanging", [True], indirect=True)
+def test_one_that_is_slow_but_well_is_waited_for(hanging, impatient):
+    async def run():
+        async with EngineClient([hanging.url], media="data") as engine:
+            await asyncio.wait_for(engine.generate([5], [image(0)], PLAIN), 2)
+
+    with pytest.raises(TimeoutError):  # ours
+        asyncio.run(run())
+    assert len(hanging.bodies) == 1
+
+
+def test_no_server_at_all_is_a_sentence():
+    async def run():
+        async with EngineClient(["http://127.0.0.1:1"], media="data") as engine:
+            await engine.leave_out_dead()
+
+    with pytest.raises(EngineError, match="none of the servers http://127.0.0.1:1 answers"):
+        asyncio.run(run())
+
+
+def test_an_engine_that_dies_in_the_middle_costs_what_was_in_flight(stages, tmp_path, monkeypatch):  # noqa: F811
+    played = []
+
+    class Dying(Recorded):
+        async def play(self, jobs, progress):
+            for job in jobs:
+                if len(played) == 2:
+                    raise EngineUnavailable("http://x answered 500: EngineDeadError", hint="read the server's log")
+                played.append((job.sample.sample_id, job.index))
+                yield job, self.episode(job)
+
+    store = Store(tmp_path)
+    monkeypatch.setattr(rollout, "Players", Dying)
+    with pytest.raises(EngineError, match="EngineDeadError"):
+        stages.run("rollout", store)
+    monkeypatch.setattr(rollout, "Players", Recorded)
+    monkeypatch.setattr(Recorded, "play", counting(Recorded.play, again := []))
+    assert stages.run("rollout", store).digest == stages.made["rollout"].digest
+    assert len(again) == 2 and not set(again) & set(played)  # a sample has two conversations and a part of its own
+
+
+def counting(play, seen):
+    async def counted(self, jobs, progress):
+        async for job, episode in play(self, jobs, progress):
+            seen.append((job.sample.sample_id, job.index))
+            yield job, episode
+
+    return counted
+
+
+# MLflow ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracked(tmp_path):
+    store = Store(tmp_path / "artifacts")
+    config = load("tiny", [f"where.store={store.root}"])
+    with tracking.open_loop(config, store):
+        pass
+    return config, store
+
+
+def lock(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+def test_a_locked_mlflow_database_at_the_start_is_a_sentence(tracked):
+    config, store = tracked
+    holder, started = lock(store.root / "mlflow.db"), time.monotonic()
+    try:
+        with pytest.raises(UserError, match="MLflow can't be used at sqlite:.*locked"):
+            tracking.open_loop(config, store)
+    finally:
+        holder.close()
+    assert time.monotonic() - started < MINUTE
+
+
+def test_a_locked_mlflow_database_later_is_a_warning_and_sync_mends_it(tracked, caplog):
+    config, store = tracked
+    with tracking.open_loop(config, store) as tracker:
+        holder, started = lock(store.root / "mlflow.db"), time.monotonic()
+        try:
+            with caplog.at_level(logging.WARNING):
+                tracker.log_iteration(1, {"eval/accuracy": 0.5})
+        finally:
+            holder.close()
+        assert time.monotonic() - started < MINUTE
+        assert "MLflow did not take" in caplog.text and "thinkimg track sync" in caplog.text
+    assert tracking.sync(store).points == 0  # leaving the loop has added it
+    import mlflow
+
+    engine = mlflow.MlflowClient(f"sqlite:///{store.root.resolve() / 'mlflow.db'}")
+    (run,) = engine.search_runs([engine.get_experiment_by_name("thinkimg").experiment_id])
+    assert run.data.metrics["eval/accuracy"] == 0.5
+
+
+def test_a_stage_is_made_though_mlflow_is_gone(tmp_path, caplog):
+    store = Store(tmp_path)
+    artifact = store.build("toy", Recipe("toy", 1, 1, {}), lambda work: None)[0]
+    settings = load("tiny", ["where.tracking.uri=http://127.0.0.1:1"]).where.tracking
+    started = time.monotonic()
+    assert tracking.log_stage(artifact, store, settings) is None
+    assert time.monotonic() - started < MINUTE and "MLflow did not take" in caplog.text
+
+
+# Prefect --------------------------------------------------------------------------------------------------------------
+
+
+def prepare(place: Path, **environment: str) -> tuple[subprocess.CompletedProcess, float]:
+    command = [sys.executable, "-m", "thinkimg", "prepare", "--preset", "tiny"]
+    settings = ["data.train=4", "data.held_out=2", "where.tracking.enabled=false"]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, *(part for setting in settings for part in ("--set", setting))], cwd=place, capture_output=True, text=True,
+        env=os.environ | {"PREFECT_HOME": str(place / "prefect"), "PYTHONPATH": str(REPOSITORY)} | environment, timeout=300,
+    )  # fmt: skip
+    return done, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PREFECT_API_URL": "http://127.0.0.1:1/api"},
+        {"PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////nowhere/prefect.db"},
+    ],
+    ids=["no server", "no database"],
+)
+def test_without_prefect_it_ends_in_a_sentence(tmp_path, environment):
+    done, seconds = prepare(tmp_path, **environment)
+    said = [line for line in done.stderr.splitlines() if line.startswith("thinkimg: ")]
+    assert done.returncode == 1 and len(said) == 1 and "Prefect's" in said[0], done.stderr[-3000:]
+    assert "Traceback" not in done.stderr and seconds < MINUTE
+
+
+def test_what_prefect_does_not_take_is_a_warning(tmp_path, caplog, monkeypatch):
+    from flows import _ui
+
+    artifact = Store(tmp_path).build("scores", Recipe("score", 1, 1, {}), lambda work: None)[0]
+
+    def refuse(*_, **__):
+        raise ConnectionError("database is locked")
+
+    for name in ("create_table_artifact", "create_link_artifact", "create_progress_artifact"):
+        monkeypatch.setattr(_ui, name, refuse)
+    _ui.show_artifact(artifact, False, "http://127.0.0.1/run")
+    with _ui.bar("score") as tell:
+        tell(1, 2)
+    for what in ("a table", "a link", "progress"):
+        assert f"Prefect did not take {what} (ConnectionError: database is locked)" in caplog.text

@@ -1,0 +1,63 @@
+"""What a judge finds at its place of work: the pictures, the policy whose rollouts these are, and its machines."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from thinkimg.chat.picture import Picture, picture
+from thinkimg.config import Config
+from thinkimg.rewards._pairs import Identity, Judgement, Pair
+
+if TYPE_CHECKING:
+    from thinkimg.artifacts import Artifact
+    from thinkimg.chat.codec import Codec
+    from thinkimg.data.images import ImageTable
+    from thinkimg.machines import Machines
+
+
+class Judge(Protocol):
+    """What a module of an image component defines besides NAME and score."""
+
+    def identity(self, bench: "Bench") -> Identity: ...
+
+    def judge(self, pairs: Sequence[Pair], bench: "Bench") -> list[Judgement]:
+        """One judgement per pair, in order; a pair that can't be judged has one without a value."""
+
+
+@dataclass
+class Bench:
+    """policy: who made the rollouts. founder: the first policy, which a "warmstart" teacher is. clip: the artifact of the
+    small CLIP, if config.image.embedding asks for it. tables: artifacts that hold the images."""
+
+    config: Config
+    crew: "Machines"
+    policy: "Artifact"
+    founder: "Artifact | None"
+    clip: "Artifact | None"
+    tables: "Sequence[Artifact]"
+    images: "ImageTable"
+    expect: Callable[[int], None] = lambda count: None
+    judged: Callable[[int], None] = lambda count: None
+    """Told how many pairs are to be judged, and how many more have been; from whatever thread."""
+
+    @cached_property
+    def codec(self) -> "Codec":
+        from thinkimg.chat.codec import Codec
+
+        return Codec.load(self.crew.vocabulary(self.policy))
+
+    @property
+    def store(self) -> Path:
+        return Path(self.config.where.store)
+
+    def picture(self, sha256: str) -> Picture:
+        """An image and what the model sees of it."""
+        return picture(self.images.decoded(sha256), self.config.images)
+
+    def map(self, function: Callable, items: Sequence) -> list:
+        """In threads: decoding, resizing and hashing let go of the interpreter."""
+        with ThreadPoolExecutor(self.config.where.workers) as pool:
+            return list(pool.map(function, items))

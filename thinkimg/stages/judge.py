@@ -1,0 +1,143 @@
+"""The judges at work on one part of the rollouts: whatever was judged before is taken from stored scores, by content."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thinkimg import schemas
+from thinkimg.artifacts import Artifact, Store
+from thinkimg.errors import UserError
+from thinkimg.rewards import JUDGES
+from thinkimg.rewards._bench import Bench
+from thinkimg.rewards._pairs import Identity, Judgement, Judgements, Pair, degenerate, processed
+from thinkimg.schemas import Sample, Trajectory
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+RECENT = 32  # score artifacts that are searched for earlier judgements, the newest first
+
+
+def pairs_of(rows: Iterable[Trajectory], samples: dict[str, Sample]) -> set[Pair]:
+    """What there is to judge in some trajectories, each once."""
+    return {pair for row in rows for pair in processed(row, samples[row.sample_id]) if isinstance(pair, Pair)}
+
+
+def judge(wanted: set[Pair], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]]) -> Judgements:
+    """What all judges of config.image.types find. known: keys -> judgements that were made before."""
+    pairs = sorted(wanted, key=key_of)
+    judges = {name: JUDGES[name] for name in bench.config.image.types}
+    looked = dict(zip(pairs, bench.map(lambda pair: unfit(pair, bench), pairs), strict=True))
+    fit = [pair for pair in pairs if looked[pair] is None]
+    found: dict[tuple[str, Pair], Judgement] = {
+        (name, pair): one for name in judges for pair, one in looked.items() if one is not None
+    }
+    bench.expect(len(fit) * len(judges))
+    # One after the other where engine and trainer take turns in the memory.
+    where = bench.config.where
+    together = where.engine.keep and where.trainer.keep
+    with ThreadPoolExecutor(len(judges) if together else 1, thread_name_prefix="judge") as pool:
+        asked = {name: pool.submit(ask, module, fit, bench, known) for name, module in judges.items()}
+        for name, future in asked.items():
+            found |= {(name, pair): one for pair, one in zip(fit, future.result(), strict=True)}
+    if bench.config.image.teacher.fallback == "self" and "self" not in judges:
+        lost = [pair for pair in fit if found.get(("teacher", pair), SURE).unreachable]
+        if lost:  # whole groups fall back, so all pairs of their groups are needed
+            found |= zip([("self", pair) for pair in fit], ask(JUDGES["self"], fit, bench, known), strict=True)
+            found |= {("self", pair): one for pair, one in looked.items() if one is not None}
+    return found
+
+
+SURE = Judgement(None, None, {})
+
+
+def unfit(pair: Pair, bench: Bench) -> Judgement | None:
+    """A judgement that needs no judge: an image that can't be read, or in which nothing can be seen."""
+    try:
+        bench.images.decoded(pair.original)
+        reason = degenerate(bench.images.decoded(pair.processed))
+    except (KeyError, OSError, ValueError, UserError) as error:
+        return Judgement(None, f"An image can't be read: {error}", {})
+    return reason and Judgement(0.0, reason, {})
+
+
+def ask(
+    module, pairs: Sequence[Pair], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]]
+) -> list[Judgement]:
+    """A judge's judgements of pairs, in order; only those that are not known are made."""
+    if not pairs:
+        return []
+    who: Identity = module.identity(bench)
+    keys = {pair: who.key(pair) for pair in pairs}
+    before = known(set(keys.values()))
+    new = [pair for pair in pairs if keys[pair] not in before]
+    bench.judged(len(pairs) - len(new))
+    made = dict(zip(new, module.judge(new, bench), strict=True)) if new else {}
+    return [by(made[pair] if pair in made else before[keys[pair]], who) for pair in pairs]
+
+
+def by(judgement: Judgement, who: Identity) -> Judgement:
+    return Judgement(judgement.value, judgement.reason, judgement.evidence, who, judgement.unreachable)
+
+
+def table(judgements: Judgements) -> "pa.Table":
+    """The ledger: one row per judgement, in a fixed order."""
+    import pyarrow as pa
+
+    rows = []
+    for (component, pair), one in sorted(judgements.items(), key=lambda item: (item[0][0], *key_of(item[0][1]))):
+        by = one.by or Identity("", "", "", "")
+        rows.append({
+            "key": by.key(pair) if one.by else "", "component": component, **asdict(by), "question": pair.question,
+            "original": pair.original, "processed": pair.processed, "value": one.value, "reason": one.reason,
+            "evidence": json.dumps(one.evidence, sort_keys=True), "unreachable": one.unreachable,
+        })  # fmt: skip
+    return pa.Table.from_pylist(rows, schemas.judgements())
+
+
+def key_of(pair: Pair) -> tuple[str, str, str]:
+    return pair.question, pair.original, pair.processed
+
+
+def read(path: Path) -> Judgements:
+    """What `table` has written."""
+    import pyarrow.parquet as pq
+
+    found = {}
+    for row in pq.read_table(path).to_pylist():
+        found[row["component"], Pair(row["question"], row["original"], row["processed"])] = judgement(row)
+    return found
+
+
+def judgement(row: dict) -> Judgement:
+    who = Identity(row["judge"], row["model"], row["weights"], row["prompt"]) if row["judge"] else None
+    return Judgement(row["value"], row["reason"], json.loads(row["evidence"]), who, row["unreachable"])
+
+
+def earlier(store: Store, skip: str) -> Callable[[set[str]], dict[str, Judgement]]:
+    """keys -> judgements with a value in the newest complete scores of the store, those of fingerprint `skip` left out."""
+    found = sorted(store.list("scores"), key=lambda artifact: artifact.manifest["finished"], reverse=True)
+    others = (artifact for artifact in found if artifact.fingerprint != skip)
+    tables = [path for artifact in islice(others, RECENT) for path in ledger(artifact)]
+
+    def known(keys: set[str]) -> dict[str, Judgement]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        wanted, made = pa.array(sorted(keys)), {}
+        for path in tables:
+            rows = pq.read_table(path)
+            hits = rows.filter(pc.and_(pc.is_in(rows["key"], wanted), pc.is_valid(rows["value"]))).to_pylist()
+            made |= {row["key"]: judgement(row) for row in hits}
+        return made
+
+    return known
+
+
+def ledger(artifact: Artifact) -> Iterable[Path]:
+    return artifact.table_files("judgements") if any(name.startswith("judgements") for name in artifact.files) else ()
