@@ -8,7 +8,7 @@ import torch
 
 from thinkimg.config import ModelConfig
 from thinkimg.grpo.attention import use_packed_attention
-from thinkimg.grpo.checkpoint import Base, Policy, language_linears
+from thinkimg.grpo.checkpoint import Base, Policy, keep_input_dtype, language_linears
 from thinkimg.grpo.packing import Conversation, image_tokens
 from thinkimg.grpo.vision import batch_equal_chunks
 
@@ -110,6 +110,7 @@ def enable_fast_attention(policy: Policy) -> None:
     inner = policy.model.get_base_model()
     batch_equal_chunks(inner)
     use_packed_attention(inner)
+    keep_input_dtype(policy.model, policy.config)
 
 
 def make_groups(

@@ -21,6 +21,7 @@ from thinkimg.errors import UserError
 from thinkimg.manifest import (
     DROPPED,
     MANIFEST,
+    TRIMMED,
     Artifact,
     Recipe,
     Reference,
@@ -32,6 +33,7 @@ from thinkimg.manifest import (
     git_revision,
     host_facts,
     is_intact,
+    is_trimmed,
     now,
     number,
     package_versions,
@@ -173,6 +175,7 @@ class Work:
     def _recover(self) -> None:
         """Keep the parts of a killed run whose bytes are those in the journal; remove everything else."""
         files.make_directory(self.directory)
+        files.remove(self.directory.with_suffix(TRIMMED))
         files.remove(self.directory.with_suffix(DROPPED))  # of an attempt of this number that gc has removed since
         lines = self._journal.read_bytes().splitlines() if self._journal.exists() else []
         for line in lines:
@@ -296,7 +299,7 @@ class Store:
         expected = {entry["name"]: entry for entry in manifest["files"]}
         for name in sorted({MANIFEST, *expected} | set(files.files_under(directory))):
             path, entry = directory / name, expected.get(name)
-            if dropped and name != MANIFEST and not path.exists():
+            if (dropped and name != MANIFEST and not path.exists()) or is_trimmed(directory, name):
                 continue
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 problems.append(Problem(name, "not a regular file"))

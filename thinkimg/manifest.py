@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST = "manifest.json"
+TRIMMED = ".trimmed"  # a mark beside an attempt: its optimizer state has been removed
+OPTIMIZER = "optimizer.safetensors"
 DROPPED = ".dropped"
 """Suffix of the mark beside an attempt whose files `gc` has dropped: it is still found, but can no longer be read."""
 MEND = "put it back, or move the attempt's directory away and run the stage again"
@@ -118,14 +120,19 @@ class Artifact:
     def open(cls, directory: Path) -> "Artifact":
         """Raises UserError where the manifest is damaged, or a file is missing or of another size (and was not dropped)."""
         artifact = cls(directory, read_manifest(directory))
-        for name in () if artifact.dropped else artifact.files:
-            artifact.path(name)
+        for name, entry in () if artifact.dropped else artifact.files.items():
+            if not artifact.trimmed(entry):
+                artifact.path(name)
         return artifact
 
     @property
     def dropped(self) -> bool:
         """Whether `gc` has dropped the files: the manifest still says what they were, and what was made from them."""
         return self.directory.with_suffix(DROPPED).is_file()
+
+    def trimmed(self, entry: Mapping) -> bool:
+        """Whether this file is an optimizer state that has been removed: only the last policies of a loop keep theirs."""
+        return is_trimmed(self.directory, entry["name"])
 
     @property
     def size(self) -> int:
@@ -218,6 +225,8 @@ class Artifact:
         )
         if not inside:
             raise UserError(f"{self.reference} has no file {name!r}", hint=f"it has {', '.join(self.files)}")
+        if len(inside) > 1:
+            inside = [entry for entry in inside if not self.trimmed(entry)]
         return inside
 
     def _damaged(self, name: str) -> UserError:
@@ -268,6 +277,11 @@ def file_entry(directory: Path, name: str, sha256: str) -> dict[str, Any]:
     # Clock times, hosts and cache hits differ between two identical runs: hashed, but no content.
     content = not re.fullmatch(r"timings(-\d{5})?\.parquet", name)
     return {"name": name, "size": path.stat().st_size, "rows": rows, "sha256": sha256, "content": content}
+
+
+def is_trimmed(directory: Path, name: str) -> bool:
+    mine = name.rpartition("/")[2] == OPTIMIZER and directory.with_suffix(TRIMMED).is_file()
+    return mine and not (directory / name).exists()
 
 
 def is_intact(directory: Path, entry: Mapping) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -48,7 +49,11 @@ class Ranks:
 
     def together_with(self, policy: Policy, spare: Conversation) -> dict:
         """What MicroBatches has to know where each forward pass is made by all processes at once."""
-        return {"company": lambda own: max(self.gather(own)), "spare": spare} if policy.sharded else {}
+        return (
+            {"company": lambda own: max(self.gather(own)), "spare": spare, "autocast": policy.autocast}
+            if policy.sharded
+            else {}
+        )
 
     def together(self, function: Callable[[], T]) -> T:
         """Call it in every process; if it fails in one, it fails in all, so that none waits for another.
@@ -137,13 +142,14 @@ class MicroBatches:
         groups: Sequence[Hashable] | None = None,
         company: Callable[[int], int] = lambda own: own,
         spare: Conversation | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         """groups: of each conversation; those of one group share their prompt. None: padded batches.
 
         company: own number of micro-batches -> that of the process that has most, where all have to make as many passes
         (FSDP2). What is missing is made up with passes over `spare` that add nothing.
         """
-        self.company, self.spare = company, spare
+        self.company, self.spare, self.autocast = company, spare, autocast
         self.conversations, self.scorer, self.pixels = conversations, scorer, pixels
         if groups is None:
             self.batches = [Micro(rows, None) for rows in micro_batches(conversations, token_budget)][::-1]
@@ -160,7 +166,8 @@ class MicroBatches:
             self.scorer.trim()
         for _ in range(self.company(len(self.batches)) - len(self.batches)):
             self.pixels.prepare([self.spare], self.scorer.features or ())
-            logps, _ = self.scorer([self.spare])
+            with self.autocast():
+                logps, _ = self.scorer([self.spare])
             if torch.is_grad_enabled():
                 (logps.sum() * 0).backward()
 

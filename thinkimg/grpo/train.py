@@ -11,7 +11,7 @@ from torch import Tensor
 from thinkimg.artifacts import Artifact
 from thinkimg.config import ModelConfig, TrainConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo import causes, checkpoint, packed, parity, sharing
+from thinkimg.grpo import causes, checkpoint, packed, parity, preflight, sharing
 from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
 from thinkimg.grpo.optimise import (
@@ -64,6 +64,7 @@ class TrainJob:
         self.ranks.together(self._read)
         try:
             packing = self._packing()
+            packing |= self.ranks.together(self._preflight)
             checks = self._parity_gate()
             self._reference()
             self._old()
@@ -109,6 +110,33 @@ class TrainJob:
         if metrics.get("packing/unshared_rows"):
             log.warning("%d rows begin otherwise than their group: computed alone", metrics["packing/unshared_rows"])
         return metrics | {"packing/fallback": float(reason is not None)}
+
+    def _preflight(self) -> dict[str, float]:
+        """Whether the largest micro-batch fits, if it is larger than what was tried before; returns metrics."""
+        if not (self.packed and preflight.applies(self.policy)):
+            return {}
+        self.policy.train_only(vision=self.train_vision)
+        rows = [row.conversation for row in self.rows]
+        plans = [self._plan(share) for share in self.shares if share]
+        largest = max(plans, key=lambda plan: sum(sharing.cost(unit, rows) for unit in plan[0]), default=None)
+        if largest is None:
+            return {}
+        tokens = sum(sharing.cost(unit, rows) for unit in largest[0])
+        if tokens <= self.policy.fits:
+            return {}
+        found = preflight.check(
+            self.policy, rows, largest, token_budget=self.budget, checkpointing=self.config.gradient_checkpointing,
+            train_vision=self.train_vision, entropy_grad=self.loss.entropy_coef != 0,
+        )  # fmt: skip
+        self.policy.fits = tokens
+        return {"predicted_memory_mb": found.total / 2**20}
+
+    def _plan(self, share: Sequence[int]) -> list[list[sharing.Unit]]:
+        """Micro-batches of these rows, by row index."""
+        rows = [self.rows[i].conversation for i in share]
+        groups = [self.rows[i].group_id for i in share]
+        plan = sharing.plan(rows, groups, self.budget, self.scorer.image_token)
+        return [[sharing.Unit(tuple(share[k] for k in unit.rows), unit.prefix) for unit in units] for units in plan]
 
     def _share(self, batch: Sequence[int]) -> list[int]:
         """This process's part of a batch of row indices."""

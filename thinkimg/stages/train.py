@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from thinkimg import files
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.base import base_entry
 from thinkimg.chat.codec import Codec
 from thinkimg.config import Config
 from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows
 from thinkimg.machines import Machines, machines
+from thinkimg.manifest import MANIFEST, OPTIMIZER, TRIMMED, Reference
 from thinkimg.mixing import Mix
 from thinkimg.rewards import components
 from thinkimg.rewards.teacher import check_teacher
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+KEPT = 2  # policies of a loop that keep their optimizer's state
 STAGE, VERSION, KIND = "train", 2, "policy"
 OVER = (StopReason.MAX_TURNS, StopReason.MAX_TOKENS)
 
@@ -69,7 +72,28 @@ def train(
 
     where = config.where.public()
     plan = recipe(config, dataset, policy, rollouts, scores, reference)
-    return store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
+    made, cached = store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
+    trim_optimizers(store, made)
+    return made, cached
+
+
+def trim_optimizers(store: Store, newest: Artifact) -> None:
+    """Remove the optimizer states of the policies behind the last two: they are two thirds of a policy.
+
+    Such a policy still serves, is evaluated, merged and exported; training does not go on from it.
+    """
+    policy, age = newest, 0
+    while policy.manifest["recipe"]["stage"] == STAGE:
+        name = f"policy/{OPTIMIZER}"
+        if age >= KEPT and name in policy.files and not policy.dropped:
+            if policy.trimmed(policy.files[name]):
+                return  # and all behind it
+            files.write(policy.directory.with_suffix(TRIMMED), "")  # first: a file that is missing would be damage
+            files.remove(policy.directory / name)
+        directory = store.root / str(Reference(**policy.manifest["recipe"]["inputs"]["policy"]))
+        if not (directory / MANIFEST).is_file():
+            return  # kept elsewhere
+        policy, age = Artifact.open(directory), age + 1
 
 
 def reference_of(config: Config, first: Artifact | None) -> Artifact | None:
