@@ -231,7 +231,7 @@ def test_cancelling_leaves_no_process_and_no_slot_behind(prefect, scheduled):
     names = wait_for(
         lambda: (n := family(prefect.worker.pid)) and any("EngineCore" in t for t in n.values()) and n, 400
     )
-    assert any("thinkimg.grpo.worker" in title for title in names.values()), names  # a grandchild of accelerate
+    assert len(names) > 4, names  # the flow's process, its watchdogs, the server, and what that has started
     prefect.cli("flow-run", "cancel", run["id"])
     assert prefect.wait(run["id"], 120)["state_type"] == "CANCELLED"
     wait_for(lambda: not [pid for pid, title in names.items() if title_of(pid) == title], 60)
