@@ -65,7 +65,7 @@ class Prefect:
         return done.stdout + done.stderr
 
     def ask(self, path: str, body: dict | None = None) -> list | dict:
-        answer = httpx.request("GET" if body is None else "POST", self.url + path, json=body, timeout=30)
+        answer = httpx.request("GET" if body is None else "POST", self.url + path, json=body, timeout=120)
         assert answer.status_code < 300, answer.text
         return answer.json()
 
@@ -141,7 +141,7 @@ def scheduled(prefect) -> dict:
     run = wait_for(lambda: next((r for r in prefect.runs("loop") if r["state_type"] in ("RUNNING", *ENDED)), None), 300)
     prefect.cli("deployment", "schedule", "pause", "thinkimg/loop", deployment["schedules"][0]["id"])
     wait_for(lambda: prefect.limit()["active_slots"] == 1, 120)  # held from the beginning to the end
-    return prefect.wait(run["id"], 540)
+    return prefect.wait(run["id"], 900)
 
 
 def test_the_deployments_have_forms_with_descriptions_and_limits(prefect):
