@@ -86,7 +86,8 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
             "prefect": spent["flow"] - spent["stage"],
             "mlflow": spent["mlflow"],
         }
-        rows.append(row | {"work": wall - sum(row[part] for part in PARTS)})
+        rows.append(row | {"work": wall - around(row)})
+        print(f"{headings()}\n{line(len(rows) - 1, rows[-1])}", flush=True)  # at once: a loop may take hours
 
     LoopTracker.log_iteration = iteration_ends
     pipeline.loop(preset=preset, overrides=overrides)
@@ -97,20 +98,17 @@ def allowed(wall: float) -> float:
     return SHARE * wall if wall >= LONG_S else SECONDS
 
 
-def show(rows: list[dict[str, float]]) -> bool:
-    """Print the split; whether every iteration but the first is within the limit."""
-    print(
-        f"{'iteration':>9}{'wall s':>9}{'work':>9}"
-        + "".join(f"{part:>9}" for part in PARTS)
-        + f"{'around':>9}{'allowed':>9}"
-    )
-    fine = True
-    for number, row in enumerate(rows):
-        around = sum(row[part] for part in PARTS)
-        fine &= number == 0 or around <= allowed(row["wall"])
-        cells = [row["wall"], row["work"], *(row[part] for part in PARTS), around, allowed(row["wall"])]
-        print(f"{number:>9}" + "".join(f"{cell:>9.2f}" for cell in cells))
-    return fine
+def headings() -> str:
+    return "".join(f"{name:>10}" for name in ("iteration", "wall s", "work", *PARTS, "around", "allowed"))
+
+
+def line(number: int, row: dict[str, float]) -> str:
+    cells = [row["wall"], row["work"], *(row[part] for part in PARTS), around(row), allowed(row["wall"])]
+    return f"{number:>10}" + "".join(f"{cell:>10.2f}" for cell in cells)
+
+
+def around(row: dict[str, float]) -> float:
+    return sum(row[part] for part in PARTS)
 
 
 def main(
@@ -120,7 +118,8 @@ def main(
 ) -> None:
     """Run a loop and split its iterations; exit code 1 if orchestration costs more than it may."""
     rows = measure(preset, set or [])
-    if not show(rows):
+    print("\n".join([headings(), *(line(number, row) for number, row in enumerate(rows))]))
+    if any(around(row) > allowed(row["wall"]) for row in rows[1:]):
         raise SystemExit(1)
 
 

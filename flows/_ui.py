@@ -1,13 +1,13 @@
 """What a flow run shows in Prefect's UI: headline metrics as a table, a link to its MLflow run, progress.
 
-None of it may stop a run: what the server does not take is a warning.
+None of it may stop a run: what the server does not take is a warning. An embedded server has no interface, so nothing is sent.
 """
 
 import contextvars
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from prefect.artifacts import (
@@ -17,6 +17,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from flows import _server
 from thinkimg import console, tracking
 from thinkimg.artifacts import Artifact
 
@@ -37,6 +38,8 @@ def forgiving(what: str) -> Iterator[None]:
 
 def show_artifact(artifact: Artifact, cached: bool, link: str | None) -> None:
     """The table of an artifact's headline metrics, and the link."""
+    if _server.is_embedded():
+        return
     stage = artifact.manifest["recipe"]["stage"]
     rows = [{"metric": name, "value": value} for name, value in sorted(tracking.headline(artifact).items())]
     state = "found in the store" if cached else "made by this run"
@@ -47,6 +50,8 @@ def show_artifact(artifact: Artifact, cached: bool, link: str | None) -> None:
 
 def show_loop(record: tracking.LoopRecord) -> None:
     """One row per iteration, as the loop's last table has it."""
+    if _server.is_embedded():
+        return
     names = sorted({name for step in record.iterations for name in step.metrics if is_headline(name)})
     rows = [
         {"iteration": step.step} | {name: _rounded(step.metrics.get(name)) for name in names}
@@ -57,7 +62,7 @@ def show_loop(record: tracking.LoopRecord) -> None:
 
 
 def show_link(link: str | None) -> None:
-    if link:
+    if link and not _server.is_embedded():
         with forgiving("a link"):
             create_link_artifact(link, "MLflow run", key="thinkimg-mlflow", description=f"[MLflow run]({link})")
 
@@ -105,7 +110,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int) -> None:
         self._latest = (done, total)
-        if self._thread is None:
+        if self._thread is None and not _server.is_embedded():
             self._thread = threading.Thread(target=self._context.run, args=[self._tell], name="progress", daemon=True)
             self._thread.start()
 
@@ -129,10 +134,3 @@ class _Bar:
                         update_progress_artifact(artifact, share, description=text)
                 if last:
                     return
-
-
-def mlflow_link(find: Callable[[], str | None]) -> str | None:
-    """Where an MLflow run is, None if that is not to be known: MLflow may be away."""
-    with suppress(Exception), forgiving("a link"):
-        return find()
-    return None

@@ -6,8 +6,11 @@ code, so that the operations are those of a real run.
 """
 
 import contextlib
+import os
 import random
 import shutil
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 from disk import Crash, Disk
 
-from thinkimg import machines
+from thinkimg import files, machines
 from thinkimg.artifacts import Store
 from thinkimg.chat.codec import Codec
 from thinkimg.chat.episode import Episode, scripted
@@ -202,6 +205,50 @@ def test_a_stage_that_is_stopped_publishes_all_or_nothing_and_then_gets_through(
 @pytest.mark.parametrize("name", STAGES)
 def test_at_every_operation(stages, name, kind, tmp_path, monkeypatch):
     crash_everywhere(stages, name, tmp_path, monkeypatch, kind, step=1)
+
+
+WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
+
+
+class Audit:
+    """Python's audit events that change something under a root while the file layer is not at work in that thread.
+
+    What native code writes (Parquet, safetensors) raises no event of its own; it goes to the name that a "write" has given.
+    """
+
+    def __init__(self):
+        self.root, self.found, self.depth = None, [], threading.local()
+        sys.addaudithook(self)  # for the life of the process: it watches only while there is a root
+
+    def hook(self, event, *paths):
+        self.depth.ops = getattr(self.depth, "ops", 0) + (1 if event.startswith("before") else -1)
+
+    def __call__(self, event, arguments):
+        if self.root is None or getattr(self.depth, "ops", 0) > 0:
+            return
+        path, writes = arguments[0] if arguments else None, event in WRITES
+        if event == "open" and isinstance(path, (str, bytes, os.PathLike)):
+            writes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if writes and isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(self.root):
+            self.found.append((event, str(path)))
+
+
+@pytest.fixture(scope="module")
+def audit():
+    return Audit()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_nothing_is_written_past_the_file_layer(stages, name, tmp_path, monkeypatch, audit):
+    monkeypatch.setattr(files, "hook", audit.hook)
+    audit.root, audit.found = tmp_path, []
+    try:
+        stages.run(name, Store(tmp_path))
+        assert audit.found == []
+        (tmp_path / "past").write_text("")
+    finally:
+        audit.root = None
+    assert audit.found == [("open", str(tmp_path / "past"))]  # it does watch
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -67,7 +67,7 @@ class Prefect:
         return done.stdout + done.stderr
 
     def ask(self, path: str, body: dict | None = None) -> list | dict:
-        answer = httpx.request("GET" if body is None else "POST", self.url + path, json=body, timeout=30)
+        answer = httpx.request("GET" if body is None else "POST", self.url + path, json=body, timeout=120)
         assert answer.status_code < 300, answer.text
         return answer.json()
 
@@ -143,7 +143,7 @@ def scheduled(prefect) -> dict:
     run = wait_for(lambda: next((r for r in prefect.runs("loop") if r["state_type"] in ("RUNNING", *ENDED)), None), 300)
     prefect.cli("deployment", "schedule", "pause", "thinkimg/loop", deployment["schedules"][0]["id"])
     wait_for(lambda: prefect.limit()["active_slots"] == 1, 120)  # held from the beginning to the end
-    return prefect.wait(run["id"], 540)
+    return prefect.wait(run["id"], 900)
 
 
 def test_the_deployments_have_forms_with_descriptions_and_limits(prefect):
@@ -233,7 +233,7 @@ def test_cancelling_leaves_no_process_and_no_slot_behind(prefect, scheduled):
     names = wait_for(
         lambda: (n := family(prefect.worker.pid)) and any("EngineCore" in t for t in n.values()) and n, 400
     )
-    assert any("thinkimg.grpo.worker" in title for title in names.values()), names  # a grandchild of accelerate
+    assert len(names) > 4, names  # the flow's process, its watchdogs, the server, and what that has started
     prefect.cli("flow-run", "cancel", run["id"])
     assert prefect.wait(run["id"], 120)["state_type"] == "CANCELLED"
     wait_for(lambda: not [pid for pid, title in names.items() if title_of(pid) == title], 60)

@@ -245,6 +245,7 @@ def test_what_prefect_does_not_take_is_a_warning(tmp_path, caplog, monkeypatch):
 
     for name in ("create_table_artifact", "create_link_artifact", "create_progress_artifact"):
         monkeypatch.setattr(_ui, name, refuse)
+    monkeypatch.setattr(_ui._server, "is_embedded", lambda: False)
     _ui.show_artifact(artifact, False, "http://127.0.0.1/run")
     with _ui.bar("score") as tell:
         tell(1, 2)

@@ -367,7 +367,8 @@ def test_gc_shows_before_it_does_and_verify_ends_with_1_on_damage(tmp_path):
     shown = thinkimg(*keep, cwd=tmp_path).stdout
     assert f"remove  policy/{made['other'].short}" in shown and "Add --yes" in shown
     assert names(store.list()) == names(made.values())
-    assert "freed." in thinkimg(*keep, "--yes", cwd=tmp_path).stdout
+    (freed,) = [line.split(" would")[0] for line in shown.splitlines() if "would be freed" in line]
+    assert f"{freed} freed." in thinkimg(*keep, "--yes", cwd=tmp_path).stdout and not freed.startswith("0 ")
     assert names(store.list()) == names(made.values()) - names([made["other"], made["policy2"], made["evaluation2"]])
     (made["policy1"].directory / "policy/model/weights").write_text("y" * 64)
     damaged = thinkimg("verify", cwd=tmp_path)

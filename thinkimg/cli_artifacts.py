@@ -166,11 +166,13 @@ def gc(
         print(f"remove  {path.relative_to(store)} (left by a run that died)")
     if not (todo.remove or todo.drop or todo.left):
         print("There is nothing to collect.")
-    elif yes:
+        return
+    freed = size(todo.freed)
+    if yes:
         collector.collect(opened_store, todo)
-        print(f"{size(todo.freed)} freed.")
+        print(f"{freed} freed.")
     else:
-        print(f"{size(todo.freed)} would be freed; nothing was changed. Add --yes to do it.")
+        print(f"{freed} would be freed; nothing was changed. Add --yes to do it.")
 
 
 @app.command
