@@ -77,6 +77,22 @@ def test_excluded_rows_and_micro_batches_leave_the_gradient_alone(world):
     assert digest(world.root / "excluded") == digest(world.root / "whole")
 
 
+@pytest.mark.parametrize("why", ["obstacle", "wrong numbers"])
+def test_where_packing_can_not_be_right_rows_are_padded(world, monkeypatch, caplog, why):
+    whole = world.train(world.job(f"packed {why}"))
+    if why == "obstacle":
+        monkeypatch.setattr("thinkimg.grpo.sharing.obstacle", lambda config: "it looks through a window")
+    else:
+        monkeypatch.setattr("thinkimg.grpo.packed.LIMITS", {"float32": -1.0})
+    padded = world.train(world.job(f"padded {why}"))
+    assert "prompts are not shared" in caplog.text
+    assert (whole["metrics"]["packing/fallback"], padded["metrics"]["packing/fallback"]) == (0, 1)
+    assert 0 < whole["metrics"]["packing/computed"] <= 1
+    assert padded["metrics"]["grad_norm"] == pytest.approx(whole["metrics"]["grad_norm"], rel=1e-5)
+    off = world.train(world.job(f"off {why}", train=TRAIN.model_copy(update={"shared_prompts": False})))
+    assert off["metrics"]["packing/fallback"] == 0 and off["metrics"]["grad_norm"] == padded["metrics"]["grad_norm"]
+
+
 def test_frozen_vision_stays_and_several_steps_use_old_logps(world):
     loss = LossConfig(beta=0.1, top_entropy_quantile=0.5, entropy_coef=0.01)
     train = TRAIN.model_copy(

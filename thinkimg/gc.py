@@ -12,7 +12,7 @@ from thinkimg import files
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.errors import UserError
 from thinkimg.lineage import Graph
-from thinkimg.manifest import DROPPED, MANIFEST, now
+from thinkimg.manifest import DROPPED, MANIFEST, TRIMMED, now
 
 NEVER_DROPPED = ("dataset",)  # every later stage reads it
 
@@ -126,6 +126,7 @@ def collect(store: Store, todo: Plan) -> None:
             files.remove(grave)
             files.rename(artifact.directory, grave)
             files.remove(artifact.directory.with_suffix(DROPPED))
+            files.remove(artifact.directory.with_suffix(TRIMMED))
             files.remove(grave)
     for artifact in todo.drop:
         with files.locked(artifact.directory.parent / ".lock"):

@@ -70,7 +70,7 @@ def split(
 
     found = {"as trained": distance(rows, trainer)}
     changes: dict[str, Callable[[], list[np.ndarray]]] = {"batch shape and cached pixels (one row at a time)": usual()}
-    if policy.config.dtype != "float32":
+    if policy.config.dtype != "float32" and not (policy.sharded or policy.config.load_in_4bit):
         changes["precision (float32)"] = exact
     if banned:
         changes["sampling mask (not renormalised)"] = usual(banned=())
