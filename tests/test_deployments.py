@@ -242,7 +242,9 @@ def test_cancelling_leaves_no_process_and_no_slot_behind(prefect, scheduled):
 
 
 def family(root: int) -> dict[int, str]:
-    return {pid: title for pid in descendants(root) if (title := title_of(pid))}
+    """What the worker under a watchdog has started, by process id, without itself."""
+    found = {pid: title for pid in descendants(root) if (title := title_of(pid))}
+    return {pid: title for pid, title in found.items() if "worker start" not in title}
 
 
 def title_of(pid: int) -> str:
