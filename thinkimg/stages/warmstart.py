@@ -135,14 +135,16 @@ def warmstart(
 
         def produce(work: Work) -> None:
             with machines(config) as crew:
-                train(work, config, dataset, demonstrations, known, base, crew, progress)
+                train(work, config, dataset, demonstrations, base, crew, progress, known)
 
         plan = recipe(config, dataset, demonstrations)
         return store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
 
 
-def train(work: Work, config: Config, dataset: Artifact, demonstrations: Artifact | None, known: Artifact | None,
-          base: "BaseModel", crew: Machines, progress) -> None:  # fmt: skip
+def train(
+    work: Work, config: Config, dataset: Artifact, demonstrations: Artifact | None, base: "BaseModel", crew: Machines,
+    progress, known: Artifact | None = None,
+) -> None:  # fmt: skip
     codec = Codec.load(base.directory)
     job = {
         "kind": "warmstart",
