@@ -6,6 +6,7 @@ tower takes, whose operations depend on data.
 """
 
 import copy
+import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ from thinkimg.grpo.policy import FEATURE_BYTES, base_model, packed_states, token
 from thinkimg.grpo.rows import CACHE_BYTES, PATCH_BYTES
 from thinkimg.grpo.sharing import Packed, Unit, pack, pad
 
+log = logging.getLogger(__name__)
+
 GB = 2**30
 MMAP_THRESHOLD = -3  # mallopt's M_MMAP_THRESHOLD
 LARGE = 2**20
 HOLES = 2.5  # what a process was seen to hold, by what its tensors took, before `return_memory`
+MARGIN = 1.25  # refused is what needs more than this times what is free: so far off was the worst prediction
 VISION_ATTENTION = 12  # tensors of hidden width alive within a block's attention: queries, keys, values, copies
 VISION_MLP = 3  # of intermediate width within its MLP
 
@@ -189,7 +193,8 @@ def check(
     free: int | None = None,
     **options,
 ) -> Need:
-    """The need of a job's largest micro-batch. Raises UserError, naming what to lower, if it is more than what is free.
+    """The need of a job's largest micro-batch. Raises UserError, naming what to lower, if that is clearly more than what is
+    free; warns where it may be.
 
     plan: as sharing.plan gives it. free: bytes; None: what the device has. options: of `need`.
     """
@@ -204,6 +209,9 @@ def check(
     if policy.device.type == "cpu" and found.total * HOLES > free:
         return_memory()
     if found.total <= free:
+        return found
+    if found.total <= MARGIN * free:
+        log.warning("A training step may need %.1f GB, and %.1f are free.", found.total / GB, free / GB)
         return found
     tokens = sum(unit.prefix + sum(len(conversations[i].tokens) - unit.prefix for i in unit.rows) for unit in units)
     longest = max(len(row.tokens) for row in conversations)
