@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +73,15 @@ def opened(preset: str, overrides: list[str], **settings) -> tuple[Config, Store
 
 def with_settings(overrides: list[str], **settings) -> list[str]:
     return [*overrides, *(f"{name}={json.dumps(value)}" for name, value in settings.items() if value is not None)]
+
+
+def beside(store: Store, made: Iterable[Artifact]) -> Iterator[Artifact]:
+    """What stages have made on their way to these: known pairs, the small CLIP."""
+    for artifact in made:
+        for name in {"pairs", "clip"} & artifact.manifest["recipe"]["inputs"].keys():
+            found = store.origin(artifact, name)
+            yield found
+            yield from beside(store, [found])
 
 
 def ended(config: Config, store: Store, artifact: Artifact, cached: bool) -> State:

@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows import _ui
-from flows._common import Iterations, Mix, Overrides, Preset, Seed, main, opened, with_settings
+from flows._common import Iterations, Mix, Overrides, Preset, Seed, beside, main, opened, with_settings
 from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.rollout import rollout
@@ -49,6 +49,8 @@ def loop(
             if "demonstrations" in made.get("warmstart", made["evaluate"]).manifest["recipe"]["inputs"]:
                 made["demonstrate"] = store.origin(made["warmstart"], "demonstrations")
             tracker.log_iteration(step, artifacts=made)
+            for artifact in beside(store, made.values()) if step <= 1 else ():
+                tracker.log_stage(artifact)
             report.step(tracker.record, step)
             progress(step, config.iterations)
 
