@@ -92,6 +92,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_scores_are_bit_equal_on_threads_and_on_dask(place, rollouts):
     config = load("tiny", SETTINGS)
     store = Store(place / "artifacts")

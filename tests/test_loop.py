@@ -178,6 +178,7 @@ def test_with_nothing_to_learn_no_step_is_taken(place, output):
     assert policy.files[weights]["sha256"] == start_policy.files[weights]["sha256"]
 
 
+@pytest.mark.long
 def test_an_alarm_ends_a_loop_that_asks_for_it_when_everything_is_published(place, output):
     process = start(place, "run", "--set", "mix={brevity: 0.0}", "--set", "on_alarm=stop")
     printed, _ = process.communicate(timeout=600)
