@@ -232,9 +232,15 @@ def test_an_endpoint_that_dies_half_way_is_asked_no_more(world):
 
 
 def test_a_request_that_fails_alone_does_not_condemn_the_endpoint(world):
-    with endpoint(lambda n: (400, {"error": {"message": "too large"}}) if n == 1 else (200, GOOD)) as url:
-        found = teacher.judge(world.pairs[:3], world.bench(where=at(url)))
-    assert [one.unreachable for one in found] == [True, False, False] and "too large" in found[0].reason
+    for status, lost in ((400, False), (503, True)):  # a refused request is a failed judgement of its row alone
+
+        def answers(number, status=status):
+            return (status, {"error": {"message": "too large"}}) if number == 1 else (200, GOOD)
+
+        with endpoint(answers) as url:
+            found = teacher.judge(world.pairs[:3], world.bench(where=at(url)))
+        assert [one.unreachable for one in found] == [lost, False, False] and "too large" in found[0].reason
+        assert [one.value is None for one in found] == [True, False, False]
 
 
 def test_without_a_fallback_the_stage_stops_with_one_sentence(world):
@@ -264,12 +270,9 @@ def test_what_was_judged_before_is_not_judged_again(world):
     work = world.store.build(
         "scores", Recipe("score", 1, 1, {"n": 1}), lambda work: work.table("judgements-00000.parquet", table)
     )
-    known = stage.earlier(world.store, "another")
+    known = stage.earlier(world.store, "of other rollouts")
     again = stage.ask(Counting, world.pairs, bench, known)
     assert calls == [4, 2] and again[:4] == first
-    assert (
-        stage.ask(Counting, world.pairs[:4], bench, stage.earlier(world.store, work[0].fingerprint)) and calls[-1] == 4
-    )
     assert stage.read(work[0].path("judgements-00000.parquet")) == {
         ("self", pair): one for pair, one in zip(world.pairs, first, strict=False)
     }

@@ -94,6 +94,15 @@ def _load(name: str, pretrained: str | None) -> Encoder:
     return Encoder(model.eval(), preprocess, tokenizer, device)
 
 
+def forget() -> None:
+    """Let go of the kept encoder, and of its memory on a GPU."""
+    if _load.cache_info().currsize:
+        import torch
+
+        _load.cache_clear()
+        torch.cuda.empty_cache()
+
+
 def weights_digest(settings: EmbeddingConfig, own: "Artifact | None") -> str:
     """What the weights are: the artifact's digest, the hash of local files, or the name by which they are downloaded."""
     if own is not None:

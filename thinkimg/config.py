@@ -307,8 +307,10 @@ class TeacherEndpoint(Settings):
     """For one request."""
     retries: int = Field(1, ge=0)
     """Of a request that failed or took too long, with growing pauses."""
+    gpu_memory_utilization: Share = 0.3
+    """Share of the GPU that the loop's own second server takes ("warmstart")."""
     cpu_threads_bind: str | None = None
-    """VLLM_CPU_OMP_THREADS_BIND of the loop's own second server on a CPU ("warmstart")."""
+    """VLLM_CPU_OMP_THREADS_BIND of that server on a CPU."""
 
 
 class TrainerConfig(Settings):

@@ -14,7 +14,7 @@ from thinkimg.errors import UserError
 from thinkimg.lineage import Graph
 from thinkimg.manifest import DROPPED, MANIFEST, TRIMMED, now
 
-NEVER_DROPPED = ("dataset",)  # every later stage reads it
+NEVER_DROPPED = ("dataset", "pairs", "clip")  # every later stage reads them
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ def old(graph: Graph, policies: Sequence[str], keep_last: int) -> set[str]:
         fresh |= set(recent) | front(graph, recent)
         for entry in recent:
             fresh |= {str(reference) for reference in graph.inputs(entry).values() if reference.kind != "policy"}
+            # A frozen teacher, who judges the next rollouts as well.
+            scores = graph.inputs(entry).get("scores")
+            fresh |= {
+                str(ref) for role, ref in (graph.inputs(str(scores)) if scores else {}).items() if role == "teacher"
+            }
         # What the KL term is measured against is read again with every step.
         fresh |= {str(ref) for role, ref in graph.inputs(name).items() if role == "reference"}
     return {

@@ -5,6 +5,7 @@ A loop that finds everything cached starts neither. A stage that runs alone open
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -36,6 +37,8 @@ class Machines:
         self._server: Server | None = None
         self._trainer: Trainer | None = None
         self._teacher: Server | None = None
+        self._frozen: str | None = None  # digest of the teacher's weights
+        self._merging = threading.Lock()
 
     def __enter__(self) -> "Machines":
         self._stack.__enter__()
@@ -52,12 +55,18 @@ class Machines:
         """The kept worker, started by the first job."""
         from thinkimg.grpo.worker import Trainer
 
-        if self._server is not None and not self.config.where.engine.keep:
-            self._server.stop()
+        self._make_room()
 
         if self._trainer is None:
             self._trainer = self._stack.enter_context(Trainer(self.config.where.trainer, log_path=self.log("trainer")))
         return self._trainer
+
+    def _make_room(self) -> None:
+        """End the servers where they are not to be kept: one machine at a time."""
+        if not self.config.where.engine.keep:
+            for server in (self._server, self._teacher):
+                if server is not None:
+                    server.stop()
 
     async def engine(self, policy: "Artifact") -> tuple["EngineClient", str | None]:
         """A client whose servers hold `policy`, and the adapter's name where it is one: starts the loop's own server, or
@@ -90,6 +99,7 @@ class Machines:
         from thinkimg.engine.server import Server, ServerSettings
 
         if self._server is None or not self._server.alive:
+            self._make_room()
             config, where = self.config, self.config.where.engine
             settings = ServerSettings(
                 max_model_len=config.conversation.max_tokens,
@@ -117,6 +127,7 @@ class Machines:
         from thinkimg.engine.server import Server, ServerSettings
 
         if self._teacher is None or not self._teacher.alive:
+            self._make_room()
             config, where = self.config, self.config.where
             settings = ServerSettings(
                 max_model_len=config.conversation.max_tokens,
@@ -124,10 +135,11 @@ class Machines:
                 max_num_seqs=where.teacher.concurrency,
                 dtype=config.model.dtype,
                 max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
-                gpu_memory_utilization=where.engine.gpu_memory_utilization,
+                gpu_memory_utilization=where.teacher.gpu_memory_utilization,
                 cpu_kvcache_gib=1,
                 cpu_threads_bind=where.teacher.cpu_threads_bind,
             )
+            self._frozen = founder.digest
             server = Server(
                 self.weights(founder), log_path=self.log("teacher"), version=founder.digest, settings=settings,
                 progress=self.report, name="teacher",
@@ -152,11 +164,16 @@ class Machines:
             return policy.checked("policy/model")
         from thinkimg.grpo.checkpoint import Base, export_merged
 
-        merged = self.scratch / f"merged-{policy.digest[:16]}"
-        if not merged.exists():
-            for old in self.scratch.glob("merged-*"):
-                shutil.rmtree(old)
-            export_merged(policy.directory / "policy", merged, base=Base(**base_entry(self.config)))
+        with self._merging:  # judges ask for two policies' at a time
+            merged = self.scratch / f"merged-{policy.digest[:16]}"
+            if not merged.exists():
+                for old in self.scratch.glob("merged-*"):
+                    if self._frozen is None or old.name != f"merged-{self._frozen[:16]}":
+                        shutil.rmtree(old)
+                half = self.scratch / "half-merged"
+                shutil.rmtree(half, ignore_errors=True)
+                export_merged(policy.directory / "policy", half, base=Base(**base_entry(self.config)))
+                half.rename(merged)
         return merged
 
     def base(self) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thinkimg.errors import UserError
 from thinkimg.grpo.checkpoint import Policy
 from thinkimg.grpo.optimise import MicroBatches, Progress, Ranks
 from thinkimg.grpo.packing import MERGE, Conversation, image_tokens
@@ -111,6 +112,12 @@ def attention_rows(
 def run(job: dict, policy: Policy, ranks: Ranks, progress: Progress) -> dict:
     """The worker's job "attention"; see worker.py. Every pair is two conversations: the question, and a generic text."""
     images, layers = job["images"], job["layers"]
+    count = len(base_model(policy.model).language_model.layers)
+    if max(layers) >= count:
+        raise UserError(
+            f"The policy has {count} layers, and attention is to be read in layer {max(layers)}, counted from 0.",
+            hint="Find one with `thinkimg calibrate attention`, and set image.attention.layer.",
+        )
     pixels = Patches(images["tables"], min_pixels=images["min_pixels"], max_pixels=images["max_pixels"])
     scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
     policy.model.eval()

@@ -1,5 +1,7 @@
 """What a judge finds at its place of work: the pictures, the policy whose rollouts these are, and its machines."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +54,12 @@ class Bench:
     @property
     def store(self) -> Path:
         return Path(self.config.where.store)
+
+    def hashed(self, *settings: object) -> str:
+        """sha256 of how a judge asks: its settings, and the limits under which it sees the pictures."""
+        images = self.config.images
+        asked = [*settings, images.min_pixels, images.max_pixels]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def picture(self, sha256: str) -> Picture:
         """An image and what the model sees of it."""

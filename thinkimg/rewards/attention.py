@@ -5,8 +5,6 @@ on the processed image's tokens, mean over heads and over the query rows; rel = 
 relative attention of arXiv 2502.17422; value = rel / (1 + rel), 0.5 where the question looks no more than any text does.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 from thinkimg.chat.codec import Codec
@@ -21,8 +19,7 @@ score = image_component(NAME)
 
 def identity(bench: Bench) -> Identity:
     settings = bench.config.image.attention
-    asked = hashlib.sha256(json.dumps([GENERIC, settings.layer, settings.rows]).encode()).hexdigest()
-    return Identity(NAME, "policy", bench.policy.digest, asked)
+    return Identity(NAME, "policy", bench.policy.digest, bench.hashed(GENERIC, settings.layer, settings.rows))
 
 
 def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
@@ -32,8 +29,8 @@ def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
 
 
 def verdict(found: dict, place: str) -> Judgement:
-    if not found["generic"] > 0:
-        return Judgement(None, "The generic instruction looks at no part of the processed image.", found)
+    if not (found["generic"] > 0 and found["question"] >= 0):  # NaN is neither: a question without words, say
+        return Judgement(None, "Question or generic instruction look at no part of the processed image.", {})
     relative = found["question"] / found["generic"]
     return Judgement(relative / (1 + relative), None, found | {"relative": relative, "at": place})
 

@@ -22,7 +22,7 @@ score = image_component(NAME)
 
 
 def identity(bench: Bench) -> Identity:
-    return Identity(NAME, "policy", bench.policy.digest, compare.prompt_hash())
+    return Identity(NAME, "policy", bench.policy.digest, bench.hashed(compare.prompt_hash()))
 
 
 def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from thinkimg.chat import compare
 from thinkimg.config import Config
+from thinkimg.engine import EngineError
 from thinkimg.errors import UserError
 from thinkimg.rewards._base import Batch, Score
 from thinkimg.rewards._bench import Bench
@@ -24,6 +25,7 @@ NAME = "teacher"
 FROZEN = "warmstart"
 TOP = 20  # the most that OpenAI's API and vLLM's default give
 PROBE_S = 5.0
+REFUSED = (400, 413, 422)  # this request (a picture too large, say), and not whoever asks
 
 
 def score(batch: Batch) -> list[Score]:
@@ -42,7 +44,9 @@ def score(batch: Batch) -> list[Score]:
                 evidence = (fallback[i].evidence or {}) | {"fallback": "self", "because": reason}
                 scores[row.trajectory_id] = replace(fallback[i], evidence=evidence)
             else:
-                scores[row.trajectory_id] = Score.missing(f"The teacher was not asked: {reason}")
+                if pairs_of(row, batch):  # a row without an image is worth nothing whoever judges
+                    evidence = {"fallback": "skip", "because": reason}
+                    scores[row.trajectory_id] = Score.missing(f"The teacher was not asked: {reason}", evidence)
     return [scores[row.trajectory_id] for row in batch.trajectories]
 
 
@@ -53,9 +57,7 @@ def pairs_of(row, batch: Batch) -> list[Pair]:
 def identity(bench: Bench) -> Identity:
     teacher = bench.config.image.teacher
     weights = bench.founder.digest if teacher.model == FROZEN else ""
-    return Identity(
-        NAME, teacher.model, weights, f"{compare.prompt_hash()}{'' if teacher.prefix else ' without prefix'}"
-    )
+    return Identity(NAME, teacher.model, weights, bench.hashed(compare.prompt_hash(), teacher.prefix))
 
 
 def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
@@ -67,7 +69,14 @@ async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
     from openai import AsyncOpenAI
 
     where, teacher = bench.config.where.teacher, bench.config.image.teacher
-    url, model = await asyncio.to_thread(locate, bench)
+    try:
+        url, model = await asyncio.to_thread(locate, bench)
+    except EngineError as error:  # the loop's own second server does not come up
+        if teacher.fallback == "error":
+            raise
+        return [Judgement(None, f"The teacher's server does not start: {error.message}", {}, unreachable=True)] * len(
+            pairs
+        )
     key = os.environ.get(where.api_key_env, "none")
     async with AsyncOpenAI(base_url=url, api_key=key, timeout=where.timeout_s, max_retries=where.retries) as client:
         asker = Asker(client, model, teacher.prefix, asyncio.Semaphore(where.concurrency))
@@ -138,8 +147,9 @@ class Asker:
                 backward = ratings(await self._ask(pair.question, shown[::-1]))
             except APIStatusError as error:
                 reason = f"The endpoint answered {error.status_code}: {error.message[:200]}"
-                await self._probe(reason)
-                return Judgement(None, reason, {}, unreachable=True)
+                if error.status_code not in REFUSED:
+                    await self._probe(reason)
+                return Judgement(None, reason, {}, unreachable=error.status_code not in REFUSED)
             except APIConnectionError as error:  # time-outs included
                 reason = f"No answer: {error.__cause__ or error}".strip()
                 await self._probe(reason)

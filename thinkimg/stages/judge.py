@@ -1,6 +1,7 @@
 """The judges at work on one part of the rollouts: whatever was judged before is taken from stored scores, by content."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,6 +19,8 @@ from thinkimg.schemas import Sample, Trajectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+log = logging.getLogger(__name__)
 
 RECENT = 32  # score artifacts that are searched for earlier judgements, the newest first
 
@@ -118,11 +121,17 @@ def judgement(row: dict) -> Judgement:
     return Judgement(row["value"], row["reason"], json.loads(row["evidence"]), who, row["unreachable"])
 
 
-def earlier(store: Store, skip: str) -> Callable[[set[str]], dict[str, Judgement]]:
-    """keys -> judgements with a value in the newest complete scores of the store, those of fingerprint `skip` left out."""
-    found = sorted(store.list("scores"), key=lambda artifact: artifact.manifest["finished"], reverse=True)
-    others = (artifact for artifact in found if artifact.fingerprint != skip)
-    tables = [path for artifact in islice(others, RECENT) for path in ledger(artifact)]
+def earlier(store: Store, rollouts: str) -> Callable[[set[str]], dict[str, Judgement]]:
+    """keys -> judgements with a value in complete scores of the store: all of the rollouts with this digest, and the newest
+    of others."""
+
+    def own(artifact: Artifact) -> bool:
+        return artifact.manifest["recipe"]["inputs"].get("rollouts", {}).get("digest") == rollouts
+
+    there = [artifact for artifact in store.list("scores") if not artifact.dropped]
+    found = sorted(there, key=lambda artifact: artifact.manifest["finished"], reverse=True)
+    others = islice((artifact for artifact in found if not own(artifact)), RECENT)
+    tables = [path for artifact in [*filter(own, found), *others] for path in ledger(artifact)]
 
     def known(keys: set[str]) -> dict[str, Judgement]:
         import pyarrow as pa
@@ -140,4 +149,11 @@ def earlier(store: Store, skip: str) -> Callable[[set[str]], dict[str, Judgement
 
 
 def ledger(artifact: Artifact) -> Iterable[Path]:
-    return artifact.table_files("judgements") if any(name.startswith("judgements") for name in artifact.files) else ()
+    """Files of judgements; none where the artifact has none, or is damaged: then what it knew is judged again."""
+    if not any(name.startswith("judgements") for name in artifact.files):
+        return ()
+    try:
+        return artifact.table_files("judgements")
+    except UserError as error:
+        log.warning("%s", error)
+        return ()

@@ -13,6 +13,7 @@ from thinkimg.schemas import SCHEMA_VERSION
 from thinkimg.stages.prepare import prepare
 
 STAGE, VERSION, KIND = "pairs", 1, "pairs"
+PUZZLES = 600  # made for the sake of pairs alone, where the data are not puzzles
 
 
 def recipe(config: Config, dataset: Artifact, split: str, count: int) -> Recipe:
@@ -30,7 +31,10 @@ def puzzles(config: Config) -> Config:
     if config.data.source == "puzzles":
         return config
     return config.model_copy(
-        update={"data": DataConfig(seed=config.data.seed), "images": config.images.model_copy(update=VIEW)}
+        update={
+            "data": DataConfig(seed=config.data.seed, train=PUZZLES),
+            "images": config.images.model_copy(update=VIEW),
+        }
     )
 
 

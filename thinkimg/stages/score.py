@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from thinkimg import schemas
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.clip import forget as forget_clip
 from thinkimg.config import Config, ImageConfig, RewardsConfig
 from thinkimg.errors import UserError
 from thinkimg.machines import machines
@@ -111,10 +112,12 @@ def score(
     def produce(work: Work) -> None:
         with ExitStack() as stack:
             stack.callback(forget)
+            if not config.where.engine.keep:
+                stack.callback(forget_clip)  # the engine wants the memory next
             run = mapper or stack.enter_context(ThreadPoolExecutor(config.where.workers)).map
             if config.image.types:  # else nobody needs the device, which a loop may hold
                 bench.crew = stack.enter_context(machines(config))
-            known = judge.earlier(store, plan.fingerprint)
+            known = judge.earlier(store, rollouts.digest) if config.image.types else None
             fill(work, config, bench, dataset, rollouts, run, known, progress)
 
     return store.build(KIND, plan, produce, where=config.where.public(), force=force)
