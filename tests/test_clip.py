@@ -8,13 +8,14 @@ from PIL import Image
 
 from thinkimg import clip
 from thinkimg.artifacts import Recipe, Store
-from thinkimg.config import EmbeddingConfig, load
+from thinkimg.config import load
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.rewards import embedding
 from thinkimg.rewards._bench import Bench
 from thinkimg.rewards._pairs import Pair
 from thinkimg.rewards._quality import auc, auc_interval
+from thinkimg.rewards_config import EmbeddingConfig
 
 RED, BLUE, GREY = "Find something red.", "Find something blue.", "whatever"
 

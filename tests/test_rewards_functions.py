@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 from rewards_rows import batch, call, failed, final, malformed, sample, trajectory
 
-from thinkimg.config import ImageConfig, RewardsConfig
+from thinkimg.config import RewardsConfig
 from thinkimg.errors import UserError
 from thinkimg.rewards import COMPONENTS, JUDGES, Score, Status, components, sources
 from thinkimg.rewards._functions import load
+from thinkimg.rewards_config import ImageConfig
 
 IMAGE = Image.new("RGB", (3, 2))
 ROWS = [trajectory(final("a"), answer="a"), trajectory(final("abc"), answer="abc")]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 
-from thinkimg.config import ImageConfig, RewardsConfig
+from thinkimg.config import RewardsConfig
 from thinkimg.rewards import JUDGES, Batch, Status, attention, components, self, teacher
 from thinkimg.rewards._pairs import Identity, Judgement, Pair, degenerate, processed
+from thinkimg.rewards_config import ImageConfig
 from thinkimg.schemas import CallStatus
 
 SHA, ONE, TWO, THREE = ("ab" * 32, *(letter * 64 for letter in "123"))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from thinkimg import files
-from thinkimg.config import EmbeddingConfig
 from thinkimg.errors import UserError
+from thinkimg.rewards_config import EmbeddingConfig
 
 if TYPE_CHECKING:
     from PIL import Image

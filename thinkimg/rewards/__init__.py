@@ -16,8 +16,9 @@ from thinkimg.errors import UserError
 from thinkimg.rewards._base import Batch, Score, Status
 
 if TYPE_CHECKING:
-    from thinkimg.config import ImageConfig, RewardsConfig
+    from thinkimg.config import RewardsConfig
     from thinkimg.rewards._bench import Judge
+    from thinkimg.rewards_config import ImageConfig
 
 __all__ = ["COMPONENTS", "JUDGES", "Batch", "Component", "Score", "Status", "components", "sources"]
 

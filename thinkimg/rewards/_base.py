@@ -10,9 +10,10 @@ from thinkimg.manifest import canonical
 from thinkimg.schemas import Sample, Trajectory
 
 if TYPE_CHECKING:
-    from thinkimg.config import ImageConfig, RewardsConfig
+    from thinkimg.config import RewardsConfig
     from thinkimg.data.images import ImageTable
     from thinkimg.rewards._pairs import Judgements
+    from thinkimg.rewards_config import ImageConfig
 
 
 class Status(StrEnum):

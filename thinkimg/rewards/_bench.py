@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from thinkimg.chat.picture import Picture, picture
@@ -50,10 +49,6 @@ class Bench:
         from thinkimg.chat.codec import Codec
 
         return Codec.load(self.crew.vocabulary(self.policy))
-
-    @property
-    def store(self) -> Path:
-        return Path(self.config.where.store)
 
     def hashed(self, *settings: object) -> str:
         """sha256 of how a judge asks: its settings, and the limits under which it sees the pictures."""

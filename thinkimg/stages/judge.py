@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,11 +80,7 @@ def ask(
     new = [pair for pair in pairs if keys[pair] not in before]
     bench.judged(len(pairs) - len(new))
     made = dict(zip(new, module.judge(new, bench), strict=True)) if new else {}
-    return [by(made[pair] if pair in made else before[keys[pair]], who) for pair in pairs]
-
-
-def by(judgement: Judgement, who: Identity) -> Judgement:
-    return Judgement(judgement.value, judgement.reason, judgement.evidence, who, judgement.unreachable)
+    return [replace(made[pair] if pair in made else before[keys[pair]], by=who) for pair in pairs]
 
 
 def table(judgements: Judgements) -> "pa.Table":

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 from thinkimg import schemas
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.clip import forget as forget_clip
-from thinkimg.config import Config, ImageConfig, RewardsConfig
+from thinkimg.config import Config, RewardsConfig
 from thinkimg.errors import UserError
 from thinkimg.machines import machines
 from thinkimg.rewards import JUDGES, Batch, Score, components, sources
 from thinkimg.rewards._bench import Bench
 from thinkimg.rewards._pairs import Pair
 from thinkimg.rewards.teacher import FROZEN
+from thinkimg.rewards_config import ImageConfig
 from thinkimg.schemas import SCHEMA_VERSION, Sample, Trajectory
 from thinkimg.stages import clip, judge, warmstart
 
