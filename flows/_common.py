@@ -58,7 +58,6 @@ Samples = Annotated[int | None, described("Held-out samples; left out, as the pr
 Blind = Annotated[bool, described("Show grey images in place of those that tools make.")]
 Force = Annotated[bool, described("Make a new attempt even if there is one.")]
 
-_server.guard()
 machines.take_device = device
 
 

@@ -5,10 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows import _server
 from thinkimg.config import WhereConfig
 from thinkimg.errors import UserError
 
@@ -28,14 +26,14 @@ def mapper(where: WhereConfig) -> Iterator[Callable]:
 
         def run(work: Callable, jobs: list) -> Iterator:
             if not runners:
-                runners.append(stack.enter_context(runner(where, stack)))
+                runners.append(stack.enter_context(runner(where)))
             futures = [runners[0].submit(component, {"work": work, "job": job}) for job in jobs]
             return (future.result() for future in futures)
 
         yield run
 
 
-def runner(where: WhereConfig, stack: ExitStack) -> TaskRunner:
+def runner(where: WhereConfig) -> TaskRunner:
     if where.runner == "threads":
         return ThreadPoolTaskRunner(max_workers=where.workers)
     try:
@@ -45,8 +43,6 @@ def runner(where: WhereConfig, stack: ExitStack) -> TaskRunner:
             f"where.runner={where.runner} needs {error.name}, which is not installed",
             hint="pip install 'thinkimg[dask]'",
         ) from error
-    # Workers report to the API of this process, embedded or not, and don't start servers of their own.
-    stack.enter_context(temporary_settings({PREFECT_API_URL: _server.api_url()}))
     if where.runner != "dask":
         return DaskTaskRunner(address=where.runner)
     cluster = {"n_workers": where.workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}

@@ -1,74 +1,71 @@
-"""Prefect's API where none is configured: its embedded server, under our watchdog, started by one process at a time."""
+"""Prefect's API where none is configured: a server of our own, under our watchdog, started by one process at a time.
+
+Prefect's own embedded server outlives a SIGKILL of its parent, costs its client three seconds of imports, and several that
+create or migrate one database at once crash now and then (seen with 3.7).
+"""
 
 import atexit
 import os
 import re
 import sys
+import threading
 import time
+from concurrent.futures import Future
 
 import prefect
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as STARTUP_TIMEOUT
 
 from thinkimg import files
-from thinkimg.engine.server import answers
-from thinkimg.process import Child, spawn
+from thinkimg.engine.server import answers, free_port
+from thinkimg.process import spawn
 
 ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
 
-KEPT: list[Child] = []  # their watchdogs end them when our end of a pipe closes, so it stays open as long as we live
+_own: Future | None = None
+"""The URL of this process's own server, once it answers."""
 
 
 def is_embedded() -> bool:
     """Whether flows of this process are kept by a server of its own, which nobody else sees."""
-    return PREFECT_API_URL.value() is None
-
-
-def api_url() -> str:
-    """Where the API is, for processes that we start; the embedded server is started if need be."""
-    if not is_embedded():
-        return PREFECT_API_URL.value()
-    from prefect.server.api.server import SubprocessASGIServer
-
-    server = SubprocessASGIServer()
-    server.start()
-    return server.api_url
+    return _own is not None or PREFECT_API_URL.value() is None
 
 
 class PrefectUnavailable(RuntimeError):
     """Prefect's server does not start or does not answer; the message is one sentence."""
 
 
-def guard() -> None:
-    """Have Prefect start its embedded server through `process.spawn`.
-
-    Prefect's own child outlives a SIGKILL of its parent, and its parent waits for one that has ended already. And several
-    servers that create or migrate one database at once crash now and then (seen with 3.7): so they start one after the other.
-    """
-    if not is_embedded():
+def start() -> None:
+    """Start the server, if one is needed and none is there; does not wait for it."""
+    global _own
+    if not is_embedded() or _own is not None:
         return
-    from prefect.server.api.server import SubprocessASGIServer
+    _own = Future()
+    threading.Thread(target=_settle, args=[_own], name="prefect-server", daemon=True).start()
 
-    def start(self: SubprocessASGIServer, timeout: int | None = None) -> None:
-        if self.running:
-            return
+
+def use() -> None:
+    """Have everything in this process, and its children, talk to an API: the one that is configured, or our own."""
+    start()
+    if PREFECT_API_URL.value() is None:
+        from prefect.context import refresh_global_settings_context
+
+        os.environ["PREFECT_API_URL"] = _own.result()
+        refresh_global_settings_context()
+
+
+def _settle(future: Future) -> None:
+    try:
         home = PREFECT_HOME.value()
         files.make_directory(home)
         with files.locked(home / "thinkimg-server.lock"):
-            self.port = self.port or self.find_available_port()
-            self.running = True
-            try:
-                self.server_process = _launch(self.port, timeout or STARTUP_TIMEOUT.value()).process
-            except BaseException:
-                self.running = False
-                raise
-        atexit.register(self.stop)
-
-    SubprocessASGIServer.start = start
+            future.set_result(_launch(free_port(), STARTUP_TIMEOUT.value()))
+    except BaseException as error:  # told to whoever waits
+        future.set_exception(error)
 
 
-def _launch(port: int, timeout: float) -> Child:
-    """Start the server and wait until it answers."""
+def _launch(port: int, timeout: float) -> str:
+    """Start the server and wait until it answers; its API's URL."""
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     embedded = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
     app = ["--app-dir", str(prefect.__module_path__.parent), "--factory", "prefect.server.api.server:create_app"]
@@ -76,7 +73,7 @@ def _launch(port: int, timeout: float) -> Child:
     log = PREFECT_HOME.value() / "thinkimg-server.log"
     argv = [sys.executable, "-m", "uvicorn", *app, *where]
     child = spawn(argv, name="prefect", env=os.environ | embedded | settings, log_path=log)
-    KEPT.append(child)
+    atexit.register(child.terminate)
     deadline = time.monotonic() + timeout
     while not answers(f"http://127.0.0.1:{port}/api/health"):
         if not child.alive or time.monotonic() > deadline:
@@ -88,4 +85,4 @@ def _launch(port: int, timeout: float) -> Child:
                 f"Prefect's embedded server {what}{cause} Hint: read {log}; its database is in {log.parent}"
             )
         time.sleep(0.1)
-    return child
+    return f"http://127.0.0.1:{port}/api"

@@ -1,7 +1,5 @@
 """evaluate: held-out accuracy of a policy."""
 
-from prefect import flow
-
 from flows._common import (
     Blind,
     Force,
@@ -14,6 +12,7 @@ from flows._common import (
     main,
     opened,
 )
+from flows._flow import flow
 from flows._ui import progress
 from thinkimg.stages import evaluate as stage
 

@@ -8,11 +8,11 @@
 Killed anywhere and started again it goes on: what is complete is found in the store and reads *Cached*.
 """
 
-from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows import _ui
 from flows._common import Iterations, Mix, Overrides, Preset, Seed, beside, main, opened, with_settings
+from flows._flow import flow
 from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.rollout import rollout

@@ -1,8 +1,7 @@
 """prepare: a source of questions and pictures becomes a data set."""
 
-from prefect import flow
-
 from flows._common import Force, Overrides, Preset, ended, main, opened
+from flows._flow import flow
 from flows._ui import progress
 from thinkimg.stages import prepare as stage
 

@@ -1,8 +1,7 @@
 """rollout: a policy plays this iteration's samples."""
 
-from prefect import flow
-
 from flows._common import Force, Iteration, Optional, Overrides, Preset, Reference, ended, main, opened
+from flows._flow import flow
 from flows._ui import progress
 from thinkimg.stages import rollout as stage
 

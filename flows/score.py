@@ -1,8 +1,7 @@
 """score: every reward component of stored rollouts, raw and unweighted."""
 
-from prefect import flow
-
 from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
+from flows._flow import flow
 from flows._runner import mapper
 from flows._ui import progress
 from thinkimg.stages import score as stage

@@ -1,8 +1,7 @@
 """train: the mix of the scores makes advantages, and GRPO steps the next policy."""
 
-from prefect import flow
-
 from flows._common import Force, Mix, Optional, Overrides, Preset, Reference, ended, main, opened
+from flows._flow import flow
 from flows._ui import progress
 from thinkimg.stages import train as stage
 

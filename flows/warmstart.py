@@ -1,8 +1,7 @@
 """warmstart: demonstrations make the first policy, and known pairs the small CLIP where the image reward asks for one."""
 
-from prefect import flow
-
 from flows._common import Force, Overrides, Preset, Reference, ended, main, opened
+from flows._flow import flow
 from flows._ui import progress
 from thinkimg.stages import clip
 from thinkimg.stages import warmstart as stage

@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from thinkimg.engine import EngineError
 from thinkimg.engine import server as server_module
 from thinkimg.engine.client import EngineClient, ImageRef, Sampling
-from thinkimg.engine.server import Server
+from thinkimg.engine.server import Server, ServerSettings
 from thinkimg.errors import UserError
 
 SIZES = [(112, 84), (28, 28), (56, 196), (140, 28), (84, 84)]
@@ -180,6 +181,22 @@ def test_next_token_logprobs_are_those_of_transformers(engine, tiny_models, toke
         assert [sample.weight_version for sample in samples] == ["v1", "v0"]
 
     ask([engine.url], reload_and_compare)
+
+
+def test_sleep_and_wake_up_leave_the_answers_as_they_were(engine, tokenizer, picture, sampling):
+    """As far as a CPU tells: its server takes both requests and keeps its memory."""
+    server = Server("owner/name", log_path=Path("never"), version="v0", settings=ServerSettings(sleeps=True))
+    server.url, server._child = engine.url, SimpleNamespace(alive=True)
+
+    async def answer():
+        async with EngineClient([engine.url], media="file") as client:
+            return (await client.generate(prompt(tokenizer, "Which?"), [picture(0)], sampling)).token_ids
+
+    before = asyncio.run(answer())
+    server.sleep()
+    server.wake()
+    assert asyncio.run(answer()) == before
+    assert "--enable-sleep-mode" in server_module.server_command("owner/name", 1, server.settings, None)
 
 
 def test_failed_reload_does_not_go_by_the_old_name(engine, tiny_models, tmp_path):

@@ -28,10 +28,9 @@ for runner in runners:
 """
 WAIT = """
 import time
-import flows._common  # first: it sets what Prefect reads when it is imported
-from prefect import flow
+from flows._flow import flow
 
-@flow
+@flow("waiting")
 def waiting():
     print("working", flush=True)
     time.sleep(600)

@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ from thinkimg.engine.server import SERVED_NAME
 from thinkimg.errors import UserError
 from thinkimg.grpo.packing import mrope_positions, patches
 from thinkimg.images.decode import pixel_hash
+from thinkimg.rewards import JUDGES, teacher
 from thinkimg.rewards import self as policy_judge
-from thinkimg.rewards import teacher
 from thinkimg.rewards._bench import Bench
-from thinkimg.rewards._pairs import Pair
+from thinkimg.rewards._pairs import Identity, Judgement, Pair
 from thinkimg.stages import judge as stage
+from thinkimg.stages.score import judge_parts, ledger_name
 
 QUESTIONS = ("Which way do the stripes run?", "The scene is too dark. Which letter is it?")
 
@@ -284,6 +286,45 @@ def test_an_image_that_cannot_be_read_is_missing_and_one_of_one_colour_is_worth_
     found = stage.unfit(gone, bench)
     assert found.value is None and "can't be read" in found.reason
     assert stage.unfit(world.pairs[0], bench) is None
+    stored = "1" * 64
+
+    def images(work):
+        with work.part("images.parquet") as path, image_writer(path) as add:
+            add(stored, encode(world.pictures[world.pairs[0].original]), 112, 112)
+
+    bench.images.add(world.store.build("dataset", Recipe("test", 1, 1, {"hash": "wrong"}), images)[0])
+    found = stage.unfit(Pair(QUESTIONS[0], world.pairs[0].original, stored), bench)
+    assert found.value is None and "have another hash" in found.reason
+
+
+def test_a_judge_that_fails_takes_nothing_from_the_others(world, monkeypatch):
+    asked, broken = [], ["self"]
+
+    def judge_named(name):
+        def judge(pairs, bench):
+            asked.append((name, len(pairs)))
+            if name in broken:
+                raise RuntimeError("no luck")
+            return [Judgement(0.5, None, {}) for _ in pairs]
+
+        return SimpleNamespace(identity=lambda bench: Identity(name, "model", "weights", "prompt"), judge=judge)
+
+    bench = world.bench()
+    bench.config = load("tiny", ["image.types=[self, embedding]"])
+    for name in bench.config.image.types:
+        monkeypatch.setitem(JUDGES, name, judge_named(name))
+    waiting = {f"trajectories-{i:05}.parquet": set(world.pairs[3 * i : 3 * i + 3]) for i in range(2)}
+    with world.store.create("scores", Recipe("score", 1, 1, {"n": 2})) as work:
+        with pytest.raises(RuntimeError, match="no luck"):
+            judge_parts(work, bench, waiting, lambda keys: {})
+        assert [work.has(ledger_name(part, name)) for name in ("embedding", "self") for part in waiting] == [
+            True, True, False, False,
+        ]  # fmt: skip
+        broken.clear()
+        judge_parts(work, bench, waiting, lambda keys: {})
+        assert sorted(asked) == [("embedding", 6), ("self", 6), ("self", 6)]
+        artifact = work.publish()
+    assert artifact.table("judgements").num_rows == 12
 
 
 def test_asking_is_async_safe_from_a_thread(world):

@@ -49,6 +49,9 @@ def stage(name: str, preset: str, overrides: list[str] | None, dry_run: bool, **
         return
     from importlib import import_module
 
+    from flows import _server
+
+    _server.start()  # while the stage is imported
     flow = getattr(import_module(f"flows.{name}"), name)
     made = flow(**settings(preset, overrides), **arguments)
     print(made)
@@ -122,6 +125,9 @@ def run(*, preset: Preset = "development", set: Set = None, dry_run: DryRun = Fa
     if dry_run:
         plan(config)
         return
+    from flows import _server
+
+    _server.start()  # while the stages are imported
     from flows.loop import loop
 
     loop(**settings(preset, set))

@@ -223,7 +223,8 @@ class EngineConfig(Settings):
     """VLLM_CPU_OMP_THREADS_BIND: the cores of a server on a CPU."""
     max_num_seqs: Positive = 256
     keep: bool = True
-    """Keep the loop's own server while training; off where one GPU does not hold engine and trainer both."""
+    """Keep the loop's own server awake while training; off where one GPU does not hold engine and trainer both: then it
+    sleeps meanwhile, its weights in the machine's memory. (On a CPU it ends, and starts again.)"""
     concurrency: Positive = 256
     """Trajectories in flight."""
     timeout_s: Positive = 600

@@ -56,17 +56,26 @@ class Machines:
         from thinkimg.grpo.worker import Trainer
 
         self._make_room()
-
         if self._trainer is None:
             self._trainer = self._stack.enter_context(Trainer(self.config.where.trainer, log_path=self.log("trainer")))
         return self._trainer
 
-    def _make_room(self) -> None:
-        """End the servers where they are not to be kept: one machine at a time."""
+    def _make_room(self, wanted: "Server | None" = None) -> None:
+        """Where one machine at a time fits into the memory: put the other servers to sleep, or end those that can't."""
         if not self.config.where.engine.keep:
             for server in (self._server, self._teacher):
-                if server is not None:
-                    server.stop()
+                if server is not None and server is not wanted:
+                    if server.settings.sleeps:
+                        server.sleep()
+                    else:
+                        server.stop()
+
+    @property
+    def _sleeps(self) -> bool:
+        """Whether servers sleep while it is another's turn: a GPU's can."""
+        from thinkimg.engine.server import on_cpu
+
+        return not self.config.where.engine.keep and not on_cpu()
 
     async def engine(self, policy: "Artifact") -> tuple["EngineClient", str | None]:
         """A client whose servers hold `policy`, and the adapter's name where it is one: starts the loop's own server, or
@@ -98,8 +107,8 @@ class Machines:
     def server(self, policy: "Artifact", adapter: str | None) -> "Server":
         from thinkimg.engine.server import Server, ServerSettings
 
+        self._make_room(self._server)
         if self._server is None or not self._server.alive:
-            self._make_room()
             config, where = self.config, self.config.where.engine
             settings = ServerSettings(
                 max_model_len=config.conversation.max_tokens,
@@ -112,6 +121,7 @@ class Machines:
                 gpu_memory_utilization=where.gpu_memory_utilization,
                 cpu_kvcache_gib=where.cpu_kvcache_gib,
                 cpu_threads_bind=where.cpu_threads_bind,
+                sleeps=self._sleeps,
             )
             model = self.base() if adapter else self.weights(policy)
             version = "base" if adapter else policy.digest
@@ -120,14 +130,15 @@ class Machines:
                 media_dir=self.media, progress=self.report,
             )  # fmt: skip
             self._server = self._stack.enter_context(server)  # leaving a server that was stopped does nothing
+        self._server.wake()
         return self._server
 
     def teacher(self, founder: "Artifact") -> "Server":
         """The second server, with the frozen first policy, which judges what later ones make."""
         from thinkimg.engine.server import Server, ServerSettings
 
+        self._make_room(self._teacher)
         if self._teacher is None or not self._teacher.alive:
-            self._make_room()
             config, where = self.config, self.config.where
             settings = ServerSettings(
                 max_model_len=config.conversation.max_tokens,
@@ -138,6 +149,7 @@ class Machines:
                 gpu_memory_utilization=where.teacher.gpu_memory_utilization,
                 cpu_kvcache_gib=1,
                 cpu_threads_bind=where.teacher.cpu_threads_bind,
+                sleeps=self._sleeps,
             )
             self._frozen = founder.digest
             server = Server(
@@ -145,6 +157,7 @@ class Machines:
                 progress=self.report, name="teacher",
             )  # fmt: skip
             self._teacher = self._stack.enter_context(server)
+        self._teacher.wake()
         return self._teacher
 
     @property

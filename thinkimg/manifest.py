@@ -194,8 +194,8 @@ class Artifact:
         return json.loads(self.checked(name).read_bytes())
 
     def table_files(self, table: str) -> list[Path]:
-        """`<table>.parquet` and its parts `<table>-00000.parquet`, checked, in order; UserError if there is none."""
-        pattern = re.compile(re.escape(table) + r"(-\d{5})?\.parquet")
+        """`<table>.parquet` and its parts `<table>[-<name>]-00000.parquet`, checked, in order; UserError if there is none."""
+        pattern = re.compile(re.escape(table) + r"(-[a-z]+)?(-\d{5})?\.parquet")
         names = sorted(name for name in self.files if pattern.fullmatch(name))
         if not names:
             raise UserError(f"{self.reference} has no table {table!r}", hint=f"it has {', '.join(self.files)}")

@@ -60,6 +60,8 @@ class ServerSettings:
     """CPU only."""
     cpu_threads_bind: str | None = None
     """CPU only: cores for the forward pass, as "0" or "0-7"; None lets vLLM choose. Two servers need disjoint sets."""
+    sleeps: bool = False
+    """GPU only: `sleep` frees its memory."""
 
 
 class Server:
@@ -85,6 +87,7 @@ class Server:
         self.media_dir, self.progress, self.name = media_dir, progress, name
         self.url = ""
         self._child: Child | None = None
+        self._asleep = False
 
     def __enter__(self) -> Self:
         self.start()
@@ -115,7 +118,22 @@ class Server:
         """End the server and all its processes; does nothing if it isn't running."""
         if self._child is not None:
             self._child.terminate(timeout=5)
-            self._child = None
+            self._child, self._asleep = None, False
+
+    def sleep(self) -> None:
+        """Free the GPU's memory: the weights wait in the machine's memory, the KV cache is gone.
+
+        Nothing may be running, and nothing is to be asked before `wake`.
+        """
+        if self.alive and not self._asleep:
+            post(f"{self.url}/sleep?level=1", {})
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Take the memory back; does nothing if it is awake."""
+        if self._asleep:
+            post(f"{self.url}/wake_up", {})
+            self._asleep = False
 
     def _wait(self, timeout: float) -> None:
         assert self._child is not None
@@ -184,6 +202,8 @@ def server_command(model: str, port: int, settings: ServerSettings, media_dir: P
         flags.append("enforce-eager")
     if settings.max_lora_rank is not None:
         flags.append("enable-lora")
+    if settings.sleeps:
+        flags.append("enable-sleep-mode")
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in options.items():
         if value is not None:

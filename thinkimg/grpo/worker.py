@@ -154,34 +154,25 @@ class Trainer:
 def launch_command(config: "TrainerConfig", *, gpus: int) -> list[str]:
     """The command line up to the worker's own arguments.
 
+    accelerate's launcher takes three seconds to import what the worker imports again, so one process does without it. And
     `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15), so several on a CPU take torchrun.
     """
     module = ["-m", "thinkimg.grpo.worker"]
+    launch = ["-m", "accelerate.commands.launch"]
     if config.accelerate_config is not None:
-        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.accelerate_config, *module]
-    if config.processes > 1 and not gpus:
-        port = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        return [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(config.processes),
-            *port,
-            *module,
-        ]
-    count = [
-        "--num_machines",
-        "1",
-        "--num_processes",
-        str(config.processes),
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    where = ["--multi_gpu", "--main_process_port", str(free_port())] if config.processes > 1 else []
-    return [sys.executable, "-m", "accelerate.commands.launch", *count, *where, *([] if gpus else ["--cpu"]), *module]
+        command = [*launch, "--config_file", config.accelerate_config]
+    elif config.processes == 1:
+        command = []
+    elif gpus:
+        options = {
+            "num_machines": 1, "num_processes": config.processes, "main_process_port": free_port(),
+            "mixed_precision": "no", "dynamo_backend": "no",
+        }  # fmt: skip
+        command = [*launch, "--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
+    else:
+        options = {"nproc_per_node": config.processes, "master_addr": "127.0.0.1", "master_port": free_port()}
+        command = ["-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
+    return [sys.executable, *command, *module]
 
 
 def free_port() -> int:

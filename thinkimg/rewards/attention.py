@@ -40,7 +40,7 @@ def look(pairs: Sequence[Pair], bench: Bench, layers: Sequence[int]) -> list[dic
     from thinkimg.base import base_entry
     from thinkimg.rollout import view_limits
 
-    config = bench.config
+    config, trainer = bench.config, bench.crew.trainer  # it gets up while pictures are measured
     hashes = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
     grids = dict(zip(hashes, bench.map(lambda sha: bench.picture(sha).grid, hashes), strict=True))
     prompts = {words: prompt(bench.codec, words) for words in {GENERIC, *(pair.question for pair in pairs)}}
@@ -69,7 +69,7 @@ def look(pairs: Sequence[Pair], bench: Bench, layers: Sequence[int]) -> list[dic
         bench.judged(line["step"] * len(pairs) // line["steps"] - done)
         done = line["step"] * len(pairs) // line["steps"]
 
-    return bench.crew.trainer.submit(job, progress)["pairs"]
+    return trainer.submit(job, progress)["pairs"]
 
 
 def prompt(codec: Codec, words: str) -> dict:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from thinkimg import schemas
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.errors import UserError
+from thinkimg.images.decode import pixel_hash
 from thinkimg.rewards import JUDGES
 from thinkimg.rewards._bench import Bench
 from thinkimg.rewards._pairs import Identity, Judgement, Judgements, Pair, degenerate, processed
@@ -30,39 +31,48 @@ def pairs_of(rows: Iterable[Trajectory], samples: dict[str, Sample]) -> set[Pair
     return {pair for row in rows for pair in processed(row, samples[row.sample_id]) if isinstance(pair, Pair)}
 
 
-def judge(wanted: set[Pair], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]]) -> Judgements:
-    """What all judges of config.image.types find. known: keys -> judgements that were made before."""
-    pairs = sorted(wanted, key=key_of)
-    judges = {name: JUDGES[name] for name in bench.config.image.types}
+def judge(
+    wanted: dict[str, set[Pair]], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]],
+    close: Callable[[str, Judgements], None],
+) -> None:  # fmt: skip
+    """Have judges look at pairs, by component; `close(component, found)` gets what one has found when it has ended.
+
+    known: keys -> judgements that were made before. Raises the first failure, after the others have ended: what they found
+    is not lost with it.
+    """
+    pairs = sorted(set().union(*wanted.values()), key=key_of)
     looked = dict(zip(pairs, bench.map(lambda pair: unfit(pair, bench), pairs), strict=True))
-    fit = [pair for pair in pairs if looked[pair] is None]
-    found: dict[tuple[str, Pair], Judgement] = {
-        (name, pair): one for name in judges for pair, one in looked.items() if one is not None
-    }
-    bench.expect(len(fit) * len(judges))
+
+    def found(name: str) -> Judgements:
+        mine = [pair for pair in pairs if pair in wanted[name]]
+        fit = [pair for pair in mine if looked[pair] is None]
+        answers = dict(zip(fit, ask(JUDGES[name], fit, bench, known), strict=True))
+        return {(name, pair): looked[pair] or answers[pair] for pair in mine}
+
     # One after the other where engine and trainer take turns in the memory.
     where = bench.config.where
     together = where.engine.keep and where.trainer.keep
-    with ThreadPoolExecutor(len(judges) if together else 1, thread_name_prefix="judge") as pool:
-        asked = {name: pool.submit(ask, module, fit, bench, known) for name, module in judges.items()}
-        for name, future in asked.items():
-            found |= {(name, pair): one for pair, one in zip(fit, future.result(), strict=True)}
-    if bench.config.image.teacher.fallback == "self" and "self" not in judges:
-        lost = [pair for pair in fit if found.get(("teacher", pair), SURE).unreachable]
-        if lost:  # whole groups fall back, so all pairs of their groups are needed
-            found |= zip([("self", pair) for pair in fit], ask(JUDGES["self"], fit, bench, known), strict=True)
-            found |= {("self", pair): one for pair, one in looked.items() if one is not None}
-    return found
-
-
-SURE = Judgement(None, None, {})
+    bench.expect(sum(looked[pair] is None for mine in wanted.values() for pair in mine))
+    with ThreadPoolExecutor(len(wanted) if together else 1, thread_name_prefix="judge") as pool:
+        asked = {pool.submit(found, name): name for name in wanted}
+        failures = []
+        for future in as_completed(asked):
+            if future.exception() is None:
+                close(asked[future], future.result())
+            else:
+                failures.append(future.exception())
+    if failures:
+        raise failures[0]
 
 
 def unfit(pair: Pair, bench: Bench) -> Judgement | None:
     """A judgement that needs no judge: an image that can't be read, or in which nothing can be seen."""
     try:
-        bench.images.decoded(pair.original)
-        reason = degenerate(bench.images.decoded(pair.processed))
+        for sha256 in (pair.original, pair.processed):
+            image = bench.images.decoded(sha256)
+            if pixel_hash(image) != sha256:
+                raise ValueError(f"the pixels stored as {sha256[:16]}… have another hash")
+        reason = degenerate(image)
     except (KeyError, OSError, ValueError, UserError) as error:
         return Judgement(None, f"An image can't be read: {error}", {})
     return reason and Judgement(0.0, reason, {})

@@ -1,6 +1,6 @@
 """The score stage: what each reward component makes of each trajectory, raw and unweighted.
 
-Part by part: first the judges of processed images, side by side, whose findings are the part's ledger (judgements-*), then
+Part by part: first the judges of processed images, side by side, whose findings are the part's ledgers (judgements-*), then
 the components, which are pure functions of rows and ledger.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from thinkimg.data.images import ImageTable
     from thinkimg.rewards._pairs import Judgements
 
-STAGE, VERSION, KIND = "score", 2, "scores"
+STAGE, VERSION, KIND = "score", 3, "scores"
 AT_ONCE = 4096  # trajectories whose images are judged together, at least
 IDENTITY = ("trajectory_id", "sample_id", "group_id")
 
@@ -49,7 +49,7 @@ class Job:
     image: ImageConfig
     dataset: Path
     rollouts: Path
-    judgements: Path | None
+    judgements: tuple[Path, ...]
 
 
 Mapper = Callable[[Callable[[Job], list[Score]], list[Job]], Iterable[list[Score]]]
@@ -133,10 +133,11 @@ def fill(
     tally = Tally(progress, sum(rollouts.files[part]["rows"] for part in parts))
     bench.expect, bench.judged = tally.expect, tally.add
     if config.image.types:
-        fill_ledger(work, bench, dataset, rollouts, [part for part in parts if not work.has(ledger_name(part))], known)
+        fill_ledger(work, bench, dataset, rollouts, [part for part in parts if not work.has(scores_name(part))], known)
     for part in parts:
         if not work.has(scores_name(part)):
-            judged = work.path(ledger_name(part)) if config.image.types else None
+            ledgers = [ledger_name(part, name) for name in JUDGES]
+            judged = tuple(work.path(name) for name in ledgers if work.has(name))
             jobs = [
                 Job(name, part, config.rewards, config.image, dataset.directory, rollouts.directory, judged)
                 for name in names
@@ -173,14 +174,35 @@ def fill_ledger(work: Work, bench: Bench, dataset: Artifact, rollouts: Artifact,
         waiting[part] = judge.pairs_of(batch.trajectories, batch.samples)
         count += len(batch.trajectories)
         if count >= AT_ONCE or part == parts[-1]:
-            found = judge.judge(set().union(*waiting.values()), bench, known)
-            for name, pairs in waiting.items():
-                work.table(ledger_name(name), judge.table({key: one for key, one in found.items() if key[1] in pairs}))
+            judge_parts(work, bench, waiting, known)
             waiting, count = {}, 0
 
 
-def ledger_name(part: str) -> str:
-    return part.replace("trajectories", "judgements", 1)
+def judge_parts(work: Work, bench: Bench, waiting: dict[str, set[Pair]], known) -> None:
+    """Close the ledgers of some parts, one per judge; those that an earlier try has closed stay."""
+
+    def close(name: str, found: "Judgements") -> None:
+        for part, pairs in waiting.items():
+            if not work.has(ledger_name(part, name)):
+                mine = {key: one for key, one in found.items() if key[1] in pairs}
+                work.table(ledger_name(part, name), judge.table(mine))
+
+    def ask(names: Iterable[str]) -> None:
+        missing = {name: [part for part in waiting if not work.has(ledger_name(part, name))] for name in names}
+        wanted = {name: set().union(*(waiting[part] for part in where)) for name, where in missing.items() if where}
+        if wanted:
+            judge.judge(wanted, bench, known, close)
+
+    settings = bench.config.image
+    ask(settings.types)
+    if "teacher" in settings.types and settings.teacher.fallback == "self":
+        told = (judge.read(work.path(ledger_name(part, "teacher"))) for part in waiting)
+        if any(one.unreachable for found in told for one in found.values()):
+            ask(["self"])  # about all: whole groups fall back
+
+
+def ledger_name(part: str, component: str) -> str:
+    return part.replace("trajectories", f"judgements-{component}", 1)
 
 
 def scores_name(part: str) -> str:
@@ -202,7 +224,7 @@ def run_job(job: Job) -> list[Score]:
     """One score per trajectory of the part, in order."""
     with _lock:  # the components of a part share it: who comes first reads it
         batch = _batch(job.rollouts, job.dataset, job.part)
-        judged = _judgements(job.judgements) if job.judgements else {}
+        judged = _judgements(job.judgements)
     batch = replace(batch, config=job.rewards, image=job.image, judgements=judged)
     return components(job.rewards, job.image)[job.component](batch)
 
@@ -220,8 +242,8 @@ def _batch(rollouts: Path, dataset: Path, part: str) -> Batch:
 
 
 @lru_cache(maxsize=1)
-def _judgements(path: Path) -> "Judgements":
-    return judge.read(path)
+def _judgements(paths: tuple[Path, ...]) -> "Judgements":
+    return {key: one for path in paths for key, one in judge.read(path).items()}
 
 
 @lru_cache(maxsize=1)
