@@ -1,5 +1,6 @@
 """Tokenizers for tests of conversations: the tiny one, and Qwen's own vocabulary with Qwen2.5-VL's chat template."""
 
+import atexit
 import base64
 import json
 import tempfile
@@ -32,19 +33,24 @@ QWEN_RANKS = 20_000  # of 151,643: a prefix of a BPE vocabulary is one, too, and
 
 
 @cache
-def tiny_tokenizer():
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as directory:
-        write_tokenizer(Path(directory), CORPUS, 512)
-        write_processor(Path(directory), TinyModel())
-        return AutoTokenizer.from_pretrained(directory)
+def directory() -> Path:
+    """Where tokenizers are saved, as long as this process lives."""
+    kept = tempfile.TemporaryDirectory()
+    atexit.register(kept.cleanup)
+    return Path(kept.name)
 
 
 @cache
-def qwen_tokenizer(ranks: int = QWEN_RANKS):
+def tiny_directory() -> Path:
+    (path := directory() / "tiny").mkdir()
+    write_tokenizer(path, CORPUS, 512)
+    write_processor(path, TinyModel())
+    return path
+
+
+@cache
+def qwen_directory(ranks: int = QWEN_RANKS) -> Path:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import AutoTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()
@@ -65,17 +71,32 @@ def qwen_tokenizer(ranks: int = QWEN_RANKS):
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in UNMARKED])
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     settings |= {"bos_token": None, "unk_token": None, "chat_template": QWEN_TEMPLATE}
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save(f"{directory}/tokenizer.json")
-        Path(directory, "tokenizer_config.json").write_text(json.dumps(settings))
-        return AutoTokenizer.from_pretrained(directory)
+    (path := directory() / f"qwen-{ranks}").mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@cache
+def tiny_tokenizer():
+    """As transformers loads it by itself: the reference."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_directory())
+
+
+@cache
+def qwen_tokenizer(ranks: int = QWEN_RANKS):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(qwen_directory(ranks))
 
 
 @cache
 def tiny_codec() -> Codec:
-    return Codec(tiny_tokenizer())
+    return Codec.load(tiny_directory())
 
 
 @cache
 def qwen_codec() -> Codec:
-    return Codec(qwen_tokenizer())
+    return Codec.load(qwen_directory())
