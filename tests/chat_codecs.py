@@ -71,7 +71,7 @@ def qwen_directory(ranks: int = QWEN_RANKS) -> Path:
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in UNMARKED])
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     settings |= {"bos_token": None, "unk_token": None, "chat_template": QWEN_TEMPLATE}
-    (path := directory() / f"qwen-{ranks}").mkdir()
+    (path := directory() / f"qwen-{ranks}").mkdir(exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
