@@ -73,7 +73,9 @@ def _launch(port: int, timeout: float) -> str:
     log = PREFECT_HOME.value() / "thinkimg-server.log"
     argv = [sys.executable, "-m", "uvicorn", *app, *where]
     child = spawn(argv, name="prefect", env=os.environ | embedded | settings, log_path=log)
-    atexit.register(child.terminate, timeout=1.0)  # it has nothing to finish that anybody would miss, and takes its time
+    atexit.register(
+        child.terminate, timeout=1.0
+    )  # it has nothing to finish that anybody would miss, and takes its time
     deadline = time.monotonic() + timeout
     while not answers(f"http://127.0.0.1:{port}/api/health"):
         if not child.alive or time.monotonic() > deadline:

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from thinkimg.artifacts import Store
 from thinkimg.config import load
-from thinkimg.engine.server import Server, ServerSettings
+from thinkimg.engine.server import Server, ServerSettings, answers, free_port
+from thinkimg.process import spawn
 from thinkimg.schemas import StopReason
 from thinkimg.stages import prepare, rollout, warmstart
 from thinkimg.watchdog import descendants
@@ -75,8 +79,38 @@ def rows(artifact):
     return artifact.table("trajectories").to_pylist()
 
 
-def test_a_server_that_dies_is_replaced_without_losing_a_trajectory(made, servers, caplog):
-    whole = play(made, servers)
+@pytest.fixture(scope="module")
+def whole(made, servers):
+    """Rollouts that nothing disturbed."""
+    return play(made, servers)
+
+
+def test_a_server_started_by_hand_plays_the_same(made, whole, tmp_path):
+    store, _, policy = made
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "thinkimg",
+        "serve",
+        "--preset",
+        "tiny",
+        "--policy",
+        policy.fingerprint[:12],
+        "--port",
+        port,
+    ]
+    settings = [f"where.store={store.root}", "where.engine={cpu_kvcache_gib: 1, max_num_seqs: 16}"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    with spawn([*command, *options], name="served", log_path=tmp_path / "served.log") as served:
+        deadline = time.monotonic() + 300
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert served.alive and time.monotonic() < deadline, served.log_tail()
+            time.sleep(0.5)
+        assert play(made, [SimpleNamespace(url=f"http://127.0.0.1:{port}")]).digest == whole.digest
+
+
+def test_a_server_that_dies_is_replaced_without_losing_a_trajectory(made, servers, whole, caplog):
     served = [Path(server.log_path).read_text() for server in servers]
     assert all("other" not in row["weights"] for row in rows(whole))
     killed = threading.Event()

@@ -134,6 +134,28 @@ def run(*, preset: Preset = "development", set: Set = None, dry_run: DryRun = Fa
 
 
 @app.command
+def serve(
+    *,
+    policy: Annotated[
+        Reference | None, Parameter(help="Start with its weights. Left out: with the base model's.")
+    ] = None,
+    host: Annotated[
+        str, Parameter(help="Address to listen at. Whoever reaches it can change the weights.")
+    ] = "127.0.0.1",
+    port: int = 8000,
+    preset: Preset = "development",
+    set: Set = None,
+) -> None:
+    """Run a vLLM server for the `where.engine.urls` of loops and judges, until it is stopped."""
+    from thinkimg import machines
+    from thinkimg.artifacts import Store
+    from thinkimg.config import load
+
+    config = load(preset, set or ())
+    machines.serve(config, Store(config.where.store).resolve(policy, "policy") if policy else None, host, port)
+
+
+@app.command
 def schema() -> None:
     """Print the JSON Schema of presets, for editors."""
     import json

@@ -4,21 +4,23 @@ A loop that finds everything cached starts neither. A stage that runs alone open
 """
 
 import contextlib
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from thinkimg import process
 from thinkimg.base import base_entry
 from thinkimg.config import Config
+from thinkimg.errors import UserError
 
 if TYPE_CHECKING:
     from thinkimg.artifacts import Artifact
     from thinkimg.engine.client import EngineClient
-    from thinkimg.engine.server import Server
+    from thinkimg.engine.server import Server, ServerSettings
     from thinkimg.grpo.worker import Trainer
 
 CURRENT: ContextVar["Machines | None"] = ContextVar("machines", default=None)
@@ -105,25 +107,12 @@ class Machines:
         return client, adapter
 
     def server(self, policy: "Artifact", adapter: str | None) -> "Server":
-        from thinkimg.engine.server import Server, ServerSettings
+        from thinkimg.engine.server import Server
 
         self._make_room(self._server)
         if self._server is None or not self._server.alive:
-            config, where = self.config, self.config.where.engine
-            settings = ServerSettings(
-                max_model_len=config.conversation.max_tokens,
-                max_images=config.conversation.max_images,
-                max_num_seqs=where.max_num_seqs,
-                max_lora_rank=config.model.lora_rank if adapter else None,
-                dtype=config.model.dtype,
-                max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
-                tensor_parallel_size=where.tensor_parallel_size,
-                gpu_memory_utilization=where.gpu_memory_utilization,
-                cpu_kvcache_gib=where.cpu_kvcache_gib,
-                cpu_threads_bind=where.cpu_threads_bind,
-                sleeps=self._sleeps,
-            )
-            model = self.base() if adapter else self.weights(policy)
+            settings = engine_settings(self.config, adapters=adapter is not None, sleeps=self._sleeps)
+            model = base_directory(self.config) if adapter else self.weights(policy)
             version = "base" if adapter else policy.digest
             server = Server(
                 model, log_path=self.log("engine"), version=version, settings=settings,
@@ -189,15 +178,55 @@ class Machines:
                 half.rename(merged)
         return merged
 
-    def base(self) -> Path:
-        from thinkimg.grpo.checkpoint import Base
-
-        return Base(**base_entry(self.config)).locate()
-
     def log(self, name: str) -> Path:
         folder = Path(self.config.where.store) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}.log"
+
+
+def engine_settings(config: Config, *, adapters: bool, sleeps: bool = False) -> "ServerSettings":
+    """How a server runs that plays this config's rollouts; adapters: it serves them beside the base model."""
+    from thinkimg.engine.server import ServerSettings
+
+    where = config.where.engine
+    return ServerSettings(
+        max_model_len=config.conversation.max_tokens,
+        max_images=config.conversation.max_images,
+        max_num_seqs=where.max_num_seqs,
+        max_lora_rank=config.model.lora_rank if adapters else None,
+        dtype=config.model.dtype,
+        max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
+        tensor_parallel_size=where.tensor_parallel_size,
+        gpu_memory_utilization=where.gpu_memory_utilization,
+        cpu_kvcache_gib=where.cpu_kvcache_gib,
+        cpu_threads_bind=where.cpu_threads_bind,
+        sleeps=sleeps,
+    )
+
+
+def serve(config: Config, policy: "Artifact | None", host: str, port: int) -> NoReturn:
+    """Become a server for the `engine.urls` of loops: with a whole policy's weights, else with the base model's.
+
+    Whoever uses it loads what he needs: adapters under names of their own, whole weights in place.
+    """
+    from thinkimg.engine.server import on_cpu, server_command, server_environment
+
+    if policy is not None and is_full(policy):
+        model = policy.checked("policy/model")
+    elif config.model.tiny is not None:
+        raise UserError("The tiny preset's model is made by its warm start.", hint="name a policy: --policy …")
+    else:
+        model = base_directory(config)
+    settings = engine_settings(config, adapters=config.model.adaptation == "lora" and not on_cpu())
+    argv = server_command(str(model), port, settings, None, host)
+    os.execvpe(argv[0], argv, server_environment(os.environ, str(model), settings))
+
+
+def base_directory(config: Config) -> Path:
+    """Of the base model, downloaded if need be."""
+    from thinkimg.grpo.checkpoint import Base
+
+    return Base(**base_entry(config)).locate()
 
 
 def is_full(policy: "Artifact") -> bool:

@@ -55,7 +55,9 @@ class Codec:
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> Self:
         """The codec of a model: a directory or an id on the Hub, with a tokenizer.json."""
-        from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports generation and sklearn: four seconds more
+        from transformers import (
+            PreTrainedTokenizerFast,
+        )  # AutoTokenizer imports generation and sklearn: four seconds more
 
         return cls(PreTrainedTokenizerFast.from_pretrained(path, revision=revision))
 

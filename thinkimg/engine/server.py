@@ -162,8 +162,10 @@ class Server:
         return EngineError(f"the vLLM server for {self.model} {what}{told}\nIts log ends with\n{tail}", hint=hint)
 
 
-def server_command(model: str, port: int, settings: ServerSettings, media_dir: Path | None) -> list[str]:
-    """The command line. Localhost only: development mode lets anybody who reaches the port change the weights."""
+def server_command(
+    model: str, port: int, settings: ServerSettings, media_dir: Path | None, host: str = "127.0.0.1"
+) -> list[str]:
+    """The command line. host: development mode lets anybody who reaches the port change the weights."""
     cpu = on_cpu()
     batched_tokens = settings.max_num_batched_tokens
     if batched_tokens is None and cpu:
@@ -172,7 +174,7 @@ def server_command(model: str, port: int, settings: ServerSettings, media_dir: P
     options: dict[str, object] = {
         "model": model,
         "served-model-name": SERVED_NAME,
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         "dtype": settings.dtype or ("float32" if cpu else "bfloat16"),
         "max-model-len": settings.max_model_len,

@@ -8,7 +8,7 @@ import numpy as np
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import Config
 from thinkimg.data.images import ImageTable
-from thinkimg.machines import machines
+from thinkimg.machines import base_directory, is_full, machines
 from thinkimg.rewards import attention
 from thinkimg.rewards._bench import Bench
 from thinkimg.rewards._pairs import Pair
@@ -53,7 +53,5 @@ def known_side(rows: Sequence[dict[str, str]], side: str) -> list[Pair]:
 def layers(policy: Artifact, bench: Bench) -> int:
     from transformers import AutoConfig
 
-    from thinkimg.machines import is_full
-
-    directory = policy.checked("policy/model") if is_full(policy) else bench.crew.base()
+    directory = policy.checked("policy/model") if is_full(policy) else base_directory(bench.config)
     return AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers
