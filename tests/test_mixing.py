@@ -17,7 +17,7 @@ NAMES = ("answer", "self", "teacher", "embedding")
 groups = np.repeat(np.arange(GROUPS), SIZE)
 values = st.one_of(st.none(), st.floats(0, 1, width=16))
 columns = st.fixed_dictionaries({name: st.lists(values, min_size=16, max_size=16) for name in NAMES})
-rights = st.lists(st.sampled_from([0.0, 1.0]), min_size=16, max_size=16)
+rights = st.lists(st.sampled_from([0.0, 0.4, 0.5, 0.7, 1.0]), min_size=16, max_size=16)
 valids = st.lists(st.booleans(), min_size=16, max_size=16).map(np.array)
 shares = st.dictionaries(st.sampled_from(["self", "teacher", "embedding"]), st.floats(0.1, 5), min_size=1)
 
@@ -59,9 +59,9 @@ def test_a_wrong_row_has_no_image_reward_and_scores_stay_as_they_are(found, righ
     components = arrays(found) | {"answer": np.array(right)}
     before = {name: column.copy() for name, column in components.items()}
     got = Mix({"image": 1.0}, types, only_if_right=True).totals(components, groups, valid)
-    assert (got[valid & (components["answer"] == 0)] == 0).all()
+    assert (got[valid & (components["answer"] < 0.5)] == 0).all()
     full = Mix({"image": 1.0}, types).totals(components, groups, valid)
-    judged = valid & (components["answer"] == 1) & ~np.isnan(sum(components[name] for name in types))
+    judged = valid & (components["answer"] >= 0.5) & ~np.isnan(sum(components[name] for name in types))
     np.testing.assert_array_equal(got[judged], full[judged])
     for name, column in components.items():
         np.testing.assert_array_equal(column, before[name])

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 IMAGE = "image"
 """In a mix: the weighted mean of the columns that config.image.types names. No component has this name."""
-CONDITION, RIGHT = "answer", 1.0
-"""Under only_if_right the image reward counts where this column has this value."""
+CONDITION, RIGHT = "answer", 0.5
+"""From this value of this column on an answer counts as right: choices are 0 or 1, text and boxes lie between."""
 
 
 @dataclass(frozen=True)

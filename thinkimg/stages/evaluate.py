@@ -12,6 +12,7 @@ from thinkimg.data.images import ImageTable, load_samples
 from thinkimg.engine import package as engine_package
 from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
+from thinkimg.mixing import RIGHT
 from thinkimg.rewards import Batch
 from thinkimg.rewards.answer import score as score_answers
 from thinkimg.rollout import Play, view_limits
@@ -21,7 +22,6 @@ from thinkimg.stages.rollout import play_parts, precision, read_rows, summary
 STAGE, VERSION, KIND = "evaluate", 1, "evaluation"
 GREEDY = 0  # index of the greedy trajectory; 1 to k are the sampled ones
 JUDGES = ("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy")  # decide what is right
-RIGHT = 0.5  # an answer's reward from which on it counts as right: choices are 0 or 1, text and boxes lie between
 
 
 def recipe(config: Config, dataset: Artifact, policy: Artifact, samples: int, blind: bool) -> Recipe:
