@@ -98,9 +98,11 @@ def write_processor(directory: Path, tiny: "TinyModel") -> None:
 
 def write_model(directory: Path, tiny: "TinyModel", seed: int) -> None:
     import torch
-    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
-    ids = AutoTokenizer.from_pretrained(directory).get_vocab()
+    disable_progress_bar()  # of one shard
+    ids = PreTrainedTokenizerFast.from_pretrained(directory).get_vocab()
     head_dim = tiny.hidden_size // tiny.heads
     temporal = head_dim // 8  # the shares of Qwen2.5-VL's [16, 24, 24] of 64
     height = (head_dim // 2 - temporal) // 2
