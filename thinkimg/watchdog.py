@@ -58,7 +58,7 @@ def kill_all(*, trackers: bool) -> None:
     for pid in descendants(os.getpid()):
         with suppress(ProcessLookupError, FileNotFoundError):  # ended meanwhile
             with open(f"/proc/{pid}/cmdline", "rb") as file:
-                is_tracker = b"multiprocessing.resource_tracker" in file.read()
+                is_tracker = b"resource_tracker" in file.read()  # multiprocessing's, and loky's
             if trackers or not is_tracker:
                 os.kill(pid, signal.SIGKILL)
 
