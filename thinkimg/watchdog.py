@@ -119,12 +119,14 @@ def environment(temporary: str) -> dict[str, str]:
 
     A killed vLLM leaves seven sockets and a rendezvous file each time. torch's compile cache is worth keeping.
     """
-    inherited = dict(os.environ)
-    if len(os.fsencode(temporary)) + 1 + 36 > SOCKET_PATH:
-        return inherited
-    os.mkdir(temporary, 0o700)
-    cache = os.path.join(inherited.get("TMPDIR", "/tmp"), f"torchinductor_{os.getuid()}")
-    return {"TORCHINDUCTOR_CACHE_DIR": cache} | inherited | {"TMPDIR": temporary}
+    changed = dict(os.environ)
+    if len(os.fsencode(temporary)) + 1 + 36 <= SOCKET_PATH:
+        os.mkdir(temporary, 0o700)
+        cache = os.path.join(changed.get("TMPDIR", "/tmp"), f"torchinductor_{os.getuid()}")
+        # Last, not first: torch sets it again, and setproctitle finds a process' title by the first variable.
+        changed.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+        changed["TMPDIR"] = temporary
+    return changed
 
 
 def main() -> int:
