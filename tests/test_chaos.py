@@ -86,9 +86,10 @@ class Loop:
     def closed(self) -> dict[str, tuple[int, int]]:
         """Files of closed parts, published or not, by the name that they end with -> (inode, time of change).
 
-        A policy is trained again if it was not published: its figures would be lost.
+        Policies aside: one that was not published is trained again, as its figures are lost, and an old one loses its
+        optimizer.
         """
-        names = [f"{a.reference}/{name}" for a in self.store.list() for name in a.files]
+        names = [f"{a.reference}/{name}" for a in self.store.list() if a.kind != "policy" for name in a.files]
         found = {name: self.store.root / name for name in names}
         for journal in self.store.root.glob("[!p]*/*/*.jsonl"):
             work = journal.with_suffix(".work")
