@@ -212,6 +212,45 @@ def test_failed_reload_does_not_go_by_the_old_name(engine, tiny_models, tmp_path
     ask([engine.url], run)
 
 
+@pytest.mark.parametrize("stop_at", range(1, 8))
+def test_a_kill_while_weights_are_loaded_leaves_no_paused_server_with_a_name_that_anybody_trusts(stop_at):
+    """The server as far as it matters here; whoever comes next loads unless it reports the wanted version."""
+    server = {"version": "old", "paused": False, "weights": "old"}
+
+    class Killed(BaseException):
+        pass
+
+    async def run():
+        async with EngineClient(["http://nowhere"], media="data") as client:
+            posts = 0
+
+            async def post(url, path, body):
+                nonlocal posts
+                posts += 1
+                if posts >= stop_at:
+                    raise Killed
+                if path == "/update_weight_version":
+                    server["version"] = body["new_version"]
+                elif path == "/collective_rpc":
+                    server["weights"] = Path(body["kwargs"]["path"]).name
+                elif path.partition("?")[0] in ("/pause", "/resume"):
+                    server["paused"] = path.startswith("/pause")
+                return {"success": True}
+
+            client._post = post
+            await client.load_weights(Path("new"), "new")
+
+    if stop_at < 7:
+        with pytest.raises(Killed):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
+        assert server["version"] == "new"
+    assert server["version"] not in ("old", "new") or server == {
+        "version": server["version"], "paused": False, "weights": server["version"]
+    }  # fmt: skip
+
+
 def test_refused_requests_are_told_at_once(engine, tokenizer, picture, sampling):
     ids = prompt(tokenizer, "Refused?")
     outside = ImageRef(uuid="outside", path=Path("/etc/hostname"))

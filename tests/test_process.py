@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,41 @@ def test_status_environment_and_log(tmp_path):
             assert not child.alive
             assert sorted(child.log_tail().split()) == sorted(["oops", colour])
     assert log.read_text().count("oops") == 2
+
+
+TEMPORARY = """
+import tempfile, time
+print(tempfile.mkdtemp(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("killed", ["nobody", "parent", "parent and watchdog"])
+def test_a_commands_temporary_files_go_with_it(tmp_path_factory, monkeypatch, killed):
+    run = tmp_path_factory.mktemp("run")
+    monkeypatch.setattr(process, "run_directory", lambda: run)
+    code = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from thinkimg import process
+process.run_directory = lambda: Path(sys.argv[2])
+with process.spawn([sys.executable, "-c", sys.argv[3]], name="child") as child:
+    print(child.pid, flush=True)
+    sys.stdin.readline()
+"""
+    repository = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    argv = [sys.executable, "-c", code, repository, str(run), TEMPORARY]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        made, watchdog = sorted(parent.stdout.readline().strip() for _ in range(2))  # they come in either order
+        assert os.path.isdir(made) and Path(made).is_relative_to(run)
+        if killed == "parent and watchdog":
+            os.kill(int(watchdog), signal.SIGKILL)
+        if killed != "nobody":
+            parent.kill()
+    if killed != "nobody":
+        clear_leftovers()
+    assert list(run.iterdir()) == []
 
 
 def test_missing_program_is_told_in_the_log(tmp_path):

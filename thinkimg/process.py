@@ -82,13 +82,14 @@ def spawn(
 ) -> Child:
     """Start a command in a session of its own, under a watchdog that ends it and all its descendants when we end.
 
+    It has a directory of its own for temporary files, which goes with it.
     env: the whole environment, or None for ours. log_path: where its stdout and stderr are appended, None for our own.
     First ends what processes of an earlier run have left behind.
     """
     clear_leftovers()
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
-    record = run_directory() / f"{name}-{os.getpid()}-{time.monotonic_ns()}.json"
+    record = run_directory() / f"{name}-{os.getpid()}-{time.monotonic_ns()}"
     # Not inheritable: no other child of ours keeps the write end open. (Forked ones do; the watchdog looks at its
     # parent too.)
     read_end, write_end = os.pipe()
@@ -120,7 +121,7 @@ def spawn(
         os.close(read_end)
     watchdog = identity(process.pid)
     if watchdog is not None:  # else it has ended already
-        write_record(record, {"name": name, "parent": identity(os.getpid()), "watchdog": watchdog})
+        write_record(record.with_suffix(".json"), {"name": name, "parent": identity(os.getpid()), "watchdog": watchdog})
     return Child(name, process, write_end, log_path, log_start)
 
 
@@ -152,6 +153,7 @@ def clear_leftovers() -> list[str]:
             for pid in session_members(watchdog["pid"]):
                 with suppress(ProcessLookupError):  # ended meanwhile
                     os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
         path.unlink(missing_ok=True)
     return sorted(set(cleared))
 
@@ -159,6 +161,7 @@ def clear_leftovers() -> list[str]:
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A temporary directory of this process, gone afterwards; what killed processes have left of theirs goes first."""
+    clear_leftovers()  # whose children may still write there
     for path in run_directory().glob("scratch-*"):
         boot, pid, started, _ = path.name.removeprefix("scratch-").split("-", 3)
         owner = identity(int(pid))

@@ -10,6 +10,7 @@ descends from it.
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from contextlib import suppress
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PARENT_GONE_GRACE_S = 3.0  # from SIGTERM to SIGKILL; a vLLM server needs two to leave no shared memory behind
 LEFTOVER_GRACE_S = 3.0  # what descendants may take to leave after the command itself has ended
+SOCKET_PATH = 107  # bytes that the kernel allows; the names of vLLM's are 36 long
 TRACKER_GRACE_S = 1.0  # what Python's resource trackers may then take to unlink what the killed ones left
 
 
@@ -56,7 +58,7 @@ def kill_all(*, trackers: bool) -> None:
     for pid in descendants(os.getpid()):
         with suppress(ProcessLookupError, FileNotFoundError):  # ended meanwhile
             with open(f"/proc/{pid}/cmdline", "rb") as file:
-                is_tracker = b"multiprocessing.resource_tracker" in file.read()
+                is_tracker = b"resource_tracker" in file.read()  # multiprocessing's, and loky's
             if trackers or not is_tracker:
                 os.kill(pid, signal.SIGKILL)
 
@@ -112,8 +114,23 @@ def supervise(command: subprocess.Popen, pipe: int, parent: int, wake: int) -> N
         reap(command)
 
 
+def environment(temporary: str) -> dict[str, str]:
+    """The command's: with a directory of its own for temporary files, which goes when nothing of the command is left.
+
+    A killed vLLM leaves seven sockets and a rendezvous file each time. torch's compile cache is worth keeping.
+    """
+    changed = dict(os.environ)
+    if len(os.fsencode(temporary)) + 1 + 36 <= SOCKET_PATH:
+        os.mkdir(temporary, 0o700)
+        cache = os.path.join(changed.get("TMPDIR", "/tmp"), f"torchinductor_{os.getuid()}")
+        # Last, not first: torch sets it again, and setproctitle finds a process' title by the first variable.
+        changed.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+        changed["TMPDIR"] = temporary
+    return changed
+
+
 def main() -> int:
-    """argv: the pipe's read end, the parent's process id, our record file, then the command."""
+    """argv: the pipe's read end, the parent's process id, our record file without its suffix, then the command."""
     pipe, parent, record, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     wake, wake_write = os.pipe()
@@ -123,7 +140,12 @@ def main() -> int:
     os.set_inheritable(pipe, False)
     try:
         # Should this process be killed itself, the command at least gets a SIGTERM.
-        command = subprocess.Popen(argv, process_group=0, preexec_fn=die_with_parent)  # noqa: PLW1509 (no threads here)
+        command = subprocess.Popen(
+            argv,
+            env=environment(record),
+            process_group=0,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads here)
+        )
     except OSError as error:
         print(f"cannot start {argv[0]}: {error.strerror}", file=sys.stderr)
         code = 127
@@ -131,8 +153,10 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(command.pid, signal.SIGTERM))
         supervise(command, pipe, parent, wake)
         code = command.returncode
-    if os.path.exists(record):
-        os.unlink(record)
+    shutil.rmtree(record, ignore_errors=True)
+    for suffix in (".part", ".json"):
+        with suppress(FileNotFoundError):
+            os.unlink(record + suffix)
     return 128 - code if code < 0 else code
 
 

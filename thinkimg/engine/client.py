@@ -96,17 +96,18 @@ class EngineClient:
         """
 
         async def load(url: str) -> None:
+            # Killed anywhere from here on, we leave a server with unknown weights, or one that is paused for ever: it goes
+            # by the name of neither old nor new weights, so that whoever comes next loads again and resumes it.
+            await self._post(url, "/update_weight_version", {"new_version": f"loading {version}"})
             await self._post(url, "/pause?mode=wait", {})
             try:
-                # Until it has succeeded the weights are unknown, and must not go by the name of the old ones.
-                await self._post(url, "/update_weight_version", {"new_version": f"loading {version}"})
                 arguments = {"method": "load_model_dir", "kwargs": {"path": str(Path(model_dir).absolute())}}
                 await self._post(url, "/collective_rpc", arguments)
                 reset = await self._post(url, "/reset_prefix_cache", {})
                 assert reset["success"], "nothing runs while the server is paused"
-                await self._post(url, "/update_weight_version", {"new_version": version})
             finally:
                 await self._post(url, "/resume", {})
+            await self._post(url, "/update_weight_version", {"new_version": version})
 
         await self._on_all(load)
 

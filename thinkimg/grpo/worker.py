@@ -35,11 +35,11 @@ Other results: {"metrics": {name: float} (means over the steps, parity/*, memory
 Progress lines have {"step", "steps", "loss", …} of one optimizer step each.
 """
 
+import contextlib
 import json
 import os
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -74,9 +74,8 @@ class Trainer:
     def __init__(self, config: "TrainerConfig", *, log_path: Path):
         """log_path: where its output is appended."""
         self._config, self._log_path = config, log_path
+        self._stack = contextlib.ExitStack()  # while a worker is there: its spool directory, and itself
         self._child: process.Child | None = None
-        self._spool: tempfile.TemporaryDirectory | None = None
-        self._count = 0
 
     def __enter__(self) -> Self:
         self._start()
@@ -94,13 +93,12 @@ class Trainer:
         if self._child is None or not self._child.alive:
             self.release()
             self._start()
-        spool = Path(self._spool.name)
         self._count += 1
-        name = f"{self._count:06}"
-        files.write(spool / f"{name}.job.json", json.dumps(job))
+        name = str(self._spool / f"{self._count:06}")
+        files.write(Path(f"{name}.job.json"), json.dumps(job))
         try:
             result = self._wait(
-                spool / f"{name}.result.json", spool / f"{name}.progress.jsonl", progress or (lambda _: None)
+                Path(f"{name}.result.json"), Path(f"{name}.progress.jsonl"), progress or (lambda _: None)
             )
         except BaseException:
             self.release()  # dead, or in the middle of a job that nobody waits for any more
@@ -116,20 +114,19 @@ class Trainer:
 
     def release(self) -> None:
         """End the worker and free its memory; the next job starts another."""
-        if self._child is not None:
-            self._child.terminate()
-            self._spool.cleanup()
-            self._child = None
+        self._child = None
+        self._stack.close()
 
     def _start(self) -> None:
-        self._spool, self._count = tempfile.TemporaryDirectory(prefix="thinkimg-trainer-"), 0
+        self._spool, self._count = self._stack.enter_context(process.scratch()), 0
         # Spinning threads are ruinous where another process (the engine) wants the cores, too: two threads on two busy
         # cores took 2 s a step when passive, and over 40 s as is.
         threads = {"OMP_NUM_THREADS": str(self._config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
         env = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
         command = launch_command(self._config, gpus=len(glob("/dev/nvidia[0-9]*")))
-        argv = [*command, self._spool.name, str(self._config.processes)]
-        self._child = process.spawn(argv, name="trainer", env=env, log_path=self._log_path)
+        argv = [*command, str(self._spool), str(self._config.processes)]
+        child = process.spawn(argv, name="trainer", env=env, log_path=self._log_path)
+        self._child = self._stack.enter_context(child)
 
     def _wait(self, result: Path, lines: Path, progress: Callable[[dict], None]) -> dict:
         seen = 0

@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from thinkimg import files, schemas
+from thinkimg import files, process, schemas
 from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, directory_digest, package_versions
 from thinkimg.base import base_entry, base_reference
 from thinkimg.chat import compare
@@ -274,9 +273,9 @@ class BaseModel:
             return Base(**base_entry(config)).locate()
         from thinkimg.tiny import create_tiny
 
-        scratch = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkimg-base-"))
-        create_tiny(Path(scratch), config.model.tiny, corpus(config, self._dataset), seed=config.seed)
-        return Path(scratch)
+        scratch = self._stack.enter_context(process.scratch())
+        create_tiny(scratch, config.model.tiny, corpus(config, self._dataset), seed=config.seed)
+        return scratch
 
 
 def corpus(config: Config, dataset: Artifact) -> list[str]:

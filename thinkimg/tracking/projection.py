@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinkimg import process
 from thinkimg.artifacts import Artifact, Reference, Store
 from thinkimg.manifest import canonical
 from thinkimg.tracking.connection import Connection
@@ -165,11 +166,13 @@ def log_files(connection: Connection, run: "Run", record: LoopRecord) -> None:
     digest = hashlib.sha256(canonical([record.config, tables]).encode()).hexdigest()[:16]
     if run.data.tags.get("thinkimg.files") == digest:
         return
-    connection.client.log_dict(run.info.run_id, record.config, "config.json")
-    for name, rows in tables.items():
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        data = [[row.get(column) for column in columns] for row in rows]
-        connection.client.log_dict(run.info.run_id, {"columns": columns, "data": data}, f"{name}.json")
+    with process.scratch() as folder:  # MLflow's log_dict takes one that a SIGKILL leaves behind
+        (folder / "config.json").write_text(json.dumps(record.config))
+        for name, rows in tables.items():
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            data = [[row.get(column) for column in columns] for row in rows]
+            (folder / f"{name}.json").write_text(json.dumps({"columns": columns, "data": data}))
+        connection.client.log_artifacts(run.info.run_id, str(folder))
     # What MLflow's own log_table leaves, which appends where this replaces: the interface shows these files as tables.
     listed = json.dumps([{"path": f"{name}.json", "type": "table"} for name in tables])
     set_tags(connection, run, {"mlflow.loggedArtifacts": listed, "thinkimg.files": digest})
