@@ -32,10 +32,11 @@ from thinkimg.config import ModelConfig
 from thinkimg.errors import UserError
 from thinkimg.grpo.checkpoint import Policy, adapt, train_only
 from thinkimg.grpo.flex import bucket
-from thinkimg.grpo.optimise import computed
+from thinkimg.grpo.optimise import Ranks, computed
 from thinkimg.grpo.packing import Conversation
 from thinkimg.grpo.policy import (
     FEATURE_BYTES,
+    Scorer,
     base_model,
     batch_tensors,
     hidden_states,
@@ -312,6 +313,34 @@ def check(
         f"{found.images / GB:.1f} for images), and {free / GB:.1f} are free.",
         hint="Lower " + "; or ".join(ways(config, model, rows, units, how, found, token_budget, free)) + ".",
     )
+
+
+def check_job(
+    policy: Policy,
+    scorer: Scorer,
+    conversations: Sequence[Conversation],
+    batches: Sequence[tuple[Sequence[Conversation], Sequence[Unit] | None]],
+    ranks: Ranks,
+    *,
+    token_budget: int,
+    checkpointing: bool,
+    entropy_grad: bool = False,
+) -> dict[str, float]:
+    """Check the largest of this process's micro-batches (rows, units), if it is larger than what was checked before with
+    this policy; returns metrics. conversations: all of the job, for their images."""
+    rows, units = max(batches, key=lambda batch: computed(*batch), default=((), None))
+    if not rows or computed(rows, units) <= policy.fits:
+        return {}
+    how = How(
+        checkpointing=checkpointing, train_vision=scorer.features is None, entropy_grad=entropy_grad,
+        temperature=scorer.temperature, banned=scorer.banned is not None, cuda=policy.device.type == "cuda",
+        processes=ranks.count if policy.sharded else 1,
+    )  # fmt: skip
+    images = {key: grid for row in conversations for key, grid in zip(row.images, row.grids, strict=True)}
+    config, free = unwrap(policy.model).config, free_bytes(policy)
+    found = check(config, policy.config, rows, units, how, token_budget=token_budget, free=free, every_image=images)
+    policy.fits = computed(rows, units)
+    return {"predicted_memory_mb": found.total / 2**20}
 
 
 def ways(config, model, rows, units, how: How, found: Need, token_budget: int, free: int) -> list[str]:

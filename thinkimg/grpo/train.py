@@ -21,7 +21,6 @@ from thinkimg.grpo.optimise import (
     Ranks,
     Stepper,
     checkpointing,
-    computed,
     peak_memory_mb,
     score_all,
     split,
@@ -123,23 +122,11 @@ class TrainJob:
             groups = [self.rows[i].group_id for i in share] if self.packed else None
             for batch in split(rows, groups, self.budget, self.scorer.image_token):
                 batches.append(([rows[k] for k in batch.rows], batch.units))
-        rows, units = max(batches, key=lambda batch: computed(*batch), default=((), None))
-        if not rows or computed(rows, units) <= self.policy.fits:
-            return {}
-        how = preflight.How(
-            checkpointing=self.config.gradient_checkpointing, train_vision=self.train_vision,
-            entropy_grad=self.loss.entropy_coef != 0, temperature=self.scorer.temperature,
-            banned=self.scorer.banned is not None, cuda=self.policy.device.type == "cuda",
-            processes=self.ranks.count if self.policy.sharded else 1,
+        return preflight.check_job(
+            self.policy, self.scorer, [row.conversation for row in self.rows], batches, self.ranks,
+            token_budget=self.budget, checkpointing=self.config.gradient_checkpointing,
+            entropy_grad=self.loss.entropy_coef != 0,
         )  # fmt: skip
-        conversations = [row.conversation for row in self.rows]
-        images = {key: grid for row in conversations for key, grid in zip(row.images, row.grids, strict=True)}
-        found = preflight.check(
-            unwrap(self.policy.model).config, self.policy.config, rows, units, how,
-            token_budget=self.budget, free=preflight.free_bytes(self.policy), every_image=images,
-        )  # fmt: skip
-        self.policy.fits = computed(rows, units)
-        return {"predicted_memory_mb": found.total / 2**20}
 
     def _share(self, batch: Sequence[int]) -> list[int]:
         """This process's part of a batch of row indices."""
