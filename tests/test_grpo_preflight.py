@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from preflight_child import group
 from transformers import AutoConfig
 
@@ -88,6 +89,13 @@ def test_what_makes_a_step_larger_needs_more(geometry):
     assert four.weights < need(LORA).weights and four.gathered
 
 
+def test_going_through_it_draws_nothing_at_random(geometry):
+    """Else a resumed job would not be the uninterrupted one."""
+    before = torch.get_rng_state()
+    preflight.need(geometry, LORA, *batch(geometry, images=1, turns=1, size=2), How(checkpointing=True))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_padding_counts_and_a_shared_prompt_counts_once(geometry):
     rows, units = batch(geometry, images=1, turns=1, size=8)
     assert computed(rows, units) < computed(rows, None)
@@ -104,8 +112,7 @@ def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
     def of(layers: int, *settings: str) -> preflight.Need:
         geometry = config_of(SEVEN_B)
         geometry.text_config.num_hidden_layers, geometry.vision_config.depth = layers, 1
-        monkeypatch.setattr(forecast, "geometry", lambda _: geometry)
-        found, tokens = forecast.worst(load("balanced", ["rollout.group_size=16", *settings]))
+        found, tokens = forecast.worst(load("balanced", ["rollout.group_size=16", *settings]), geometry)
         assert tokens <= 8192
         return found
 

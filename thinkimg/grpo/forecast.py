@@ -21,9 +21,10 @@ LETTERS = 3  # at least, of the system prompt in a token
 def forecast(config: Config) -> str:
     """One line: what a step takes, what is free, and what to lower where that is less."""
     try:
-        found, tokens = worst(config)
+        base = geometry(config)
     except OSError:
         return f"memory         not known: the config.json of {config.model.path} can't be had"
+    found, tokens = worst(config, base)
     need, free = f"{found.total / preflight.GB:.1f} GB", room(config)
     line = f"memory         a step of {tokens} tokens takes up to {need} beside {found.weights / preflight.GB:.1f} GB of weights"
     left = free - found.weights
@@ -34,12 +35,10 @@ def forecast(config: Config) -> str:
     return f"{line}, and {free / preflight.GB:.1f} GB are free: lower {lower}"
 
 
-def worst(config: Config) -> tuple[preflight.Need, int]:
-    """The need of the largest micro-batch that there can be, and its tokens. OSError if there is no config.json."""
+def worst(config: Config, base: "Qwen2_5_VLConfig") -> tuple[preflight.Need, int]:
+    """The need of the largest micro-batch that there can be, and its tokens. base: as `geometry` gives it."""
     import torch
 
-    base = geometry(config)
-    sharded = processes_that_share(config)
     rows, groups = conversations(config, base.image_token_id)
     batches = split(
         rows, groups if config.train.shared_prompts else None, config.train.token_budget, base.image_token_id
@@ -49,16 +48,16 @@ def worst(config: Config) -> tuple[preflight.Need, int]:
     how = preflight.How(
         checkpointing=config.train.gradient_checkpointing, train_vision=config.model.train_vision,
         entropy_grad=config.train.loss.entropy_coef != 0, temperature=config.rollout.temperature,
-        cuda=torch.cuda.is_available(), processes=sharded,
+        cuda=torch.cuda.is_available(), processes=processes_that_share(config),
     )  # fmt: skip
-    made = config.conversation.max_turns - 1  # images of tools in a row
+    made = min(config.conversation.max_turns, config.conversation.max_images) - 1  # images of tools in a row
     count = config.rollout.samples * (1 + config.rollout.group_size * made)
     images = dict.fromkeys(map(str, range(count)), picture(config))
     return preflight.need(base, config.model, chosen, largest.units, how, images), computed(chosen, largest.units)
 
 
 def geometry(config: Config) -> "Qwen2_5_VLConfig":
-    """Of the base model, from its config.json; a tiny one's from its settings."""
+    """Of the base model, from its config.json; a tiny one's from its settings. OSError if it can't be had."""
     if config.model.tiny is not None:
         from thinkimg.tiny import SPECIAL_TOKENS, geometry
 
