@@ -61,19 +61,26 @@ SEVEN_B = Geometry(  # Qwen2.5-VL-7B's config.json, and the workload of its GRPO
 GEOMETRIES = {"tiny": TINY, "7b": SEVEN_B}
 
 
-def make_policy(geometry: Geometry, device: torch.device, *, dtype: torch.dtype | None = None, seed: int = 0) -> Policy:
-    """LoRA over random weights, the same for a seed; dtype: that of the base (its values are the geometry's)."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def config_of(geometry: Geometry):
+    """Qwen2_5_VLConfig."""
+    from transformers import Qwen2_5_VLConfig
 
-    own = getattr(torch, geometry.dtype)
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config=geometry.text | {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": 1},
         vision_config=geometry.vision
         | {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112},
         image_token_id=IMAGE, video_token_id=2, vision_start_token_id=BEGIN, vision_end_token_id=END,
         tie_word_embeddings=geometry.text["tie_word_embeddings"],
     )  # fmt: skip
+
+
+def make_policy(geometry: Geometry, device: torch.device, *, dtype: torch.dtype | None = None, seed: int = 0) -> Policy:
+    """LoRA over random weights, the same for a seed; dtype: that of the base (its values are the geometry's)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    own = getattr(torch, geometry.dtype)
+    config = config_of(geometry)
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(own)

@@ -11,17 +11,19 @@ import torch
 from thinkimg.config import ModelConfig, TinyModel
 from thinkimg.grpo import preflight
 from thinkimg.grpo.checkpoint import Base, from_base
-from thinkimg.grpo.optimise import checkpointing, micro
+from thinkimg.grpo.optimise import checkpointing, split
 from thinkimg.grpo.packing import Conversation, image_tokens
-from thinkimg.grpo.policy import Scorer
-from thinkimg.grpo.sharing import plan
+from thinkimg.grpo.policy import Scorer, unwrap
 from thinkimg.tiny import create_tiny
 
 TINY = TinyModel(hidden_size=256, layers=6, heads=4)
 
 
-def group(image_token: int, *, images: int, turns: int, size: int, seed: int = 0) -> list[Conversation]:
-    """Rows of one prompt with `images` pictures of 12 x 12 tokens, and `turns` turns with a tool's picture each."""
+def group(
+    image_token: int, *, images: int, turns: int, size: int, words: int = 60, seed: int = 0
+) -> list[Conversation]:
+    """Rows of one prompt with `images` pictures of 12 x 12 tokens, and `turns` turns of so many words with a tool's picture
+    each; without images the tools have none either."""
     rng = np.random.default_rng(seed)
     grid, tool = (1, 24, 24), (1, 16, 20)
     rows = []
@@ -33,15 +35,17 @@ def group(image_token: int, *, images: int, turns: int, size: int, seed: int = 0
             grids.append(grid)
         scored += [False] * (len(tokens) - len(scored))
         for turn in range(turns):
-            tokens += rng.integers(20, 200, 60).tolist()
-            scored += [True] * 60
-            tokens += [image_token] * image_tokens(tool)
-            scored += [False] * image_tokens(tool)
-            keys.append(f"tool {number} {turn}")
-            grids.append(tool)
-        tokens += rng.integers(20, 200, 60).tolist()
-        scored += [True] * 60
-        rows.append(Conversation(np.array(tokens), np.array(scored), tuple(keys), np.array(grids, dtype=np.int64)))
+            tokens += rng.integers(20, 200, words).tolist()
+            scored += [True] * words
+            if images:
+                tokens += [image_token] * image_tokens(tool)
+                scored += [False] * image_tokens(tool)
+                keys.append(f"tool {number} {turn}")
+                grids.append(tool)
+        tokens += rng.integers(20, 200, words).tolist()
+        scored += [True] * words
+        found = np.array(grids, dtype=np.int64).reshape(-1, 3)
+        rows.append(Conversation(np.array(tokens), np.array(scored), tuple(keys), found))
     return rows
 
 
@@ -52,19 +56,22 @@ def status(field: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("images", "turns", "size"):
+    for name in ("images", "turns", "size", "words"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--adaptation")
-    parser.add_argument("--checkpointing", action="store_true")
+    for name in ("checkpointing", "padded", "train-vision"):
+        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--model", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     preflight.return_memory()
-    create_tiny(args.model, TINY, ["some text"], seed=0)
-    config = ModelConfig(dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16)
+    create_tiny(args.model, TINY, [f"word{i * i}" for i in range(2000)], seed=0)
+    config = ModelConfig(
+        dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16, train_vision=args.train_vision
+    )
     policy = from_base(Base("tiny", directory=str(args.model)), config, "cpu", seed=0)
-    parameters = policy.train_only(vision=False)
-    image_token = (policy.model.get_base_model() if args.adaptation == "lora" else policy.model).config.image_token_id
+    parameters = policy.train_only(vision=args.train_vision)
+    geometry = unwrap(policy.model).config
     made: dict[str, np.ndarray] = {}
 
     def pixels(key: str) -> np.ndarray:
@@ -73,23 +80,28 @@ def main() -> None:
             made[key] += 0.5
         return made[key]
 
+    def one_batch(rows: list[Conversation]) -> tuple[list[Conversation], list | None]:
+        batch = split(rows, None if args.padded else [0] * len(rows), 10**9, geometry.image_token_id)[0]
+        return [rows[i] for i in batch.rows], batch.units
+
     def step(rows: list[Conversation], optimizer) -> None:
-        scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
-        (units,) = plan(rows, [0] * len(rows), 10**9, image_token)
-        batch = micro(units)
+        features = None if args.train_vision else {}
+        scorer = Scorer(policy.model, pixels, temperature=0.9, banned=(3,), features=features)
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         if args.checkpointing:
             checkpointing(policy, True)
-        logps, _ = scorer([rows[i] for i in batch.rows], batch.units, entropy=True)
+        logps, _ = scorer(*one_batch(rows), entropy=True)
         logps.sum().backward()
         checkpointing(policy, False)
         optimizer.step()
 
-    step(group(image_token, images=1, turns=1, size=1), torch.optim.SGD(list(parameters.values()), lr=0.0))
-    rows = group(image_token, images=args.images, turns=args.turns, size=args.size, seed=1)
-    plans = plan(rows, [0] * len(rows), 10**9, image_token)
-    need = preflight.check(policy, rows, plans, token_budget=10**9, checkpointing=args.checkpointing, free=10**12)
+    shape = {"images": args.images, "turns": args.turns, "size": args.size, "words": args.words}
+    small = {"images": args.images, "turns": 1, "size": 1}
+    step(group(geometry.image_token_id, **small), torch.optim.SGD(list(parameters.values()), lr=0.0))
+    rows = group(geometry.image_token_id, **shape, seed=1)
+    how = preflight.How(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
+    need = preflight.need(geometry, config, *one_batch(rows), how)
     made.clear()
     for parameter in parameters.values():
         parameter.grad = None

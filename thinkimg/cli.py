@@ -156,6 +156,20 @@ def serve(
 
 
 @app.command
+def trainer(
+    *,
+    rank: Annotated[int, Parameter(help="Of this node: 1, 2, …; 0 is the loop's own.")],
+    preset: Preset = "development",
+    set: Set = None,
+) -> None:
+    """Train for a loop that runs on another node, with the same settings as that; until interrupted."""
+    from thinkimg.config import load
+    from thinkimg.grpo.worker import serve_rank
+
+    serve_rank(load(preset, set or ()).where.trainer, rank)
+
+
+@app.command
 def schema() -> None:
     """Print the JSON Schema of presets, for editors."""
     import json
@@ -230,15 +244,17 @@ def attention(
 
 
 def plan(config) -> None:
-    """Print the resolved config as YAML and, stage by stage, what the store holds already."""
+    """Print the resolved config as YAML, stage by stage what the store holds already, and the memory of a training step."""
     import yaml
 
+    from thinkimg.grpo.forecast import forecast
     from thinkimg.stages.plan import planned
 
     tree = config.model_dump(mode="json") | {"where": config.where.public()}
     print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     for line in planned(config):
-        print(line)
+        print(line, flush=True)
+    print(forecast(config))
 
 
 def guarded(command: Callable[[], object]) -> None:

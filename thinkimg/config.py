@@ -254,12 +254,24 @@ class TrainerConfig(Settings):
     """Where and how the trainer runs."""
 
     processes: Positive = 1
+    """In all, over all nodes."""
     accelerate_config: str | None = None
-    """A file of `accelerate config` for several GPUs; its number of processes must be `processes`."""
+    """A file of `accelerate config` for several GPUs; `processes` takes the place of its number of processes."""
+    nodes: Positive = 1
+    """Machines with as many processes each: on every other than the loop's own `thinkimg trainer --rank 1` (2, …) has to run
+    with the same settings, and they must see the store under the same path."""
+    address: str | None = None
+    """host:port of the loop's machine, where the other nodes find it; the port must be free."""
     threads: Positive = 2
     """Threads of a trainer on a CPU: results are bit-equal at a fixed number."""
     keep: bool = True
     """Keep the worker between iterations; off where memory does not hold engine and trainer both."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.nodes > 1 and (self.address is None or self.processes % self.nodes):
+            raise ValueError("several trainer.nodes need trainer.address, and trainer.processes in equal parts")
+        return self
 
 
 class TrackingConfig(Settings):

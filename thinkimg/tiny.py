@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLConfig
+
     from thinkimg.config import TinyModel
 
 SPECIAL_TOKENS = [
@@ -96,17 +98,14 @@ def write_processor(directory: Path, tiny: "TinyModel") -> None:
     write_json(directory / "preprocessor_config.json", settings)
 
 
-def write_model(directory: Path, tiny: "TinyModel", seed: int) -> None:
-    import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.utils.logging import disable_progress_bar
+def geometry(tiny: "TinyModel", ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
+    """Its config. ids: of the vocabulary, or of the special tokens, of which the highest is the last."""
+    from transformers import Qwen2_5_VLConfig
 
-    disable_progress_bar()  # of one shard
-    ids = PreTrainedTokenizerFast.from_pretrained(directory).get_vocab()
     head_dim = tiny.hidden_size // tiny.heads
     temporal = head_dim // 8  # the shares of Qwen2.5-VL's [16, 24, 24] of 64
     height = (head_dim // 2 - temporal) // 2
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": max(ids.values()) + 1,
             "hidden_size": tiny.hidden_size,
@@ -145,6 +144,16 @@ def write_model(directory: Path, tiny: "TinyModel", seed: int) -> None:
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
+
+
+def write_model(directory: Path, tiny: "TinyModel", seed: int) -> None:
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of one shard
+    ids = PreTrainedTokenizerFast.from_pretrained(directory).get_vocab()
+    config = geometry(tiny, ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config).float()

@@ -92,14 +92,7 @@ class Policy:
 
     def train_only(self, *, vision: bool) -> dict[str, torch.nn.Parameter]:
         """Freeze all but what the config lets train, and the vision tower too if not `vision`; name -> parameter."""
-        chosen = {}
-        for name, parameter in self.model.named_parameters():
-            wanted = "lora_" in name if self.config.adaptation == "lora" else vision or ".visual." not in name
-            parameter.requires_grad_(wanted)
-            if wanted:
-                assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
-                chosen[name] = parameter
-        return chosen
+        return train_only(self.model, self.config, vision=vision)
 
     def resume_optimizer(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
         """AdamW over the parameters, with the moments of the steps so far. Raises UserError if these belong to others."""
@@ -129,6 +122,18 @@ class Policy:
         return self.optimizer
 
 
+def train_only(model: torch.nn.Module, config: ModelConfig, *, vision: bool) -> dict[str, torch.nn.Parameter]:
+    """As Policy.train_only."""
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        wanted = "lora_" in name if config.adaptation == "lora" else vision or ".visual." not in name
+        parameter.requires_grad_(wanted)
+        if wanted:
+            assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
+            chosen[name] = parameter
+    return chosen
+
+
 def new_optimizer(parameters, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW whose learning rate is set before each step."""
     parameters = list(parameters)
@@ -146,12 +151,18 @@ def from_base(base: Base, config: ModelConfig, device: torch.device | str, *, se
     source = base.locate()
     model = load_model(source, config, device)
     if config.adaptation == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=language_linears(model))
-        model = get_peft_model(model, lora)
-        keep_input_dtype(model, config)
+        model = adapt(model, config)
     return Policy(model.eval(), config, base, companions(source))
+
+
+def adapt(model: "PreTrainedModel", config: ModelConfig):
+    """The model under an adapter that changes nothing yet."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=language_linears(model))
+    model = get_peft_model(model, lora)
+    keep_input_dtype(model, config)
+    return model
 
 
 def load(directory: Path | str, config: ModelConfig, device: torch.device | str, base: Base | None = None) -> Policy:

@@ -16,7 +16,7 @@ from thinkimg.grpo.packing import Conversation, micro_batches
 from thinkimg.grpo.policy import Scorer, base_model
 from thinkimg.grpo.rows import Patches, Row
 from thinkimg.grpo.shards import clip_gradients, is_shard
-from thinkimg.grpo.sharing import Unit, plan
+from thinkimg.grpo.sharing import Unit, cost, plan
 
 T = TypeVar("T")
 Progress = Callable[[dict], None]
@@ -151,11 +151,7 @@ class MicroBatches:
         """
         self.company, self.spare, self.autocast = company, spare, autocast
         self.conversations, self.scorer, self.pixels = conversations, scorer, pixels
-        if groups is None:
-            self.batches = [Micro(rows, None) for rows in micro_batches(conversations, token_budget)][::-1]
-        else:
-            plans = plan(conversations, groups, token_budget, scorer.image_token)
-            self.batches = [micro(units) for units in plans]
+        self.batches = split(conversations, groups, token_budget, scorer.image_token)
 
     def __iter__(self) -> Iterator[Micro]:
         self._prepare(0)
@@ -174,6 +170,22 @@ class MicroBatches:
     def _prepare(self, number: int) -> None:
         for batch in self.batches[number : number + 1]:
             self.pixels.prepare([self.conversations[i] for i in batch.rows], self.scorer.features or ())
+
+
+def split(
+    conversations: Sequence[Conversation], groups: Sequence[Hashable] | None, token_budget: int, image_token: int
+) -> list[Micro]:
+    """Micro-batches, packed by group or, without groups, padded."""
+    if groups is None:
+        return [Micro(rows, None) for rows in micro_batches(conversations, token_budget)][::-1]
+    return [micro(units) for units in plan(conversations, groups, token_budget, image_token)]
+
+
+def computed(rows: Sequence[Conversation], units: Sequence[Unit] | None) -> int:
+    """Tokens of a micro-batch, those of a shared prompt once and padding included."""
+    if units is None:
+        return len(rows) * max(len(row.tokens) for row in rows)
+    return sum(cost(unit, rows) for unit in units)
 
 
 def micro(units: Sequence[Unit]) -> Micro:

@@ -23,6 +23,7 @@ from thinkimg.grpo.optimise import (
     checkpointing,
     peak_memory_mb,
     score_all,
+    split,
 )
 from thinkimg.grpo.policy import Scorer, base_model, unwrap
 from thinkimg.grpo.rows import Patches, Row, read_advantages, read_rows
@@ -61,7 +62,10 @@ class TrainJob:
 
     def run(self, progress: Progress) -> dict:
         clock = Clock(self.policy.device)
-        self.ranks.together(self._read)
+        # The file lies in the scratch folder of the loop's own machine; all else in the store.
+        read = self.ranks.together(lambda: None if self.ranks.rank else read_advantages(self.job["advantages"]))
+        advantages = self.ranks.gather(read)[0]
+        self.ranks.together(lambda: self._read(advantages))
         try:
             packing = self._packing()
             packing |= self.ranks.together(self._preflight)
@@ -84,9 +88,8 @@ class TrainJob:
         )
         return {"metrics": means | {"write_seconds": clock.lap()}, "steps": steps, "updates": self.policy.updates}
 
-    def _read(self) -> None:
+    def _read(self, advantages: dict[str, float]) -> None:
         job = self.job
-        advantages = read_advantages(job["advantages"])
         if not advantages:
             raise UserError("No row is left to train on: every group is silent or excluded.", hint="See train.min_std.")
         image_token = unwrap(self.policy.model).config.image_token_id
@@ -113,30 +116,17 @@ class TrainJob:
 
     def _preflight(self) -> dict[str, float]:
         """Whether the largest micro-batch fits, if it is larger than what was tried before; returns metrics."""
-        if not (self.packed and preflight.applies(self.policy)):
-            return {}
-        self.policy.train_only(vision=self.train_vision)
-        rows = [row.conversation for row in self.rows]
-        plans = [self._plan(share) for share in self.shares if share]
-        largest = max(plans, key=lambda plan: sum(sharing.cost(unit, rows) for unit in plan[0]), default=None)
-        if largest is None:
-            return {}
-        tokens = sum(sharing.cost(unit, rows) for unit in largest[0])
-        if tokens <= self.policy.fits:
-            return {}
-        found = preflight.check(
-            self.policy, rows, largest, token_budget=self.budget, checkpointing=self.config.gradient_checkpointing,
-            train_vision=self.train_vision, entropy_grad=self.loss.entropy_coef != 0,
+        batches = []
+        for share in filter(None, self.shares):
+            rows = [self.rows[i].conversation for i in share]
+            groups = [self.rows[i].group_id for i in share] if self.packed else None
+            for batch in split(rows, groups, self.budget, self.scorer.image_token):
+                batches.append(([rows[k] for k in batch.rows], batch.units))
+        return preflight.check_job(
+            self.policy, self.scorer, [row.conversation for row in self.rows], batches, self.ranks,
+            token_budget=self.budget, checkpointing=self.config.gradient_checkpointing,
+            entropy_grad=self.loss.entropy_coef != 0,
         )  # fmt: skip
-        self.policy.fits = tokens
-        return {"predicted_memory_mb": found.total / 2**20}
-
-    def _plan(self, share: Sequence[int]) -> list[list[sharing.Unit]]:
-        """Micro-batches of these rows, by row index."""
-        rows = [self.rows[i].conversation for i in share]
-        groups = [self.rows[i].group_id for i in share]
-        plan = sharing.plan(rows, groups, self.budget, self.scorer.image_token)
-        return [[sharing.Unit(tuple(share[k] for k in unit.rows), unit.prefix) for unit in units] for units in plan]
 
     def _share(self, batch: Sequence[int]) -> list[int]:
         """This process's part of a batch of row indices."""

@@ -1,5 +1,6 @@
 """Vision attention over all chunks of one length in one call, instead of transformers' call per window and image."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,9 +45,14 @@ def attend_chunks(
         return attend_equal(stacked, distinct[0], scaling)[None], None
     per_token = lengths.repeat_interleave(lengths)
     where = [torch.nonzero(per_token == length).squeeze(1) for length in distinct]
-    parts = [attend_equal(stacked[:, index], length, scaling) for index, length in zip(where, distinct, strict=True)]
-    back = torch.argsort(torch.cat(where))
-    return torch.cat(parts)[back][None], None
+    return attend_several(stacked, where, distinct, scaling)[None], None
+
+
+def attend_several(qkv: Tensor, where: Sequence[Tensor], lengths: Sequence[int], scaling: float) -> Tensor:
+    """qkv (3, S, heads, d); where: for each of the lengths the indices of its chunks' tokens. Returns (S, heads, d)."""
+    parts = [attend_equal(qkv[:, index], length, scaling) for index, length in zip(where, lengths, strict=True)]
+    back = torch.argsort(torch.cat(list(where)))
+    return torch.cat(parts)[back]
 
 
 def attend_equal(qkv: Tensor, length: int, scaling: float) -> Tensor:

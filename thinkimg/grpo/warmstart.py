@@ -10,9 +10,9 @@ import torch
 from thinkimg.artifacts import Artifact
 from thinkimg.config import WarmstartConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo import checkpoint
+from thinkimg.grpo import checkpoint, preflight
 from thinkimg.grpo.checkpoint import Policy
-from thinkimg.grpo.optimise import Clock, MicroBatches, Progress, Ranks, Stepper, checkpointing, peak_memory_mb
+from thinkimg.grpo.optimise import Clock, MicroBatches, Progress, Ranks, Stepper, checkpointing, peak_memory_mb, split
 from thinkimg.grpo.policy import Scorer, unwrap
 from thinkimg.grpo.rows import Patches, Row, read_rows
 
@@ -78,6 +78,16 @@ def _learn(
     features = {} if policy.config.adaptation == "lora" else None
     scorer = Scorer(policy.model, pixels, temperature=talk["temperature"], banned=talk["banned"], features=features)
     steps = []
+    longest = sorted((row.conversation for row in rows), key=lambda row: len(row.tokens))
+    longest = longest[-max((config.batch + extra) // ranks.count, 1) :]
+    batches = split(longest, None, job["token_budget"], scorer.image_token)
+    ranks.together(
+        lambda: preflight.check_job(
+            policy, scorer, longest, [([longest[k] for k in batch.rows], None) for batch in batches], ranks,
+            token_budget=job["token_budget"], checkpointing=job.get("gradient_checkpointing", False),
+        )
+    )  # fmt: skip
+    policy.fits = 0  # what follows trains other parameters
     if job.get("gradient_checkpointing"):
         checkpointing(policy, True)
     drawn = draw(count, config.batch, config.steps, job["seed"])

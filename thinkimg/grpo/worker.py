@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Self
 
 from thinkimg import files, process
 from thinkimg.errors import UserError
+from thinkimg.grpo.pulse import BEAT_S, SILENCE_S, Pulse
 
 if TYPE_CHECKING:
     from thinkimg.config import TrainerConfig
@@ -58,6 +59,8 @@ STATES = ("state.json", "optimizer.safetensors", "model", "adapter")
 POLL_S = 0.05
 HEARTBEAT_S = 60.0  # the other processes wait for rank 0 in a collective, which may not last longer than some minutes
 LOG_LINES = 30
+REJOIN_S = 1.0
+PATIENCE_S = SILENCE_S + 2 * BEAT_S
 
 
 class TrainerError(RuntimeError):
@@ -109,7 +112,7 @@ class Trainer:
             error = result["error"]
             if error["user"]:
                 raise UserError(error["message"], error["hint"])
-            raise TrainerError(f"The training job failed: {error['message']}\n{error['traceback']}")
+            raise TrainerError(f"The training job failed: {error['message']}\n{error['traceback']}".rstrip())
         return result
 
     def release(self) -> None:
@@ -119,14 +122,7 @@ class Trainer:
 
     def _start(self) -> None:
         self._spool, self._count = self._stack.enter_context(process.scratch()), 0
-        # Spinning threads are ruinous where another process (the engine) wants the cores, too: two threads on two busy
-        # cores took 2 s a step when passive, and over 40 s as is.
-        threads = {"OMP_NUM_THREADS": str(self._config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        env = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
-        command = launch_command(self._config, gpus=len(glob("/dev/nvidia[0-9]*")))
-        argv = [*command, str(self._spool), str(self._config.processes)]
-        child = process.spawn(argv, name="trainer", env=env, log_path=self._log_path)
-        self._child = self._stack.enter_context(child)
+        self._child = self._stack.enter_context(spawn(self._config, str(self._spool), log_path=self._log_path))
 
     def _wait(self, result: Path, lines: Path, progress: Callable[[dict], None]) -> dict:
         seen = 0
@@ -148,28 +144,64 @@ class Trainer:
             time.sleep(POLL_S)
 
 
-def launch_command(config: "TrainerConfig", *, gpus: int) -> list[str]:
-    """The command line up to the worker's own arguments.
+def serve_rank(config: "TrainerConfig", rank: int, report: Callable[[str], None] = print) -> None:
+    """On another node than the loop's: take part in the jobs of its trainer, from start to start, until interrupted.
+
+    rank: of this node, from 1. Raises UserError where the config has no such node.
+    """
+    if not 0 < rank < config.nodes:
+        raise UserError(
+            f"There is no node {rank} to be: where.trainer.nodes is {config.nodes}.",
+            hint="Give this command the same settings as the loop, and ranks from 1; node 0 is the loop's own.",
+        )
+    while True:
+        report(f"node {rank} of {config.nodes}: waiting for the trainer at {config.address}")
+        with spawn(config, "-", rank=rank) as child:
+            child.wait()
+        time.sleep(REJOIN_S)
+
+
+def spawn(config: "TrainerConfig", spool: str, *, rank: int = 0, log_path: Path | None = None) -> process.Child:
+    """Start this node's processes."""
+    # Spinning threads are ruinous where another process (the engine) wants the cores, too: two threads on two busy
+    # cores took 2 s a step when passive, and over 40 s as is.
+    threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    env = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
+    argv = [*launch_command(config, gpus=len(glob("/dev/nvidia[0-9]*")), rank=rank), spool, str(config.processes)]
+    return process.spawn(argv, name="trainer", env=env, log_path=log_path)
+
+
+def launch_command(config: "TrainerConfig", *, gpus: int, rank: int = 0) -> list[str]:
+    """The command line of a node up to the worker's own arguments. rank: of the node.
 
     accelerate's launcher takes three seconds to import what the worker imports again, so one process does without it. And
     `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15), so several on a CPU take torchrun.
     """
     module = ["-m", "thinkimg.grpo.worker"]
-    launch = ["-m", "accelerate.commands.launch"]
+    if config.accelerate_config is None and config.processes == 1:
+        return [sys.executable, *module]
+    host, _, port = (config.address or f"127.0.0.1:{free_port()}").rpartition(":")
+    if config.accelerate_config is None and not gpus:
+        here = {"nnodes": config.nodes, "node_rank": rank, "nproc_per_node": config.processes // config.nodes}
+        return [*python("torch.distributed.run", here | {"master_addr": host, "master_port": port}), *module]
+    options = {"num_processes": config.processes}
     if config.accelerate_config is not None:
-        command = [*launch, "--config_file", config.accelerate_config]
-    elif config.processes == 1:
-        command = []
-    elif gpus:
-        options = {
-            "num_machines": 1, "num_processes": config.processes, "main_process_port": free_port(),
-            "mixed_precision": "no", "dynamo_backend": "no",
-        }  # fmt: skip
-        command = [*launch, "--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
+        options |= {"config_file": config.accelerate_config}
     else:
-        options = {"nproc_per_node": config.processes, "master_addr": "127.0.0.1", "master_port": free_port()}
-        command = ["-m", "torch.distributed.run", *(f"--{name}={value}" for name, value in options.items())]
-    return [sys.executable, *command, *module]
+        options |= {"mixed_precision": "no", "dynamo_backend": "no"}
+    if config.accelerate_config is None or config.nodes > 1:
+        options |= {
+            "num_machines": config.nodes,
+            "machine_rank": rank,
+            "main_process_ip": host,
+            "main_process_port": port,
+        }
+    several = [] if config.accelerate_config else ["--multi_gpu"]
+    return [*python("accelerate.commands.launch", options), *several, *module]
+
+
+def python(module: str, options: dict[str, object]) -> list[str]:
+    return [sys.executable, "-m", module, *(str(part) for k, v in options.items() for part in (f"--{k}", v))]
 
 
 def free_port() -> int:
@@ -202,19 +234,36 @@ class Worker:
             raise UserError("The accelerate config asks for FSDP 1.", hint="Set fsdp_config.fsdp_version to 2.")
         self.policy: Policy | None = None
         self.held: list[tuple] | None = None
+        self.number = 1
+        self.pulse = Pulse(self.ranks.rank, processes, self._lost) if processes > 1 else None
 
     def serve(self) -> None:
-        number = 1
         while True:
-            job = self._next(f"{number:06}.job.json")
+            try:
+                job = self._next(f"{self.number:06}.job.json")
+            except RuntimeError:  # what a broken connection raises
+                if self.ranks.rank == 0:
+                    raise
+                print("the trainer's first process has left", file=sys.stderr, flush=True)
+                sys.exit()
             if job is None:
                 continue
-            result = self._answer(job, self.spool / f"{number:06}.progress.jsonl")
+            result = self._answer(job, self.spool / f"{self.number:06}.progress.jsonl")
             if self.ranks.rank == 0:
-                files.write(self.spool / f"{number:06}.result.json", json.dumps(result))
+                self._tell(result)
             if "error" in result and self.ranks.count > 1:
                 sys.exit(1)  # some processes may still wait for others in the middle of a step
-            number += 1
+            self.number += 1
+
+    def _tell(self, result: dict) -> None:
+        files.write(self.spool / f"{self.number:06}.result.json", json.dumps(result))
+
+    def _lost(self, sentence: str) -> None:
+        """Another process is gone. The main thread may be in a collective that waits for it, so that nothing else is done."""
+        print(sentence, file=sys.stderr, flush=True)
+        if self.ranks.rank == 0:
+            self._tell({"error": {"user": False, "message": sentence, "hint": "", "traceback": ""}})
+        os._exit(1)
 
     def _next(self, name: str) -> dict | None:
         """The job, or None after a while without one; the same in every process."""
@@ -227,9 +276,7 @@ class Worker:
                 job = json.loads((self.spool / name).read_text())
         if self.ranks.count == 1:
             return job
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([job])[0]
+        return self.ranks.gather(job)[0]
 
     def _answer(self, job: dict, lines: Path) -> dict:
         def progress(line: dict) -> None:
@@ -245,6 +292,8 @@ class Worker:
             message = error.message if user else f"{type(error).__name__}: {error}"
             tail = "".join(traceback.format_exception(error)[-8:])
             print(tail, file=sys.stderr, flush=True)
+            if self.pulse is not None and self.ranks.rank == 0 and not user:
+                self.pulse.join(PATIENCE_S)  # if it is because a process is gone, that is what there is to say
             hint = error.hint if user else ""
             return {"error": {"user": user, "message": message, "hint": hint, "traceback": tail}}
 

@@ -1,0 +1,52 @@
+"""How the processes of a trainer on several nodes learn that one of them is gone.
+
+A process that dies closes its connections, but a machine that stops answers nothing and closes nothing, and a collective would
+wait for it for half an hour. So each process counts in the store of the process group, in a thread and over a connection of
+its own; the first watches the others, and they watch the first.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+BEAT_S = 2.0
+SILENCE_S = 30.0  # a process that computes beats all the same; loading a file may hold a thread up for seconds
+
+
+class Pulse(threading.Thread):
+    """Begins when it is made. `lost` is called once, with a sentence, and is expected to end the process."""
+
+    def __init__(self, rank: int, count: int, lost: Callable[[str], None]):
+        from torch.distributed import TCPStore
+
+        super().__init__(name="pulse", daemon=True)
+        self._rank, self._lost = rank, lost
+        self._watched = range(1, count) if rank == 0 else range(1)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=SILENCE_S))
+        self.start()
+
+    def run(self) -> None:
+        number, seen = 0, dict.fromkeys(self._watched, ("", time.monotonic()))
+        while True:
+            number += 1
+            try:
+                self._store.set(f"pulse/{self._rank}", f"{number} {socket.gethostname()}")
+                for rank in self._watched:
+                    beat = self._store.get(f"pulse/{rank}").decode() if self._store.check([f"pulse/{rank}"]) else ""
+                    if beat != seen[rank][0]:
+                        seen[rank] = beat, time.monotonic()
+            except RuntimeError:  # the store lives on the first node
+                self._lost("the trainer's first node has ended or can't be reached")
+                return
+            for rank, (beat, since) in seen.items():
+                if time.monotonic() - since > SILENCE_S:
+                    host = beat.partition(" ")[2] or "another node"
+                    self._lost(
+                        f"process {rank} of the trainer, on {host}, has ended or can't be reached; its own log may say why"
+                    )
+                    return
+            time.sleep(BEAT_S)
