@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -130,6 +132,25 @@ def test_continued_loop_is_the_same_run(store):
     latest = tracker.connection.client.get_run(tracker._run.run_id).data.metrics
     assert latest["eval/accuracy"] == 0.25 and latest["reward/total"] == 0.52
     assert dataclasses.astuple(sync(store))[2] == 0
+
+
+def test_the_machine_is_watched_while_the_loop_runs(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    wanted = {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"}
+    for _ in range(2):  # a loop that is continued adds to the same story
+        with open_loop(settings(store), store) as tracker:
+            client, run, last = tracker.connection.client, tracker._run.run_id, time.monotonic() + 60
+            while not wanted <= set(client.get_run(run).data.metrics):
+                assert time.monotonic() < last
+        assert client.get_run(run).info.status == "FINISHED" and "SystemMetricsMonitor" not in threads()
+    steps = [point.step for point in client.get_metric_history(run, "system/cpu_utilization_percentage")]
+    assert steps == list(range(len(steps))) and len(steps) >= 1
+    assert dataclasses.astuple(sync(store))[2] == 0
+
+
+def threads():
+    return [thread.name for thread in threading.enumerate()]
 
 
 def test_mlflow_is_imported_late_and_says_nothing_home():

@@ -200,7 +200,8 @@ def contents(store, uri=None):
     for experiment in (connection.loops, connection.stages):
         for run in connection.all_runs(experiment):
             key = run.data.tags.get("thinkimg.loop") or run.data.tags["thinkimg.artifact"]
-            history = [point for name in run.data.metrics for point in client.get_metric_history(run.info.run_id, name)]
+            names = [name for name in run.data.metrics if not name.startswith("system/")]
+            history = [point for name in names for point in client.get_metric_history(run.info.run_id, name)]
             points = Counter((point.key, point.step, point.value) for point in history)
             assert max(point.timestamp for point in history) <= run.info.end_time, "the story's times, not the sync's"
             traces = client.search_traces(locations=[experiment], run_id=run.info.run_id)
