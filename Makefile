@@ -21,6 +21,7 @@ test: $(READY)-test
 	$(BIN)/pytest -q -m "not long"
 
 test-all: $(READY)-test
+	@bash requirements/chromium.sh
 	$(BIN)/pytest -q -m long
 
 lint: $(READY)-test

@@ -44,6 +44,16 @@ def media_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("media")
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """An empty MLflow database: to make one takes 10 s, to copy it nothing."""
+    from thinkimg.tracking.connection import load_mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    load_mlflow().MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 # The server's parent is a process of its own, so that the last thing we do to it can be the worst.
 KEEPER = """
 import sys, time

@@ -212,8 +212,9 @@ def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
     from thinkimg import tracking
     from thinkimg.config import load
 
-    command = tracking.ui_command(load(preset, set or ()))
-    print(command, flush=True)
+    config = load(preset, set or ())
+    command = tracking.ui_command(config)
+    print(f"{command}\nCompare mixes at {tracking.compare_link(config)}", flush=True)
     os.execvp("sh", ["sh", "-c", f"exec env {command}"])
 
 

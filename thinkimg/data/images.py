@@ -73,30 +73,38 @@ def image_writer(path: Path) -> Iterator[Callable[[str, bytes, int, int], None]]
 class ImageTable:
     """The images of some artifacts by hash, for any number of threads.
 
-    Memory: the index (some 200 bytes per image), one row group, and at most cache_bytes of decoded pixels.
+    Memory: the index (some 200 bytes per image), which is made when the first image is asked for, one row group, and at most
+    cache_bytes of decoded pixels.
     """
 
     def __init__(self, artifacts: Sequence[Artifact], cache_bytes: int = 256 * 2**20):
-        self._index: dict[bytes, tuple[int, int, int]] = {}  # file, row group, row
+        self._unread = [path for artifact in artifacts for path in artifact.table_files("images")]
+        self._known: dict[bytes, tuple[int, int, int]] = {}  # file, row group, row
         self._files: list[pq.ParquetFile] = []
         self._lock = threading.Lock()
         self._group: tuple[int, int] | None = None
         self._data: list[bytes] = []
         self._decoded: OrderedDict[str, Image.Image] = OrderedDict()
         self._room = cache_bytes
-        for artifact in artifacts:
-            self.add(artifact)
 
     def add(self, artifact: Artifact) -> None:
-        """Index one more artifact; an image that is known already keeps its first place."""
+        """Know one more artifact; an image that is known already keeps its first place."""
+        with self._lock:
+            self._unread += artifact.table_files("images")
+
+    @property
+    def _index(self) -> dict[bytes, tuple[int, int, int]]:
         import pyarrow.parquet as pq
 
-        for path in artifact.table_files("images"):
-            file = pq.ParquetFile(path, pre_buffer=False)
-            for group in range(file.num_row_groups):
-                for row, sha256 in enumerate(file.read_row_group(group, ["sha256"]).column(0).to_pylist()):
-                    self._index.setdefault(bytes.fromhex(sha256), (len(self._files), group, row))
-            self._files.append(file)
+        with self._lock:
+            for path in self._unread:
+                file = pq.ParquetFile(path, pre_buffer=False)
+                for group in range(file.num_row_groups):
+                    for row, sha256 in enumerate(file.read_row_group(group, ["sha256"]).column(0).to_pylist()):
+                        self._known.setdefault(bytes.fromhex(sha256), (len(self._files), group, row))
+                self._files.append(file)
+            self._unread = []
+        return self._known
 
     def __len__(self) -> int:
         return len(self._index)

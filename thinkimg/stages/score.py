@@ -263,20 +263,24 @@ def forget() -> None:
 
 def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
     """reward/<component>: mean over the present values (None without one); missing/<component>: how many there are not."""
-    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     metrics: dict[str, float | None] = {}
     for name in names:
-        values = _values(pa.concat_tables(pq.read_table(path, columns=[name]) for path in parts), name)
-        present = values[values == values]
-        metrics[f"reward/{name}"] = float(present.mean()) if len(present) else None
-        metrics[f"missing/{name}"] = len(values) - len(present)
-    if "teacher" in names:
-        evidence = pa.concat_tables(pq.read_table(path, columns=["teacher"]) for path in parts).column("teacher")
-        fallen = [text for text in pc.struct_field(evidence, "evidence").to_pylist() if text and '"fallback":' in text]
-        metrics["reward/teacher_fallback"] = len(fallen) / len(evidence)
+        total, present, missing, fallen = 0.0, 0, 0, 0
+        for path in parts:
+            table = pq.ParquetFile(path).read([name])
+            values = _values(table, name)
+            found = values[values == values]
+            total, present, missing = total + found.sum(), present + len(found), missing + len(values) - len(found)
+            if name == "teacher":
+                evidence = pc.struct_field(table.column(name), "evidence")
+                fallen += pc.sum(pc.match_substring(evidence, '"fallback":')).as_py() or 0
+        metrics[f"reward/{name}"] = float(total / present) if present else None
+        metrics[f"missing/{name}"] = missing
+        if name == "teacher":
+            metrics["reward/teacher_fallback"] = fallen / max(1, present + missing)
     return metrics
 
 

@@ -7,7 +7,7 @@ This package is the only place that imports mlflow, and it does so when a connec
                                             and one model version per policy
 """
 
-from thinkimg.tracking.loop import LoopTracker, SyncReport, log_stage, open_loop, sync, ui_command
+from thinkimg.tracking.loop import LoopTracker, SyncReport, compare_link, log_stage, open_loop, sync, ui_command
 from thinkimg.tracking.projection import input_digest
 from thinkimg.tracking.records import IterationRecord, LoopRecord, headline, load_record, loop_id, records, save_record
 from thinkimg.tracking.traces import log_traces
@@ -17,6 +17,7 @@ __all__ = [
     "LoopRecord",
     "LoopTracker",
     "SyncReport",
+    "compare_link",
     "headline",
     "input_digest",
     "load_record",

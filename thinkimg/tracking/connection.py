@@ -31,8 +31,9 @@ def load_mlflow() -> ModuleType:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
 
-    for name in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # fifty lines about migrations of a new database
+    # Fifty lines about the migrations of a new database, and four about a thread.
+    for name in ("mlflow.store.db.utils", "alembic", "mlflow.system_metrics.system_metrics_monitor"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return mlflow
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from thinkimg.artifacts import Artifact, Reference, Store
 from thinkimg.config import Config, TrackingConfig
@@ -25,10 +25,15 @@ from thinkimg.tracking.records import (
 )
 from thinkimg.tracking.stored import has_traces, stored
 from thinkimg.tracking.traces import log_traces, trace_key, trace_keys
+from thinkimg.tracking.view import QUERY
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 log = logging.getLogger(__name__)
 
 LOCAL_UI = "http://127.0.0.1:5000"
+SAMPLE_S, SAMPLES_PER_POINT = 10, 3  # of the machine's load
 
 
 class LoopTracker:
@@ -42,6 +47,7 @@ class LoopTracker:
         self.store, self.record, self.connection, self._run = store, record, connection, run
         self._warned: set[str] = set()
         self._traced: set[int] = set()
+        self._machine: SystemMetricsMonitor | None = None
 
     def log_iteration(
         self,
@@ -83,9 +89,13 @@ class LoopTracker:
         self._changed()
 
     def __enter__(self) -> Self:
+        if self._run is not None:
+            self._machine = watch_machine(self.connection, self._run.run_id)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._machine is not None:
+            self._machine.finish()
         if kind is None:
             self.finish()
         else:
@@ -155,6 +165,20 @@ def open_loop(
     return LoopTracker(store, record, connection, run)
 
 
+def watch_machine(connection: Connection, run_id: str) -> "SystemMetricsMonitor":
+    """A thread that logs `system/…` (CPU, memory, disk, network, GPUs) until it is finished, or MLflow fails it.
+
+    These figures are MLflow's own: no record has them, and `sync` does not bring them back.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(
+        run_id, SAMPLE_S, SAMPLES_PER_POINT, resume_logging=True, tracking_uri=connection.uri
+    )
+    monitor.start()
+    return monitor
+
+
 def system_prompt(config: Config) -> str:
     """As the conversations have it."""
     from thinkimg.chat.episode import default_system, offered_tools
@@ -183,8 +207,17 @@ def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> str
 
 def run_link(connection: Connection, experiment: str, run_id: str) -> str:
     """The run's page; for a database, where `thinkimg track ui` shows it."""
-    base = without_password(connection.uri).rstrip("/") if connection.uri.startswith("http") else LOCAL_UI
-    return f"{base}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{address(connection)}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def compare_link(config: Config) -> str:
+    """The page on which all loops overlay, raw rewards and held-out evaluation first (see `view`)."""
+    connection = Connection(Path(config.where.store), config.where.tracking)
+    return f"{address(connection)}/#/experiments/{connection.loops}/runs?{QUERY}"
+
+
+def address(connection: Connection) -> str:
+    return without_password(connection.uri).rstrip("/") if connection.uri.startswith("http") else LOCAL_UI
 
 
 def log_missing_traces(connection: Connection, store: Store, record: LoopRecord, run_id: str, done: set[int]) -> int:

@@ -12,6 +12,7 @@ from thinkimg.artifacts import Artifact, Reference, Store
 from thinkimg.manifest import canonical
 from thinkimg.tracking.connection import Connection
 from thinkimg.tracking.records import LoopRecord, headline, milliseconds
+from thinkimg.tracking.view import offer_view
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -79,6 +80,8 @@ def open_run(connection: Connection, record: LoopRecord) -> LoopRun:
         return LoopRun(run.info.run_id, {})
     points: Points = {}
     for key in run.data.metrics:
+        if key.startswith("system/"):  # MLflow's own
+            continue
         points[key] = {(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)}
     return LoopRun(run.info.run_id, points)
 
@@ -96,6 +99,8 @@ def project_loop(connection: Connection, record: LoopRecord, loop: LoopRun) -> i
         add_inputs(connection, run, {"dataset": datasets[0][1]})
     missing = missing_points(record, loop.points)
     log_points(connection, loop.run_id, missing)
+    if not {point.key for point in missing} <= set(loop.points):
+        offer_view(connection, {point.key for point in missing})
     for point in missing:
         loop.points.setdefault(point.key, set()).add((point.step, point.value))
     log_files(connection, run, record)
