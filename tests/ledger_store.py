@@ -18,7 +18,11 @@ from thinkimg.stages.score import read_scores
 SHA, CROP = "ab" * 32, "cd" * 32
 COMPONENTS = ("answer", "embedding", "format", "self", "tool")
 GROUPS, SIZE = 6, 5
-MIX = ["mix={format: 0.2, tool: 0.3, answer: 0.3, image: 0.2}", "image.types=[self, embedding]"]
+MIX = [
+    "image.only_if_right=false",
+    "mix={format: 0.2, tool: 0.3, answer: 0.3, image: 0.2}",
+    "image.types=[self, embedding]",
+]
 
 
 def settings(root, *overrides: str) -> Config:
