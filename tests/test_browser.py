@@ -72,7 +72,7 @@ def test_two_mixes_overlay(served, store, browser, shots):
     browser.open(f"{address}/#/experiments")
     browser.click(found('//*[text()="Model training"]'))
     browser.click(found('//*[text()="thinkimg"]'))
-    browser.click(found('//label[input[@name="runs-view-mode" and @value="CHART"]]'))
+    browser.click(found('//input[@name="runs-view-mode" and @value="CHART"]/..'))
     browser.wait_for("2 matching runs", *lines("eval/accuracy"))
     browser.open("about:blank")
     browser.open(compare_link(settings(store)).replace("http://127.0.0.1:5000", address))
@@ -94,6 +94,9 @@ def test_a_trace_is_a_chat_with_its_images_and_rewards(served, browser, shots):
     browser.open(f"{address}/#/experiments/{loops}/runs/{run}/traces?workflowType=machine_learning")
     whys = [f"{why} of step {step}" for why in ("best", "worst", "disagreeing") for step in (1, 2)]
     browser.wait_for(*whys)
+    row = browser.text().split("best of step 1", 1)[1].splitlines()
+    values = {feedback.name: f"{round(feedback.value, 3):g}" for feedback in trace.info.assessments}
+    assert {"answer", "format", "tool", "total"} == set(values) and set(values.values()) <= set(row[:8]), row
     browser.screenshot(shots / "traces.png")
     browser.click(found('//*[contains(text(), "best of step 1")]'))
     chat = ["Which way do the stripes run?", "Too fine to see.", "crop_image", "The image is 56 x 42 pixels."]
@@ -104,9 +107,3 @@ def test_a_trace_is_a_chat_with_its_images_and_rewards(served, browser, shots):
     sizes = "[...document.images].map(image => [image.naturalWidth, image.naturalHeight]).filter(size => size[1] in {168: 0, 42: 0})"
     wait(lambda: browser.run(sizes) == [[224, 168], [224, 168], [56, 42]], "three images", lambda: browser.run(sizes))
     browser.screenshot(shots / "trace.png")
-    browser.click(found('//*[text()="Assess"]'))
-    print(browser.text(), [(a.name, a.value) for a in trace.info.assessments])
-    browser.wait_for(
-        "as planned", *(name for feedback in trace.info.assessments for name in (feedback.name, str(feedback.value)))
-    )
-    browser.screenshot(shots / "feedback.png")
