@@ -1,11 +1,13 @@
 """What all stage flows share: their parameters' types, the store, and the state that they end in."""
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+from prefect.exceptions import MissingResult
 from prefect.states import Completed, State
 from pydantic import Field
 
@@ -94,6 +96,23 @@ def ended(config: Config, store: Store, artifact: Artifact, cached: bool) -> Sta
         link = tracking.log_stage(artifact, store, config.where.tracking)
     _ui.show_artifact(artifact, cached, link)
     return Completed(name="Cached" if cached else "Completed", data=str(artifact.reference))
+
+
+def asked_again(stage: Callable[..., str]) -> Callable[..., str]:
+    """Call a stage; once more where Prefect has lost its result, for by then it is found in the store.
+
+    A server that answers too late is told of the end a second time, refuses it, and hands back the state that it has: without
+    the data (seen with 3.7 on a machine whose cores were all busy).
+    """
+
+    @functools.wraps(stage)
+    def call(*arguments, **settings) -> str:
+        try:
+            return stage(*arguments, **settings)
+        except MissingResult:
+            return stage(*arguments, **settings)
+
+    return call
 
 
 def main(flow: Callable) -> None:

@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows import _ui
-from flows._common import Iterations, Mix, Overrides, Preset, Seed, beside, main, opened, with_settings
+from flows._common import Iterations, Mix, Overrides, Preset, Seed, asked_again, beside, main, opened, with_settings
 from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.rollout import rollout
@@ -22,6 +22,9 @@ from flows.warmstart import warmstart
 from thinkimg import alarms, console, report, tracking
 from thinkimg.machines import Machines
 from thinkimg.stages.train import check_mix
+
+stages = (prepare, warmstart, rollout, score, train, evaluate)
+prepare, warmstart, rollout, score, train, evaluate = map(asked_again, stages)
 
 
 @flow(name="thinkimg")

@@ -107,6 +107,28 @@ def test_scores_are_bit_equal_on_threads_and_on_dask(place, rollouts):
     assert [artifact.manifest["where"]["runner"] for artifact in made] == ["threads", "dask"]
 
 
+def test_a_stage_is_called_again_where_prefect_has_lost_its_result():
+    from prefect import flow
+    from prefect.exceptions import MissingResult
+
+    from flows._common import asked_again
+
+    calls = []
+
+    def stage(*arguments, **settings):
+        calls.append((arguments, settings))
+        if len(calls) == 1:
+            raise MissingResult("State data is missing.")
+        return "policy/abc/0001"
+
+    assert asked_again(stage)("dataset", force=False) == "policy/abc/0001"
+    assert calls == [(("dataset",), {"force": False})] * 2
+    # What the loop calls is wrapped, what a worker finds under the same name in the stage's own file is a flow.
+    from flows import loop, rollout
+
+    assert not isinstance(loop.rollout, type(flow(stage))) and loop.rollout.__wrapped__ is rollout.rollout
+
+
 def test_a_kill_leaves_no_server_behind(place):
     process = start(place, WAIT)
     assert process.stdout.readline() == "working\n", process.communicate(timeout=10)[1]
