@@ -38,6 +38,22 @@ def waiting():
 waiting()
 """
 
+LOSE = """
+from prefect.exceptions import MissingResult
+from flows._flow import flow
+
+runs = []
+
+@flow("losing")
+def losing():
+    runs.append("run")
+    if len(runs) == 1:
+        raise MissingResult("State data is missing.")
+    return len(runs)
+
+print(losing(), flush=True)
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -104,6 +120,12 @@ def test_scores_are_bit_equal_on_threads_and_on_dask(place, rollouts):
     assert [artifact.attempt for artifact in made] == ["0002", "0003"]
     assert {artifact.digest for artifact in made} == {plain.digest}
     assert [artifact.manifest["where"]["runner"] for artifact in made] == ["threads", "dask"]
+
+
+def test_a_flow_runs_again_where_prefect_has_lost_its_result(place):
+    process = start(place, LOSE)
+    output, errors = process.communicate(timeout=120)
+    assert output == "2\n", errors[-3000:]
 
 
 def test_a_kill_leaves_no_server_behind(place):
