@@ -18,7 +18,7 @@ nothing is fitted or guessed. No weights are needed, so that it can be asked bef
 import copy
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -96,12 +96,16 @@ class Need:
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations make while they live; peak: the most at a time."""
+    """Bytes of the storages that operations make while they live; peak: the most at a time.
 
-    def __init__(self):
+    given: tensors that are there before and are counted elsewhere; operations return views of them, or change them in place.
+    """
+
+    def __init__(self, given: Iterable[Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._given = [tensor.untyped_storage() for tensor in given]  # kept, so that no other gets one's id
+        self._known = {id(storage) for storage in self._given}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -210,7 +214,8 @@ def peaks(
         policy.train()
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    alive, tower = Alive(), Alive()
+    given = [*policy.parameters(), *policy.buffers(), *(p.grad for p in policy.parameters() if p.requires_grad)]
+    alive, tower = Alive(given), Alive(given)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == "bfloat16")
     with autocast:
         features = None
