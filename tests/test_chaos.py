@@ -60,6 +60,7 @@ class Loop:
     def start(self, iterations: int) -> subprocess.Popen:
         environment = os.environ | {
             "PREFECT_HOME": str(self.place / "prefect"),
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(FOREVER_S),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
             "TMPDIR": self.tmp.name,
         }
