@@ -27,7 +27,7 @@ from thinkimg.rewards import self as policy_judge
 from thinkimg.rewards._bench import Bench
 from thinkimg.rewards._pairs import Identity, Judgement, Pair
 from thinkimg.stages import judge as stage
-from thinkimg.stages.score import judge_parts, ledger_name
+from thinkimg.stages.score import judge_pairs, ledger_name
 
 QUESTIONS = ("Which way do the stripes run?", "The scene is too dark. Which letter is it?")
 
@@ -313,15 +313,13 @@ def test_a_judge_that_fails_takes_nothing_from_the_others(world, monkeypatch):
     bench.config = load("tiny", ["image.types=[self, embedding]"])
     for name in bench.config.image.types:
         monkeypatch.setitem(JUDGES, name, judge_named(name))
-    waiting = {f"trajectories-{i:05}.parquet": set(world.pairs[3 * i : 3 * i + 3]) for i in range(2)}
+    pairs = set(world.pairs)
     with world.store.create("scores", Recipe("score", 1, 1, {"n": 2})) as work:
         with pytest.raises(RuntimeError, match="no luck"):
-            judge_parts(work, bench, waiting, lambda keys: {})
-        assert [work.has(ledger_name(part, name)) for name in ("embedding", "self") for part in waiting] == [
-            True, True, False, False,
-        ]  # fmt: skip
+            judge_pairs(work, bench, 0, pairs, lambda keys: {})
+        assert work.has(ledger_name(0, "embedding")) and not work.has(ledger_name(0, "self"))
         broken.clear()
-        judge_parts(work, bench, waiting, lambda keys: {})
+        judge_pairs(work, bench, 0, pairs, lambda keys: {})
         assert sorted(asked) == [("embedding", 6), ("self", 6), ("self", 6)]
         artifact = work.publish()
     assert artifact.table("judgements").num_rows == 12

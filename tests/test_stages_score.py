@@ -220,7 +220,7 @@ def test_rollouts_without_a_processed_image_need_no_judge_and_an_empty_part_no_r
     assert [(one["value"], one["status"]) for one in column] == [(0.0, "zero")] * 3 + [(None, "missing")]
     assert column[0]["reason"] == "No image was processed."
     assert (
-        artifact.table("judgements").num_rows == 0 and artifact.files["judgements-embedding-00001.parquet"]["rows"] == 0
+        artifact.table("judgements").num_rows == 0 and artifact.files["judgements-embedding-00000.parquet"]["rows"] == 0
     )
     assert artifact.metrics["reward/embedding"] == 0.0 and artifact.metrics["missing/embedding"] == 1
 

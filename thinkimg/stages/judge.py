@@ -32,30 +32,29 @@ def pairs_of(rows: Iterable[Trajectory], samples: dict[str, Sample]) -> set[Pair
 
 
 def judge(
-    wanted: dict[str, set[Pair]], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]],
+    names: Sequence[str], wanted: set[Pair], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]],
     close: Callable[[str, Judgements], None],
 ) -> None:  # fmt: skip
-    """Have judges look at pairs, by component; `close(component, found)` gets what one has found when it has ended.
+    """Have the judges of some components look at pairs; `close(component, found)` gets what one has found when it has ended.
 
     known: keys -> judgements that were made before. Raises the first failure, after the others have ended: what they found
     is not lost with it.
     """
-    pairs = sorted(set().union(*wanted.values()), key=key_of)
+    pairs = sorted(wanted, key=key_of)
     looked = dict(zip(pairs, bench.map(lambda pair: unfit(pair, bench), pairs), strict=True))
+    fit = [pair for pair in pairs if looked[pair] is None]
+    bench.expect(len(fit) * len(names))
 
     def found(name: str) -> Judgements:
-        mine = [pair for pair in pairs if pair in wanted[name]]
-        fit = [pair for pair in mine if looked[pair] is None]
         answers = dict(zip(fit, ask(JUDGES[name], fit, bench, known), strict=True))
-        return {(name, pair): looked[pair] or answers[pair] for pair in mine}
+        return {(name, pair): looked[pair] or answers[pair] for pair in pairs}
 
     # One after the other where engine and trainer take turns in the memory.
     where = bench.config.where
     together = where.engine.keep and where.trainer.keep
-    bench.expect(sum(looked[pair] is None for mine in wanted.values() for pair in mine))
-    with ThreadPoolExecutor(len(wanted) if together else 1, thread_name_prefix="judge") as pool:
-        asked = {pool.submit(found, name): name for name in wanted}
-        failures = []
+    failures = []
+    with ThreadPoolExecutor(len(names) if together else 1, thread_name_prefix="judge") as pool:
+        asked = {pool.submit(found, name): name for name in names}
         for future in as_completed(asked):
             if future.exception() is None:
                 close(asked[future], future.result())

@@ -1,11 +1,11 @@
 """The score stage: what each reward component makes of each trajectory, raw and unweighted.
 
-Part by part: first the judges of processed images, side by side, whose findings are the part's ledgers (judgements-*), then
-the components, which are pure functions of rows and ledger.
+Some parts of the rollouts at a time: first the judges of processed images, side by side, whose findings are the ledgers
+(judgements-<judge>-*), then the components, part by part, which are pure functions of rows and ledgers.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -127,24 +127,25 @@ def score(
 def fill(
     work: Work, config: Config, bench: Bench, dataset: Artifact, rollouts: Artifact, run: Mapper, known, progress
 ) -> None:
-    """Score part after part, and close one of the same number for each."""
+    """Score chunk after chunk, and close a part of the same number for each of the rollouts."""
     names = list(components(config.rewards, config.image))
     parts = [path.name for path in rollouts.table_files("trajectories")]
     tally = Tally(progress, sum(rollouts.files[part]["rows"] for part in parts))
     bench.expect, bench.judged = tally.expect, tally.add
-    if config.image.types:
-        fill_ledger(work, bench, dataset, rollouts, [part for part in parts if not work.has(scores_name(part))], known)
-    for part in parts:
-        if not work.has(scores_name(part)):
-            ledgers = [ledger_name(part, name) for name in JUDGES]
-            judged = tuple(work.path(name) for name in ledgers if work.has(name))
-            jobs = [
-                Job(name, part, config.rewards, config.image, dataset.directory, rollouts.directory, judged)
-                for name in names
-            ]
-            columns = dict(zip(names, run(run_job, jobs), strict=True))
-            work.table(scores_name(part), table_of(rollouts, part, columns))
-        tally.add(rollouts.files[part]["rows"])
+    for number, chunk in enumerate(chunks(rollouts, parts)):
+        if config.image.types and not all(work.has(scores_name(part)) for part in chunk):
+            fill_ledgers(work, bench, dataset, rollouts, number, chunk, known)
+        ledgers = [ledger_name(number, name) for name in JUDGES]
+        judged = tuple(work.path(name) for name in ledgers if work.has(name))
+        for part in chunk:
+            if not work.has(scores_name(part)):
+                jobs = [
+                    Job(name, part, config.rewards, config.image, dataset.directory, rollouts.directory, judged)
+                    for name in names
+                ]
+                columns = dict(zip(names, run(run_job, jobs), strict=True))
+                work.table(scores_name(part), table_of(rollouts, part, columns))
+            tally.add(rollouts.files[part]["rows"])
     work.metrics |= summary([work.path(scores_name(part)) for part in parts], names)
 
 
@@ -164,45 +165,47 @@ class Tally:
             self._progress(self._done, self._total)
 
 
-def fill_ledger(work: Work, bench: Bench, dataset: Artifact, rollouts: Artifact, parts: list[str], known) -> None:
-    """Judge many parts at once: judges work in batches, and engine and trainer may have to take turns in the memory."""
-    waiting: dict[str, set[Pair]] = {}
-    count = 0
+def chunks(rollouts: Artifact, parts: list[str]) -> Iterator[list[str]]:
+    """Parts that are judged together: judges work in batches, and engine and trainer may have to take turns in the memory."""
+    chunk: list[str] = []
     for part in parts:
+        chunk.append(part)
+        if sum(rollouts.files[one]["rows"] for one in chunk) >= AT_ONCE or part == parts[-1]:
+            yield chunk
+            chunk = []
+
+
+def fill_ledgers(
+    work: Work, bench: Bench, dataset: Artifact, rollouts: Artifact, number: int, chunk: list[str], known
+) -> None:
+    """Close a chunk's ledgers, one per judge; those that an earlier try has closed stay."""
+    pairs: set[Pair] = set()
+    for part in chunk:
         batch = _batch(rollouts.directory, dataset.directory, part)
         bench.images = batch.images
-        waiting[part] = judge.pairs_of(batch.trajectories, batch.samples)
-        count += len(batch.trajectories)
-        if count >= AT_ONCE or part == parts[-1]:
-            judge_parts(work, bench, waiting, known)
-            waiting, count = {}, 0
+        pairs |= judge.pairs_of(batch.trajectories, batch.samples)
+    judge_pairs(work, bench, number, pairs, known)
 
 
-def judge_parts(work: Work, bench: Bench, waiting: dict[str, set[Pair]], known) -> None:
-    """Close the ledgers of some parts, one per judge; those that an earlier try has closed stay."""
-
+def judge_pairs(work: Work, bench: Bench, number: int, pairs: set[Pair], known) -> None:
     def close(name: str, found: "Judgements") -> None:
-        for part, pairs in waiting.items():
-            if not work.has(ledger_name(part, name)):
-                mine = {key: one for key, one in found.items() if key[1] in pairs}
-                work.table(ledger_name(part, name), judge.table(mine))
+        work.table(ledger_name(number, name), judge.table(found))
 
     def ask(names: Iterable[str]) -> None:
-        missing = {name: [part for part in waiting if not work.has(ledger_name(part, name))] for name in names}
-        wanted = {name: set().union(*(waiting[part] for part in where)) for name, where in missing.items() if where}
-        if wanted:
-            judge.judge(wanted, bench, known, close)
+        missing = [name for name in names if not work.has(ledger_name(number, name))]
+        if missing:
+            judge.judge(missing, pairs, bench, known, close)
 
     settings = bench.config.image
     ask(settings.types)
     if "teacher" in settings.types and settings.teacher.fallback == "self":
-        told = (judge.read(work.path(ledger_name(part, "teacher"))) for part in waiting)
-        if any(one.unreachable for found in told for one in found.values()):
+        told = judge.read(work.path(ledger_name(number, "teacher")))
+        if any(one.unreachable for one in told.values()):
             ask(["self"])  # about all: whole groups fall back
 
 
-def ledger_name(part: str, component: str) -> str:
-    return part.replace("trajectories", f"judgements-{component}", 1)
+def ledger_name(number: int, component: str) -> str:
+    return f"judgements-{component}-{number:05}.parquet"
 
 
 def scores_name(part: str) -> str:
