@@ -28,7 +28,7 @@ pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).parents[1]
 CHILD = [sys.executable, Path(__file__).with_name("soak_child.py")]
 ROWS = 5000  # of a part
-MARGIN_MB = 32  # what the allocator keeps or not
+MARGIN_MB = 24
 
 
 class ScriptedEngine:
@@ -102,15 +102,16 @@ def test_rollouts_and_scores_hold_nothing_back(tiny_models, tmp_path):
         assert process.returncode == 0
     finally:
         engine.close()
-    print(*({name: one[name] for name in ("rss", "fds", "threads", "temporary")} for one in found), sep="\n")
+    print(*({name: one[name] for name in ("memory", "fds", "threads", "temporary")} for one in found), sep="\n")
     assert len(found) == ROUNDS and ROUNDS * SAMPLES * SIZE >= 2000
     assert all(
         one["trajectories"] == SAMPLES * SIZE and one["stop/answer"] == 1 and one["tool/ok"] > 0.9 for one in found
     )
-    warm, *_, last = found[1:]  # the first iteration loads what all of them use
-    assert {one["fds"] for one in found[1:]} == {warm["fds"]}
-    assert last["threads"] <= warm["threads"] and last["temporary"] <= warm["temporary"]
-    assert last["rss"] < warm["rss"] + MARGIN_MB
+    warm = found[1:]  # the first iteration loads what all of them use
+    for what in ("fds", "threads", "temporary"):
+        assert len({one[what] for one in warm}) == 1, what
+    early, late = ([one["memory"] for one in half] for half in (warm[:3], warm[3:]))
+    assert min(late) < min(early) + MARGIN_MB, "what is held, without what the allocators keep now and then"
 
 
 def test_a_million_rows_take_no_more_memory_than_some(tmp_path):
@@ -124,7 +125,7 @@ def test_a_million_rows_take_no_more_memory_than_some(tmp_path):
         assert peaks[parts]["rows"] == peaks[parts]["scored"] == parts * ROWS
     print(*peaks.values(), sep="\n")
     few, many = peaks.values()
-    assert all(many[when] < few[when] + 2 * MARGIN_MB for when in ("list", "open", "score"))
+    assert all(many[when] < few[when] + 64 for when in ("list", "open", "score"))
 
 
 def child(command: str, *arguments: Path, **environment: str) -> subprocess.Popen:
