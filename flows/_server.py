@@ -17,8 +17,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as STARTUP_TIMEOUT
 
 from thinkimg import files
-from thinkimg.engine.server import answers, free_port
-from thinkimg.process import spawn
+from thinkimg.engine.server import answers
+from thinkimg.process import free_port, spawn
 
 ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
 

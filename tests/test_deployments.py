@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from thinkimg.artifacts import Store
-from thinkimg.engine.server import free_port
-from thinkimg.process import Child, spawn
+from thinkimg.process import Child, free_port, spawn
 from thinkimg.watchdog import descendants
 
 REPOSITORY = Path(__file__).parents[1]

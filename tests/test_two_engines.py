@@ -12,8 +12,8 @@ import pytest
 
 from thinkimg.artifacts import Store
 from thinkimg.config import load
-from thinkimg.engine.server import Server, ServerSettings, answers, free_port
-from thinkimg.process import spawn
+from thinkimg.engine.server import Server, ServerSettings, answers
+from thinkimg.process import free_port, spawn
 from thinkimg.schemas import StopReason
 from thinkimg.stages import prepare, rollout, warmstart
 from thinkimg.watchdog import descendants

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -171,6 +172,13 @@ def scratch() -> Iterator[Path]:
     prefix = f"scratch-{mine['boot'][:8]}-{mine['pid']}-{mine['started']}-"
     with tempfile.TemporaryDirectory(dir=run_directory(), prefix=prefix) as directory:
         yield Path(directory)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def write_record(path: Path, record: dict) -> None:

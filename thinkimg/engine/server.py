@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import sys
 import time
 import urllib.error
@@ -15,7 +14,7 @@ from typing import Self
 
 from thinkimg.engine import EngineError
 from thinkimg.errors import UserError
-from thinkimg.process import Child, spawn
+from thinkimg.process import Child, free_port, spawn
 
 SERVED_NAME = "policy"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has kernels for
@@ -261,12 +260,6 @@ def on_cpu() -> bool:
 def last_words(line: str) -> str:
     """A line of the log without process, time and place."""
     return line.rpartition("] ")[2].strip()[:100]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def answers(url: str) -> bool:

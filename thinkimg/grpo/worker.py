@@ -38,7 +38,6 @@ Progress lines have {"step", "steps", "loss", …} of one optimizer step each.
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -180,7 +179,7 @@ def launch_command(config: "TrainerConfig", *, gpus: int, rank: int = 0) -> list
     module = ["-m", "thinkimg.grpo.worker"]
     if config.accelerate_config is None and config.processes == 1:
         return [sys.executable, *module]
-    host, _, port = (config.address or f"127.0.0.1:{free_port()}").rpartition(":")
+    host, _, port = (config.address or f"127.0.0.1:{process.free_port()}").rpartition(":")
     if config.accelerate_config is None and not gpus:
         here = {"nnodes": config.nodes, "node_rank": rank, "nproc_per_node": config.processes // config.nodes}
         return [*python("torch.distributed.run", here | {"master_addr": host, "master_port": port}), *module]
@@ -202,12 +201,6 @@ def launch_command(config: "TrainerConfig", *, gpus: int, rank: int = 0) -> list
 
 def python(module: str, options: dict[str, object]) -> list[str]:
     return [sys.executable, "-m", module, *(str(part) for k, v in options.items() for part in (f"--{k}", v))]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Worker:
