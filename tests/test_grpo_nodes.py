@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from thinkimg import process
 from thinkimg.config import TrainerConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo.worker import Trainer, TrainerError, free_port, launch_command, serve_rank
+from thinkimg.grpo.worker import Trainer, TrainerError, launch_command, serve_rank
+from thinkimg.process import free_port
 from thinkimg.watchdog import descendants
 
 LIMIT_S = 60
