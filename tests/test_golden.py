@@ -19,7 +19,7 @@ GOLDEN = {
     "demonstrate": (2, "ddfa3bea6fd9fd2937ddb026a73678c0ac8b9f76101a961ef063804327910614"),
     "pairs": (1, "3484d9f147e92a0a2136223d58ff285075234d6781efa10beb42018f64619e61"),
     "compare": (2, "58d7f5ae2af41e2184f36651b43bcb3c087042169c718f6cff46be08f3e0a469"),
-    "score": (2, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
+    "score": (3, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
     "advantages": (2, "ede1dc795e27b5c0c68011ade8e4e4a29c3d0f89ef2f7ac6040384d568746b7a"),
 }
 OVERRIDES = ["data.train=12", "data.held_out=8", "data.seed=4", "seed=4", "warmstart.pairs=8", "image.types=[]"]
