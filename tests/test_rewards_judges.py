@@ -267,15 +267,15 @@ def test_what_was_judged_before_is_not_judged_again(world):
             calls.append(len(pairs))
             return policy_judge.judge(pairs, bench)
 
-    first = stage.ask(Counting, world.pairs[:4], bench, lambda keys: {})
+    first = stage.ask(Counting, world.pairs[:4], bench, lambda component, keys: {})
     table = stage.table({("self", pair): one for pair, one in zip(world.pairs, first, strict=False)})
     work = world.store.build(
-        "scores", Recipe("score", 1, 1, {"n": 1}), lambda work: work.table("judgements-00000.parquet", table)
+        "scores", Recipe("score", 1, 1, {"n": 1}), lambda work: work.table("judgements-self-00000.parquet", table)
     )
     known = stage.earlier(world.store, "of other rollouts")
     again = stage.ask(Counting, world.pairs, bench, known)
     assert calls == [4, 2] and again[:4] == first
-    assert stage.read(work[0].path("judgements-00000.parquet")) == {
+    assert stage.read(work[0].path("judgements-self-00000.parquet")) == {
         ("self", pair): one for pair, one in zip(world.pairs, first, strict=False)
     }
 
@@ -316,10 +316,10 @@ def test_a_judge_that_fails_takes_nothing_from_the_others(world, monkeypatch):
     pairs = set(world.pairs)
     with world.store.create("scores", Recipe("score", 1, 1, {"n": 2})) as work:
         with pytest.raises(RuntimeError, match="no luck"):
-            judge_pairs(work, bench, 0, pairs, lambda keys: {})
+            judge_pairs(work, bench, 0, pairs, lambda component, keys: {})
         assert work.has(ledger_name(0, "embedding")) and not work.has(ledger_name(0, "self"))
         broken.clear()
-        judge_pairs(work, bench, 0, pairs, lambda keys: {})
+        judge_pairs(work, bench, 0, pairs, lambda component, keys: {})
         assert sorted(asked) == [("embedding", 6), ("self", 6), ("self", 6)]
         artifact = work.publish()
     assert artifact.table("judgements").num_rows == 12

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Known = Callable[[str, set[str]], dict[str, Judgement]]
+"""component, keys -> the judgements among these that were made before."""
 RECENT = 32  # score artifacts that are searched for earlier judgements, the newest first
 
 
@@ -32,12 +34,12 @@ def pairs_of(rows: Iterable[Trajectory], samples: dict[str, Sample]) -> set[Pair
 
 
 def judge(
-    names: Sequence[str], wanted: set[Pair], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]],
+    names: Sequence[str], wanted: set[Pair], bench: Bench, known: Known,
     close: Callable[[str, Judgements], None],
 ) -> None:  # fmt: skip
     """Have the judges of some components look at pairs; `close(component, found)` gets what one has found when it has ended.
 
-    known: keys -> judgements that were made before. Raises the first failure, after the others have ended: what they found
+    Raises the first failure, after the others have ended: what they found
     is not lost with it.
     """
     pairs = sorted(wanted, key=key_of)
@@ -77,15 +79,13 @@ def unfit(pair: Pair, bench: Bench) -> Judgement | None:
     return reason and Judgement(0.0, reason, {})
 
 
-def ask(
-    module, pairs: Sequence[Pair], bench: Bench, known: Callable[[set[str]], dict[str, Judgement]]
-) -> list[Judgement]:
+def ask(module, pairs: Sequence[Pair], bench: Bench, known: Known) -> list[Judgement]:
     """A judge's judgements of pairs, in order; only those that are not known are made."""
     if not pairs:
         return []
     who: Identity = module.identity(bench)
     keys = {pair: who.key(pair) for pair in pairs}
-    before = known(set(keys.values()))
+    before = known(who.judge, set(keys.values()))
     new = [pair for pair in pairs if keys[pair] not in before]
     bench.judged(len(pairs) - len(new))
     made = dict(zip(new, module.judge(new, bench), strict=True)) if new else {}
@@ -126,9 +126,9 @@ def judgement(row: dict) -> Judgement:
     return Judgement(row["value"], row["reason"], json.loads(row["evidence"]), who, row["unreachable"])
 
 
-def earlier(store: Store, rollouts: str) -> Callable[[set[str]], dict[str, Judgement]]:
-    """keys -> judgements with a value in complete scores of the store: all of the rollouts with this digest, and the newest
-    of others."""
+def earlier(store: Store, rollouts: str) -> Known:
+    """Judgements with a value in complete scores of the store: all of the rollouts with this digest, and the newest of
+    others."""
 
     def own(artifact: Artifact) -> bool:
         return artifact.manifest["recipe"]["inputs"].get("rollouts", {}).get("digest") == rollouts
@@ -136,15 +136,15 @@ def earlier(store: Store, rollouts: str) -> Callable[[set[str]], dict[str, Judge
     there = [artifact for artifact in store.list("scores") if not artifact.dropped]
     found = sorted(there, key=lambda artifact: artifact.manifest["finished"], reverse=True)
     others = islice((artifact for artifact in found if not own(artifact)), RECENT)
-    tables = [path for artifact in [*filter(own, found), *others] for path in ledger(artifact)]
+    searched = [*filter(own, found), *others]
 
-    def known(keys: set[str]) -> dict[str, Judgement]:
+    def known(component: str, keys: set[str]) -> dict[str, Judgement]:
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         wanted, made = pa.array(sorted(keys)), {}
-        for path in tables:
+        for path in (path for artifact in searched for path in ledgers(artifact, component)):
             rows = pq.read_table(path)
             hits = rows.filter(pc.and_(pc.is_in(rows["key"], wanted), pc.is_valid(rows["value"]))).to_pylist()
             made |= {row["key"]: judgement(row) for row in hits}
@@ -153,12 +153,13 @@ def earlier(store: Store, rollouts: str) -> Callable[[set[str]], dict[str, Judge
     return known
 
 
-def ledger(artifact: Artifact) -> Iterable[Path]:
-    """Files of judgements; none where the artifact has none, or is damaged: then what it knew is judged again."""
-    if not any(name.startswith("judgements") for name in artifact.files):
+def ledgers(artifact: Artifact, component: str) -> Iterable[Path]:
+    """A component's files of judgements; none where the artifact has none, or is damaged: then what it knew is judged again."""
+    table = f"judgements-{component}"
+    if not any(name.startswith(table) for name in artifact.files):
         return ()
     try:
-        return artifact.table_files("judgements")
+        return artifact.table_files(table)
     except UserError as error:
         log.warning("%s", error)
         return ()
