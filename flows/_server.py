@@ -38,10 +38,9 @@ class PrefectUnavailable(RuntimeError):
 def start() -> None:
     """Start the server, if one is needed and none is there; does not wait for it."""
     global _own
-    if not is_embedded() or _own is not None:
-        return
-    _own = Future()
-    threading.Thread(target=_settle, args=[_own], name="prefect-server", daemon=True).start()
+    if _own is None and PREFECT_API_URL.value() is None:
+        _own = Future()
+        threading.Thread(target=_settle, args=[_own], name="prefect-server", daemon=True).start()
 
 
 def use() -> None:
@@ -73,9 +72,8 @@ def _launch(port: int, timeout: float) -> str:
     log = PREFECT_HOME.value() / "thinkimg-server.log"
     argv = [sys.executable, "-m", "uvicorn", *app, *where]
     child = spawn(argv, name="prefect", env=os.environ | embedded | settings, log_path=log)
-    atexit.register(
-        child.terminate, timeout=1.0
-    )  # it has nothing to finish that anybody would miss, and takes its time
+    # It has nothing to finish that anybody would miss, and takes its time.
+    atexit.register(child.terminate, timeout=1.0)
     deadline = time.monotonic() + timeout
     while not answers(f"http://127.0.0.1:{port}/api/health"):
         if not child.alive or time.monotonic() > deadline:

@@ -38,6 +38,18 @@ def tiny_models(tmp_path_factory) -> tuple[Path, Path]:
     return root / "0", root / "1"
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy and rollouts for tests of the trainer (grpo_world.py), on one thread: results are bit-equal at a fixed number."""
+    import torch
+    from grpo_world import World
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield World(tmp_path_factory.mktemp("world"))
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def media_dir(tmp_path_factory) -> Path:
     """The folder from which the server of `engine` reads images."""

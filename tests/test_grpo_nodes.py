@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grpo_world import TRAIN, World
+from grpo_world import TRAIN
 from safetensors.torch import load_file
 
 from thinkimg import process
@@ -19,14 +19,6 @@ from thinkimg.process import free_port
 from thinkimg.watchdog import descendants
 
 LIMIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield World(tmp_path_factory.mktemp("world"))
-    torch.set_num_threads(before)
 
 
 def second_node(where: TrainerConfig, log: Path) -> process.Child:

@@ -6,20 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grpo_world import BANNED, FULL, LORA, TRAIN, World
+from grpo_world import BANNED, FULL, LORA, TRAIN
 
 from thinkimg.errors import UserError
 from thinkimg.grpo import causes, checkpoint, packing, parity, policy, sharing
 from thinkimg.grpo.packing import mrope_positions
 from thinkimg.grpo.rows import Patches, Row, read_rows
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield World(tmp_path_factory.mktemp("world"))
-    torch.set_num_threads(before)
 
 
 def shifted(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from grpo_world import FULL, LORA, TRAIN, World
+from grpo_world import FULL, LORA, TRAIN
 from safetensors.torch import load_file
 
 from thinkimg.config import TrainerConfig
@@ -16,14 +15,6 @@ from thinkimg.grpo.worker import Trainer
 UNCLIPPED = TRAIN.model_copy(update={"max_grad_norm": 1e9, "token_budget": 150})
 MODELS = {"full": FULL, "lora": LORA}
 PRESETS = Path(__file__).parents[1] / "thinkimg" / "presets" / "accelerate"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield World(tmp_path_factory.mktemp("world"))
-    torch.set_num_threads(before)
 
 
 def tensors(directory: Path) -> tuple[dict, dict]:

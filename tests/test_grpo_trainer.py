@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grpo_world import FULL, LORA, TRAIN, World
+from grpo_world import FULL, LORA, TRAIN
 
 from thinkimg.config import ParityConfig, TrainerConfig
 from thinkimg.errors import UserError
@@ -22,14 +22,6 @@ from thinkimg.grpo.rows import Row
 from thinkimg.grpo.train import deal
 from thinkimg.grpo.worker import Trainer, TrainerError, launch_command
 from thinkimg.watchdog import descendants
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield World(tmp_path_factory.mktemp("world"))
-    torch.set_num_threads(before)
 
 
 def digest(directory: Path) -> dict[str, str]:

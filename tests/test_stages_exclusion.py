@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
-import torch
 from grpo_world import FULL, World
 
 from thinkimg import schemas
@@ -20,14 +19,6 @@ from thinkimg.schemas import StopReason
 from thinkimg.stages.train import STAGE, VERSION, step
 
 REWARDS = {"t0": 0.0, "t1": 1.0, "t2": 0.5, "t3": 0.0, "t4": 1.0, "t5": 0.2}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield World(tmp_path_factory.mktemp("world"))
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
