@@ -45,8 +45,8 @@ class ModelConfig(Settings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the base weights in engine and trainer; trained weights and optimizer are float32."""
     load_in_4bit: bool = False
-    """Keep the trainer's frozen base weights in 4 bits (bitsandbytes, GPU only). vLLM 0.32 has no such weights, so that the
-    engine's differ: raise train.parity.max_kl to what the gate then measures."""
+    """Keep the frozen base weights of the trainer's language model in 4 bits (NF4; needs the package bitsandbytes). vLLM 0.32
+    has no such weights, so that the engine's differ: raise train.parity.max_kl to what the gate then measures."""
     trust_remote_code: bool = False
     """Run code that comes with the model repository."""
     adaptation: Literal["lora", "full"] = "lora"

@@ -279,17 +279,17 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
 
     options = {}
     if config.load_in_4bit:
-        if torch.device(device).type != "cuda":
-            raise UserError("model.load_in_4bit needs a GPU.", hint="Set model.load_in_4bit=false.")
         from transformers import BitsAndBytesConfig
+
+        device = torch.device(device)
 
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
             llm_int8_skip_modules=["model.visual", "lm_head"],
         )
-        options["device_map"] = {"": torch.device(device).index or 0}
+        options["device_map"] = {"": "cpu" if device.type == "cpu" else device.index or 0}
     dtype = torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
@@ -301,7 +301,13 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
         raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
     batch_equal_chunks(model)
     use_packed_attention(model)
-    return model if config.load_in_4bit else model.to(device)
+    if not config.load_in_4bit:
+        return model.to(device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else a pass without gradients packs the weights for a kernel that has no backward (seen with 0.50).
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def keep_input_dtype(model: torch.nn.Module, config: ModelConfig) -> None:
