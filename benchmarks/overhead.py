@@ -3,7 +3,8 @@
     python benchmarks/overhead.py --preset tiny --set where.store=/tmp/overhead --set iterations=3
 
     work      the stages' own computing: engine, trainer, tools, rewards
-    store     hashing, syncing, renaming and reading or writing Parquet, in whatever thread (so it may overlap with work)
+    store     hashing, syncing, renaming and reading or writing Parquet, as far as it is waited for: what a rollout's
+              writer does while conversations go on, or judges in their threads beside each other, is not
     prefect   everything between a sub-flow's call and its stage, and back: states, settings, tables, links
     mlflow    the loop's record and its projection, traces included
 
@@ -11,12 +12,14 @@ The limit is 5 % of an iteration of 60 s or more, and 3 s of a shorter one. Iter
 evaluation) is shown and not judged: servers start in it.
 """
 
+import asyncio
 import functools
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import cyclopts
@@ -26,28 +29,38 @@ PARTS = ("store", "prefect", "mlflow")
 
 
 class Clock:
-    """Seconds by name; of nested calls of one name only the outermost counts."""
+    """Seconds of the main thread by name; of nested calls of one name only the outermost counts."""
 
     def __init__(self):
         self.seconds: Counter[str] = Counter()
-        self._lock, self._running = threading.Lock(), threading.local()
+        self._running: set[str] = set()
 
     def timed(self, name: str, function: Callable) -> Callable:
+        """For a coroutine function the seconds until it has ended: nothing else is to be waited for meanwhile."""
+
         @functools.wraps(function)
         def call(*arguments, **options):
-            running = self._running.__dict__.setdefault("names", set())
-            if name in running:
+            if name in self._running or threading.current_thread() is not threading.main_thread():
                 return function(*arguments, **options)
-            running.add(name)
-            started = time.perf_counter()
-            try:
+            with self._timing(name):
                 return function(*arguments, **options)
-            finally:
-                running.discard(name)
-                with self._lock:
-                    self.seconds[name] += time.perf_counter() - started
 
-        return call
+        @functools.wraps(function)
+        async def wait(*arguments, **options):
+            with self._timing(name):
+                return await function(*arguments, **options)
+
+        return wait if asyncio.iscoroutinefunction(function) else call
+
+    @contextmanager
+    def _timing(self, name: str) -> Iterator[None]:
+        self._running.add(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._running.discard(name)
+            self.seconds[name] += time.perf_counter() - started
 
     def patch(self, name: str, owner: object, *attributes: str) -> None:
         for attribute in attributes:
@@ -60,6 +73,7 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
 
     import flows.loop as pipeline
     from thinkimg import artifacts, files
+    from thinkimg.stages.rollout import Writer
     from thinkimg.tracking import LoopTracker
 
     clock, rows = Clock(), []
@@ -67,6 +81,7 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
     clock.patch("store", artifacts, "write_table")
     clock.patch("store", pq, "read_table", "read_metadata")
     clock.patch("store", artifacts.Artifact, "table", "checked")
+    clock.patch("store", Writer, "done")
     for name in ("prepare", "warmstart", "rollout", "score", "train", "evaluate"):
         module = sys.modules[f"flows.{name}"]
         clock.patch("stage", module.stage, name)

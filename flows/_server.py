@@ -20,6 +20,12 @@ from thinkimg import files
 from thinkimg.engine.server import answers
 from thinkimg.process import free_port, spawn
 
+# What a server writes for its pages alone. While it wrote the tasks of a scoring, the next flow was answered 503 by its
+# SQLite, which costs the client two seconds each time (seen with 3.7).
+UNSEEN = {
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "0",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "0",
+}
 ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
 
 _own: Future | None = None
@@ -66,7 +72,7 @@ def _settle(future: Future) -> None:
 def _launch(port: int, timeout: float) -> str:
     """Start the server and wait until it answers; its API's URL."""
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
-    embedded = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    embedded = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"} | UNSEEN
     app = ["--app-dir", str(prefect.__module_path__.parent), "--factory", "prefect.server.api.server:create_app"]
     where = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     log = PREFECT_HOME.value() / "thinkimg-server.log"

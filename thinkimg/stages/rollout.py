@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -114,7 +115,7 @@ async def play_parts(
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
     tokens = 0
     if jobs:
-        async with Players(config, dataset, policy, crew) as players:
+        async with Players(config, dataset, policy, crew) as players, Writer() as writer:
             async for job, episode in players.play(jobs, lambda done: progress(total - len(jobs) + done, total)):
                 number = part_of[job.sample.sample_id]
                 ended[number][job.sample.sample_id, job.index] = episode
@@ -122,12 +123,35 @@ async def play_parts(
                     whole = ended.pop(number)
                     episodes = [whole[sample.sample_id, i] for sample in parts[number] for i in range(len(plays))]
                     tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
-                    await asyncio.to_thread(write_part, work, number, episodes, players.pool if keep_images else None)
+                    await writer.write(work, number, episodes, players.pool if keep_images else None)
     rows = read_rows(work)
     failed = [row for row in rows if row.stop is StopReason.FAILED]
     if len(failed) == len(rows):
         raise UserError(f"every conversation failed, the first with: {failed[0].error}", hint="read the engine's log")
     return tokens
+
+
+class Writer:
+    """Async context manager: closes parts in a thread, one at a time, while the other conversations go on."""
+
+    def __init__(self):
+        self._writing: asyncio.Task | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.done()
+
+    async def write(self, *part) -> None:
+        """Begin with `write_part(*part)`, after the one before; raises what that one has raised."""
+        await self.done()
+        self._writing = asyncio.create_task(asyncio.to_thread(write_part, *part))
+
+    async def done(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            await writing
 
 
 def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor | None) -> None:
