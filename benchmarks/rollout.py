@@ -26,6 +26,7 @@ import psutil
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import Config, load
 from thinkimg.data.images import load_samples
+from thinkimg.engine import serve  # noqa: F401  the engine of this process waits as that of the server does
 from thinkimg.engine.client import Generation, Sampling
 from thinkimg.engine.server import ServerSettings, server_command, server_environment
 from thinkimg.machines import Machines
@@ -35,7 +36,7 @@ from thinkimg.stages.rollout import draw
 from thinkimg.stages.warmstart import warmstart
 
 CACHES = ("prefix", "mm", "encoder")
-PARTS = {"api_server": "server", "APIServer": "server", "EngineCore": "scheduler", "VLLM::Worker": "model"}
+PARTS = {"engine.serve": "server", "APIServer": "server", "EngineCore": "scheduler", "VLLM::Worker": "model"}
 
 
 def clock() -> Counter:

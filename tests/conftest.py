@@ -82,7 +82,7 @@ time.sleep(1e6)
 
 @pytest.fixture(scope="session")
 def engine(tiny_models, media_dir, tmp_path_factory):
-    """A running vLLM server (`.url`) with the first tiny model, version "v0"; who loads other weights loads these again.
+    """A running vLLM server (`.url`, below `.pid`) with the first tiny model, version "v0"; who loads other weights loads these again.
 
     At the end its parent gets SIGKILL, and everything that descends from that has to be gone within seconds: without the
     watchdog VLLM::EngineCore is what stays alive.
@@ -98,7 +98,7 @@ def engine(tiny_models, media_dir, tmp_path_factory):
             family = descendants(keeper.pid)
             titles = [title(pid) for pid in family]
             assert any("EngineCore" in name for name in titles), titles
-            yield SimpleNamespace(url=url)
+            yield SimpleNamespace(url=url, pid=keeper.pid)
         finally:
             keeper.kill()
     deadline = time.monotonic() + 10

@@ -7,12 +7,14 @@ import math
 import random
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -181,6 +183,19 @@ def test_next_token_logprobs_are_those_of_transformers(engine, tiny_models, toke
         assert [sample.weight_version for sample in samples] == ["v1", "v0"]
 
     ask([engine.url], reload_and_compare)
+
+
+def test_a_server_that_waits_keeps_no_core_busy(engine, tokenizer, picture, sampling):
+    """vLLM's own processes look for the next message without a pause for a second after each."""
+    processes = psutil.Process(engine.pid).children(recursive=True)
+
+    def spent() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    converse_all([engine.url], tokenizer, picture, sampling, [0])
+    before, started = spent(), time.monotonic()
+    time.sleep(0.8)
+    assert spent() - before < 0.5 * (time.monotonic() - started)
 
 
 def test_sleep_and_wake_up_leave_the_answers_as_they_were(engine, tokenizer, picture, sampling):

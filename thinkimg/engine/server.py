@@ -205,7 +205,7 @@ def server_command(
         flags.append("enable-lora")
     if settings.sleeps:
         flags.append("enable-sleep-mode")
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    argv = [sys.executable, "-m", "thinkimg.engine.serve" if cpu else "vllm.entrypoints.openai.api_server"]
     for name, value in options.items():
         if value is not None:
             argv += [f"--{name}", str(value)]
