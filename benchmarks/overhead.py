@@ -36,7 +36,7 @@ class Clock:
         self._running: set[str] = set()
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """For a coroutine function the seconds until it has ended: nothing else is to be waited for meanwhile."""
+        """For a coroutine function the seconds until it has ended."""
 
         @functools.wraps(function)
         def call(*arguments, **options):
@@ -81,7 +81,7 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
     clock.patch("store", artifacts, "write_table")
     clock.patch("store", pq, "read_table", "read_metadata")
     clock.patch("store", artifacts.Artifact, "table", "checked")
-    clock.patch("store", Writer, "done")
+    clock.patch("store", Writer, "__aexit__")
     for name in ("prepare", "warmstart", "rollout", "score", "train", "evaluate"):
         module = sys.modules[f"flows.{name}"]
         clock.patch("stage", module.stage, name)

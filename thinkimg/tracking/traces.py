@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.images.coordinates import Frame, taken_box
@@ -70,15 +70,14 @@ def log_traces(
     count: int,
     system: str | None = None,
     reasons: Mapping[tuple[str, str], str] | None = None,
-    known: Collection[str] | None = None,
 ) -> int:
     """Log `count` of the trajectories of one step under a run; returns how many were missing.
 
     images: pixel hash -> RGB image, called for chosen trajectories only. samples: by id. system: the system prompt.
-    reasons: (trajectory id, component) -> why the value is what it is. known: keys of the traces that the run has, if
-    they have been looked up. Raises RuntimeError if traces did not arrive, which MLflow itself only logs.
+    reasons: (trajectory id, component) -> why the value is what it is. Raises RuntimeError if traces did not arrive, which
+    MLflow itself only logs.
     """
-    known = trace_keys(connection, run_id) if known is None else known
+    known = trace_keys(connection, run_id, step)
     chosen = {
         trace_key(run_id, step, row.trajectory_id): (row, why) for row, why in select(trajectories, scores, count)
     }
@@ -104,7 +103,7 @@ def log_traces(
         )
     if missing:
         load_mlflow().flush_trace_async_logging()  # nothing waits unless someone has turned it on before we came
-        lost = set(missing) - trace_keys(connection, run_id)
+        lost = set(missing) - trace_keys(connection, run_id, step)
         if lost:
             raise RuntimeError(f"{len(lost)} of {len(missing)} traces did not arrive")
     return len(missing)
@@ -114,12 +113,17 @@ def trace_key(run_id: str, step: int, trajectory_id: str) -> str:
     return f"{run_id}/{step}/{trajectory_id}"
 
 
-def trace_keys(connection: Connection, run_id: str) -> set[str]:
-    """Keys of the traces that a run has."""
+def trace_keys(connection: Connection, run_id: str, step: int) -> set[str]:
+    """Keys of the traces that a run has of a step."""
     keys, token = set(), None
     while True:
         page = connection.client.search_traces(
-            locations=[connection.loops], run_id=run_id, include_spans=False, max_results=500, page_token=token
+            locations=[connection.loops],
+            run_id=run_id,
+            filter_string=f"tags.step = '{step}'",
+            include_spans=False,
+            max_results=500,
+            page_token=token,
         )
         keys |= {trace.info.tags.get(KEY) for trace in page}
         token = page.token
