@@ -3,8 +3,8 @@
     python benchmarks/overhead.py --preset tiny --set where.store=/tmp/overhead --set iterations=3
 
     work      the stages' own computing: engine, trainer, tools, rewards
-    store     hashing, syncing, renaming and reading or writing Parquet, as far as it is waited for: what a rollout's
-              writer does while conversations go on, or judges in their threads beside each other, is not
+    store     hashing, syncing, renaming and reading or writing Parquet in the main thread, and the wait for a rollout's
+              last part; what other threads store, while conversations go on or judges judge, counts as work
     prefect   everything between a sub-flow's call and its stage, and back: states, settings, tables, links
     mlflow    the loop's record and its projection, traces included
 
@@ -47,6 +47,8 @@ class Clock:
 
         @functools.wraps(function)
         async def wait(*arguments, **options):
+            if name in self._running:
+                return await function(*arguments, **options)
             with self._timing(name):
                 return await function(*arguments, **options)
 

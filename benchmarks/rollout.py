@@ -26,17 +26,25 @@ import psutil
 from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import Config, load
 from thinkimg.data.images import load_samples
-from thinkimg.engine import serve  # noqa: F401  the engine of this process waits as that of the server does
 from thinkimg.engine.client import Generation, Sampling
-from thinkimg.engine.server import ServerSettings, server_command, server_environment
+from thinkimg.engine.server import ServerSettings, on_cpu, server_command, server_environment
 from thinkimg.machines import Machines
 from thinkimg.rollout import Job, Media, Play, Players
 from thinkimg.stages.prepare import prepare
 from thinkimg.stages.rollout import draw
 from thinkimg.stages.warmstart import warmstart
 
+if on_cpu():
+    import thinkimg.engine.serve  # noqa: F401  the engine of this process waits as that of the server does
+
 CACHES = ("prefix", "mm", "encoder")
-PARTS = {"engine.serve": "server", "APIServer": "server", "EngineCore": "scheduler", "VLLM::Worker": "model"}
+PARTS = {
+    "engine.serve": "server",
+    "api_server": "server",
+    "APIServer": "server",
+    "EngineCore": "scheduler",
+    "VLLM::Worker": "model",
+}
 
 
 def clock() -> Counter:

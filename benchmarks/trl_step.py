@@ -170,7 +170,7 @@ def thinkimg(work: Workload, steps: int) -> Laps:
     settings = ModelConfig(dtype="float32", adaptation="lora", lora_rank=8)
     policy = Policy(model.eval(), settings, Base("tiny"), {})
     loss = LossConfig(vllm_importance_sampling_correction=False)
-    train = TrainConfig(loss=loss, learning_rate=RATE, max_grad_norm=1e9, token_budget=4096)
+    train = TrainConfig(loss=loss, learning_rate=RATE, max_grad_norm=1e9, token_budget=TINY.budget)
     names = np.repeat(np.arange(len(work.groups)), SIZE)
     found = advantages(work.rewards, names, np.ones(len(names), dtype=bool), scale_rewards="group").advantages
     job = TrainJob(

@@ -41,8 +41,8 @@ TINY = Geometry(  # thinkimg's preset `tiny`, and lengths a quarter of the 7B's
         "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 128,
         "fullatt_block_indexes": [3],
     },
-    lora_rank=8, prompt_image=(10, 25), prompt_text=50, tool_image=(10, 15), sampled=100, groups=4, budget=2048,
-    dtype="float32",
+    lora_rank=8, prompt_image=(10, 25), prompt_text=50, tool_image=(10, 15), sampled=100, groups=4, dtype="float32",
+    budget=2048,  # 4,096 is no faster on two cores, and takes 0.6 of the stock step's memory instead of 0.35
 )  # fmt: skip
 SEVEN_B = Geometry(  # Qwen2.5-VL-7B's config.json, and the workload of its GRPO: 1,000 + 200, two of 600, 400 sampled
     text={

@@ -282,7 +282,6 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
         from transformers import BitsAndBytesConfig
 
         device = torch.device(device)
-
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -1,6 +1,7 @@
 """The rollout stage: groups of trajectories for this iteration's samples, published in parts as they finish."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
 from thinkimg.rollout import Job, Play, Players, view_limits
 from thinkimg.schemas import SCHEMA_VERSION, CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
+
+log = logging.getLogger(__name__)
 
 STAGE, VERSION, KIND = "rollout", 1, "rollouts"
 PARTS = 8  # an iteration is published in this many parts
@@ -140,8 +143,13 @@ class Writer:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await self.done()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            await self.done()
+        except Exception:
+            if kind is None:
+                raise
+            log.exception("a part was not written")  # what has ended the conversations is what the user has to hear
 
     async def write(self, *part) -> None:
         """Begin with `write_part(*part)`, after the one before; raises what that one has raised."""
@@ -149,9 +157,14 @@ class Writer:
         self._writing = asyncio.create_task(asyncio.to_thread(write_part, *part))
 
     async def done(self) -> None:
+        """Wait for the part that is being written, even if we are cancelled: its thread would lose what it works with."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            await writing
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait([writing])
+                raise
 
 
 def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor | None) -> None:

@@ -24,7 +24,7 @@ from thinkimg.tracking.records import (
     without_password,
 )
 from thinkimg.tracking.stored import has_traces, stored
-from thinkimg.tracking.traces import log_traces, trace_keys
+from thinkimg.tracking.traces import log_traces, trace_key, trace_keys
 from thinkimg.tracking.view import QUERY
 
 if TYPE_CHECKING:
@@ -224,9 +224,11 @@ def log_missing_traces(connection: Connection, store: Store, record: LoopRecord,
     """Traces of the steps that have rollouts and scores in the store and are not `done`; these are done now."""
     count, added = record.config["where"]["tracking"]["traces"], 0
     ready = [iteration.step for iteration in record.iterations if has_traces(store, record, iteration.step)]
-    for step in [step for step in ready if step not in done] if count else []:
+    left = [step for step in ready if step not in done] if count else []
+    known = trace_keys(connection, run_id, left[0] if len(left) == 1 else None) if left else set()
+    for step in left:
         done.add(step)  # even if it fails: a damaged artifact would be read again with every call
-        if len(trace_keys(connection, run_id, step)) < count:
+        if sum(key.startswith(trace_key(run_id, step, "")) for key in known) < count:
             found = stored(store, record, step)
             added += log_traces(
                 connection,
@@ -239,6 +241,7 @@ def log_missing_traces(connection: Connection, store: Store, record: LoopRecord,
                 count=count,
                 system=record.system,
                 reasons=found.reasons,
+                known=known,
             )
     return added
 

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.images.coordinates import Frame, taken_box
@@ -70,14 +70,15 @@ def log_traces(
     count: int,
     system: str | None = None,
     reasons: Mapping[tuple[str, str], str] | None = None,
+    known: Collection[str] | None = None,
 ) -> int:
     """Log `count` of the trajectories of one step under a run; returns how many were missing.
 
     images: pixel hash -> RGB image, called for chosen trajectories only. samples: by id. system: the system prompt.
-    reasons: (trajectory id, component) -> why the value is what it is. Raises RuntimeError if traces did not arrive, which
-    MLflow itself only logs.
+    reasons: (trajectory id, component) -> why the value is what it is. known: keys of the traces that the run has, if
+    they have been looked up. Raises RuntimeError if traces did not arrive, which MLflow itself only logs.
     """
-    known = trace_keys(connection, run_id, step)
+    known = trace_keys(connection, run_id, step) if known is None else known
     chosen = {
         trace_key(run_id, step, row.trajectory_id): (row, why) for row, why in select(trajectories, scores, count)
     }
@@ -113,14 +114,14 @@ def trace_key(run_id: str, step: int, trajectory_id: str) -> str:
     return f"{run_id}/{step}/{trajectory_id}"
 
 
-def trace_keys(connection: Connection, run_id: str, step: int) -> set[str]:
-    """Keys of the traces that a run has of a step."""
+def trace_keys(connection: Connection, run_id: str, step: int | None = None) -> set[str]:
+    """Keys of the traces that a run has, of one step or of all: of all it takes longer with each step that it has."""
     keys, token = set(), None
     while True:
         page = connection.client.search_traces(
             locations=[connection.loops],
             run_id=run_id,
-            filter_string=f"tags.step = '{step}'",
+            filter_string=None if step is None else f"tags.step = '{step}'",
             include_spans=False,
             max_results=500,
             page_token=token,
