@@ -10,7 +10,7 @@ from thinkimg.config import ModelConfig
 from thinkimg.errors import UserError
 from thinkimg.grpo import checkpoint
 from thinkimg.grpo.checkpoint import Base
-from thinkimg.stages.train import STAGE, trim_optimizers
+from thinkimg.stages.train import STAGE, check_optimizer, trim_optimizers
 
 FULL = ModelConfig(dtype="float32", adaptation="full")
 NAME = "policy/optimizer.safetensors"
@@ -44,7 +44,12 @@ def test_the_last_two_are_kept_and_the_others_still_serve(tmp_path, tiny_models)
     for _ in range(2):  # again changes nothing
         trim_optimizers(store, made[-1])
         assert [(policy.directory / NAME).exists() for policy in made] == [True, False, False, True, True]
-    for policy in made:
+    for number, policy in enumerate(made):
+        if number in (1, 2):
+            with pytest.raises(UserError, match=f"{policy.fingerprint[:12]} .* no optimizer state any more"):
+                check_optimizer(policy)
+        else:
+            check_optimizer(policy)
         assert store.verify(policy) == [] and Artifact.open(policy.directory).checked("policy").is_dir()
     old = checkpoint.load(made[2].directory / "policy", FULL, "cpu")
     with pytest.raises(UserError, match="optimizer state is gone"):

@@ -102,7 +102,7 @@ class Policy:
             if self.updates and not known:
                 raise UserError(
                     "The policy's optimizer state is gone: only the last two policies of a loop keep theirs.",
-                    hint="Go on from a later policy, or make this one again with --force.",
+                    hint="Go on from the loop's first policy or from its last ones.",
                 )
             if known and known != set(parameters):
                 raise UserError(

@@ -12,6 +12,7 @@ from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.base import base_entry
 from thinkimg.chat.codec import Codec
 from thinkimg.config import Config
+from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows
 from thinkimg.machines import Machines, machines
 from thinkimg.manifest import MANIFEST, OPTIMIZER, TRIMMED, Reference
@@ -67,6 +68,7 @@ def train(
     reference = reference_of(config, reference)
 
     def produce(work: Work) -> None:
+        check_optimizer(policy)
         with machines(config) as crew:
             step(work, config, dataset, policy, rollouts, scores, reference, crew, progress)
 
@@ -75,6 +77,18 @@ def train(
     made, cached = store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
     trim_optimizers(store, made)
     return made, cached
+
+
+def check_optimizer(policy: Artifact) -> None:
+    """Raise UserError where training can't go on from the policy, before a trainer is started."""
+    name = f"policy/{OPTIMIZER}"
+    if policy.manifest["recipe"]["stage"] == STAGE and name in policy.files and policy.trimmed(policy.files[name]):
+        raise UserError(
+            f"The policy {policy.fingerprint[:12]} that these rollouts are of has no optimizer state any more: only the last "
+            f"{KEPT} policies of a loop keep theirs.",
+            hint="train from the scores of the loop's first or last iteration; `thinkimg remix` tells of any scores what "
+            "another mix would make of them",
+        )
 
 
 def trim_optimizers(store: Store, newest: Artifact) -> None:
