@@ -41,7 +41,7 @@ def show_artifact(artifact: Artifact, cached: bool, link: str | None) -> None:
     if _server.is_embedded():
         return
     stage = artifact.manifest["recipe"]["stage"]
-    rows = [{"metric": name, "value": value} for name, value in sorted(tracking.headline(artifact).items())]
+    rows = [{"metric": name, "value": _rounded(value)} for name, value in sorted(tracking.headline(artifact).items())]
     state = "found in the store" if cached else "made by this run"
     with forgiving("a table"):
         create_table_artifact(rows, key=f"thinkimg-{stage}", description=f"`{artifact.reference}`, {state}.")

@@ -145,7 +145,8 @@ class Server:
                 raise self._error(f"was not ready after {timeout:.0f} s")
             if self.progress is not None and elapsed - told >= 5:
                 told = elapsed
-                self.progress(f"{self.name}: starting, {elapsed:.0f} s: {last_words(self._child.log_tail(1))}")
+                words = last_words(self._child.log_tail(1))
+                self.progress(f"{self.name}: starting, {elapsed:.0f} s{words and ': '}{words}")
             time.sleep(0.1)
         if self.progress is not None:
             self.progress(f"{self.name}: ready after {time.monotonic() - started:.0f} s at {self.url}")
