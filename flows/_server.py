@@ -20,8 +20,8 @@ from thinkimg import files
 from thinkimg.engine.server import answers
 from thinkimg.process import free_port, spawn
 
-# What a server writes for its pages alone (and has old events vacuumed with). While it wrote the tasks of a scoring, the next flow was answered 503 by its
-# SQLite, which costs the client two seconds each time (seen with 3.7).
+# What a server writes for its pages alone (and has old events vacuumed with). While it wrote the tasks of a scoring, the
+# next flow was answered 503 by its SQLite, which costs the client two seconds each time (seen with 3.7).
 UNSEEN = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "0",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "0",

@@ -1,8 +1,8 @@
 """vLLM's server where it computes on a CPU: a process that waits for another sleeps, and keeps no core busy meanwhile.
 
 For a second after each message vLLM's processes look for the next one without a pause (SpinCondition, vLLM 0.32): engine and
-worker take a core each from the model, the client and the trainer. On two cores the tiny preset's rollouts took three to
-four times as long. All processes of a server come here: what starts them imports the main module of its parent.
+worker take a core each from the model, the client and the trainer. On two cores the tiny preset's rollouts took 16 to 34 s
+instead of 4 to 5. All processes of a server come here: what starts them imports the main module of its parent.
 """
 
 import time

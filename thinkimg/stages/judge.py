@@ -39,8 +39,7 @@ def judge(
 ) -> None:  # fmt: skip
     """Have the judges of some components look at pairs; `close(component, found)` gets what one has found when it has ended.
 
-    Raises the first failure, after the others have ended: what they found
-    is not lost with it.
+    Raises the first failure, after the others have ended: what they found is not lost with it.
     """
     pairs = sorted(wanted, key=key_of)
     looked = dict(zip(pairs, bench.map(lambda pair: unfit(pair, bench), pairs), strict=True))

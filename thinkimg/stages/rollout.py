@@ -146,10 +146,11 @@ class Writer:
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             await self.done()
-        except Exception:
+        except (OSError, UserError) as error:  # of the disk
             if kind is None:
                 raise
-            log.exception("a part was not written")  # what has ended the conversations is what the user has to hear
+            # What has ended the conversations is what the user has to hear first; the part is played again by the next run.
+            log.error("a part was not written: %s", error)
 
     async def write(self, *part) -> None:
         """Begin with `write_part(*part)`, after the one before; raises what that one has raised."""

@@ -82,7 +82,7 @@ def train(
 def check_optimizer(policy: Artifact) -> None:
     """Raise UserError where training can't go on from the policy, before a trainer is started."""
     name = f"policy/{OPTIMIZER}"
-    if policy.manifest["recipe"]["stage"] == STAGE and name in policy.files and policy.trimmed(policy.files[name]):
+    if name in policy.files and policy.trimmed(policy.files[name]):
         raise UserError(
             f"The policy {policy.fingerprint[:12]} that these rollouts are of has no optimizer state any more: only the last "
             f"{KEPT} policies of a loop keep theirs.",
