@@ -2,7 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect
-READY := .venv/ready
+# CLOSURE=cpu or gpu: which packages; left out, those that .venv holds, or that fit the machine.
+CLOSURE ?=
+READY := .venv/ready$(addprefix -,$(CLOSURE))
 
 .PHONY: demo setup test test-all lint ui server deploy worker chaos
 
@@ -11,20 +13,20 @@ demo: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml $(wildcard requirements/*) thinkimg/torchvision_hook.py
-	@PYTHON="$(PYTHON)" bash requirements/setup.sh
+$(READY): pyproject.toml $(wildcard requirements/*)
+	@PYTHON="$(PYTHON)" CLOSURE="$(CLOSURE)" bash requirements/setup.sh
 
-$(READY)-test: $(READY) requirements/test.txt
-	@PYTHON="$(PYTHON)" bash requirements/setup.sh test
+.venv/ready-test: $(READY) requirements/test.txt
+	@PYTHON="$(PYTHON)" CLOSURE="$(CLOSURE)" bash requirements/setup.sh test
 
-test: $(READY)-test
+test: .venv/ready-test
 	$(BIN)/pytest -q -m "not long"
 
-test-all: $(READY)-test
+test-all: .venv/ready-test
 	@bash requirements/chromium.sh
 	$(BIN)/pytest -q -m long
 
-lint: $(READY)-test
+lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -44,11 +46,11 @@ server: $(READY)
 deploy: $(READY)
 	@PREFECT_API_URL=$(API) $(PREFECT) work-pool create thinkimg --type process --overwrite
 	@PREFECT_API_URL=$(API) $(BIN)/python -m flows._device
-	@PWD=$(CURDIR) PREFECT_API_URL=$(API) $(PREFECT) deploy --all
+	@PWD="$(CURDIR)" PREFECT_API_URL=$(API) $(PREFECT) deploy --all
 
 worker: $(READY)
 	@PREFECT_API_URL=$(API) $(PREFECT) worker start --pool thinkimg --type process
 
 # Hundreds of kills; THINKIMG_SEED=… replays.
-chaos: $(READY)-test
+chaos: .venv/ready-test
 	THINKIMG_KILLS=$(or $(KILLS),300) $(BIN)/pytest -q -m long tests/test_chaos.py

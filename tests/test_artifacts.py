@@ -132,6 +132,29 @@ def test_build_makes_once_then_finds_and_force_makes_another_attempt_of_equal_di
     assert directory_digest(first.path("adapter")) == directory_digest(second.checked("adapter"))
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_force_takes_nothing_over_from_an_attempt_that_was_broken_off(tmp_path, done):
+    store, made = Store(tmp_path), []
+    if done:
+        store.build("toy", RECIPE, toy_stage)
+
+    def produce(work, fails):
+        for name in ("a.txt", "b.txt"):
+            if not work.has(name):
+                made.append(name)
+                work.text(name, str(len(made)))
+            if fails:
+                raise InterruptedError
+
+    for force in (True, False) if not done else (True,):
+        with pytest.raises(InterruptedError):
+            store.build("toy", RECIPE, lambda work: produce(work, True), force=force)
+    made.clear()
+    artifact, _ = store.build("toy", RECIPE, lambda work: produce(work, False), force=True)
+    assert made == ["a.txt", "b.txt"] and store.verify(artifact) == []
+    assert artifact.attempt == ("0002" if done else "0001") and not list(tmp_path.rglob("*.work"))
+
+
 def test_metrics_are_json_whatever_they_were(tmp_path):
     def produce(work):
         work.metrics.update(none=None, nan=float("nan"), count=3, numpy=np.float32(0.25))

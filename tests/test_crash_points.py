@@ -97,8 +97,8 @@ class Stages:
         for name in STAGES[1:]:
             self.made[name] = self.run(name, self.store)
 
-    def run(self, name: str, store: Store):
-        config = self.config
+    def run(self, name: str, store: Store, *, config=None, force: bool = False):
+        config = config or self.config
         if name == "prepare":
             return prepare.prepare(config, store)[0]
         token = machines.CURRENT.set(self.crew)
@@ -122,13 +122,13 @@ class Stages:
                 )[0]
             policy = self.made["warmstart"]
             if name == "rollout":
-                return rollout.rollout(config, self.dataset, policy, store)[0]
+                return rollout.rollout(config, self.dataset, policy, store, force=force)[0]
             if name == "score":
                 return score.score(config, self.dataset, self.made["rollout"], store)[0]
             if name == "train":
                 inputs = (self.dataset, policy, self.made["rollout"], self.made["score"])
                 return train.train(config, *inputs, store)[0]
-            return evaluate.evaluate(config, self.dataset, policy, store)[0]
+            return evaluate.evaluate(config, self.dataset, policy, store, force=force)[0]
         finally:
             machines.CURRENT.reset(token)
 

@@ -79,7 +79,7 @@ def parquet_table(images, records=RECORDS):
 def test_jsonl_with_paths(folder):
     rows = rows_of("jsonl", write_jsonl(folder / "data.jsonl", RECORDS))
     assert accepted(rows) == EXPECTED
-    assert rows[3].where == "data.jsonl line 4" and rows[3].metadata == {"extra": 3}
+    assert rows[3].where == "data.jsonl line 4" and rows[3].columns == {"extra": 3}
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
@@ -145,7 +145,7 @@ def test_the_hub_through_a_local_copy(folder, tmp_path, monkeypatch):
     ).to_parquet(copy / "train.parquet")
     rows = rows_of("hub", copy)
     assert accepted(rows) == [(q, a, (png(i), png(i + 1))) for i, (q, a, _) in enumerate(EXPECTED)]
-    assert rows[0].metadata == {} and rows[4].where == "row 5"
+    assert rows[0].columns == {} and rows[4].where == "row 5"
     with pytest.raises(UserError, match=r"no column 'picture' for the image; it has answer, image") as error:
         rows_of("hub", copy, columns={"image": "picture"})
     assert "data.columns.image" in error.value.hint
@@ -201,7 +201,7 @@ def test_columns_are_mapped(folder):
     columns = {"image": "picture", "question": "q", "answer": "a", "choices": "options", "id": "n", "group": "photo"}
     (row,) = rows_of("jsonl", write_jsonl(folder / "d.jsonl", records), columns=columns, answer_type="choice")
     assert (row.id, row.question, row.answer, row.choices, row.group) == ("7", "Which?", "y", ("x", "y"), "p1")
-    assert row.metadata == {"rest": [1]} and row.answer_type == "choice"
+    assert row.columns == {"rest": [1]} and row.answer_type == "choice"
 
 
 @pytest.mark.parametrize(("answer_type", "choices", "answer", "expected"), [
@@ -338,7 +338,7 @@ def test_whatever_a_record_holds_it_is_a_row_or_refused(record, answer_type):
     if isinstance(row, RawRow):
         assert row.question and row.answer and row.images
         (row.id + row.question + row.answer + "".join(row.choices) + row.group).encode()
-        json.dumps(row.metadata, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(row.columns, allow_nan=False, ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from thinkimg.engine import EngineError
 from thinkimg.engine import server as server_module
-from thinkimg.engine.client import EngineClient, ImageRef, Sampling
+from thinkimg.engine.client import EngineClient, EngineUnavailable, ImageRef, Sampling
 from thinkimg.engine.server import Server, ServerSettings
 from thinkimg.errors import UserError
 
@@ -387,11 +387,21 @@ def test_transient_failures_are_retried_and_versions_joined(fakes):
     assert generation.weight_version == "a>b"
 
 
-def test_client_errors_are_not_retried(fakes):
-    (fake,) = fakes([400])
-    with pytest.raises(EngineError, match="400: no luck"):
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_request_is_not_sent_again(fakes, status):
+    (fake,) = fakes([status])
+    with pytest.raises(EngineError, match=f"{status}: no luck") as failure:
         generate_many([fake.url], 1)
-    assert len(fake.bodies) == 1
+    assert len(fake.bodies) == 1 and not isinstance(failure.value, EngineUnavailable)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409, 429])
+def test_what_a_server_would_answer_to_any_request_is_no_fault_of_this_one(fakes, status):
+    """A key, an adapter that was lost: the conversation is not to fail for it."""
+    (fake,) = fakes([status] * 100)
+    with pytest.raises(EngineUnavailable, match=f"{status}: no luck"):
+        generate_many([fake.url], 1)
+    assert len(fake.bodies) > 1
 
 
 def test_retries_end(fakes):

@@ -1,6 +1,7 @@
 """The fault table (docs/faults.md): each row ends in a retry that works, or in one clear sentence, within a minute."""
 
 import asyncio
+import copy
 import logging
 import os
 import re
@@ -138,6 +139,70 @@ def test_an_engine_that_dies_in_the_middle_costs_what_was_in_flight(stages, tmp_
     monkeypatch.setattr(Recorded, "play", counting(Recorded.play, again := []))
     assert stages.run("rollout", store).digest == stages.made["rollout"].digest
     assert len(again) == 2 and not set(again) & set(played)  # a sample has two conversations and a part of its own
+
+
+class Refused(Recorded):
+    """Players whose engine refuses some conversations: `refuses(job)`."""
+
+    refuses = staticmethod(lambda job: True)
+
+    async def play(self, jobs, progress):
+        for job in jobs:
+            episode = copy.copy(self.episode(job))
+            if self.refuses(job):
+                episode.fail("http://x answered 400: this server shows no images")
+                episode.refused = True
+            yield job, episode
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["rollout", "evaluate"])
+def test_what_the_engine_refused_is_no_finished_work(stages, tmp_path, monkeypatch, name, force):  # noqa: F811
+    store = Store(tmp_path)
+    monkeypatch.setattr(rollout, "Players", Refused)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"The engine refused \d+ of \d+ .* shows no images.* Hint: Mend that and run"
+        ):
+            stages.run(name, store)
+        assert not list(tmp_path.rglob("trajectories-*"))
+    monkeypatch.setattr(rollout, "Players", Recorded)
+    assert stages.run(name, store, force=force).digest == stages.made[name].digest
+
+
+def test_a_conversation_that_is_refused_alone_is_a_row_and_force_plays_it_again(stages, tmp_path, monkeypatch):  # noqa: F811
+    store = Store(tmp_path)
+    monkeypatch.setattr(rollout, "Players", Refused)
+    monkeypatch.setattr(
+        Refused, "refuses", staticmethod(lambda job: job.index == 0 and "detail" in job.sample.sample_id)
+    )
+    first = stages.run("rollout", store)
+    stops = first.table("trajectories")["stop"].to_pylist()
+    assert 0 < stops.count("failed") <= len(stops) / 2
+    monkeypatch.setattr(rollout, "Players", Recorded)
+    again = stages.run("rollout", store, force=True)
+    assert again.digest == stages.made["rollout"].digest and again.attempt == "0002"
+
+
+def test_half_of_what_an_engine_that_fails_played_is_kept(stages, tmp_path, monkeypatch):  # noqa: F811
+    """Parts without a refusal stay closed; those with one are played again."""
+    store = Store(tmp_path)
+    monkeypatch.setattr(rollout, "Players", Refused)
+    kept = []
+
+    def refuses(job):
+        kept.append(job.sample.sample_id)
+        return len(kept) > 1 and job.sample.sample_id != kept[0]
+
+    monkeypatch.setattr(Refused, "refuses", staticmethod(refuses))
+    config = stages.config.model_copy(update={"rollout": stages.config.rollout.model_copy(update={"samples": 3})})
+    with pytest.raises(UserError, match="refused 4 of 6"):
+        stages.run("rollout", store, config=config)
+    assert len(list(tmp_path.rglob("trajectories-*"))) == 1
+    monkeypatch.setattr(rollout, "Players", Recorded)
+    monkeypatch.setattr(Recorded, "play", counting(Recorded.play, again := []))
+    stages.run("rollout", store, config=config)
+    assert len(again) == 4 and kept[0] not in {sample for sample, _ in again}
 
 
 def counting(play, seen):

@@ -15,7 +15,7 @@ from thinkimg.manifest import canonical
 from thinkimg.stages import pairs, prepare, score, train, warmstart
 
 GOLDEN = {
-    "prepare": (1, "3b218f342e0031d35b434fb96440ebf6a8e2c096f5483af2af1ac3784b340a4d"),
+    "prepare": (2, "3b218f342e0031d35b434fb96440ebf6a8e2c096f5483af2af1ac3784b340a4d"),
     "demonstrate": (2, "ddfa3bea6fd9fd2937ddb026a73678c0ac8b9f76101a961ef063804327910614"),
     "pairs": (1, "3484d9f147e92a0a2136223d58ff285075234d6781efa10beb42018f64619e61"),
     "compare": (2, "58d7f5ae2af41e2184f36651b43bcb3c087042169c718f6cff46be08f3e0a469"),

@@ -53,7 +53,8 @@ def turns(tmp_path, keep: bool) -> None:
 
 
 def test_on_a_gpu_who_is_not_wanted_sleeps_and_starts_once(tmp_path, notes, monkeypatch):
-    monkeypatch.setattr("thinkimg.engine.server.on_cpu", lambda: False)
+    monkeypatch.setattr("thinkimg.closure.on_cpu", lambda: False)
+    monkeypatch.setattr("thinkimg.closure.visible_gpus", lambda: 1)
     turns(tmp_path, keep=False)
     assert notes == [
         "engine starts", "engine wakes", "engine wakes", "engine sleeps", "trainer starts", "engine wakes",

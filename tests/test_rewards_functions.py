@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -75,7 +76,9 @@ def mine(prompts, completions, completion_ids, images, **columns):
     return [0.5] * len(completions)
 """
     row = trajectory(call(x=1), malformed(), final("red"), answer="red")
-    module(body, rows=[failed(), row], one=sample("blue", "choice", ("red", "blue"), level=3, question="not mine"))
+    own = {"level": 3, "question": "not ours", "trainer_state": 1, "log_metric": 2}
+    one = sample("blue", "choice", ("red", "blue"))
+    module(body, rows=[failed(), row], one=replace(one, columns=own))
     prompts, completions, ids, sizes, columns = json.loads((tmp_path / "seen").read_text())
     assert prompts == [[{"role": "user", "content": "Which colour?"}]]
     tool_call = {"type": "function", "function": {"name": "crop_image", "arguments": {"x": 1}}}
@@ -89,7 +92,7 @@ def mine(prompts, completions, completion_ids, images, **columns):
     assert ids == [[7, 8, 9]] and sizes == [[[3, 2]]]
     assert columns == {
         "question": ["Which colour?"], "answer": ["blue"], "answer_type": ["choice"], "choices": [["red", "blue"]],
-        "sample_id": ["s0"], "source": ["test"], "final_answer": ["red"], "level": [3], "trainer_state": None,
+        "sample_id": ["s0"], "source": ["test"], "final_answer": ["red"], "level": [3], "trainer_state": None, "columns": [own],
     }  # fmt: skip
 
 

@@ -83,7 +83,17 @@ class Work:
     from the start if another process has made it meanwhile.
     """
 
-    def __init__(self, home: Path, kind: str, recipe: Recipe, seed: int | None, where: Mapping, done: Artifact | None):
+    def __init__(
+        self,
+        home: Path,
+        kind: str,
+        recipe: Recipe,
+        seed: int | None,
+        where: Mapping,
+        done: Artifact | None,
+        anew: bool = False,
+    ):
+        """anew: what an earlier run has left of the attempt is removed, not gone on with."""
         self.kind, self.recipe, self.seed, self.artifact = kind, recipe, seed, done
         self.metrics: dict[str, Any] = {}
         self.where: dict[str, Any] = dict(where)
@@ -95,6 +105,8 @@ class Work:
             self.attempt = f"{max(left) if left else 1 + max(taken, default=0):04}"
             self.directory = home / f"{self.attempt}.work"
             self._journal = _journal(self.directory)
+            if anew:
+                files.remove(self._journal)
             self._recover()
 
     def has(self, name: str) -> bool:
@@ -219,7 +231,8 @@ class Store:
     ) -> Iterator[Work]:
         """Yield the work on a new attempt, alone on this fingerprint; `work.artifact` is set if there is one already.
 
-        A second process waits here, and then finds what the first has made. What a dead one has left is taken over.
+        A second process waits here, and then finds what the first has made. What a dead one has left is taken over, but
+        not with `force`: that makes everything anew.
         """
         assert NAME.fullmatch(kind), kind
         home = self.root / kind / recipe.fingerprint
@@ -235,7 +248,7 @@ class Store:
             if done and _journal(done.directory).exists():
                 files.sync(home)  # killed between its rename and this
                 files.remove(_journal(done.directory))
-            yield Work(home, kind, recipe, seed, where or {}, done)
+            yield Work(home, kind, recipe, seed, where or {}, done, anew=force)
 
     def build(
         self,

@@ -128,7 +128,9 @@ def run(*, preset: Preset = "development", set: Set = None, dry_run: DryRun = Fa
         plan(config)
         return
     from flows import _server
+    from thinkimg.closure import check_closure
 
+    check_closure()
     _server.start()  # while the stages are imported
     from flows.loop import loop
 

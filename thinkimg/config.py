@@ -79,6 +79,10 @@ class Columns(Settings):
     id: str | None = None
     group: str | None = None
     """Rows that share this value (the photograph, say) stay on one side of the split; else the image's content decides."""
+    answers: str | None = None
+    """A list of further right answers: the best counts."""
+    target: str | None = None
+    """What has to be looked at, for the alarm on missed regions: [x, y, width, height] in pixels of the (only) picture."""
 
 
 class Puzzles(Settings):
@@ -236,8 +240,8 @@ class TeacherEndpoint(Settings):
 
     url: str | None = None
     """Base URL of an OpenAI-compatible API, as http://host:8000/v1."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key, where the endpoint wants one."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key for `url`; null: OPENAI_API_KEY for https://api.openai.com, none for others."""
     concurrency: Positive = 32
     """Requests in flight."""
     timeout_s: Positive = 20
@@ -256,7 +260,8 @@ class TrainerConfig(Settings):
     processes: Positive = 1
     """In all, over all nodes."""
     accelerate_config: str | None = None
-    """A file of `accelerate config` for several GPUs; `processes` takes the place of its number of processes."""
+    """Several GPUs by `accelerate launch`: ddp (each holds the model), fsdp2 (each holds a part of every layer), or the path
+    of a file of your own as `accelerate config` writes it, whose number of processes `processes` replaces."""
     nodes: Positive = 1
     """Machines with as many processes each: on every other than the loop's own `thinkimg trainer --rank 1` (2, …) has to run
     with the same settings, and they must see the store under the same path."""
@@ -271,7 +276,27 @@ class TrainerConfig(Settings):
     def _consistent(self) -> Self:
         if self.nodes > 1 and (self.address is None or self.processes % self.nodes):
             raise ValueError("several trainer.nodes need trainer.address, and trainer.processes in equal parts")
+        if self.accelerate_file is not None and not self.accelerate_file.is_file():
+            shipped = sorted(path.stem for path in self._accelerate_presets().glob("*.yaml"))
+            raise ValueError(
+                f"trainer.accelerate_config has to be {' or '.join(shipped)} or the path of a file, "
+                f"and '{self.accelerate_config}' is none of these"
+            )
         return self
+
+    @property
+    def accelerate_file(self) -> Path | None:
+        """The file that accelerate_config names: a bare name is one of the package's."""
+        if self.accelerate_config is None:
+            return None
+        path = Path(self.accelerate_config)
+        if path.name == self.accelerate_config and path.suffix not in (".yaml", ".yml", ".json"):
+            return self._accelerate_presets() / f"{path}.yaml"
+        return path
+
+    @staticmethod
+    def _accelerate_presets() -> Path:
+        return Path(str(resources.files("thinkimg.presets"))) / "accelerate"
 
 
 class TrackingConfig(Settings):

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from thinkimg import process
+from thinkimg import closure, process
 from thinkimg.base import base_entry
 from thinkimg.config import Config
 from thinkimg.errors import UserError
@@ -59,6 +59,7 @@ class Machines:
 
         self._make_room()
         if self._trainer is None:
+            closure.check_closure()
             self._trainer = self._stack.enter_context(Trainer(self.config.where.trainer, log_path=self.log("trainer")))
         return self._trainer
 
@@ -75,9 +76,7 @@ class Machines:
     @property
     def _sleeps(self) -> bool:
         """Whether servers sleep while it is another's turn: a GPU's can."""
-        from thinkimg.engine.server import on_cpu
-
-        return not self.config.where.engine.keep and not on_cpu()
+        return not self.config.where.engine.keep and not closure.on_cpu()
 
     async def engine(self, policy: "Artifact") -> tuple["EngineClient", str | None]:
         """A client whose servers hold `policy`, and the adapter's name where it is one: starts the loop's own server, or
@@ -87,10 +86,9 @@ class Machines:
         adapters are 46 times slower, merged weights are loaded in place.
         """
         from thinkimg.engine.client import EngineClient
-        from thinkimg.engine.server import on_cpu
 
         where = self.config.where.engine
-        adapter = None if is_full(policy) or on_cpu() else policy.digest
+        adapter = None if is_full(policy) or closure.on_cpu() else policy.digest
         urls = where.urls or [self.server(policy, adapter).url]
         # Our own server reads the pictures of our scratch folder; others may neither share the disk nor admit the folder.
         media = "data" if where.urls else "file"
@@ -111,6 +109,7 @@ class Machines:
 
         self._make_room(self._server)
         if self._server is None or not self._server.alive:
+            closure.check_closure()
             settings = engine_settings(self.config, adapters=adapter is not None, sleeps=self._sleeps)
             model = base_directory(self.config) if adapter else self.weights(policy)
             version = "base" if adapter else policy.digest
@@ -128,6 +127,7 @@ class Machines:
 
         self._make_room(self._teacher)
         if self._teacher is None or not self._teacher.alive:
+            closure.check_closure()
             config, where = self.config, self.config.where
             settings = ServerSettings(
                 max_model_len=config.conversation.max_tokens,
@@ -209,15 +209,16 @@ def serve(config: Config, policy: "Artifact | None", host: str, port: int) -> No
 
     Whoever uses it loads what he needs: adapters under names of their own, whole weights in place.
     """
-    from thinkimg.engine.server import on_cpu, server_command, server_environment
+    from thinkimg.engine.server import server_command, server_environment
 
+    closure.check_closure()
     if policy is not None and is_full(policy):
         model = policy.checked("policy/model")
     elif config.model.tiny is not None:
         raise UserError("The tiny preset's model is made by its warm start.", hint="name a policy: --policy …")
     else:
         model = base_directory(config)
-    settings = engine_settings(config, adapters=config.model.adaptation == "lora" and not on_cpu())
+    settings = engine_settings(config, adapters=config.model.adaptation == "lora" and not closure.on_cpu())
     argv = server_command(str(model), port, settings, None, host)
     os.execvpe(argv[0], argv, server_environment(os.environ, str(model), settings))
 

@@ -102,6 +102,7 @@ async def play(
             raise
         except (EngineError, TokenMismatch) as error:
             episode.fail(str(error))
+            episode.refused = True
             break
         call = episode.feed(sampled.token_ids, sampled.logprobs, sampled.finish_reason, sampled.weight_version)
         if call is not None:

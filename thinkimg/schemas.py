@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1  # raised with any change of a table; part of every fingerprint
+PUZZLES = "puzzles"  # the source of the built-in puzzles, whose samples have no columns of a user's
+COLUMNS = "columns"  # the key of stored metadata under which these lie
+OWN = ("answers", "target")  # keys beside it, made from the columns that data.columns maps to them
 
 
 class AnswerType(StrEnum):
@@ -69,6 +72,9 @@ class Sample:
     source: str
     split: str  # "train" or "held_out"
     metadata: dict = field(default_factory=dict)
+    """Our own names: what a puzzle is made of, `answers` (further right ones), `target` (x, y, width, height in pixels)."""
+    columns: dict = field(default_factory=dict)
+    """The user's own columns by the user's names, which mean nothing to us."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +119,18 @@ class Trajectory:
 
 
 def to_row(record: Sample | Turn | Trajectory) -> dict[str, Any]:
-    """A dict for pyarrow; metadata becomes canonical JSON."""
+    """A dict for pyarrow; a sample's metadata becomes canonical JSON, with the user's columns under COLUMNS."""
     row = asdict(record)
     if isinstance(record, Sample):
-        row["metadata"] = json.dumps(record.metadata, sort_keys=True, ensure_ascii=False)
+        columns = row.pop("columns")
+        metadata = record.metadata if record.source == PUZZLES else record.metadata | {COLUMNS: columns}
+        row["metadata"] = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
     return row
 
 
 def from_row(kind: type, row: dict[str, Any]) -> Any:
     """The record of a row as pyarrow gives it back."""
-    values = {f.name: row[f.name] for f in fields(kind)}
+    values = {f.name: row[f.name] for f in fields(kind) if f.name in row}
     if kind is Sample:
         return Sample(
             **values
@@ -130,8 +138,8 @@ def from_row(kind: type, row: dict[str, Any]) -> Any:
                 "answer_type": AnswerType(values["answer_type"]),
                 "choices": tuple(values["choices"]),
                 "images": tuple(values["images"]),
-                "metadata": json.loads(values["metadata"]),
             }
+            | _metadata(json.loads(values["metadata"]), values["source"])
         )
     if kind is Turn:
         status = values["status"]
@@ -149,6 +157,19 @@ def from_row(kind: type, row: dict[str, Any]) -> Any:
             "stop": StopReason(values["stop"]),
         }
     )
+
+
+def _metadata(stored: dict, source: str) -> dict[str, dict]:
+    """Sample.metadata and Sample.columns of what is stored; version 1 of `prepare` had both in one name space."""
+    if source == PUZZLES:
+        return {"metadata": stored}
+    if isinstance(stored.get(COLUMNS), dict) and stored.keys() <= {COLUMNS, *OWN}:
+        return {"metadata": {name: stored[name] for name in OWN if name in stored}, "columns": stored[COLUMNS]}
+    answers, target = (stored.get(name) for name in OWN)  # then these meant something if they looked like it
+    metadata = {"target": target} if isinstance(target, list) else {}
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        metadata["answers"] = answers
+    return {"metadata": metadata, "columns": stored}
 
 
 @cache

@@ -105,7 +105,9 @@ def regions(rows: Sequence[Trajectory], dataset: Artifact) -> list[bool | None]:
 def target(sample: Sample) -> tuple[float, float, float, float] | None:
     """The marked region of a sample with one picture: four finite numbers, of positive width and height."""
     box = sample.metadata.get("target")
-    if len(sample.images) != 1 or not isinstance(box, list) or len(box) != 4:
+    if (
+        len(sample.images) != 1 or not isinstance(box, list) or len(box) != 4
+    ):  # a store of version 1 has any column here
         return None
     numbers = all(isinstance(edge, int | float) and not isinstance(edge, bool) and math.isfinite(edge) for edge in box)
     return tuple(box) if numbers and box[2] > 0 and box[3] > 0 else None

@@ -80,6 +80,8 @@ class Episode:
         self.answer: str | None = None
         self.stop: StopReason | None = None
         self.error: str | None = None
+        self.refused = False
+        """Whether it failed because of the engine, which may play it another time."""
         self._weights: list[str] = []
         self._called: Turn | None = None  # the turn whose call is pending
         system = conversation.system

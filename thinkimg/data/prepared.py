@@ -18,7 +18,7 @@ from thinkimg.data.images import encode, storable
 from thinkimg.data.sources import RawRow, Reason, Refused, RowRefused, Source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits, ImageRefused, decode, pixel_hash
-from thinkimg.schemas import AnswerType, Sample
+from thinkimg.schemas import PUZZLES, AnswerType, Sample
 
 if TYPE_CHECKING:
     from thinkimg.config import DataConfig
@@ -73,7 +73,7 @@ def _puzzle(families: list[puzzles.Family], names: list[str], i: int, seed: int,
         answer_type=AnswerType.CHOICE,
         choices=puzzle.choices,
         images=(sha256,),
-        source="puzzles",
+        source=PUZZLES,
         split=place,
         metadata={
             "family": puzzle.family.value,
@@ -153,7 +153,18 @@ def _hashed(row: RawRow | Refused, limits: ImageLimits) -> tuple[RawRow | Refuse
 
 
 def _sample(row: RawRow, hashes: tuple[str, ...], source: str) -> Sample:
-    return Sample(row.id, row.question, row.answer, row.answer_type, row.choices, hashes, source, "", row.metadata)
+    return Sample(
+        sample_id=row.id,
+        question=row.question,
+        answer=row.answer,
+        answer_type=row.answer_type,
+        choices=row.choices,
+        images=hashes,
+        source=source,
+        split="",
+        metadata=row.metadata,
+        columns=row.columns,
+    )
 
 
 def _stored(row: RawRow, sample: Sample, limits: ImageLimits) -> Prepared:

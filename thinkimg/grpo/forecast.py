@@ -115,10 +115,10 @@ def processes_that_share(config: Config) -> int:
     import yaml
 
     where = config.where.trainer
-    if where.accelerate_config is None:
+    if where.accelerate_file is None:
         return 1
-    with open(where.accelerate_config) as file:
-        return where.processes if yaml.safe_load(file).get("distributed_type") == "FSDP" else 1
+    kind = yaml.safe_load(where.accelerate_file.read_text()).get("distributed_type")
+    return where.processes if kind == "FSDP" else 1
 
 
 def room(config: Config) -> int:

@@ -60,7 +60,7 @@ class UserFunction:
         arguments = columns(shown, batch, images="images" in inspect.signature(self.function).parameters)
         trainer = {"trainer_state": None, "log_extra": log_extra, "log_metric": log_metric}
         try:
-            result = self.function(**arguments, **trainer)
+            result = self.function(**arguments | trainer)
             if inspect.isawaitable(result):
                 result = asyncio.run(_finish(result))
             values = [None if value is None else _number(value) for value in result]
@@ -106,12 +106,15 @@ def columns(shown: list[Trajectory], batch: Batch, *, images: bool) -> dict[str,
     """The arguments, each a list with one entry per trajectory.
 
     prompts and completions in TRL's conversational form; completion_ids: compact token ids after the first prompt; the
-    sample's own fields (`answer` is the right one, `final_answer` the model's or None); the keys of its metadata, None where
-    a sample has none of that name; with `images`, the sample's images in RGB at full resolution.
+    sample's own fields (`answer` is the right one, `final_answer` the model's or None); with `images`, the sample's images in
+    RGB at full resolution; the user's columns, and a puzzle's metadata, None where a sample has none of that name. A user's
+    column with one of our names is in `columns` only, which has all of them: a dict per trajectory.
     """
     samples = [batch.sample(trajectory) for trajectory in shown]
-    keys = dict.fromkeys(key for sample in samples for key in sample.metadata)
-    found: dict[str, list] = {key: [sample.metadata.get(key) for sample in samples] for key in keys}
+    named = [sample.columns | sample.metadata for sample in samples]
+    keys = dict.fromkeys(key for values in named for key in values)
+    found: dict[str, list] = {key: [values.get(key) for values in named] for key in keys}
+    found["columns"] = [sample.columns for sample in samples]
     found |= {
         name: [getattr(sample, name) for sample in samples] for name in ("sample_id", "question", "answer", "source")
     }

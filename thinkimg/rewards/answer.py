@@ -19,7 +19,7 @@ def score(batch: Batch) -> list[Score]:
     """Choices, numbers and maths: 1 or 0. Texts: ANLS. Boxes: IoU; the answer in pixels of the first image as the model
     saw it, the right answer in those of the full-resolution image.
 
-    Where sample.metadata["answers"] is a list of texts, these are right as well and the best counts. A right answer
+    The further answers in sample.metadata["answers"] are right as well, and the best counts. A right answer
     that is no number or no formula is compared as text; one that is no box leaves the score missing.
     """
     pairs = [
@@ -33,9 +33,7 @@ def score(batch: Batch) -> list[Score]:
 
 
 def right_answers(sample: Sample) -> list[str]:
-    more = sample.metadata.get("answers")
-    several = isinstance(more, list) and all(isinstance(answer, str) for answer in more)
-    return [sample.answer, *(more if several else [])]
+    return [sample.answer, *sample.metadata.get("answers", [])]
 
 
 def _score(trajectory: Trajectory, batch: Batch, verdicts: dict[tuple[str, str], Verdict]) -> Score:

@@ -6,14 +6,17 @@ for whole groups: rows of one group are only comparable by one judge.
 
 import asyncio
 import base64
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from thinkimg.chat import compare
-from thinkimg.config import Config
+from thinkimg.config import Config, TeacherEndpoint
 from thinkimg.engine import EngineError
 from thinkimg.errors import UserError
 from thinkimg.rewards._base import Batch, Score
@@ -21,10 +24,16 @@ from thinkimg.rewards._bench import Bench
 from thinkimg.rewards._pairs import Identity, Judgement, Pair, by_group, processed, score_images
 from thinkimg.rewards.self import verdict
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+log = logging.getLogger(__name__)
+
 NAME = "teacher"
 FROZEN = "warmstart"
 TOP = 20  # the most that OpenAI's API and vLLM's default give
 PROBE_S = 5.0
+HEADERS = ("host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent")
 REFUSED = (400, 413, 422)  # this request (a picture too large, say), and not whoever asks
 
 
@@ -66,8 +75,6 @@ def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
 
 
 async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
-    from openai import AsyncOpenAI
-
     where, teacher = bench.config.where.teacher, bench.config.image.teacher
     try:
         url, model = await asyncio.to_thread(locate, bench)
@@ -77,8 +84,7 @@ async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
         return [Judgement(None, f"The teacher's server does not start: {error.message}", {}, unreachable=True)] * len(
             pairs
         )
-    key = os.environ.get(where.api_key_env, "none")
-    async with AsyncOpenAI(base_url=url, api_key=key, timeout=where.timeout_s, max_retries=where.retries) as client:
+    async with connect(url, where) as client:
         asker = Asker(client, model, teacher.prefix, asyncio.Semaphore(where.concurrency))
         shas = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
         images = dict(
@@ -111,10 +117,57 @@ def locate(bench: Bench) -> tuple[str, str]:
     return f"{bench.crew.teacher(bench.founder).url}/v1", SERVED_NAME
 
 
+def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
+    """A client that sends the key of `where` to the host of `url`, and nothing of the user's environment to anyone.
+
+    openai takes keys, organisation, project and further headers from the environment, whoever it talks to. So each request
+    is left with the headers of HEADERS and, unless a redirect leads to another host, the key. Raises UserError as api_key.
+    """
+    import httpx
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    key, origin = api_key(where), httpx.URL(url)
+
+    async def only_ours(request: httpx.Request) -> None:
+        for name in [name for name in request.headers if name not in HEADERS]:
+            del request.headers[name]
+        if key and (request.url.scheme, request.url.netloc) == (origin.scheme, origin.netloc):
+            request.headers["authorization"] = f"Bearer {key}"
+
+    http = DefaultAsyncHttpxClient(event_hooks={"request": [only_ours]}, timeout=where.timeout_s)
+    return AsyncOpenAI(
+        base_url=url, api_key="unused", timeout=where.timeout_s, max_retries=where.retries, http_client=http
+    )
+
+
+def api_key(where: TeacherEndpoint) -> str | None:
+    """The key for `where.url`: that of the variable that where.api_key_env names, by default OPENAI_API_KEY for OpenAI's API
+    alone. Raises UserError if the named variable is not set."""
+    if where.url is None:  # our own server
+        return None
+    parts = urlsplit(where.url)
+    variable = where.api_key_env
+    if variable is None:
+        if (parts.scheme, parts.hostname, parts.port or 443) != ("https", "api.openai.com", 443):
+            return None
+        variable = "OPENAI_API_KEY"
+    key = os.environ.get(variable)
+    if not key:
+        raise UserError(
+            f"The environment variable {variable} is not set, which holds the teacher's key.",
+            hint="Set it, or name another one in where.teacher.api_key_env.",
+        )
+    log.info("the key in %s is sent to %s", variable, parts.netloc)
+    return key
+
+
 def check_teacher(config: Config) -> None:
-    """Raise UserError where the teacher is to judge and it is not known where."""
+    """Raise UserError where the teacher is to judge and it is not known where, or its key is not there."""
     teacher = config.image.teacher
-    if "teacher" in config.image.types and config.where.teacher.url is None and teacher.model != FROZEN:
+    if "teacher" not in config.image.types:
+        return
+    api_key(config.where.teacher)
+    if config.where.teacher.url is None and teacher.model != FROZEN:
         raise UserError(
             f"It is not known where the teacher {teacher.model} answers.",
             hint="Set where.teacher.url=http://…/v1, or take 'teacher' out of image.types.",

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.closure import engine_package
 from thinkimg.config import Config
 from thinkimg.data.demonstrations import right_calls
 from thinkimg.data.images import ImageTable, load_samples
-from thinkimg.engine import package as engine_package
 from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
 from thinkimg.mixing import RIGHT

@@ -24,7 +24,7 @@ from thinkimg.schemas import SCHEMA_VERSION, to_row
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STAGE, VERSION, KIND = "prepare", 1, "dataset"
+STAGE, VERSION, KIND = "prepare", 2, "dataset"
 CHUNK = 512  # samples per closed part
 PUZZLE_FIELDS = {"source", "train", "held_out", "held_out_share", "puzzles", "seed"}
 HUB_FIELDS = {"hub_config", "hub_split", "revision"}

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Self
 
@@ -14,9 +14,9 @@ from PIL import Image
 from thinkimg import schemas
 from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.chat.episode import Episode
+from thinkimg.closure import engine_package
 from thinkimg.config import Config
 from thinkimg.data.images import encode, image_writer, load_samples
-from thinkimg.engine import package as engine_package
 from thinkimg.errors import UserError
 from thinkimg.machines import Machines, machines
 from thinkimg.rollout import Job, Play, Players, view_limits
@@ -55,7 +55,7 @@ def rollout(
 ) -> tuple[Artifact, bool]:  # fmt: skip
     """Play `rollout.samples` x `rollout.group_size` conversations with `policy`; returns the artifact, and if it was there.
 
-    Raises UserError where every conversation failed, EngineError where the engine cannot be reached.
+    Raises UserError where every conversation failed, EngineError where the engine cannot be reached. force: play them anew.
     """
 
     def produce(work: Work) -> None:
@@ -107,31 +107,53 @@ async def play_parts(
     """Play each sample once per entry of `plays` (its index), and close the parts that are not closed yet.
 
     keep_images: store what the tools made, too; it can be made again from the data set and the calls.
-    Returns the number of tokens sampled now. Raises UserError where every conversation of the artifact failed.
+    Returns the number of tokens sampled now. Raises UserError where every conversation of the artifact failed, or the engine
+    refused most of those that were played now: their parts are not kept, so that the next run plays them again.
     """
     size = -(-len(samples) // PARTS)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     part_of = {sample.sample_id: number for number, part in enumerate(parts) for sample in part}
+    discard(work, [number for number, rows in closed(work) if all_failed(rows)])  # a killed run has left them
     missing = [number for number in range(len(parts)) if not work.has(f"trajectories-{number:05}.parquet")]
     jobs = [Job(sample, i, how) for number in missing for sample in parts[number] for i, how in enumerate(plays)]
     total = len(samples) * len(plays)
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
+    refused: list[tuple[int, str]] = []  # (part, error)
     tokens = 0
     if jobs:
         async with Players(config, dataset, policy, crew) as players, Writer() as writer:
             async for job, episode in players.play(jobs, lambda done: progress(total - len(jobs) + done, total)):
                 number = part_of[job.sample.sample_id]
                 ended[number][job.sample.sample_id, job.index] = episode
+                if episode.refused:
+                    refused.append((number, str(episode.error)))
                 if len(ended[number]) == len(parts[number]) * len(plays):
                     whole = ended.pop(number)
                     episodes = [whole[sample.sample_id, i] for sample in parts[number] for i in range(len(plays))]
                     tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
                     await writer.write(work, number, episodes, players.pool if keep_images else None)
-    rows = read_rows(work)
-    failed = [row for row in rows if row.stop is StopReason.FAILED]
-    if len(failed) == len(rows):
-        raise UserError(f"every conversation failed, the first with: {failed[0].error}", hint="read the engine's log")
+    again = "Mend that and run this again: what was played is kept, what failed is played again."
+    if 2 * len(refused) > len(jobs):
+        discard(work, {number for number, _ in refused})
+        raise UserError(
+            f"The engine refused {len(refused)} of {len(jobs)} conversations, the first with: {refused[0][1]}",
+            hint=again,
+        )
+    if all_failed(rows := read_rows(work)):
+        discard(work, range(len(parts)))
+        raise UserError(f"Every conversation failed, the first with: {rows[0].error}", hint=again)
     return tokens
+
+
+def all_failed(rows: Sequence[Trajectory]) -> bool:
+    return all(row.stop is StopReason.FAILED for row in rows)
+
+
+def discard(work: Work, numbers: Iterable[int]) -> None:
+    """Remove closed parts, so that their conversations are played again."""
+    for number in numbers:
+        for table in ("trajectories", "images"):
+            work.discard(f"{table}-{number:05}.parquet")
 
 
 class Writer:
@@ -189,11 +211,17 @@ def write_images(work: Work, name: str, made: dict[str, Image.Image], pool: Exec
 
 def read_rows(work: Work) -> list[Trajectory]:
     """All trajectories of the closed parts, in order."""
+    return [row for _, rows in closed(work) for row in rows]
+
+
+def closed(work: Work) -> Iterator[tuple[int, list[Trajectory]]]:
+    """(number, trajectories) of each closed part, in order."""
     import pyarrow.parquet as pq
 
-    names = [f"trajectories-{number:05}.parquet" for number in range(PARTS)]
-    tables = [pq.read_table(work.path(name)) for name in names if work.has(name)]
-    return [schemas.from_row(Trajectory, row) for table in tables for row in table.to_pylist()]
+    for number in range(PARTS):
+        if work.has(name := f"trajectories-{number:05}.parquet"):
+            rows = pq.read_table(work.path(name)).to_pylist()
+            yield number, [schemas.from_row(Trajectory, row) for row in rows]
 
 
 def summary(rows: Iterable[Trajectory]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def offer_view(connection: Connection, keys: Iterable[str]) -> None:
     tags = connection.client.get_experiment(connection.loops).tags
     view = json.loads(tags[TAG]) if TAG in tags else {"createdAt": milliseconds(), "name": NAME}
     state = unpack(view["state"]) if "state" in view else empty_state()
-    have = {chart.get("metricKey") for chart in state["compareRunCharts"]}
+    have = {shown.get("metricKey") for shown in state["compareRunCharts"]}
     missing = [chart(section, key) for section, key in wanted if key not in have and key != "reward/total"]
     if missing:
         state["compareRunCharts"] += missing

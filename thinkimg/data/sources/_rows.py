@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from thinkimg.schemas import AnswerType
 
 if TYPE_CHECKING:
     from thinkimg.config import Columns, DataConfig
+
+log = logging.getLogger(__name__)
 
 Reader = Callable[[], bytes]
 """Gives an image's encoded bytes, at most one more than ImageLimits.max_bytes; raises RowRefused."""
@@ -31,7 +34,9 @@ class Reason(StrEnum):
     CHOICES = "choices"
     """The choices are no list of at least two different texts."""
     ANSWER = "answer"
-    """The answer is not among the choices, or does not fit its type."""
+    """The answer is not among the choices, or does not fit its type; or the further answers are no list of texts."""
+    TARGET = "target"
+    """The target is no box."""
     IMAGE = "image"
     """The image column holds no image."""
     PATH = "path"
@@ -72,6 +77,9 @@ class RawRow:
     images: tuple[Reader, ...]
     group: str | None
     metadata: dict[str, Any]
+    """As Sample.metadata."""
+    columns: dict[str, Any]
+    """As Sample.columns: what is not mapped."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,10 @@ def require_path(data: "DataConfig", what: str) -> Path:
 
 
 def require_columns(columns: "Columns", present: Collection[str], what: str) -> None:
-    """Raises UserError if a mapped column is not among those that are present in `what`."""
+    """Raises UserError if a mapped column is not among those that are present in `what`; warns of what may be meant."""
+    for role in ("answers", "target"):
+        if getattr(columns, role) is None and role in present:
+            log.warning("%s has a column '%s' that is not used: set data.columns.%s to use it", what, role, role)
     for role, name in columns:
         if name is None or name in present:
             continue
@@ -110,7 +121,7 @@ def raw_row(
     """The row of a record, a mapping from column to value.
 
     reader_of: from an image as the source has it to its Reader, may raise RowRefused. id: where no column is mapped to it.
-    Columns that are not mapped become the metadata, but for binary ones.
+    Columns that are not mapped are kept as the user's own, but for binary ones.
     """
     columns = data.columns
     try:
@@ -125,7 +136,8 @@ def raw_row(
             answer_type=answer_type,
             images=_images(record.get(columns.image), reader_of),
             group=_text(record, columns.group) if columns.group else None,
-            metadata=_metadata(record, {name for _, name in columns}),
+            metadata=_metadata(record, columns),
+            columns=_unmapped(record, {name for _, name in columns}),
         )
     except RowRefused as refused:
         return Refused(where, refused.reason, refused.detail)
@@ -219,15 +231,42 @@ def _images(value: Any, reader_of: Callable[[Any], Reader]) -> tuple[Reader, ...
     return tuple(reader_of(image) for image in values)
 
 
-def _metadata(record: Mapping[str, Any], mapped: Collection[str | None]) -> dict[str, Any]:
-    metadata = {
+def _metadata(record: Mapping[str, Any], columns: "Columns") -> dict[str, Any]:
+    """The further answers and the target, where a column is mapped to them and holds some."""
+    found = {}
+    if columns.answers and (answers := _parsed(record.get(columns.answers))) is not None:
+        if not isinstance(answers, list | tuple):
+            raise RowRefused(Reason.ANSWER, f"{columns.answers} is no list: {short(answers)}")
+        found["answers"] = [as_text(answer, columns.answers) for answer in answers]
+    if columns.target and (box := _parsed(record.get(columns.target))) is not None:
+        numbers = isinstance(box, list | tuple) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
+        if not numbers or not all(math.isfinite(edge) for edge in box) or min(box[2:]) <= 0:
+            raise RowRefused(Reason.TARGET, f"{columns.target} is no [x, y, width, height]: {short(box)}")
+        found["target"] = list(box)
+    return found
+
+
+def _parsed(value: Any) -> Any:
+    """A list from JSON, as CSV has it; None where there is nothing."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
+
+
+def _unmapped(record: Mapping[str, Any], mapped: Collection[str | None]) -> dict[str, Any]:
+    columns = {
         str(name): _plain(value)
         for name, value in record.items()
         if name not in mapped and not isinstance(value, bytes)
     }
-    if not _is_unicode(json.dumps(metadata, ensure_ascii=False)):
+    if not _is_unicode(json.dumps(columns, ensure_ascii=False)):
         raise RowRefused(Reason.TEXT, "another column holds no valid Unicode")
-    return metadata
+    return columns
 
 
 def _plain(value: Any) -> Any:

@@ -1,17 +1,17 @@
-"""Lets a CUDA build of torchvision be imported beside a CPU torch; `python -m thinkimg.torchvision_hook` installs it.
+"""Hook that lets a CUDA build of torchvision be imported beside a CPU torch.
 
 The registry's torchvision is a CUDA build. Beside a CPU torch its C++ library does not load, and `import torchvision`
 stops at "operator torchvision::nms does not exist", although transformers, open_clip and vLLM need no more than its
 Python half. Declaring the two operators that torchvision registers eagerly is enough, but has to happen in every
-process, also in those that vLLM starts before any of its plugins. So this file is copied into site-packages beside a
-`.pth` file that imports it when Python starts. All it does then is to add a finder to sys.meta_path (torch is not
-imported); the rest happens once torchvision has tried to load its library itself, and only if that failed on a CPU
-torch. With a matching torchvision nothing is changed.
+process, also in those that vLLM starts before any of its plugins. So this file lies in site-packages, as
+_thinkimg_torchvision_hook, beside a `.pth` file that imports it when Python starts: a wheel holds both, for a clone
+setup.sh copies them. All it does then is to add a finder to sys.meta_path (torch is not imported); the rest happens once
+torchvision has tried to load its library itself, and only if that failed on a CPU torch. With a matching torchvision
+nothing is changed.
 """
 
 import sys
 
-HOOK = "_thinkimg_torchvision_hook"
 OPERATORS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -54,19 +54,3 @@ def activate():
     """Add the finder to this process, once."""
     if Finder not in sys.meta_path:
         sys.meta_path.insert(0, Finder)
-
-
-def install(directory=None):
-    """Write the hook into a site-packages directory (default: this interpreter's); the path of its `.pth` file."""
-    import sysconfig
-    from pathlib import Path
-
-    site = Path(directory or sysconfig.get_path("purelib"))
-    (site / f"{HOOK}.py").write_text(Path(__file__).read_text())
-    pth = site / f"{HOOK}.pth"
-    pth.write_text(f"import {HOOK}; {HOOK}.activate()\n")
-    return pth
-
-
-if __name__ == "__main__":
-    print(f"installed {install()}")
