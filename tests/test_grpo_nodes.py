@@ -71,10 +71,10 @@ def test_two_nodes_are_one_and_the_death_of_one_ends_the_job(world, tmp_path):
 
 
 def test_each_node_is_told_who_it_is():
-    where = TrainerConfig(processes=16, nodes=2, address="first:29500", accelerate_config="ddp.yaml")
+    where = TrainerConfig(processes=16, nodes=2, address="first:29500", accelerate_config="ddp")
     command = launch_command(where, gpus=8, rank=1)
     told = dict(zip(command, command[1:], strict=False))
-    assert told["--config_file"] == "ddp.yaml" and told["--num_processes"] == "16"
+    assert told["--config_file"].endswith("/presets/accelerate/ddp.yaml") and told["--num_processes"] == "16"
     assert (told["--num_machines"], told["--machine_rank"]) == ("2", "1")
     assert (told["--main_process_ip"], told["--main_process_port"]) == ("first", "29500")
     plain = launch_command(where.model_copy(update={"accelerate_config": None}), gpus=0, rank=1)

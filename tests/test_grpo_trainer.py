@@ -235,6 +235,14 @@ def test_two_processes_are_one(world, tmp_path):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5, abs=1e-6), name
 
 
+def test_a_worker_that_can_do_no_job_says_why_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with Trainer(TrainerConfig(threads=1), log_path=tmp_path / "log") as trainer:
+        for _ in range(2):
+            with pytest.raises(UserError, match="The accelerate config asks for DEEPSPEED"):
+                trainer.submit({"kind": "train"})
+
+
 def test_launch_commands():
     several = launch_command(TrainerConfig(processes=2), gpus=0)
     assert "torch.distributed.run" in several and several[several.index("--nproc_per_node") + 1] == "2"
@@ -245,4 +253,15 @@ def test_launch_commands():
         and on_gpus[on_gpus.index("--num_processes") + 1] == "4"
         and "accelerate.commands.launch" in on_gpus
     )
-    assert "--config_file" in launch_command(TrainerConfig(accelerate_config="a.yaml"), gpus=0)
+
+
+def test_trainers_of_one_machine_take_different_ports(tmp_path):
+    def port(config: str) -> str:
+        command = launch_command(TrainerConfig(processes=2, accelerate_config=config), gpus=0)
+        assert "--config_file" in command and command[command.index("--num_machines") + 1] == "1"
+        return command[command.index("--main_process_port") + 1]
+
+    assert port("ddp") != port("ddp")
+    own = tmp_path / "own.yaml"
+    own.write_text("distributed_type: MULTI_GPU\nmain_process_port: 29511")
+    assert port(str(own)) == "29511"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from thinkimg import process
-from thinkimg.process import clear_leftovers, session_members, spawn
+from thinkimg.process import clear_leftovers, spawn
+from thinkimg.watchdog import process_table
 
 # A command that ignores SIGTERM, with a grandchild that does too, in a session of its own and orphaned (as a daemon
 # is).
@@ -171,7 +172,7 @@ def test_leftovers_of_a_killed_parent_and_watchdog_are_cleared(tmp_path):
     os.kill(watchdog, signal.SIGKILL)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    in_session = session_members(watchdog)
+    in_session = [pid for pid, process in process_table().items() if process.session == watchdog]
     assert in_session  # SIGTERM, which the command got from the kernel, is ignored
     assert "stubborn" in clear_leftovers()
     wait_for(lambda: not any(map(alive, in_session)), 5)

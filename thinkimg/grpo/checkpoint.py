@@ -81,6 +81,10 @@ class Policy:
     """Tokens of the largest micro-batch that memory was found to hold (preflight.py)."""
     packs: str | None = None
     """Why its rows can't be packed, "" where they can; None: not tried yet."""
+    weights: Path | None = None
+    """Directory that the model below the adapter was read from; None: it was read from nowhere."""
+    adapter: Path | None = None
+    """Safetensors file that the adapter was read from; None: there is none, or a new one."""
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +113,8 @@ class Policy:
                     "The policy's optimizer belongs to other parameters than those to be trained.",
                     hint="Keep model.adaptation and model.train_vision as they were, or start a new policy.",
                 )
-            for name in known:
-                parameter = parameters[name]
+            # Not in the set's order: where layers are sharded all processes have to hand out the same moment at a time.
+            for name, parameter in parameters.items() if known else ():
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.updates), device=self.device),
                     "exp_avg": like(self.moments[f"exp_avg.{name}"], parameter),
@@ -152,7 +156,7 @@ def from_base(base: Base, config: ModelConfig, device: torch.device | str, *, se
     model = load_model(source, config, device)
     if config.adaptation == "lora":
         model = adapt(model, config)
-    return Policy(model.eval(), config, base, companions(source))
+    return Policy(model.eval(), config, base, companions(source), weights=source)
 
 
 def adapt(model: "PreTrainedModel", config: ModelConfig):
@@ -181,21 +185,23 @@ def load(directory: Path | str, config: ModelConfig, device: torch.device | str,
     if config.adaptation == "lora":
         from peft import PeftModel
 
-        inner = load_model(base.locate(), config, device)
+        weights, source = base.locate(), directory / "adapter"
+        inner = load_model(weights, config, device)
         plain = "cpu" if torch.device(device).type == "cpu" else str(device)  # safetensors knows no cpu:0
-        model = PeftModel.from_pretrained(inner, str(directory / "adapter"), is_trainable=True, torch_device=plain)
+        model = PeftModel.from_pretrained(inner, str(source), is_trainable=True, torch_device=plain)
         keep_input_dtype(model, config)
-        source = directory / "adapter"
+        adapter = source / "adapter_model.safetensors"
     else:
-        source = directory / "model"
-        model = load_model(source, config, device)
+        weights = source = directory / "model"
+        model, adapter = load_model(source, config, device), None
     from safetensors.torch import load_file
 
     kept = directory / "optimizer.safetensors"  # old policies have lost theirs, see stages/train.py
     moments = load_file(kept) if kept.exists() else {}
     if moments:
         torch.set_rng_state(moments.pop("rng"))
-    return Policy(model.eval(), config, base, companions(source), state["updates"], moments)
+    origin = {"weights": weights, "adapter": adapter}
+    return Policy(model.eval(), config, base, companions(source), state["updates"], moments, **origin)
 
 
 def save(policy: Policy, directory: Path | str, *, learning_rate: float, seed: int, write: bool = True) -> None:
@@ -274,10 +280,13 @@ def save_adapter(policy: Policy, target: Path, tensors: dict[str, Tensor] | None
 
 
 def load_model(directory: Path, config: ModelConfig, device: torch.device | str) -> "PreTrainedModel":
-    """Base weights in the dtype they are used in: float32 masters for full fine-tuning, else config.dtype or 4 bits."""
+    """Base weights in the dtype they are used in: float32 masters for full fine-tuning, else config.dtype or 4 bits.
+
+    Raises UserError if they can't be loaded, or if the files lack some: transformers would draw those at random.
+    """
     from transformers import AutoModelForImageTextToText
 
-    options = {}
+    options = {"output_loading_info": True}
     if config.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
@@ -291,13 +300,18 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
         options["device_map"] = {"": "cpu" if device.type == "cpu" else device.index or 0}
     dtype = torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, loading = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa", **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"The model in {directory} can't be loaded: {' '.join(str(error).split())[:300]}") from error
     if model.config.model_type != "qwen2_5_vl":
         raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"The model in {directory} lacks {len(missing)} of its weights; the first is {missing[0]}.",
+            hint="Is the download complete, and are the names in the files those of a Qwen2.5-VL?",
+        )
     batch_equal_chunks(model)
     use_packed_attention(model)
     if not config.load_in_4bit:

@@ -1,5 +1,6 @@
 """Whether packing is right for a policy on this machine, found out by trying, and what it saves."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,10 @@ def attempt(policy: Policy, scorer: Scorer, pixels: Patches, rows: Sequence[Row]
     conversations = [row.conversation for row in pair]
     units = sharing.share_groups(conversations, [0] * len(pair), scorer.image_token)
     pixels.prepare(conversations)
+    # A cache of its own: on some processors the features of a picture differ in their last bits with what else is in the
+    # batch, and a policy that was loaded has to train as one that stayed in memory, which is not tried again.
+    scorer = copy.copy(scorer)
+    scorer.features = None if scorer.features is None else {}
     with torch.no_grad(), policy.autocast():
         expected, _ = scorer(conversations)
         try:

@@ -42,11 +42,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from thinkimg import files, process
+import yaml
+
+from thinkimg import closure, files, process
 from thinkimg.errors import UserError
 from thinkimg.grpo.pulse import BEAT_S, SILENCE_S, Pulse
 
@@ -55,11 +56,14 @@ if TYPE_CHECKING:
     from thinkimg.grpo.checkpoint import Base, Policy
 
 STATES = ("state.json", "optimizer.safetensors", "model", "adapter")
+NO_SPOOL = "-"  # on other nodes than the loop's
 POLL_S = 0.05
 HEARTBEAT_S = 60.0  # the other processes wait for rank 0 in a collective, which may not last longer than some minutes
 LOG_LINES = 30
 REJOIN_S = 1.0
 PATIENCE_S = SILENCE_S + 2 * BEAT_S
+KINDS_HINT = "Set distributed_type to MULTI_GPU, or to FSDP with fsdp_config.fsdp_version 2."
+FSDP1 = ("The accelerate config asks for FSDP 1.", "Set fsdp_config.fsdp_version to 2.")
 
 
 class TrainerError(RuntimeError):
@@ -105,7 +109,7 @@ class Trainer:
         except BaseException:
             self.release()  # dead, or in the middle of a job that nobody waits for any more
             raise
-        if not self._config.keep or ("error" in result and self._config.processes > 1):
+        if not self._config.keep or ("error" in result and self._config.processes > 1) or "ended" in result:
             self.release()
         if "error" in result:
             error = result["error"]
@@ -155,7 +159,7 @@ def serve_rank(config: "TrainerConfig", rank: int, report: Callable[[str], None]
         )
     while True:
         report(f"node {rank} of {config.nodes}: waiting for the trainer at {config.address}")
-        with spawn(config, "-", rank=rank) as child:
+        with spawn(config, NO_SPOOL, rank=rank) as child:
             child.wait()
         time.sleep(REJOIN_S)
 
@@ -166,7 +170,7 @@ def spawn(config: "TrainerConfig", spool: str, *, rank: int = 0, log_path: Path 
     # cores took 2 s a step when passive, and over 40 s as is.
     threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     env = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
-    argv = [*launch_command(config, gpus=len(glob("/dev/nvidia[0-9]*")), rank=rank), spool, str(config.processes)]
+    argv = [*launch_command(config, gpus=closure.visible_gpus(), rank=rank), spool, str(config.processes)]
     return process.spawn(argv, name="trainer", env=env, log_path=log_path)
 
 
@@ -179,28 +183,51 @@ def launch_command(config: "TrainerConfig", *, gpus: int, rank: int = 0) -> list
     module = ["-m", "thinkimg.grpo.worker"]
     if config.accelerate_config is None and config.processes == 1:
         return [sys.executable, *module]
-    host, _, port = (config.address or f"127.0.0.1:{process.free_port()}").rpartition(":")
+    settings = accelerate_settings(config)
+    port = settings.get("main_process_port") or process.free_port()  # else two trainers of a machine want the same one
+    host, _, port = (config.address or f"127.0.0.1:{port}").rpartition(":")
     if config.accelerate_config is None and not gpus:
         here = {"nnodes": config.nodes, "node_rank": rank, "nproc_per_node": config.processes // config.nodes}
         return [*python("torch.distributed.run", here | {"master_addr": host, "master_port": port}), *module]
-    options = {"num_processes": config.processes}
-    if config.accelerate_config is not None:
-        options |= {"config_file": config.accelerate_config}
+    options = {"num_processes": config.processes, "num_machines": config.nodes, "machine_rank": rank}
+    options |= {"main_process_ip": host, "main_process_port": port}
+    if config.accelerate_config is None:
+        several = ["--multi_gpu", *arguments({"mixed_precision": "no", "dynamo_backend": "no"})]
     else:
-        options |= {"mixed_precision": "no", "dynamo_backend": "no"}
-    if config.accelerate_config is None or config.nodes > 1:
-        options |= {
-            "num_machines": config.nodes,
-            "machine_rank": rank,
-            "main_process_ip": host,
-            "main_process_port": port,
-        }
-    several = [] if config.accelerate_config else ["--multi_gpu"]
+        several = arguments({"config_file": config.accelerate_file})
     return [*python("accelerate.commands.launch", options), *several, *module]
 
 
+def accelerate_settings(config: "TrainerConfig") -> dict:
+    """Return what the file of `accelerate config` says, {} without one.
+
+    Raises UserError if it can't be read, or asks for a kind of training that the worker does not do.
+    """
+    path = config.accelerate_file
+    if path is None:
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"The accelerate config {path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"The accelerate config {path} is no mapping of settings.", hint="`accelerate config` writes one."
+        )
+    kind = settings.get("distributed_type") or "NO"  # an unquoted NO is false in YAML
+    if kind not in ("MULTI_GPU", "FSDP") and (kind != "NO" or config.processes > 1):
+        raise UserError(f"The accelerate config {path} has the distributed_type {kind}.", hint=KINDS_HINT)
+    if kind == "FSDP" and str((settings.get("fsdp_config") or {}).get("fsdp_version", 1)) != "2":
+        raise UserError(*FSDP1)
+    return settings
+
+
 def python(module: str, options: dict[str, object]) -> list[str]:
-    return [sys.executable, "-m", module, *(str(part) for k, v in options.items() for part in (f"--{k}", v))]
+    return [sys.executable, "-m", module, *arguments(options)]
+
+
+def arguments(options: dict[str, object]) -> list[str]:
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
 class Worker:
@@ -214,6 +241,13 @@ class Worker:
         from thinkimg.grpo import checkpoint, relative_attention, train, warmstart  # noqa: F401  all imports before the first job
         from thinkimg.grpo.optimise import Ranks
 
+        for name in ("DEEPSPEED", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+                raise UserError(f"The accelerate config asks for {name}.", hint=KINDS_HINT)
+        # Where this is true, as accelerate's launcher has it by default, transformers gives all processes but a machine's
+        # first a model of zeros, for Accelerator.prepare to fill. Nothing is prepared here.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        closure.check_cuda()
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -224,7 +258,7 @@ class Worker:
         # accelerate's launcher says so in the environment; on a CPU its Accelerator does not heed it.
         self.sharded = processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if self.sharded and os.environ.get("FSDP_VERSION") != "2":
-            raise UserError("The accelerate config asks for FSDP 1.", hint="Set fsdp_config.fsdp_version to 2.")
+            raise UserError(*FSDP1)
         self.policy: Policy | None = None
         self.held: list[tuple] | None = None
         self.number = 1
@@ -294,7 +328,7 @@ class Worker:
         import torch
 
         from thinkimg.config import ModelConfig
-        from thinkimg.grpo import relative_attention, shards, train, warmstart
+        from thinkimg.grpo import checksums, relative_attention, shards, train, warmstart
         from thinkimg.grpo.checkpoint import Base
 
         if self.accelerator.device.type == "cuda":
@@ -305,9 +339,12 @@ class Worker:
         if reloaded:
             self.policy = self.held = None  # before the next one takes memory
             self.policy = self.ranks.together(lambda: self._load(job, config, base))
+            references = checksums.expected(self.policy, self.ranks) if self.ranks.count > 1 else {}
             if self.sharded:
                 shards.shard(self.policy.model, self.accelerator.device)
                 self.policy.sharded = True
+            if self.ranks.count > 1:
+                checksums.verify(self.policy, references, self.ranks)
         if job["kind"] == "attention":  # changes nothing, so that the weights stay those of the directory
             result = relative_attention.run(job, self.policy, self.ranks, progress)
             self.held = self._stamped(job["policy"]["directory"])
@@ -351,7 +388,15 @@ def stamps(directory: Path) -> list[tuple]:
 
 
 def main() -> None:
-    Worker(Path(sys.argv[1]), int(sys.argv[2])).serve()
+    spool = sys.argv[1]
+    try:
+        worker = Worker(Path(spool), int(sys.argv[2]))
+    except UserError as error:
+        if spool != NO_SPOOL:  # the answer to the first job, whatever that will be
+            answer = {"user": True, "message": error.message, "hint": error.hint, "traceback": ""}
+            files.write(Path(spool, f"{1:06}.result.json"), json.dumps({"error": answer, "ended": True}))
+        sys.exit(str(error))
+    worker.serve()
 
 
 if __name__ == "__main__":
