@@ -51,7 +51,7 @@ fi
 # torchaudio and torchcodec come as CUDA builds only; beside a CPU torch they take transformers down with them, and nothing here needs them.
 "${pip[@]}" install --no-deps --editable .
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-for suffix in py pth; do cp "requirements/torchvision_hook.$suffix" "$site/_thinkimg_torchvision_hook.$suffix"; done
+for suffix in py pth; do cp "requirements/cpu_torch_hook.$suffix" "$site/_thinkimg_cpu_torch_hook.$suffix"; done
 if [ "$closure" = gpu ]; then
   headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
   if ! command -v cc >/dev/null || [ ! -e "$headers/Python.h" ]; then

@@ -74,7 +74,7 @@ def test_the_closure_is_recorded_and_a_second_call_does_nothing(clone):
     assert clone.status == 0 and installed(calls) == ["requirements/cpu.txt"] and clone.closure == "cpu"
     assert "(cpu)" in said and "warning" not in said
     site = clone.root / ".venv/lib/python3.11/site-packages"
-    assert {path.name for path in site.iterdir()} == {f"_thinkimg_torchvision_hook.{end}" for end in ("py", "pth")}
+    assert {path.name for path in site.iterdir()} == {f"_thinkimg_cpu_torch_hook.{end}" for end in ("py", "pth")}
     assert clone.make()[1] == []
     assert installed(clone.make("CLOSURE=cpu")[1]) == []  # what it holds already
 

@@ -72,7 +72,7 @@ def test_it_holds_the_packages_with_their_data_and_nothing_else(wheel):
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "thinkimg", "flows"], cwd=REPOSITORY, capture_output=True, text=True)  # fmt: skip
     expected = {name for name in tracked.stdout.split() if (REPOSITORY / name).is_file()}
     assert len(expected) > 100 and expected <= names
-    hook = {"_thinkimg_torchvision_hook.py", "_thinkimg_torchvision_hook.pth"}
+    hook = {"_thinkimg_cpu_torch_hook.py", "_thinkimg_cpu_torch_hook.pth"}
     assert {name for name in names - expected if ".dist-info/" not in name} == hook
 
 

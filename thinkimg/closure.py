@@ -33,12 +33,14 @@ def check_closure() -> None:
     if on_cpu() and gpus:
         raise UserError(
             f"This machine has {gpus} GPU{'s' * (gpus > 1)}, but the installed packages are those for a CPU.",
-            hint="Install the others: `make setup CLOSURE=gpu`. To use the CPU on purpose set CUDA_VISIBLE_DEVICES to nothing.",
+            hint="`make setup CLOSURE=gpu` installs the others, or `pip install 'thinkimg[gpu]'`. To use the CPU on purpose set "
+            "CUDA_VISIBLE_DEVICES to nothing.",
         )
     if not on_cpu() and not gpus:
         raise UserError(
             "The installed packages are those for NVIDIA GPUs, but there is none to be seen.",
-            hint="Is CUDA_VISIBLE_DEVICES empty, the driver loaded? For a machine without a GPU: `make setup CLOSURE=cpu`.",
+            hint="Is CUDA_VISIBLE_DEVICES empty, the driver loaded? For a machine without a GPU: `make setup CLOSURE=cpu`, or "
+            "`pip install 'thinkimg[cpu]'`.",
         )
 
 
