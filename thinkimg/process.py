@@ -247,7 +247,6 @@ def clear_leftovers() -> list[str]:
 
 def end_leftovers(record: Record) -> None:
     """SIGKILL to all that is provably a record's. What is stuck in the kernel after KILL_TIMEOUT_S ends when it can."""
-
     if record.members is None:
         return
 

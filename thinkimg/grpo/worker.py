@@ -279,6 +279,8 @@ class Worker:
             if self.ranks.rank == 0:
                 self._tell(result)
             if "error" in result and self.ranks.count > 1:
+                if self.ranks.rank:
+                    time.sleep(REJOIN_S)  # the launcher ends all when one has left: the first has to answer before
                 sys.exit(1)  # some processes may still wait for others in the middle of a step
             self.number += 1
 
