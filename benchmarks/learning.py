@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import Config, load
+from thinkimg.store.artifacts import Artifact, Store
 from thinkimg.tracking import LoopRecord, load_record, loop_id
 
 FAMILIES = ("detail", "dark", "turned", "both")

@@ -74,8 +74,8 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
     import pyarrow.parquet as pq
 
     import flows.loop as pipeline
-    from thinkimg import artifacts, files
     from thinkimg.stages.rollout import Writer
+    from thinkimg.store import artifacts, files
     from thinkimg.tracking import LoopTracker
 
     clock, rows = Clock(), []

@@ -3,7 +3,7 @@
     python benchmarks/rewards.py --store artifacts --policy 3f2a        (without a policy: the tiny preset's warm-started one)
     python benchmarks/rewards.py --memory                               what reading attention adds, one layer of the 7B
 
-On known pairs of held-out photographs (thinkimg/data/known_pairs.py): a crop on the target against one elsewhere, the right
+On known pairs of held-out photographs (thinkimg/puzzles/known_pairs.py): a crop on the target against one elsewhere, the right
 light against too little or noise, the right turn against a wrong one. Prints each judge's AUC with its 95 % interval beside
 a scripted perfect judge and a coin; then pairs per second, what batching gains, and what `self` costs in prefills.
 The teacher is the policy's own server, asked through its OpenAI-compatible endpoint.
@@ -19,23 +19,24 @@ from pathlib import Path
 
 import numpy as np
 
-from thinkimg import clip
-from thinkimg.artifacts import Artifact, Store
-from thinkimg.chat import compare
+from thinkimg.analysis.calibrate import calibrate_attention, known_side
 from thinkimg.config import Config, load
-from thinkimg.data.images import ImageTable
+from thinkimg.conversation import compare
 from thinkimg.engine.client import Sampling
 from thinkimg.engine.server import SERVED_NAME
-from thinkimg.machines import Machines
-from thinkimg.rewards import JUDGES, self
-from thinkimg.rewards._bench import Bench
-from thinkimg.rewards._pairs import Pair
-from thinkimg.rewards._quality import auc_interval
-from thinkimg.stages.calibrate import calibrate_attention, known_side
+from thinkimg.models import clip
+from thinkimg.resources import Machines
+from thinkimg.rewards.context import Bench
+from thinkimg.rewards.judgement import Pair
+from thinkimg.rewards.judges import self
+from thinkimg.rewards.quality import auc_interval
+from thinkimg.rewards.registry import JUDGES
 from thinkimg.stages.clip import train_clip
 from thinkimg.stages.pairs import pairs, read_pairs
 from thinkimg.stages.prepare import prepare
 from thinkimg.stages.warmstart import warmstart
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.image_table import ImageTable
 
 TOKENS, QUERIES = 2800, 64
 
@@ -95,7 +96,7 @@ def peak_of_a_forward(read: bool) -> float:
     from transformers import AttentionInterface, Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    from thinkimg.grpo.relative_attention import NAME, Reader, attend_and_read
+    from thinkimg.trainer.attention_job import NAME, Reader, attend_and_read
 
     config = Qwen2_5_VLConfig(text_config={
         "vocab_size": 64, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1,

@@ -23,17 +23,17 @@ from statistics import median
 
 import psutil
 
-from thinkimg.artifacts import Artifact, Store
 from thinkimg.closure import on_cpu
 from thinkimg.config import Config, load
-from thinkimg.data.images import load_samples
 from thinkimg.engine.client import Generation, Sampling
 from thinkimg.engine.server import ServerSettings, server_command, server_environment
-from thinkimg.machines import Machines
+from thinkimg.resources import Machines
 from thinkimg.rollout import Job, Media, Play, Players
 from thinkimg.stages.prepare import prepare
 from thinkimg.stages.rollout import draw
 from thinkimg.stages.warmstart import warmstart
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.image_table import load_samples
 
 if on_cpu():
     import thinkimg.engine.serve  # noqa: F401  the engine of this process waits as that of the server does

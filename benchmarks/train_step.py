@@ -38,9 +38,9 @@ from workload import GEOMETRIES, IMAGE, PAD, Geometry, Pixels, enable_fast_atten
 
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
 from thinkimg.grpo.loss_config import LossConfig
-from thinkimg.grpo.optimise import MicroBatches, checkpointing
-from thinkimg.grpo.policy import Scorer
-from thinkimg.grpo.sharing import cost, share_groups
+from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.shared_prompts import cost, share_groups
+from thinkimg.trainer.optimise import MicroBatches, checkpointing
 
 MODES = ("stock", "packed", "shared")
 GROUP = 8

@@ -31,13 +31,13 @@ from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from thinkimg.artifacts import Recipe, Store  # noqa: E402
 from thinkimg.config import TinyModel, TrainConfig  # noqa: E402
-from thinkimg.data.images import encode, image_writer  # noqa: E402
 from thinkimg.grpo.advantages import advantages  # noqa: E402
-from thinkimg.grpo.checkpoint import language_linears  # noqa: E402
 from thinkimg.images.decode import pixel_hash  # noqa: E402
-from thinkimg.tiny import create_tiny  # noqa: E402
+from thinkimg.models.tiny import create_tiny  # noqa: E402
+from thinkimg.store.artifacts import Recipe, Store  # noqa: E402
+from thinkimg.store.image_table import encode, image_writer  # noqa: E402
+from thinkimg.trainer.checkpoint import language_linears  # noqa: E402
 
 SIZE = 8
 RATE = 1e-5
@@ -148,13 +148,13 @@ def trl(work: Workload, steps: int) -> Laps:
 
 def thinkimg(work: Workload, steps: int) -> Laps:
     from thinkimg.config import ModelConfig
-    from thinkimg.grpo.attention import use_packed_attention
-    from thinkimg.grpo.checkpoint import Base, Policy
     from thinkimg.grpo.loss_config import LossConfig
-    from thinkimg.grpo.optimise import Ranks, Stepper
-    from thinkimg.grpo.rows import Patches, Row
-    from thinkimg.grpo.train import TrainJob
-    from thinkimg.grpo.vision import batch_equal_chunks
+    from thinkimg.trainer.checkpoint import Base, Policy
+    from thinkimg.trainer.forward.packed_attention import use_packed_attention
+    from thinkimg.trainer.forward.vision import batch_equal_chunks
+    from thinkimg.trainer.grpo_job import TrainJob
+    from thinkimg.trainer.optimise import Ranks, Stepper
+    from thinkimg.trainer.rows import Patches, Row
 
     store = Store(work.root / "store")
 

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from thinkimg.config import ModelConfig
-from thinkimg.grpo.attention import use_packed_attention
-from thinkimg.grpo.checkpoint import Base, Policy, keep_input_dtype, language_linears
-from thinkimg.grpo.packing import Conversation, image_tokens
-from thinkimg.grpo.vision import batch_equal_chunks
+from thinkimg.images.patches import image_tokens
+from thinkimg.trainer.checkpoint import Base, Policy, keep_input_dtype, language_linears
+from thinkimg.trainer.forward.packed_attention import use_packed_attention
+from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.vision import batch_equal_chunks
 
 IMAGE, BEGIN, END, PAD = 3, 4, 5, 0  # ids of the pad of an image, what stands around it, and padding
 

@@ -11,9 +11,11 @@ from pydantic import Field
 
 from flows import _server, _ui
 from flows._device import device
-from thinkimg import cli, machines, tracking
-from thinkimg.artifacts import Artifact, Store
+from thinkimg import resources as machines
+from thinkimg import tracking
 from thinkimg.config import Config, load, presets
+from thinkimg.exit import guarded
+from thinkimg.store.artifacts import Artifact, Store
 
 
 def described(text: str, **limits) -> Any:
@@ -99,4 +101,4 @@ def main(flow: Callable) -> None:
     """Run a flow with arguments from the command line, as in `python -m flows.score --rollouts 3f2a…`."""
     import cyclopts
 
-    cli.guarded(lambda: cyclopts.run(flow))
+    guarded(lambda: cyclopts.run(flow))

@@ -16,9 +16,9 @@ import prefect
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as STARTUP_TIMEOUT
 
-from thinkimg import files
 from thinkimg.engine.server import answers
 from thinkimg.process import free_port, spawn
+from thinkimg.store import files
 
 # What a server writes for its pages alone (and has old events vacuumed with). While it wrote the tasks of a scoring, the
 # next flow was answered 503 by its SQLite, which costs the client two seconds each time (seen with 3.7).

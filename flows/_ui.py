@@ -19,7 +19,7 @@ from prefect.artifacts import (
 
 from flows import _server
 from thinkimg import console, tracking
-from thinkimg.artifacts import Artifact
+from thinkimg.store.artifacts import Artifact
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,11 @@ from flows.rollout import rollout
 from flows.score import score
 from flows.train import train
 from flows.warmstart import warmstart
-from thinkimg import alarms, console, report, tracking
+from thinkimg import console, tracking
+from thinkimg.analysis import alarms
+from thinkimg.analysis import console_report as report
 from thinkimg.closure import check_closure
-from thinkimg.machines import Machines
+from thinkimg.resources import Machines
 from thinkimg.stages.train import check_mix
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from conftest import CORPUS
 
-from thinkimg.chat.codec import Codec
 from thinkimg.config import TinyModel
-from thinkimg.tiny import SPECIAL_TOKENS, write_processor, write_tokenizer
+from thinkimg.conversation.codec import Codec
+from thinkimg.models.tiny import SPECIAL_TOKENS, write_processor, write_tokenizer
 
 # Qwen/Qwen2.5-VL-7B-Instruct, without its branches for videos and numbered pictures
 QWEN_TEMPLATE = (

@@ -27,7 +27,7 @@ CORPUS = [
 def tiny_models(tmp_path_factory) -> tuple[Path, Path]:
     """Directories of two Qwen2.5-VL of half a million parameters that differ in their random weights only."""
     from thinkimg.config import TinyModel
-    from thinkimg.tiny import create_tiny
+    from thinkimg.models.tiny import create_tiny
 
     tiny = TinyModel(
         vocab_size=512, hidden_size=128, layers=2, heads=2, vision_layers=2, vision_hidden_size=64, vision_heads=2

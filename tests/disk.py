@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from thinkimg import files
+from thinkimg.store import files
 
 
 class Crash(BaseException):

@@ -17,9 +17,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from thinkimg.artifacts import Artifact, Recipe
 from thinkimg.config import Config, load
 from thinkimg.errors import UserError
+from thinkimg.store.artifacts import Artifact, Recipe
 
 RECORD = Path(__file__).parent / "golden" / "fingerprints.json"
 PRESETS = ("tiny", "development", "memory-efficient", "balanced", "high-quality", "research")

@@ -9,20 +9,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from thinkimg import schemas
-from thinkimg.artifacts import Recipe, Store
+from thinkimg import records as schemas
 from thinkimg.config import ModelConfig, ParityConfig, TinyModel, TrainConfig, WarmstartConfig
-from thinkimg.data.images import encode, image_writer
-from thinkimg.grpo import checkpoint
-from thinkimg.grpo.checkpoint import Base
-from thinkimg.grpo.optimise import Ranks, score_all
-from thinkimg.grpo.policy import Scorer
-from thinkimg.grpo.rows import Patches, read_rows
-from thinkimg.grpo.train import TrainJob
 from thinkimg.images.decode import pixel_hash
 from thinkimg.images.view import grid
-from thinkimg.schemas import StopReason, Trajectory
-from thinkimg.tiny import create_tiny
+from thinkimg.models.tiny import create_tiny
+from thinkimg.records import StopReason, Trajectory
+from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.image_table import encode, image_writer
+from thinkimg.trainer import checkpoint
+from thinkimg.trainer.checkpoint import Base
+from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.grpo_job import TrainJob
+from thinkimg.trainer.optimise import Ranks, score_all
+from thinkimg.trainer.rows import Patches, read_rows
 
 FULL = ModelConfig(dtype="float32", adaptation="full", train_vision=True)
 LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4, lora_alpha=8)

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 
-from thinkimg import schemas
-from thinkimg.artifacts import Recipe
+from thinkimg import records as schemas
 from thinkimg.config import Config, load
-from thinkimg.schemas import AnswerType, StopReason, to_row
+from thinkimg.records import AnswerType, StopReason, to_row
 from thinkimg.stages import train
 from thinkimg.stages.score import read_scores
+from thinkimg.store.artifacts import Recipe
 
 SHA, CROP = "ab" * 32, "cd" * 32
 COMPONENTS = ("answer", "embedding", "format", "self", "tool")

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from thinkimg.config import ModelConfig, TinyModel
-from thinkimg.grpo import preflight
-from thinkimg.grpo.checkpoint import Base, from_base
-from thinkimg.grpo.optimise import checkpointing, split
-from thinkimg.grpo.packing import Conversation, image_tokens
-from thinkimg.grpo.policy import Scorer, unwrap
-from thinkimg.tiny import create_tiny
+from thinkimg.images.patches import image_tokens
+from thinkimg.models.tiny import create_tiny
+from thinkimg.trainer import memory as preflight
+from thinkimg.trainer.checkpoint import Base, from_base
+from thinkimg.trainer.forward.logprobs import Scorer, unwrap
+from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.optimise import checkpointing, split
 
 TINY = TinyModel(hidden_size=256, layers=6, heads=4)
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 
 from thinkimg.config import RewardsConfig
-from thinkimg.rewards import Batch
-from thinkimg.schemas import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.rewards.batch import Batch
 
 
 def sample(

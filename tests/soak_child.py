@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from thinkimg.artifacts import Recipe, Store
 from thinkimg.config import load
 from thinkimg.stages import prepare, rollout, score
+from thinkimg.store.artifacts import Recipe, Store
 
 TEXT_ONLY = ["image.types=[]", "where.tracking.enabled=false"]
 ROUNDS, SAMPLES, SIZE = 8, 32, 8

@@ -11,14 +11,16 @@ from ledger_store import CROP, GROUPS, SHA, group, make_dataset, make_rollouts, 
 from ledger_store import settings as configured
 from rewards_rows import call, final, trajectory
 
-from thinkimg import alarms, config, report
-from thinkimg.alarms import WINDOW, Finding, History, judge, watch
-from thinkimg.artifacts import Recipe, Store
+from thinkimg import config
+from thinkimg.analysis import alarms
+from thinkimg.analysis import console_report as report
+from thinkimg.analysis.alarms import WINDOW, Finding, History, judge, watch
+from thinkimg.analysis.figures import accuracy, correlation, held, idle_calls, ratio, share, signals
 from thinkimg.console import console
 from thinkimg.grpo.loss_config import LossConfig
-from thinkimg.mixing import Mix
-from thinkimg.schemas import CallStatus
-from thinkimg.signals import accuracy, correlation, held, idle_calls, ratio, share, signals
+from thinkimg.records import CallStatus
+from thinkimg.rewards.mix import Mix
+from thinkimg.store.artifacts import Recipe, Store
 from thinkimg.tracking import load_record, loop_id, open_loop
 
 NAMES = [alarm.__name__ for alarm in alarms.ALARMS]

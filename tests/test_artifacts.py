@@ -18,8 +18,8 @@ from disk import Crash, Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkimg.artifacts import Problem, Recipe, Reference, Store, directory_digest, fingerprint, write_table
 from thinkimg.errors import UserError
+from thinkimg.store.artifacts import Problem, Recipe, Reference, Store, directory_digest, fingerprint, write_table
 
 RECIPE = Recipe(
     "toy",
@@ -402,7 +402,7 @@ def test_sweep_lists_what_a_failed_run_left_and_leaves_work_in_progress_alone(tm
 
 STAGE = textwrap.dedent("""
     import sys, time
-    from thinkimg.artifacts import Recipe, Store
+    from thinkimg.store.artifacts import Recipe, Store
 
     def produce(work):
         work.text("first.txt", "closed")

@@ -17,8 +17,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from thinkimg.artifacts import Store
 from thinkimg.engine.server import Server, ServerSettings
+from thinkimg.store.artifacts import Store
 
 pytestmark = pytest.mark.long
 

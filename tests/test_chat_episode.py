@@ -11,18 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg import schemas
-from thinkimg.chat.episode import Episode, PendingCall, scripted, seed
-from thinkimg.chat.picture import picture
-from thinkimg.chat.protocol import PROTOCOLS, Answer, ToolCall
-from thinkimg.chat.tokens import ROLES, conversation
+from thinkimg import records as schemas
 from thinkimg.config import ConversationConfig, ImagesConfig
+from thinkimg.conversation.episode import Episode, PendingCall, scripted, seed
+from thinkimg.conversation.picture import picture
+from thinkimg.conversation.protocol import PROTOCOLS, Answer, ToolCall
+from thinkimg.conversation.tokens import ROLES
 from thinkimg.errors import UserError
-from thinkimg.grpo.packing import image_tokens, mrope_positions
 from thinkimg.images.decode import pixel_hash
+from thinkimg.images.patches import image_tokens
 from thinkimg.images.tools import TOOLS
 from thinkimg.images.view import grid
-from thinkimg.schemas import AnswerType, CallStatus, Role, Sample, StopReason, Trajectory, TurnKind
+from thinkimg.records import AnswerType, CallStatus, Role, Sample, StopReason, Trajectory, TurnKind
+from thinkimg.trainer.forward.packing import mrope_positions
+from thinkimg.trainer.rows import conversation
 
 IMAGES = ImagesConfig(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)

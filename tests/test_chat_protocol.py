@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.chat.protocol import IMAGE, PROTOCOLS, Answer, Malformed, ToolCall
+from thinkimg.conversation.protocol import IMAGE, PROTOCOLS, Answer, Malformed, ToolCall
 from thinkimg.images.tools import TOOLS
 
 THINK, QWEN = PROTOCOLS["think"], PROTOCOLS["qwen"]

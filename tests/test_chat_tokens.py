@@ -6,11 +6,11 @@ from chat_codecs import QWEN_RANKS, UNMARKED, qwen_codec, qwen_tokenizer, tiny_c
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from thinkimg.chat.codec import Codec, banned_tokens
-from thinkimg.chat.protocol import IMAGE, text
-from thinkimg.chat.tokens import ImageSlot, TokenError, TokenMismatch, TokenStream
+from thinkimg.conversation.codec import Codec, banned_tokens
+from thinkimg.conversation.protocol import IMAGE, text
+from thinkimg.conversation.tokens import ImageSlot, TokenError, TokenMismatch, TokenStream
 from thinkimg.errors import UserError
-from thinkimg.tiny import SPECIAL_TOKENS
+from thinkimg.models.tiny import SPECIAL_TOKENS
 
 codecs = st.sampled_from([(tiny_codec, tiny_tokenizer), (qwen_codec, qwen_tokenizer)])
 fragments = st.one_of(

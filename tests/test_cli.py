@@ -11,7 +11,7 @@ def test_a_command_leaves_without_a_word_of_its_libraries(code):
     """triton's bindings complain about each object that the interpreter has not freed."""
     script = f"""
 import gc
-from thinkimg.cli import guarded
+from thinkimg.exit import guarded
 from thinkimg.errors import UserError
 def command():
     {code}

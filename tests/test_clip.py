@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thinkimg import clip
-from thinkimg.artifacts import Recipe, Store
 from thinkimg.config import load
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
-from thinkimg.rewards import embedding
-from thinkimg.rewards._bench import Bench
-from thinkimg.rewards._pairs import Pair
-from thinkimg.rewards._quality import auc, auc_interval
-from thinkimg.rewards_config import EmbeddingConfig
+from thinkimg.models import clip
+from thinkimg.models.clip import EmbeddingConfig
+from thinkimg.rewards.context import Bench
+from thinkimg.rewards.judgement import Pair
+from thinkimg.rewards.judges import embedding
+from thinkimg.rewards.quality import auc, auc_interval
+from thinkimg.store.artifacts import Recipe, Store
 
 RED, BLUE, GREY = "Find something red.", "Find something blue.", "whatever"
 

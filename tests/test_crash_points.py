@@ -19,17 +19,18 @@ import numpy as np
 import pytest
 from disk import Crash, Disk
 
-from thinkimg import files, machines
-from thinkimg.artifacts import Store
-from thinkimg.chat.codec import Codec
-from thinkimg.chat.episode import Episode, scripted
-from thinkimg.chat.picture import picture
-from thinkimg.chat.protocol import PROTOCOLS
+from thinkimg import resources as machines
 from thinkimg.config import load
-from thinkimg.data.demonstrations import script
-from thinkimg.data.images import ImageTable
+from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.episode import Episode, scripted
+from thinkimg.conversation.picture import picture
+from thinkimg.conversation.protocol import PROTOCOLS
 from thinkimg.errors import UserError
+from thinkimg.puzzles.demonstrations import script
 from thinkimg.stages import evaluate, prepare, rollout, score, train, warmstart
+from thinkimg.store import files
+from thinkimg.store.artifacts import Store
+from thinkimg.store.image_table import ImageTable
 
 SETTINGS = [
     "data.train=4", "data.held_out=2", "rollout.samples=2", "rollout.group_size=2", "evaluate.samples=2", "evaluate.k=1",

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thinkimg.artifacts import Recipe, Store
-from thinkimg.data.images import ImageTable, encode, image_writer, storable
 from thinkimg.errors import UserError
 from thinkimg.images.decode import decode, pixel_hash
+from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.image_table import ImageTable, encode, image_writer, storable
 
 
 def noise(seed, width=40, height=30, mode="RGB"):

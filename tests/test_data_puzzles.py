@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg.data.puzzles import MAKERS, SCALE, SIZE, Family, generate, photographs, puzzle, split_photographs
 from thinkimg.images.tools import run
 from thinkimg.images.view import view, view_size
+from thinkimg.puzzles.scenes import MAKERS, SCALE, SIZE, Family, generate, photographs, puzzle, split_photographs
 
 LIMITS = {"min_pixels": 56 * 56, "max_pixels": (SIZE // SCALE) ** 2}
 PHOTOGRAPHS = ("astronaut", "hubble_deep_field", "gravel", "coffee", "china", "ihc")

@@ -11,8 +11,8 @@ import httpx
 import pytest
 import yaml
 
-from thinkimg.artifacts import Store
 from thinkimg.process import Child, free_port, spawn
+from thinkimg.store.artifacts import Store
 from thinkimg.watchdog import descendants
 
 REPOSITORY = Path(__file__).parents[1]

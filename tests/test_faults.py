@@ -18,12 +18,12 @@ from test_crash_points import Recorded, stages  # noqa: F401  a fixture
 from test_engine import PLAIN, FakeServer, fakes, generate_many, image  # noqa: F401  a fixture
 
 from thinkimg import tracking
-from thinkimg.artifacts import Recipe, Store
 from thinkimg.config import load
 from thinkimg.engine import EngineError, client
 from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.errors import UserError
 from thinkimg.stages import rollout
+from thinkimg.store.artifacts import Recipe, Store
 
 REPOSITORY = Path(__file__).parents[1]
 MINUTE = 60.0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from thinkimg.artifacts import Recipe, Store
 from thinkimg.config import load
 from thinkimg.stages import prepare, score, warmstart
+from thinkimg.store.artifacts import Recipe, Store
 from thinkimg.watchdog import descendants
 
 REPOSITORY = Path(__file__).parents[1]

@@ -9,10 +9,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import load
-from thinkimg.manifest import canonical
 from thinkimg.stages import pairs, prepare, score, train, warmstart
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.manifest import canonical
 
 GOLDEN = {
     "prepare": (2, "3b218f342e0031d35b434fb96440ebf6a8e2c096f5483af2af1ac3784b340a4d"),

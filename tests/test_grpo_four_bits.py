@@ -6,12 +6,12 @@ from bitsandbytes.functional import dequantize_4bit
 from grpo_world import LORA
 
 from thinkimg.config import TinyModel
-from thinkimg.grpo import checkpoint
-from thinkimg.grpo.checkpoint import Base
-from thinkimg.grpo.policy import Scorer, unwrap
-from thinkimg.grpo.rows import Patches, read_rows
-from thinkimg.grpo.sharing import share_groups
-from thinkimg.tiny import create_tiny
+from thinkimg.models.tiny import create_tiny
+from thinkimg.trainer import checkpoint
+from thinkimg.trainer.checkpoint import Base
+from thinkimg.trainer.forward.logprobs import Scorer, unwrap
+from thinkimg.trainer.forward.shared_prompts import share_groups
+from thinkimg.trainer.rows import Patches, read_rows
 
 FOUR = LORA.model_copy(update={"load_in_4bit": True})
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from thinkimg import process
 from thinkimg.config import TrainerConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo.worker import Trainer, TrainerError, launch_command, serve_rank
 from thinkimg.process import free_port
+from thinkimg.trainer.worker import Trainer, TrainerError, launch_command, serve_rank
 from thinkimg.watchdog import descendants
 
 LIMIT_S = 60
@@ -30,7 +30,7 @@ def second_node(where: TrainerConfig, log: Path) -> process.Child:
 
 def workers(node: process.Child) -> list[int]:
     found = descendants(node.pid)
-    return [pid for pid in found if b"thinkimg.grpo.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in found if b"thinkimg.trainer.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def weights(directory: str) -> dict[str, torch.Tensor]:

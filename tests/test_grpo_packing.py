@@ -7,10 +7,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg.grpo.checkpoint import Base, from_base
-from thinkimg.grpo.packing import Conversation, image_tokens, micro_batches, mrope_positions, patches
-from thinkimg.grpo.policy import Scorer, token_logps
-from thinkimg.grpo.vision import attend_chunks
+from thinkimg.images.patches import image_tokens, patches
+from thinkimg.trainer.checkpoint import Base, from_base
+from thinkimg.trainer.forward.logprobs import Scorer, token_logps
+from thinkimg.trainer.forward.packing import Conversation, micro_batches, mrope_positions
+from thinkimg.trainer.forward.vision import attend_chunks
 
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 

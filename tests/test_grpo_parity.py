@@ -9,9 +9,13 @@ import torch
 from grpo_world import BANNED, FULL, LORA, TRAIN
 
 from thinkimg.errors import UserError
-from thinkimg.grpo import causes, checkpoint, packing, parity, policy, sharing
-from thinkimg.grpo.packing import mrope_positions
-from thinkimg.grpo.rows import Patches, Row, read_rows
+from thinkimg.trainer import checkpoint, parity
+from thinkimg.trainer import parity_diagnosis as causes
+from thinkimg.trainer.forward import logprobs as policy
+from thinkimg.trainer.forward import packing
+from thinkimg.trainer.forward import shared_prompts as sharing
+from thinkimg.trainer.forward.packing import mrope_positions
+from thinkimg.trainer.rows import Patches, Row, read_rows
 
 
 def shifted(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:

@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 from thinkimg.config import ModelConfig, load
 from thinkimg.errors import UserError
-from thinkimg.grpo import forecast, preflight
-from thinkimg.grpo.optimise import computed, split
-from thinkimg.grpo.preflight import How
+from thinkimg.trainer import forecast
+from thinkimg.trainer import memory as preflight
+from thinkimg.trainer.memory import How
+from thinkimg.trainer.optimise import computed, split
 
 FULL = ModelConfig(dtype="float32", adaptation="full")
 LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4)

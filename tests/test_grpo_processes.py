@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from thinkimg.config import TrainerConfig, load
 from thinkimg.errors import UserError
-from thinkimg.grpo import checkpoint, checksums
-from thinkimg.grpo.checkpoint import Base, Policy
-from thinkimg.grpo.optimise import Ranks
-from thinkimg.grpo.worker import Trainer, Worker, accelerate_settings
 from thinkimg.process import free_port
+from thinkimg.trainer import checkpoint, checksums
+from thinkimg.trainer.checkpoint import Base, Policy
+from thinkimg.trainer.optimise import Ranks
+from thinkimg.trainer.worker import Trainer, Worker, accelerate_settings
 
 # After one step from nothing exp_avg is a tenth of the accumulated gradient, if nothing is clipped.
 UNCLIPPED = TRAIN.model_copy(update={"max_grad_norm": 1e9, "token_budget": 150})
@@ -329,7 +329,7 @@ def lossy_rank(rank: int, port: int, spool: str, job: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    from thinkimg.grpo import shards
+    from thinkimg.trainer.forward import fsdp as shards
 
     worker = Worker(Path(spool), 2)
     policy = worker._load(job, FULL, Base(**job["base"]))

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from thinkimg.chat.codec import Codec
-from thinkimg.grpo import relative_attention
-from thinkimg.grpo.packing import patches
-from thinkimg.grpo.policy import Scorer
-from thinkimg.grpo.relative_attention import Reader, attention_rows, conversations, coverage, measure, split
+from thinkimg.conversation.codec import Codec
+from thinkimg.images.patches import patches
 from thinkimg.images.view import grid
-from thinkimg.rewards.attention import GENERIC, prompt
+from thinkimg.rewards.judges.attention import GENERIC, prompt
+from thinkimg.trainer import attention_job as relative_attention
+from thinkimg.trainer.attention_job import Reader, attention_rows, conversations, coverage, measure, split
+from thinkimg.trainer.forward.logprobs import Scorer
 
 SIZES = ((84, 56), (56, 56))
 

@@ -9,12 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinkimg.config import ModelConfig
-from thinkimg.grpo.attention import Layout, packed_attention, visible
-from thinkimg.grpo.checkpoint import Base, from_base
-from thinkimg.grpo.flex import BLOCK, block_mask, blocks, bucket
-from thinkimg.grpo.packing import Conversation, image_tokens, mrope_positions
-from thinkimg.grpo.policy import Scorer
-from thinkimg.grpo.sharing import Span, Unit, common_prefix, cost, image_spans, obstacle, pack, pad, plan
+from thinkimg.images.patches import image_tokens
+from thinkimg.trainer.checkpoint import Base, from_base
+from thinkimg.trainer.forward.flex import BLOCK, block_mask, blocks, bucket
+from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.packed_attention import Layout, packed_attention, visible
+from thinkimg.trainer.forward.packing import Conversation, mrope_positions
+from thinkimg.trainer.forward.shared_prompts import (
+    Span,
+    Unit,
+    common_prefix,
+    cost,
+    image_spans,
+    obstacle,
+    pack,
+    pad,
+    plan,
+)
 
 FULL = ModelConfig(dtype="float32", adaptation="full", train_vision=True)
 LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4, lora_alpha=8)

@@ -14,13 +14,14 @@ from grpo_world import FULL, LORA, TRAIN
 
 from thinkimg.config import ParityConfig, TrainerConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo import checkpoint, warmstart
-from thinkimg.grpo.checkpoint import Base
 from thinkimg.grpo.loss_config import LossConfig
-from thinkimg.grpo.optimise import Ranks
-from thinkimg.grpo.rows import Row
-from thinkimg.grpo.train import deal
-from thinkimg.grpo.worker import Trainer, TrainerError, launch_command
+from thinkimg.trainer import checkpoint
+from thinkimg.trainer import warmstart_job as warmstart
+from thinkimg.trainer.checkpoint import Base
+from thinkimg.trainer.grpo_job import deal
+from thinkimg.trainer.optimise import Ranks
+from thinkimg.trainer.rows import Row
+from thinkimg.trainer.worker import Trainer, TrainerError, launch_command
 from thinkimg.watchdog import descendants
 
 
@@ -74,9 +75,11 @@ def test_excluded_rows_and_micro_batches_leave_the_gradient_alone(world):
 def test_where_packing_can_not_be_right_rows_are_padded(world, monkeypatch, caplog, why):
     whole = world.train(world.job(f"packed {why}"))
     if why == "obstacle":
-        monkeypatch.setattr("thinkimg.grpo.sharing.obstacle", lambda config: "it looks through a window")
+        monkeypatch.setattr(
+            "thinkimg.trainer.forward.shared_prompts.obstacle", lambda config: "it looks through a window"
+        )
     else:
-        monkeypatch.setattr("thinkimg.grpo.packed.LIMITS", {"float32": -1.0})
+        monkeypatch.setattr("thinkimg.trainer.forward.packing_check.LIMITS", {"float32": -1.0})
     padded = world.train(world.job(f"padded {why}"))
     assert "prompts are not shared" in caplog.text
     assert (whole["metrics"]["packing/fallback"], padded["metrics"]["packing/fallback"]) == (0, 1)
@@ -246,7 +249,7 @@ def test_a_worker_that_can_do_no_job_says_why_in_a_sentence(tmp_path, monkeypatc
 def test_launch_commands():
     several = launch_command(TrainerConfig(processes=2), gpus=0)
     assert "torch.distributed.run" in several and several[several.index("--nproc_per_node") + 1] == "2"
-    assert launch_command(TrainerConfig(), gpus=0) == [sys.executable, "-m", "thinkimg.grpo.worker"]
+    assert launch_command(TrainerConfig(), gpus=0) == [sys.executable, "-m", "thinkimg.trainer.worker"]
     on_gpus = launch_command(TrainerConfig(processes=4), gpus=4)
     assert (
         "--multi_gpu" in on_gpus

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from thinkimg.artifacts import Artifact, Store
 from thinkimg.config import load
+from thinkimg.store.artifacts import Artifact, Store
 from thinkimg.tracking import load_record, loop_id
 
 pytestmark = pytest.mark.long

@@ -9,15 +9,15 @@ import pytest
 from ledger_store import COMPONENTS, CROP, GROUPS, MIX, SHA, SIZE, make_dataset, make_policy, make_rollouts, make_scores
 from ledger_store import settings as configured
 
-from thinkimg import cli
-from thinkimg.artifacts import Store
+from thinkimg.analysis.diff import diff
+from thinkimg.analysis.explain import find, story
+from thinkimg.analysis.joined import open_scores, stored_advantages, weighings
+from thinkimg.analysis.remix import read_mixes, remix
+from thinkimg.cli import main as cli
 from thinkimg.console import console
 from thinkimg.errors import UserError
-from thinkimg.ledger.diff import diff
-from thinkimg.ledger.explain import find, story
-from thinkimg.ledger.remix import read_mixes, remix
-from thinkimg.ledger.stored import open_scores, stored_advantages, weighings
 from thinkimg.stages.score import read_scores
+from thinkimg.store.artifacts import Store
 
 
 class Made:

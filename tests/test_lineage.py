@@ -14,16 +14,17 @@ import pyarrow as pa
 import pytest
 from disk import Crash
 
-from thinkimg import files, schemas
-from thinkimg import gc as collector
-from thinkimg.artifacts import Recipe, Reference, Store
+from thinkimg import records as schemas
+from thinkimg.analysis.export import export
+from thinkimg.analysis.verify_calls import replay
 from thinkimg.config import load
 from thinkimg.errors import UserError
-from thinkimg.export import export
-from thinkimg.lineage import Graph, draw
-from thinkimg.replay import replay
-from thinkimg.schemas import Trajectory, from_row, to_row
+from thinkimg.records import Trajectory, from_row, to_row
 from thinkimg.stages import prepare, warmstart
+from thinkimg.store import files
+from thinkimg.store import gc as collector
+from thinkimg.store.artifacts import Recipe, Reference, Store
+from thinkimg.store.lineage import Graph, draw
 
 BASE = Reference("base", "ab" * 32)
 

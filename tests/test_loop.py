@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from thinkimg.artifacts import Store
 from thinkimg.config import load
-from thinkimg.schemas import Trajectory, from_row
+from thinkimg.records import Trajectory, from_row
+from thinkimg.store.artifacts import Store
 
 PRESET = """
 extends: tiny

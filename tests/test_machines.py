@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from thinkimg.config import load
-from thinkimg.machines import Machines
+from thinkimg.resources import Machines
 
 POLICY = SimpleNamespace(digest="d", files={"policy/model/config.json": {}}, checked=lambda name: Path(name))
 
@@ -39,7 +39,7 @@ def notes(monkeypatch) -> list[str]:
             taken.append(f"{self.name} wakes")
 
     monkeypatch.setattr("thinkimg.engine.server.Server", Noting)
-    monkeypatch.setattr("thinkimg.grpo.worker.Trainer", lambda *_, **__: Noting(name="trainer"))
+    monkeypatch.setattr("thinkimg.trainer.worker.Trainer", lambda *_, **__: Noting(name="trainer"))
     return taken
 
 

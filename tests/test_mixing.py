@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from thinkimg.config import load
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import advantages, mix_rewards
-from thinkimg.manifest import canonical
-from thinkimg.mixing import Mix, read_mix
+from thinkimg.rewards.mix import Mix, read_mix
 from thinkimg.stages.train import check_mix, weigh
+from thinkimg.store.manifest import canonical
 
 GROUPS, SIZE = 4, 4
 NAMES = ("answer", "self", "teacher", "embedding")

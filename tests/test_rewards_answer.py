@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from rewards_rows import batch, failed, sample, trajectory
 
-from thinkimg.rewards import Score, Status
-from thinkimg.rewards._boxes import iou, read_box
-from thinkimg.rewards._maths import WORKER, check
-from thinkimg.rewards._maths_worker import SECONDS
-from thinkimg.rewards._numbers import read_number
-from thinkimg.rewards._text import anls, choose, plain
-from thinkimg.rewards.answer import score
-from thinkimg.schemas import AnswerType
+from thinkimg.records import AnswerType
+from thinkimg.rewards.batch import Score, Status
+from thinkimg.rewards.boxes import iou, read_box
+from thinkimg.rewards.maths import WORKER, check
+from thinkimg.rewards.maths_worker import SECONDS
+from thinkimg.rewards.numbers import read_number
+from thinkimg.rewards.rules.answer import score
+from thinkimg.rewards.text import anls, choose, plain
 
 HOSTILE = [
     "", " ", "\x00", "(" * 50_000 + ")" * 50_000, "x" * 200_000, " " * 200_000 + "x", "1" * 100_000, "1e999999999", "\ud7ff\U0010ffff",
@@ -250,7 +250,7 @@ def test_the_worker_ends_with_its_parent_even_while_it_computes():
 def test_no_text_of_the_model_is_ever_compiled():
     code = """
 import sys
-from thinkimg.rewards._maths_worker import close_eval, compare
+from thinkimg.rewards.maths_worker import close_eval, compare
 close_eval()
 compiled = []
 sys.addaudithook(lambda event, args: compiled.append(str(args[0])) if event == "compile" else None)

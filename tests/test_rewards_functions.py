@@ -12,9 +12,10 @@ from rewards_rows import batch, call, failed, final, malformed, sample, trajecto
 
 from thinkimg.config import RewardsConfig
 from thinkimg.errors import UserError
-from thinkimg.rewards import COMPONENTS, JUDGES, Score, Status, components, sources
-from thinkimg.rewards._functions import load
-from thinkimg.rewards_config import ImageConfig
+from thinkimg.rewards.batch import Score, Status
+from thinkimg.rewards.functions import load
+from thinkimg.rewards.registry import COMPONENTS, JUDGES, components, sources
+from thinkimg.rewards.settings import ImageConfig
 
 IMAGE = Image.new("RGB", (3, 2))
 ROWS = [trajectory(final("a"), answer="a"), trajectory(final("abc"), answer="abc")]

@@ -12,10 +12,13 @@ from PIL import Image
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 
 from thinkimg.config import RewardsConfig
-from thinkimg.rewards import JUDGES, Batch, Status, attention, components, self, teacher
-from thinkimg.rewards._pairs import Identity, Judgement, Pair, degenerate, processed
-from thinkimg.rewards_config import ImageConfig
-from thinkimg.schemas import CallStatus
+from thinkimg.records import CallStatus
+from thinkimg.rewards.batch import Batch, Status
+from thinkimg.rewards.judgement import Identity, Judgement, Pair
+from thinkimg.rewards.judges import attention, self, teacher
+from thinkimg.rewards.pairs import degenerate, processed
+from thinkimg.rewards.registry import JUDGES, components
+from thinkimg.rewards.settings import ImageConfig
 
 SHA, ONE, TWO, THREE = ("ab" * 32, *(letter * 64 for letter in "123"))
 WHO = Identity("embedding", "m", "w", "p")

@@ -13,21 +13,23 @@ import pytest
 import torch
 from PIL import Image
 
-from thinkimg.artifacts import Recipe, Store
-from thinkimg.chat import compare
 from thinkimg.config import load
-from thinkimg.data.images import ImageTable, encode, image_writer
+from thinkimg.conversation import compare
 from thinkimg.engine.client import EngineClient
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.errors import UserError
-from thinkimg.grpo.packing import mrope_positions, patches
 from thinkimg.images.decode import pixel_hash
-from thinkimg.rewards import JUDGES, teacher
-from thinkimg.rewards import self as policy_judge
-from thinkimg.rewards._bench import Bench
-from thinkimg.rewards._pairs import Identity, Judgement, Pair
-from thinkimg.stages import judge as stage
+from thinkimg.images.patches import patches
+from thinkimg.rewards import judging as stage
+from thinkimg.rewards.context import Bench
+from thinkimg.rewards.judgement import Identity, Judgement, Pair
+from thinkimg.rewards.judges import self as policy_judge
+from thinkimg.rewards.judges import teacher
+from thinkimg.rewards.registry import JUDGES
 from thinkimg.stages.score import judge_pairs, ledger_name
+from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.image_table import ImageTable, encode, image_writer
+from thinkimg.trainer.forward.packing import mrope_positions
 
 QUESTIONS = ("Which way do the stripes run?", "The scene is too dark. Which letter is it?")
 

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_rows import batch, call, failed, final, malformed, trajectory
 
-from thinkimg.rewards import COMPONENTS, JUDGES, Score, Status
-from thinkimg.schemas import CallStatus, StopReason, Turn
+from thinkimg.records import CallStatus, StopReason, Turn
+from thinkimg.rewards.batch import Score, Status
+from thinkimg.rewards.registry import COMPONENTS, JUDGES
 
 PLAIN = call(x=1)
 middles = st.lists(st.sampled_from([call(x=1), call(x=2), call(status=CallStatus.ERROR), malformed()]), max_size=6)

@@ -172,7 +172,7 @@ def test_packages_of_another_machine_are_refused(monkeypatch, cpu, gpus, hidden,
 
 
 def test_a_loop_beside_an_unused_gpu_ends_in_a_sentence_before_anything_starts(monkeypatch, tmp_path, capsys):
-    from thinkimg import cli
+    from thinkimg.cli import main as cli
 
     monkeypatch.setattr(closure, "glob", lambda pattern: [pattern])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -18,10 +18,10 @@ from PIL import Image
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 from soak_child import ROUNDS, SAMPLES, SIZE
 
-from thinkimg import schemas
-from thinkimg.artifacts import Recipe, Store
-from thinkimg.chat.codec import Codec
-from thinkimg.schemas import AnswerType, to_row
+from thinkimg import records as schemas
+from thinkimg.conversation.codec import Codec
+from thinkimg.records import AnswerType, to_row
+from thinkimg.store.artifacts import Recipe, Store
 
 pytestmark = pytest.mark.long
 

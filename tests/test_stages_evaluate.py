@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.data.puzzles import Family, generate, photographs
-from thinkimg.schemas import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.puzzles.scenes import Family, generate, photographs
+from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
 from thinkimg.stages.evaluate import bootstrap, report, wilson
 from thinkimg.stages.rollout import draw, summary
 
@@ -143,7 +143,7 @@ def test_summary_counts_calls_ends_and_tokens():
 def test_right_calls_follow_the_coordinates_through_the_images(calls, right):
     import json
 
-    from thinkimg.data.demonstrations import right_calls
+    from thinkimg.puzzles.demonstrations import right_calls
 
     asked = sample(0, metadata={"family": "detail", "solution": [], "target": [112, 224, 112, 112]})
     turns = tuple(call(name, json.dumps(args), source=source) for name, args, source in calls)

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from grpo_world import FULL, World
 
-from thinkimg import schemas
-from thinkimg.artifacts import Recipe
+from thinkimg import records as schemas
 from thinkimg.config import load
-from thinkimg.schemas import StopReason
+from thinkimg.records import StopReason
 from thinkimg.stages.train import STAGE, VERSION, step
+from thinkimg.store.artifacts import Recipe
 
 REWARDS = {"t0": 0.0, "t1": 1.0, "t2": 0.5, "t3": 0.0, "t4": 1.0, "t5": 0.2}
 

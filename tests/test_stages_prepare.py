@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thinkimg import schemas
-from thinkimg.artifacts import Store
+from thinkimg import records as schemas
 from thinkimg.config import validate
-from thinkimg.data.images import ImageTable, load_samples
 from thinkimg.errors import UserError
 from thinkimg.images.decode import decode, pixel_hash
 from thinkimg.stages import prepare as stage
 from thinkimg.stages.prepare import prepare
+from thinkimg.store.artifacts import Store
+from thinkimg.store.image_table import ImageTable, load_samples
 
 
 def config(**data):
@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_from_its_closed_parts(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    from thinkimg import files
+    from thinkimg.store import files
 
     for name in ("images-00000.parquet", "samples-00001.parquet", "images-00003.parquet", "summary.json"):
 
@@ -223,7 +223,7 @@ def test_a_killed_run_goes_on_from_its_closed_parts(tmp_path, monkeypatch):
 
 
 def count_calls(calls):
-    from thinkimg.data.images import storable
+    from thinkimg.store.image_table import storable
 
     def counted(data, image):
         calls.append(data)

@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 
-from thinkimg import schemas
-from thinkimg.artifacts import Recipe, Store
+from thinkimg import records as schemas
 from thinkimg.config import load
 from thinkimg.errors import UserError
-from thinkimg.rewards import COMPONENTS, JUDGES
-from thinkimg.rewards._functions import load as load_function
-from thinkimg.schemas import AnswerType, to_row
+from thinkimg.records import AnswerType, to_row
+from thinkimg.rewards.functions import load as load_function
+from thinkimg.rewards.registry import COMPONENTS, JUDGES
 from thinkimg.stages import score as stage
 from thinkimg.stages.score import read_scores, score
+from thinkimg.store.artifacts import Recipe, Store
 
 SHA = "ab" * 32
 

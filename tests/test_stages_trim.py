@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from thinkimg.artifacts import Artifact, Recipe, Store
 from thinkimg.config import ModelConfig
 from thinkimg.errors import UserError
-from thinkimg.grpo import checkpoint
-from thinkimg.grpo.checkpoint import Base
 from thinkimg.stages.train import STAGE, check_optimizer, trim_optimizers
+from thinkimg.store.artifacts import Artifact, Recipe, Store
+from thinkimg.trainer import checkpoint
+from thinkimg.trainer.checkpoint import Base
 
 FULL = ModelConfig(dtype="float32", adaptation="full")
 NAME = "policy/optimizer.safetensors"

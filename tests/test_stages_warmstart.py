@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thinkimg.artifacts import Artifact, Store
-from thinkimg.chat import compare
-from thinkimg.chat.codec import Codec
 from thinkimg.config import Config, load
-from thinkimg.data.demonstrations import right_calls
-from thinkimg.data.images import load_samples
+from thinkimg.conversation import compare
+from thinkimg.conversation.codec import Codec
 from thinkimg.errors import UserError
-from thinkimg.schemas import StopReason, Trajectory, TurnKind, from_row
+from thinkimg.puzzles.demonstrations import right_calls
+from thinkimg.records import StopReason, Trajectory, TurnKind, from_row
 from thinkimg.stages import pairs, prepare, warmstart
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.image_table import load_samples
 
 
 def demonstrations(config: Config, store: Store) -> tuple[Artifact, Artifact]:

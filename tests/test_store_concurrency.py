@@ -6,14 +6,14 @@ import sys
 import textwrap
 from pathlib import Path
 
-from thinkimg.artifacts import Store
+from thinkimg.store.artifacts import Store
 from thinkimg.tracking import records
 
 WORKERS, FINGERPRINTS = 4, 8
 
 BUILD = textwrap.dedent("""
     import os, random, sys, time
-    from thinkimg.artifacts import Recipe, Store
+    from thinkimg.store.artifacts import Recipe, Store
 
     store, noise = Store(sys.argv[1]), random.Random(int(sys.argv[2]))
     numbers = list(range(int(sys.argv[3])))
@@ -31,7 +31,7 @@ BUILD = textwrap.dedent("""
 
 RECORD = textwrap.dedent("""
     import sys
-    from thinkimg.artifacts import Store
+    from thinkimg.store.artifacts import Store
     from thinkimg.tracking import LoopRecord, load_record, save_record
 
     store = Store(sys.argv[1])

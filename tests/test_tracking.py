@@ -75,7 +75,7 @@ def test_two_mixes_outage_and_sync(store, caplog):
     shutil.rmtree(store.root / "mlartifacts")
     # Two processes at once that also have to make a new database: without a lock both crash, or everything doubles.
     program = (
-        "import sys; from dataclasses import astuple; from thinkimg.artifacts import Store; "
+        "import sys; from dataclasses import astuple; from thinkimg.store.artifacts import Store; "
         "from thinkimg.tracking import sync; print(*astuple(sync(Store(sys.argv[1]))))"
     )
     started = [subprocess.Popen([sys.executable, "-c", program, store.root], stdout=subprocess.PIPE) for _ in range(2)]

@@ -11,7 +11,7 @@ from PIL import Image
 from tracking_store import COMPONENTS, MIXES, PHOTO, picture, run_loop, sample_of, settings, trajectory_of
 
 from thinkimg.images.decode import pixel_hash
-from thinkimg.schemas import CallStatus, StopReason, Turn, TurnKind
+from thinkimg.records import CallStatus, StopReason, Turn, TurnKind
 from thinkimg.tracking import load_record
 from thinkimg.tracking.traces import conversation, select, with_box
 

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from thinkimg.artifacts import Store
 from thinkimg.config import load
 from thinkimg.engine.server import Server, ServerSettings, answers
 from thinkimg.process import free_port, spawn
-from thinkimg.schemas import StopReason
+from thinkimg.records import StopReason
 from thinkimg.stages import prepare, rollout, warmstart
+from thinkimg.store.artifacts import Store
 from thinkimg.watchdog import descendants
 
 pytestmark = pytest.mark.long

@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg import schemas
-from thinkimg.artifacts import Store
+from thinkimg import records as schemas
+from thinkimg.analysis.figures import target
 from thinkimg.config import RewardsConfig, validate
-from thinkimg.data.images import load_samples
 from thinkimg.errors import UserError
-from thinkimg.rewards import Batch, _functions
-from thinkimg.rewards.answer import score as score_answers
-from thinkimg.schemas import AnswerType, Sample, StopReason, Trajectory, Turn, TurnKind, from_row, to_row
-from thinkimg.signals import target
+from thinkimg.records import AnswerType, Sample, StopReason, Trajectory, Turn, TurnKind, from_row, to_row
+from thinkimg.rewards import functions as _functions
+from thinkimg.rewards.batch import Batch
+from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.stages.evaluate import report
 from thinkimg.stages.prepare import prepare
+from thinkimg.store.artifacts import Store
+from thinkimg.store.image_table import load_samples
 
 ROW = Trajectory(
     "t", "s", "g", 0, "p", (1, 2), (0, 1), (-0.5,), ("i",), ((1, 8, 8),), (Turn("b", TurnKind.ANSWER, tokens=1),), "b",

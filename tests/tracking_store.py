@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from thinkimg import config as configuration
-from thinkimg import schemas
-from thinkimg.artifacts import Recipe, Store
+from thinkimg import records as schemas
 from thinkimg.images.decode import encode_png, pixel_hash
-from thinkimg.schemas import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.store.artifacts import Recipe, Store
 from thinkimg.tracking import open_loop
 from thinkimg.tracking.connection import Connection
 

@@ -1,5 +1,5 @@
 """`python -m thinkimg` is the command line."""
 
-from thinkimg.cli import main
+from thinkimg.cli.main import main
 
 main()

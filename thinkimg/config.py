@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from thinkimg.errors import UserError
 from thinkimg.grpo.loss_config import LossConfig
-from thinkimg.rewards_config import ImageConfig
+from thinkimg.rewards.settings import ImageConfig
 from thinkimg.settings import Positive, Settings, Share
 
 
@@ -357,7 +357,7 @@ class Config(Settings):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     on_alarm: Literal["warn", "stop"] = "warn"
-    """What an alarm does to the loop (see thinkimg/alarms.py): tell, or tell and end it. Not part of what the loop is."""
+    """What an alarm does to the loop (see thinkimg/analysis/alarms.py): tell, or tell and end it. Not part of what the loop is."""
     where: WhereConfig = WhereConfig()
 
     @model_validator(mode="after")

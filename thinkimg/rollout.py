@@ -15,17 +15,17 @@ from typing import Self
 
 from PIL import Image
 
-from thinkimg.artifacts import Artifact
-from thinkimg.chat.codec import Codec
-from thinkimg.chat.episode import Episode, Outcome, seed
-from thinkimg.chat.picture import Picture, picture
-from thinkimg.chat.tokens import TokenMismatch
 from thinkimg.config import Config, ImagesConfig
-from thinkimg.data.images import ImageTable, encode
+from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.episode import Episode, Outcome, seed
+from thinkimg.conversation.picture import Picture, picture
+from thinkimg.conversation.tokens import TokenMismatch
 from thinkimg.engine import EngineError
 from thinkimg.engine.client import EngineClient, EngineUnavailable, ImageRef, Sampling
-from thinkimg.machines import Machines
-from thinkimg.schemas import Sample
+from thinkimg.records import Sample
+from thinkimg.resources import Machines
+from thinkimg.store.artifacts import Artifact
+from thinkimg.store.image_table import ImageTable, encode
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Where questions and pictures come from: public data sets, a user's own files, and the built-in puzzles."""
+"""Where questions and pictures come from: public data sets and a user's own files."""

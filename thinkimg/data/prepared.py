@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from PIL import Image
-
-from thinkimg.data import puzzles, split
-from thinkimg.data.images import encode, storable
+from thinkimg.data import split
 from thinkimg.data.sources import RawRow, Reason, Refused, RowRefused, Source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits, ImageRefused, decode, pixel_hash
-from thinkimg.schemas import PUZZLES, AnswerType, Sample
+from thinkimg.records import Sample
+from thinkimg.store.image_table import storable
 
 if TYPE_CHECKING:
     from thinkimg.config import DataConfig
@@ -50,39 +48,6 @@ def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], win
 
 
 # the built-in puzzles -------------------------------------------------------------------------------------------------
-
-
-def puzzle_jobs(data: "DataConfig") -> Iterator[Job]:
-    """Training puzzles, then held-out ones; families in turn; no photograph is on both sides."""
-    names = puzzles.split_photographs(list(puzzles.photographs()), data.held_out_share, data.seed)
-    families = [puzzles.Family(name) for name in data.puzzles.families]
-    for side, (place, count) in enumerate(((split.TRAIN, data.train), (split.HELD_OUT, data.held_out))):
-        seed = 2 * data.seed + side  # else the i-th of both sides would have one answer in one place
-        for i in range(count):
-            yield partial(_puzzle, families, names[side], i, seed, place)
-
-
-def _puzzle(families: list[puzzles.Family], names: list[str], i: int, seed: int, place: str) -> Prepared:
-    puzzle = puzzles.puzzle(families, names, i, seed=seed)
-    image = Image.fromarray(puzzle.picture)
-    sha256 = pixel_hash(image)
-    sample = Sample(
-        sample_id=f"{place}-{i:06}-{puzzle.family}",
-        question=puzzle.question,
-        answer=puzzle.answer,
-        answer_type=AnswerType.CHOICE,
-        choices=puzzle.choices,
-        images=(sha256,),
-        source=PUZZLES,
-        split=place,
-        metadata={
-            "family": puzzle.family.value,
-            "photograph": puzzle.photograph,
-            "solution": [{"name": call.name, "args": call.args} for call in puzzle.solution],
-            "target": puzzle.target and list(puzzle.target),
-        },
-    )
-    return Prepared(sample, ((sha256, encode(image), image.width, image.height),))
 
 
 # a user's own data ----------------------------------------------------------------------------------------------------

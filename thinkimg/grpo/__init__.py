@@ -1,1 +1,1 @@
-"""GRPO: from raw reward components to a policy's next weights (advantages, loss, packing, policy, trainer)."""
+"""The algorithm, pure: from raw reward components to advantages, and from log-probabilities to the loss."""

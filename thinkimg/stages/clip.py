@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from thinkimg import clip
-from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.config import Config
-from thinkimg.data.images import ImageTable
-from thinkimg.schemas import SCHEMA_VERSION
+from thinkimg.models import clip
+from thinkimg.records import SCHEMA_VERSION
 from thinkimg.stages.pairs import pairs, read_pairs
+from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.store.image_table import ImageTable
 
 STAGE, VERSION, KIND = "clip", 1, "clip"
 STEPS = 100

@@ -5,19 +5,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
 from thinkimg.closure import engine_package
 from thinkimg.config import Config
-from thinkimg.data.demonstrations import right_calls
-from thinkimg.data.images import ImageTable, load_samples
 from thinkimg.errors import UserError
-from thinkimg.machines import Machines, machines
-from thinkimg.mixing import RIGHT
-from thinkimg.rewards import Batch
-from thinkimg.rewards.answer import score as score_answers
+from thinkimg.puzzles.demonstrations import right_calls
+from thinkimg.records import SCHEMA_VERSION, Sample, Trajectory
+from thinkimg.resources import Machines, machines
+from thinkimg.rewards.batch import Batch
+from thinkimg.rewards.mix import RIGHT
+from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.rollout import Play, view_limits
-from thinkimg.schemas import SCHEMA_VERSION, Sample, Trajectory
 from thinkimg.stages.rollout import play_parts, precision, read_rows, summary
+from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.store.image_table import ImageTable, load_samples
 
 STAGE, VERSION, KIND = "evaluate", 1, "evaluation"
 GREEDY = 0  # index of the greedy trajectory; 1 to k are the sampled ones

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from thinkimg import schemas
-from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg import records as schemas
 from thinkimg.config import Config, DataConfig
-from thinkimg.data.images import ImageTable, encode, image_writer, load_samples
-from thinkimg.data.known_pairs import known_pairs
-from thinkimg.data.puzzles import VIEW
 from thinkimg.images.decode import pixel_hash
-from thinkimg.schemas import SCHEMA_VERSION
+from thinkimg.puzzles.known_pairs import known_pairs
+from thinkimg.puzzles.scenes import VIEW
+from thinkimg.records import SCHEMA_VERSION
 from thinkimg.stages.prepare import prepare
+from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.store.image_table import ImageTable, encode, image_writer, load_samples
 
 STAGE, VERSION, KIND = "pairs", 1, "pairs"
 PUZZLES = 600  # made for the sake of pairs alone, where the data are not puzzles

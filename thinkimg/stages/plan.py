@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from thinkimg.artifacts import Artifact, Recipe, Store
 from thinkimg.config import Config
 from thinkimg.stages import clip, evaluate, pairs, prepare, rollout, score, train, warmstart
+from thinkimg.store.artifacts import Artifact, Recipe, Store
 
 
 def planned(config: Config) -> Iterator[str]:

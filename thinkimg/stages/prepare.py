@@ -9,17 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkimg import schemas
-from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, package_versions
+from thinkimg import records as schemas
 from thinkimg.config import Config
-from thinkimg.data.images import image_writer
-from thinkimg.data.prepared import Job, Surveyed, in_order, puzzle_jobs, row_jobs, survey
-from thinkimg.data.puzzles import SCALE, SIZE, VIEW
+from thinkimg.data.prepared import Job, Surveyed, in_order, row_jobs, survey
 from thinkimg.data.sources import Source, open_source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 from thinkimg.images.view import view_size
-from thinkimg.schemas import SCHEMA_VERSION, to_row
+from thinkimg.puzzles.samples import puzzle_jobs
+from thinkimg.puzzles.scenes import SCALE, SIZE, VIEW
+from thinkimg.records import SCHEMA_VERSION, to_row
+from thinkimg.store.artifacts import Artifact, Recipe, Reference, Store, Work, package_versions
+from thinkimg.store.image_table import image_writer
 
 if TYPE_CHECKING:
     import pyarrow as pa

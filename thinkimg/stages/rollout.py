@@ -11,16 +11,16 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from thinkimg import schemas
-from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
-from thinkimg.chat.episode import Episode
+from thinkimg import records as schemas
 from thinkimg.closure import engine_package
 from thinkimg.config import Config
-from thinkimg.data.images import encode, image_writer, load_samples
+from thinkimg.conversation.episode import Episode
 from thinkimg.errors import UserError
-from thinkimg.machines import Machines, machines
+from thinkimg.records import SCHEMA_VERSION, CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
+from thinkimg.resources import Machines, machines
 from thinkimg.rollout import Job, Play, Players, view_limits
-from thinkimg.schemas import SCHEMA_VERSION, CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
+from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.store.image_table import encode, image_writer, load_samples
 
 log = logging.getLogger(__name__)
 

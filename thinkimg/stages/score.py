@@ -13,26 +13,28 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thinkimg import schemas
-from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
-from thinkimg.clip import forget as forget_clip
+from thinkimg import records as schemas
 from thinkimg.config import Config, RewardsConfig
 from thinkimg.errors import UserError
-from thinkimg.machines import machines
-from thinkimg.rewards import JUDGES, Batch, Score, components, sources
-from thinkimg.rewards._bench import Bench
-from thinkimg.rewards._pairs import Pair
-from thinkimg.rewards.teacher import FROZEN
-from thinkimg.rewards_config import ImageConfig
-from thinkimg.schemas import SCHEMA_VERSION, Sample, Trajectory
-from thinkimg.stages import clip, judge, warmstart
+from thinkimg.models.clip import forget as forget_clip
+from thinkimg.records import SCHEMA_VERSION, Sample, Trajectory
+from thinkimg.resources import machines
+from thinkimg.rewards import judging as judge
+from thinkimg.rewards.batch import Batch, Score
+from thinkimg.rewards.context import Bench
+from thinkimg.rewards.judgement import Pair
+from thinkimg.rewards.judges.teacher import FROZEN
+from thinkimg.rewards.registry import JUDGES, components, sources
+from thinkimg.rewards.settings import ImageConfig
+from thinkimg.stages import clip, warmstart
+from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from thinkimg.data.images import ImageTable
-    from thinkimg.rewards._pairs import Judgements
+    from thinkimg.rewards.judgement import Judgements
+    from thinkimg.store.image_table import ImageTable
 
 STAGE, VERSION, KIND = "score", 3, "scores"
 AT_ONCE = 4096  # trajectories whose images are judged together, at least
@@ -251,7 +253,7 @@ def _judgements(paths: tuple[Path, ...]) -> "Judgements":
 
 @lru_cache(maxsize=1)
 def _inputs(rollouts: Path, dataset: Path) -> "tuple[dict[str, Sample], ImageTable]":
-    from thinkimg.data.images import ImageTable, load_samples
+    from thinkimg.store.image_table import ImageTable, load_samples
 
     artifacts = [Artifact.open(dataset), Artifact.open(rollouts)]
     return {sample.sample_id: sample for sample in load_samples(artifacts[0])}, ImageTable(artifacts)

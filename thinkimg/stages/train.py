@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thinkimg import files
-from thinkimg.artifacts import Artifact, Recipe, Store, Work, package_versions
-from thinkimg.base import base_entry
-from thinkimg.chat.codec import Codec
 from thinkimg.config import Config
+from thinkimg.conversation.codec import Codec
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows
-from thinkimg.machines import Machines, machines
-from thinkimg.manifest import MANIFEST, OPTIMIZER, TRIMMED, Reference
-from thinkimg.mixing import Mix
-from thinkimg.rewards import components
-from thinkimg.rewards.teacher import check_teacher
+from thinkimg.models.base import base_entry
+from thinkimg.records import SCHEMA_VERSION, StopReason
+from thinkimg.resources import Machines, machines
+from thinkimg.rewards.judges.teacher import check_teacher
+from thinkimg.rewards.mix import Mix
+from thinkimg.rewards.registry import components
 from thinkimg.rollout import view_limits
-from thinkimg.schemas import SCHEMA_VERSION, StopReason
 from thinkimg.stages.score import read_scores
 from thinkimg.stages.warmstart import model_slice
+from thinkimg.store import files
+from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.store.manifest import MANIFEST, OPTIMIZER, TRIMMED, Reference
 
 if TYPE_CHECKING:
     import pyarrow as pa

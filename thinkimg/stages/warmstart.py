@@ -8,23 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
-from thinkimg import files, process, schemas
-from thinkimg.artifacts import Artifact, Recipe, Reference, Store, Work, directory_digest, package_versions
-from thinkimg.base import base_entry, base_reference
-from thinkimg.chat import compare
-from thinkimg.chat.codec import Codec
-from thinkimg.chat.episode import Episode, default_system, offered_tools, question, scripted, size_statement
-from thinkimg.chat.picture import picture
-from thinkimg.chat.protocol import PROTOCOLS
+from thinkimg import process
+from thinkimg import records as schemas
 from thinkimg.config import Config
-from thinkimg.data.demonstrations import script
-from thinkimg.data.images import ImageTable, encode, image_writer, load_samples
+from thinkimg.conversation import compare
+from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.episode import Episode, default_system, offered_tools, question, scripted, size_statement
+from thinkimg.conversation.picture import picture
+from thinkimg.conversation.protocol import PROTOCOLS
 from thinkimg.errors import UserError
-from thinkimg.machines import Machines, machines
-from thinkimg.rewards.attention import GENERIC
+from thinkimg.models.base import base_entry, base_reference
+from thinkimg.puzzles.demonstrations import script
+from thinkimg.records import SCHEMA_VERSION, Sample, StopReason, Trajectory, to_row
+from thinkimg.resources import Machines, machines
+from thinkimg.rewards.judges.attention import GENERIC
 from thinkimg.rollout import view_limits
-from thinkimg.schemas import SCHEMA_VERSION, Sample, StopReason, Trajectory, to_row
 from thinkimg.stages.pairs import pairs, read_pairs
+from thinkimg.store import files
+from thinkimg.store.artifacts import Artifact, Recipe, Reference, Store, Work, directory_digest, package_versions
+from thinkimg.store.image_table import ImageTable, encode, image_writer, load_samples
 
 STAGE, VERSION, KIND = "warmstart", 2, "policy"
 SCRIPT = "script"  # policy of the demonstrations' rows
@@ -268,10 +270,10 @@ class BaseModel:
         if config.warmstart.checkpoint is not None:
             return checkpoint_directory(config.warmstart.checkpoint)
         if config.model.tiny is None:
-            from thinkimg.grpo.checkpoint import Base
+            from thinkimg.trainer.checkpoint import Base
 
             return Base(**base_entry(config)).locate()
-        from thinkimg.tiny import create_tiny
+        from thinkimg.models.tiny import create_tiny
 
         scratch = self._stack.enter_context(process.scratch())
         create_tiny(scratch, config.model.tiny, corpus(config, self._dataset), seed=config.seed)

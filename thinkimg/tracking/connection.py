@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from thinkimg import files
 from thinkimg.config import TrackingConfig
 from thinkimg.errors import UserError
+from thinkimg.store import files
 from thinkimg.tracking.records import without_password
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from thinkimg.artifacts import Artifact, Reference, Store
 from thinkimg.config import Config, TrackingConfig
-from thinkimg.manifest import now
+from thinkimg.store.artifacts import Artifact, Reference, Store
+from thinkimg.store.manifest import now
 from thinkimg.tracking.connection import Connection, artifact_root, first_line, uri_of
 from thinkimg.tracking.projection import LoopRun, open_run, project_loop, project_policies, project_stage, readable_mix
 from thinkimg.tracking.records import (
@@ -181,7 +181,7 @@ def watch_machine(connection: Connection, run_id: str) -> "SystemMetricsMonitor"
 
 def system_prompt(config: Config) -> str:
     """As the conversations have it."""
-    from thinkimg.chat.episode import default_system, offered_tools
+    from thinkimg.conversation.episode import default_system, offered_tools
 
     conversation = config.conversation
     return (

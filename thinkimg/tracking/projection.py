@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkimg import process
-from thinkimg.artifacts import Artifact, Reference, Store
-from thinkimg.manifest import canonical
+from thinkimg.store.artifacts import Artifact, Reference, Store
+from thinkimg.store.manifest import canonical
 from thinkimg.tracking.connection import Connection
 from thinkimg.tracking.records import LoopRecord, headline, milliseconds
 from thinkimg.tracking.view import offer_view
@@ -169,7 +169,7 @@ def log_files(connection: Connection, run: "Run", record: LoopRecord) -> None:
     ]
     tables = {"artifacts": artifacts, **record.tables}
     digest = hashlib.sha256(canonical([record.config, tables]).encode()).hexdigest()[:16]
-    if run.data.tags.get("thinkimg.files") == digest:
+    if run.data.tags.get("thinkimg.store.files") == digest:
         return
     with process.scratch() as folder:  # MLflow's log_dict takes one that a SIGKILL leaves behind
         (folder / "config.json").write_text(json.dumps(record.config))
@@ -180,7 +180,7 @@ def log_files(connection: Connection, run: "Run", record: LoopRecord) -> None:
         connection.client.log_artifacts(run.info.run_id, str(folder))
     # What MLflow's own log_table leaves, which appends where this replaces: the interface shows these files as tables.
     listed = json.dumps([{"path": f"{name}.json", "type": "table"} for name in tables])
-    set_tags(connection, run, {"mlflow.loggedArtifacts": listed, "thinkimg.files": digest})
+    set_tags(connection, run, {"mlflow.loggedArtifacts": listed, "thinkimg.store.files": digest})
 
 
 def project_stage(connection: Connection, artifact: Artifact) -> bool:

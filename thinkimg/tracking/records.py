@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from thinkimg import files
-from thinkimg.artifacts import Artifact, Reference, Store
 from thinkimg.config import Config, without_password
 from thinkimg.errors import UserError
-from thinkimg.manifest import canonical, git_revision, now
+from thinkimg.store import files
+from thinkimg.store.artifacts import Artifact, Reference, Store
+from thinkimg.store.manifest import canonical, git_revision, now
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from thinkimg.artifacts import Artifact, Store
-from thinkimg.manifest import DROPPED, MANIFEST, Reference
-from thinkimg.mixing import Mix
-from thinkimg.schemas import Sample, Trajectory, from_row
+from thinkimg.records import Sample, Trajectory, from_row
+from thinkimg.rewards.mix import Mix
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.manifest import DROPPED, MANIFEST, Reference
 from thinkimg.tracking.records import LoopRecord
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.images.coordinates import Frame, taken_box
-from thinkimg.schemas import Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.images.patches import PATCH
+from thinkimg.records import Sample, StopReason, Trajectory, Turn, TurnKind
 from thinkimg.tracking.connection import Connection, load_mlflow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PATCH = 14  # pixels per side of a patch in Trajectory.grids
 LONGEST_SIDE = 1024  # of a shown image, in pixels
 LOSSLESS_PIXELS = 512 * 512  # up to here PNG, above JPEG
 CALL = re.compile(r"<tool>.*?(</tool>|$)|<tool_call>.*?(</tool_call>|$)", re.DOTALL)

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkimg import files
 from thinkimg.data.sources._rows import Reader, Reason, RowRefused, short
-from thinkimg.manifest import canonical
+from thinkimg.store import files
+from thinkimg.store.manifest import canonical
 
 if TYPE_CHECKING:
     import httpx

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.errors import UserError
-from thinkimg.schemas import AnswerType
+from thinkimg.records import AnswerType
 
 if TYPE_CHECKING:
     from thinkimg.config import Columns, DataConfig

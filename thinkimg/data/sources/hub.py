@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from thinkimg.data.sources._files import ImageFiles
 from thinkimg.data.sources._rows import RawRow, Refused, Source, raw_row, require_columns
 from thinkimg.errors import UserError
-from thinkimg.manifest import directory_digest
+from thinkimg.store.manifest import directory_digest
 
 if TYPE_CHECKING:
     import datasets

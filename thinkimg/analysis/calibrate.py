@@ -1,0 +1,57 @@
+"""Where is attention to be read? Every layer and kind of query rows on known pairs: chosen on one half, told on the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from thinkimg.config import Config
+from thinkimg.resources import base_directory, is_full, machines
+from thinkimg.rewards.context import Bench
+from thinkimg.rewards.judgement import Pair
+from thinkimg.rewards.judges import attention
+from thinkimg.rewards.quality import auc_interval
+from thinkimg.stages.pairs import pairs, read_pairs
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.image_table import ImageTable
+
+
+@dataclass(frozen=True)
+class Place:
+    """AUC of right against wrong processing with its 95 % interval, on the half that chooses and on the other one."""
+
+    layer: int
+    rows: str
+    chosen_on: tuple[float, float, float]
+    told_on: tuple[float, float, float]
+
+
+def calibrate_attention(config: Config, policy: Artifact, store: Store, *, count: int) -> list[Place]:
+    """All places, the best on the choosing half first."""
+    known, _ = pairs(config, store, split="held_out", count=count)
+    with machines(config) as crew:
+        bench = Bench(config, crew, policy, None, None, (known,), ImageTable([known]))
+        rows = read_pairs(known)
+        right, wrong = (known_side(rows, name) for name in ("right", "wrong"))
+        found = attention.look([*right, *wrong], bench, range(layers(policy, bench)))
+    places = []
+    order = np.random.default_rng(config.seed).permutation(len(rows))  # the families stand in turn
+    for place in found[0]:
+        values = [attention.verdict(one[place], place).value for one in found]
+        sides = np.array([0.5 if value is None else value for value in values]).reshape(2, -1)
+        layer, _, kind = place.partition("/")
+        halves = [auc_interval(*sides[:, half]) for half in np.array_split(order, 2)]
+        places.append(Place(int(layer), kind, *halves))
+    return sorted(places, key=lambda one: -one.chosen_on[0])
+
+
+def known_side(rows: Sequence[dict[str, str]], side: str) -> list[Pair]:
+    """Each question with the original and the image of one side, "right" or "wrong"."""
+    return [Pair(row["question"], row["original"], row[side]) for row in rows]
+
+
+def layers(policy: Artifact, bench: Bench) -> int:
+    from transformers import AutoConfig
+
+    directory = policy.checked("policy/model") if is_full(policy) else base_directory(bench.config)
+    return AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers

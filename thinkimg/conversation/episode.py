@@ -1,0 +1,282 @@
+"""One conversation as a state machine without I/O: what to send, what to do with what came back, when it ends."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+from PIL import Image
+
+from thinkimg.config import ConversationConfig, ImagesConfig
+from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.picture import Picture, picture, size_seen
+from thinkimg.conversation.protocol import IMAGE, PROTOCOLS, Answer, Content, Malformed, ToolCall, text
+from thinkimg.conversation.tokens import ROLES, TokenError, TokenStream, expanded_length
+from thinkimg.errors import UserError
+from thinkimg.images import tools
+from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a tool call gave; the picture is there if the result has an image."""
+
+    result: tools.ToolResult
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class PendingCall:
+    """A tool call that waits to be carried out: pure CPU work, for a pool."""
+
+    call: ToolCall
+    images: tuple[Image.Image, ...]
+    offered: tuple[str, ...]
+    config: ImagesConfig
+
+    def run(self) -> Outcome:
+        """A wrong call is an outcome with an error; what raises here is broken (see Episode.fail)."""
+        if not self.offered or not self.images:
+            missing = "images" if self.offered else "tools"
+            return Outcome(
+                tools.ToolResult(len(self.images) - 1, error=f"There are no {missing} here; give an answer.")
+            )
+        sizes = partial(size_seen, config=self.config)
+        result = tools.run(self.call.name, self.call.args, self.images, sizes, self.offered)
+        return Outcome(result, picture(result.image, self.config) if result.image else None)
+
+
+class Episode:
+    """A conversation about one sample.
+
+    While `stop` is None: send `prompt_ids` and `view_images` for at most budget() tokens, sampled with
+    seed(policy, sample_id, index, len(turns)); check the engine's prompt with stream.check; feed() what came; if that
+    gives a call, run() it and observe() its outcome. Then trajectory() is the row, with `made_images` beside it.
+
+    pictures: the sample's images in order; episodes of one sample share them. A prompt beyond the limits fails at once.
+    """
+
+    def __init__(
+        self,
+        sample: Sample,
+        pictures: Sequence[Picture],
+        conversation: ConversationConfig,
+        images: ImagesConfig,
+        codec: Codec,
+        *,
+        trajectory_id: str,
+        group_id: str,
+        index: int,
+        policy: str,
+    ) -> None:
+        assert [picture.sha256 for picture in pictures] == list(sample.images), "the pictures must be the sample's"
+        self.sample, self.config, self.images_config, self.codec = sample, conversation, images, codec
+        self.trajectory_id, self.group_id, self.index, self.policy = trajectory_id, group_id, index, policy
+        self.protocol = PROTOCOLS[conversation.protocol]
+        self.offered = offered_tools(conversation.tools)
+        self.pictures = list(pictures)
+        self.turns: list[Turn] = []
+        self.answer: str | None = None
+        self.stop: StopReason | None = None
+        self.error: str | None = None
+        self.refused = False
+        """Whether it failed because of the engine, which may play it another time."""
+        self._weights: list[str] = []
+        self._called: Turn | None = None  # the turn whose call is pending
+        system = conversation.system
+        if system is None:
+            system = default_system(conversation.protocol, self.offered)
+        prompt = codec.prompt(system, question(sample, pictures))
+        self.stream = TokenStream(codec, prompt, [picture.slot for picture in pictures])
+        if self.budget() < 1:
+            length = self.stream.expanded_length
+            self.fail(f"The prompt has {length} tokens, conversation.max_tokens is {conversation.max_tokens}.")
+        if len(pictures) > conversation.max_images:
+            self.fail(f"The sample has {len(pictures)} images, conversation.max_images is {conversation.max_images}.")
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Compact ids of the conversation so far."""
+        return list(self.stream.ids)
+
+    @property
+    def view_images(self) -> list[tuple[str, Image.Image]]:
+        """(uuid, view) of each placeholder of prompt_ids, in order."""
+        return [(picture.uuid, picture.view) for picture in self.pictures]
+
+    @property
+    def made_images(self) -> dict[str, Image.Image]:
+        """Full-resolution images that the tools made, by content hash."""
+        return {picture.sha256: picture.image for picture in self.pictures if picture.sha256 not in self.sample.images}
+
+    def budget(self) -> int:
+        """How many tokens the next turn may have."""
+        return min(self.config.max_turn_tokens, self.config.max_tokens - self.stream.expanded_length)
+
+    def feed(
+        self, token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: str, weights: str
+    ) -> PendingCall | None:
+        """Take in a turn as the engine returned it; the last token is <|im_end|> unless the token limit came first.
+
+        Returns a call whose outcome observe() must get before the next turn, or None: the episode has then ended, or
+        the turn was malformed and the model has been told. Tokens that break the engine's contract end it as FAILED.
+        """
+        assert self.stop is None and self._called is None, "no turn is due"
+        complete = bool(token_ids) and token_ids[-1] == self.codec.end
+        try:
+            if not complete and finish_reason != "length":
+                raise TokenError(f"The engine ended a turn ({finish_reason}) without <|im_end|>: {list(token_ids)}.")
+            self.stream.append_sampled(token_ids, logprobs)
+        except TokenError as error:
+            self.fail(str(error))
+            return None
+        if weights not in self._weights[-1:]:
+            self._weights.append(weights)
+        written = self.codec.decode(token_ids[:-1] if complete else token_ids)
+        turn = Turn(written, TurnKind.MALFORMED, tokens=len(token_ids))
+        if not complete:
+            return self._end(StopReason.TRUNCATED, replace(turn, error="The turn reached its token limit."))
+        match self.protocol.parse(written):
+            case Answer(answer):
+                self.answer = answer
+                return self._end(StopReason.ANSWER, replace(turn, kind=TurnKind.ANSWER))
+            case Malformed(reason):
+                message = f"Error: {reason}"
+                self._reply(replace(turn, error=reason, observation=message), [text(message)])
+                return None
+            case ToolCall(name, args) as call:
+                self._called = replace(turn, kind=TurnKind.TOOL, tool=name, args=canonical(args))
+                return PendingCall(
+                    call,
+                    tuple(picture.image for picture in self.pictures),
+                    tuple(tool.name for tool in self.offered),
+                    self.images_config,
+                )
+
+    def observe(self, outcome: Outcome) -> None:
+        """Take in the outcome of the call that feed() returned, and tell the model."""
+        turn, result, new = self._called, outcome.result, outcome.picture
+        assert turn is not None, "no call is pending"
+        self._called = None
+        turn = replace(turn, source=result.source if self.pictures else None)
+        error = result.error
+        if new and len(self.pictures) >= self.config.max_images:
+            error = f"No more than {self.config.max_images} images can be shown; give an answer."
+        if error:
+            message = f"Error: {error}"
+            turn = replace(turn, status=CallStatus.ERROR, error=error, observation=message)
+            self._reply(turn, self.protocol.observation(message, image=False))
+        elif new:
+            twin = next((picture for picture in self.pictures if picture.sha256 == new.sha256), None)
+            message = size_statement(len(self.pictures), new)
+            status = CallStatus.DUPLICATE if twin else CallStatus.OK
+            turn = replace(turn, status=status, image=new.sha256, observation=message)
+            self._reply(turn, self.protocol.observation(message, image=True), twin or new)
+        else:
+            turn = replace(turn, status=CallStatus.OK, observation=result.text)
+            self._reply(turn, self.protocol.observation(result.text, image=False))
+
+    def _reply(self, turn: Turn, content: Content, new: Picture | None = None) -> None:
+        ids, slots = self.codec.observation(content), [new.slot] if new else []
+        needed = expanded_length(ids, slots, self.codec.image) + 1
+        last = len(self.turns) + 1 == self.config.max_turns
+        if needed > self.config.max_tokens - self.stream.expanded_length:
+            # Nothing came back, so the row says so: a turn's image is always one of the stream's.
+            status = turn.status and CallStatus.ERROR
+            error = turn.error or "The conversation has no room for the result."
+            turn = replace(turn, status=status, error=error, image=None, observation=None)
+            return self._end(StopReason.MAX_TURNS if last else StopReason.MAX_TOKENS, turn)
+        self.stream.append_observation(ids, slots)
+        self.pictures += [new] if new else []
+        self.turns.append(turn)
+        self.stop = StopReason.MAX_TURNS if last else None
+
+    def _end(self, stop: StopReason, turn: Turn) -> None:
+        self.turns.append(turn)
+        self.stop = stop
+
+    def fail(self, error: str) -> None:
+        """End the episode because something broke (engine, tool, tokens): the row carries the error."""
+        if self._called:
+            self.turns.append(replace(self._called, status=CallStatus.ERROR, error=error))
+            self._called = None
+        self.stop, self.error, self.answer = StopReason.FAILED, error, None
+
+    def trajectory(self) -> Trajectory:
+        """The row of an ended episode. weights are the versions seen, joined by ">" if they changed."""
+        assert self.stop is not None, "the episode goes on"
+        return Trajectory(
+            trajectory_id=self.trajectory_id,
+            sample_id=self.sample.sample_id,
+            group_id=self.group_id,
+            index=self.index,
+            policy=self.policy,
+            tokens=tuple(self.stream.ids),
+            roles=tuple(ROLES.index(role) for role in self.stream.roles),
+            logprobs=tuple(self.stream.logprobs),
+            images=tuple(self.stream.images),
+            grids=tuple(self.stream.grids),
+            turns=tuple(self.turns),
+            answer=self.answer,
+            stop=self.stop,
+            error=self.error,
+            weights=">".join(self._weights),
+        )
+
+
+def scripted(episode: Episode, turns: Sequence[str]) -> Trajectory:
+    """Feed written turns as if they were sampled (log-probability 0), tools and limits included.
+
+    Gives exactly the token stream that a policy would have made that samples these texts. A script that does not end
+    with the episode, or goes on after it, makes a FAILED trajectory.
+    """
+    for number, turn in enumerate(turns):
+        if episode.stop is not None:
+            episode.fail(f"The script goes on after turn {number}, which ended the conversation ({episode.stop}).")
+            break
+        budget = episode.budget()
+        ids = [*episode.codec.encode(turn), episode.codec.end]
+        finish = "stop" if len(ids) <= budget else "length"
+        if pending := episode.feed(ids[:budget], [0.0] * len(ids[:budget]), finish, "scripted"):
+            episode.observe(pending.run())
+    if episode.stop is None:
+        episode.fail("The script ends before the conversation does.")
+    return episode.trajectory()
+
+
+def question(sample: Sample, pictures: Sequence[Picture]) -> Content:
+    """The user's first message: images, their sizes, the question, its choices. Short, for models with few tokens."""
+    sizes = [size_statement(number, picture) for number, picture in enumerate(pictures)]
+    choices = [f"Choices: {', '.join(sample.choices)}."] if sample.choices else []
+    return [IMAGE] * len(pictures) + [text(" ".join([*sizes, sample.question, *choices]))]
+
+
+def size_statement(number: int, picture: Picture) -> str:
+    """The image's size as the model sees it, which is what its coordinates are about."""
+    return f"Image {number}: {picture.view.width}x{picture.view.height} pixels."
+
+
+@cache
+def offered_tools(names: tuple[str, ...] | None) -> tuple[tools.Tool, ...]:
+    """The tools that conversation.tools names, in its order; all for None. Raises UserError for an unknown name."""
+    for name in names or ():
+        if name not in tools.TOOLS:
+            raise UserError(f"There is no tool '{name}'.", hint=f"The tools are {', '.join(tools.TOOLS)}.")
+    return tuple(tools.TOOLS[name] for name in (tools.TOOLS if names is None else names))
+
+
+@cache
+def default_system(protocol: str, offered: tuple[tools.Tool, ...]) -> str:
+    return PROTOCOLS[protocol].system(offered)
+
+
+def canonical(args: dict) -> str:
+    """JSON with one form per value."""
+    return json.dumps(args, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def seed(policy: str, sample_id: str, index: int, turn: int) -> int:
+    """Sampling seed of a turn, in [0, 2**63)."""
+    identity = json.dumps([policy, sample_id, index, turn]).encode()
+    return int.from_bytes(hashlib.sha256(identity).digest()[:8]) >> 1

@@ -1,0 +1,192 @@
+"""CLIP models through open_clip: loading, encoding, and a small one that is trained on the puzzles where there is no hub."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from thinkimg.errors import UserError
+from thinkimg.settings import Settings
+from thinkimg.store import files
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from thinkimg.store.artifacts import Artifact
+
+OWN = "warmstart"
+BATCH = 64  # images per forward: more gains nothing on a CPU, and 64 of ViT-B-32 are half a GB on a GPU
+SIDE = 112
+# 49,408 pieces of text are what open_clip's tokenizer brings along; narrow, so that they are not most of the work.
+TINY = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": SIDE, "layers": 3, "width": 96, "head_width": 32, "patch_size": 28},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+SCALE = 20.0  # CLIP's 100 would leave a tiny model with values of 0 and 1 only
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+class EmbeddingConfig(Settings):
+    model: str = "ViT-B-32"
+    """A model of open_clip, `hf-hub:…`, `local-dir:…`; "warmstart": a small one that the warm start trains on the puzzles."""
+    pretrained: str | None = "laion2b_s34b_b79k"
+    """Tag or file of its weights; null where the model's name says it all."""
+
+
+class Encoder:
+    """Images and texts as unit vectors, (n, d) float32, and the model's own logit_scale."""
+
+    def __init__(self, model, preprocess: Callable, tokenizer: Callable, device):
+        self._model, self._preprocess, self._tokenizer, self._device = model, preprocess, tokenizer, device
+        self.logit_scale = float(model.logit_scale.detach().exp())
+        self.encoded = 0  # pictures and texts that went through the model
+
+    def images(
+        self, names: Sequence[str], open_image: Callable[[str], "Image.Image"], run: Callable = map
+    ) -> np.ndarray:
+        """The images of these names, BATCH at a time; `run` maps the preprocessing, in threads say."""
+
+        def prepare(name: str):
+            return self._preprocess(open_image(name))
+
+        return self._encode(self._model.encode_image, (list(run(prepare, part)) for part in batches(names)))
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        return self._encode(self._model.encode_text, (list(self._tokenizer(list(part))) for part in batches(texts)))
+
+    def _encode(self, encode: Callable, parts: Iterator[list]) -> np.ndarray:
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            for part in parts:
+                self.encoded += len(part)
+                found.append(encode(torch.stack(part).to(self._device), normalize=True).float().cpu().numpy())
+        return np.concatenate(found) if found else np.empty((0, 0), dtype=np.float32)
+
+
+def batches(items: Sequence) -> Iterator[Sequence]:
+    return (items[i : i + BATCH] for i in range(0, len(items), BATCH))
+
+
+def load(settings: EmbeddingConfig, own: "Artifact | None") -> Encoder:
+    """The encoder of a model by name, or of the artifact `own`; kept until another one is asked for.
+
+    Raises UserError if there is no such model or its weights can't be had.
+    """
+    directory = own and str(own.checked("clip"))
+    return _load(*((f"local-dir:{directory}", None) if directory else (settings.model, settings.pretrained)))
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, pretrained: str | None) -> Encoder:
+    import open_clip
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # the library raises what its downloader, parser or torch raises
+        shown = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The CLIP model {name} ({pretrained}) can't be loaded: {shown}",
+            hint="image.embedding.model and .pretrained are open_clip's names, or local-dir:<folder>.",
+        ) from error
+    return Encoder(model.eval(), preprocess, tokenizer, device)
+
+
+def forget() -> None:
+    """Let go of the kept encoder, and of its memory on a GPU."""
+    if _load.cache_info().currsize:
+        import torch
+
+        _load.cache_clear()
+        torch.cuda.empty_cache()
+
+
+def weights_digest(settings: EmbeddingConfig, own: "Artifact | None") -> str:
+    """What the weights are: the artifact's digest, the hash of local files, or the name by which they are downloaded."""
+    if own is not None:
+        return own.digest
+    folder = settings.model.removeprefix("local-dir:")
+    paths = [Path(settings.pretrained)] if settings.pretrained else []
+    if folder != settings.model:
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"There is no CLIP model in {folder}.", hint="local-dir: takes a folder that open_clip saved."
+            )
+        paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    if paths and all(path.is_file() for path in paths):
+        return hashlib.sha256("".join(files.sha256_once(path) for path in paths).encode()).hexdigest()
+    return f"{settings.model}/{settings.pretrained}"
+
+
+def train_tiny(
+    directory: Path, triples: Sequence[tuple[str, "Image.Image", "Image.Image", "Image.Image"]], *, seed: int, steps: int,
+    threads: int, batch: int = 32, progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:  # fmt: skip
+    """Train TINY on (question, right, original, wrong) and write it as open_clip's local-dir; returns metrics.
+
+    Loss: Bradley-Terry by CLIP's own logits, right above original above wrong, which is how the reward reads them.
+    """
+    import open_clip
+    import torch
+    from torch.nn.functional import logsigmoid
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**TINY)
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(SCALE))
+    model.logit_scale.requires_grad_(False)
+    tokenizer = open_clip.SimpleTokenizer(context_length=TINY["text_cfg"]["context_length"])
+    tokens = tokenizer([question for question, *_ in triples])
+    pixels = torch.stack([torch.stack([small(image) for image in images]) for _, *images in triples])
+    mean, std = (torch.tensor(PREPROCESS[name]).view(3, 1, 1) for name in ("mean", "std"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    rng = np.random.default_rng([seed, 4])
+    losses = []
+    for step in range(steps):
+        chosen = torch.from_numpy(rng.choice(len(triples), min(batch, len(triples)), replace=False))
+        seen = (pixels[chosen].float() / 255 - mean) / std  # (B, 3 images, 3, SIDE, SIDE)
+        images = model.encode_image(seen.flatten(0, 1), normalize=True).unflatten(0, seen.shape[:2])
+        asked, which = tokens[chosen].unique(dim=0, return_inverse=True)  # the puzzles have few different questions
+        texts = model.encode_text(asked, normalize=True)[which]
+        right, original, wrong = (SCALE * (images * texts[:, None]).sum(-1)).unbind(1)
+        loss = -(logsigmoid(right - original) + logsigmoid(original - wrong) + logsigmoid(right - wrong)).mean() / 3
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        progress(step + 1, steps)
+    save(model, directory)
+    torch.set_num_threads(before)
+    return {"loss": float(np.mean(losses[-10:])), "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def small(image: "Image.Image"):
+    """(3, SIDE, SIDE) uint8, as the saved preprocessing makes it."""
+    import torch
+    from PIL import Image
+
+    return torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+
+
+def save(model, directory: Path) -> None:
+    import json
+
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": TINY, "preprocess_cfg": PREPROCESS}
+    (directory / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True))
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / WEIGHTS)

@@ -1,0 +1,1 @@
+"""The demo's world: puzzles cut from photographs, scripted demonstrations of them, pairs of images known to help or not."""

@@ -1,0 +1,1 @@
+"""Rewards that look at the processed image with a model, one file each."""

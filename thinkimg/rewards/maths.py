@@ -1,0 +1,98 @@
+"""Whether two formulas mean the same, asked of math-verify in a process of its own, because it may never come back.
+
+`9^{9^{9^9}}` keeps it busy for ever inside one C call, where no thread and no Python signal handler can stop it. The child
+runs under limits of the kernel (CPU time, memory), so that it ends by itself even if we are gone.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from thinkimg.rewards.maths_worker import SECONDS
+from thinkimg.rewards.text import plain
+
+WORKER = Path(__file__).with_name("maths_worker.py")
+MAX_LENGTH = 500  # characters of a formula
+
+
+@dataclass(frozen=True)
+class Verdict:
+    equal: bool
+    reason: str | None = None
+    """Why nothing was compared."""
+
+
+def check(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+    """Verdict on each (answer, right answer). No process is started where the texts tell enough."""
+    pairs = dict.fromkeys(pairs)
+    verdicts = {pair: verdict for pair in pairs if (verdict := _by_text(*pair))}
+    left = [pair for pair in pairs if pair not in verdicts]
+    if left:
+        with Checker() as checker:
+            verdicts |= {pair: checker.ask(*pair) for pair in left}
+    return verdicts
+
+
+def _by_text(answer: str, right: str) -> Verdict | None:
+    if plain(answer) == plain(right):
+        return Verdict(True)
+    if len(answer) > MAX_LENGTH:
+        return Verdict(False, "The answer is too long for a formula.")
+    if len(right) > MAX_LENGTH or re.fullmatch(r"[^\W\d_]{3,}", plain(right)):
+        # A word would be read as the product of its letters, and "lube" would equal "blue".
+        return Verdict(False)
+    return None
+
+
+class Checker:
+    """The child, started when it is first asked and again after it has died of a formula. For one thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process:
+            self._process.kill()
+            self._forget()
+
+    def ask(self, answer: str, right: str) -> Verdict:
+        process = self._process or self._start()
+        process.stdin.write(json.dumps([right, answer]) + "\n")
+        process.stdin.flush()
+        reply = process.stdout.readline()
+        if reply:
+            return Verdict(*json.loads(reply))
+        status = self._forget()
+        if status == -signal.SIGPROF:
+            return Verdict(False, f"Comparing the formulas took more than {SECONDS:g} s of CPU time.")
+        if status < 0:
+            return Verdict(False, f"Comparing the formulas ended with signal {-status}.")
+        raise RuntimeError(
+            f"the process that compares formulas ended with status {status}; its standard error says why"
+        )
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P: the directory of the script holds format.py and others, which must not shadow a library's modules.
+        command = [sys.executable, "-P", str(WORKER)]
+        environment = os.environ | {"PYTHONHASHSEED": "0"}  # sympy's order of terms follows from hashes
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, encoding="utf-8"
+        )
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"{' '.join(command)} did not start (status {self._forget()})")
+        return self._process
+
+    def _forget(self) -> int:
+        process, self._process = self._process, None
+        with process:
+            return process.wait()

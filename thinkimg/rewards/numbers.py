@@ -1,0 +1,59 @@
+"""Numbers as people write them, read exactly or not at all."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from thinkimg.rewards.text import unwrap
+
+MAX_LENGTH = 64  # characters; keeps exact arithmetic small
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+NUMBER = rf"(?:{DIGITS})(?:[eE][+-]?[0-9]{{1,3}})?"
+# One word after the number and no digits in it: "5 or 6" is no number with a unit.
+QUANTITY = re.compile(
+    rf"(?P<sign>[+-]?)(?P<currency>[$€£¥₹]?)(?P<number>{NUMBER})(?:\s*/\s*(?P<divisor>{NUMBER}))?\s*(?P<unit>(?:[A-Za-z%°µΩ€$£¥₹][\w°²³/^.-]*)?)"
+)
+WORDS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+FACTORS = {"bn", "mn", "tn", "dozen", "pi"}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    value: Fraction
+    unit: str
+    """As written; empty where there is none."""
+
+    def is_near(self, right: "Quantity", tolerance: Fraction) -> bool:
+        """Whether |self - right| <= tolerance * |right|, and the units are equal.
+
+        One of the two may lack its unit, but for what may be a factor or a variable, such as all single letters.
+        """
+        if self.unit != right.unit:
+            unit = (self.unit or right.unit).casefold()
+            if (self.unit and right.unit) or unit in FACTORS or re.fullmatch("[a-z]", unit):
+                return False
+        return abs(self.value - right.value) <= tolerance * abs(right.value)
+
+
+def read_number(text: str) -> Quantity | None:
+    """1,234.5; 50 % (= 0.5); 1e3; 3/4; 2 million; $5; 12 cm. None for all else: a comma is no decimal point."""
+    text = unwrap(text)
+    if len(text) > MAX_LENGTH:
+        return None
+    match = QUANTITY.fullmatch(text.replace("−", "-").replace("⁄", "/"))
+    if not match or re.search(r"[\d_]", match["unit"]):
+        return None
+    unit, word = match["unit"], match["unit"].casefold()
+    if match["currency"] and unit and word not in WORDS:
+        return None
+    value = Fraction(match["sign"] + match["number"].replace(",", ""))
+    if match["divisor"]:
+        divisor = Fraction(match["divisor"].replace(",", ""))
+        if not divisor:
+            return None
+        value /= divisor
+    if word in WORDS:
+        return Quantity(value * WORDS[word], match["currency"])
+    if word in ("%", "percent"):
+        return Quantity(value / 100, "")
+    return Quantity(value, match["currency"] or unit)

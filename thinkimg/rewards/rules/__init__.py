@@ -1,0 +1,1 @@
+"""Rewards that read the trajectory, one file each."""

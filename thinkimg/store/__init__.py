@@ -1,0 +1,1 @@
+"""The content-addressed store: files, manifests, artifacts, their lineage and their removal."""

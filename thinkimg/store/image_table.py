@@ -1,0 +1,155 @@
+"""The images and samples of artifacts: images are written so that one is read without its neighbours, and read by hash."""
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from thinkimg import records as schemas
+from thinkimg.errors import UserError
+from thinkimg.images.decode import FORMATS, ImageLimits, decode, encode_png
+from thinkimg.records import Sample
+from thinkimg.store.artifacts import IMAGES_PER_GROUP, Artifact
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+GROUP_BYTES = 4 * 2**20
+"""A row group ends when it holds this much: what a reader of one image reads at most, but for the image itself."""
+WEBP_SIDE = 16383
+STORED = ImageLimits(max_bytes=2**40, max_pixels=2**40)  # checked when it was stored, and by the artifact's hashes
+
+
+def encode(image: Image.Image) -> bytes:
+    """A lossless WebP of an RGB image: a quarter smaller than PNG and faster both ways; PNG above WebP's 16,383 pixels."""
+    if max(image.size) > WEBP_SIDE:
+        return encode_png(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, method=0)
+    return buffer.getvalue()
+
+
+def storable(data: bytes, image: Image.Image) -> bytes:
+    """The file itself where every reader sees in it what `image = decode(data)` shows, else the image encoded anew:
+    readers differ over EXIF orientation, transparency, palettes and 16 bit."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as plain:
+        neutral = plain.mode == "RGB" and not plain.has_transparency_data and plain.size == image.size
+        return data if neutral and plain.tobytes() == image.tobytes() else encode(image)
+
+
+@contextmanager
+def image_writer(path: Path) -> Iterator[Callable[[str, bytes, int, int], None]]:
+    """Yield `add(sha256, data, width, height)`, which writes an `images` file row by row with one row group in memory.
+
+    Equal rows give equal bytes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: list[dict] = []
+
+    def flush() -> None:
+        if rows:
+            file.write_table(pa.Table.from_pylist(rows, schemas.images()), row_group_size=len(rows))
+            rows.clear()
+
+    def add(sha256: str, data: bytes, width: int, height: int) -> None:
+        rows.append({"sha256": sha256, "data": data, "width": width, "height": height})
+        if len(rows) == IMAGES_PER_GROUP or sum(len(row["data"]) for row in rows) >= GROUP_BYTES:
+            flush()
+
+    # Encoded images don't compress, and a dictionary of them would only be a second copy.
+    options = {"version": "2.6", "data_page_version": "1.0", "compression": "none", "use_dictionary": False}
+    with pq.ParquetWriter(path, schemas.images(), **options) as file:
+        yield add
+        flush()
+
+
+class ImageTable:
+    """The images of some artifacts by hash, for any number of threads.
+
+    Memory: the index (some 200 bytes per image), which is made when the first image is asked for, one row group, and at most
+    cache_bytes of decoded pixels.
+    """
+
+    def __init__(self, artifacts: Sequence[Artifact], cache_bytes: int = 256 * 2**20):
+        self._unread = [path for artifact in artifacts for path in artifact.table_files("images")]
+        self._known: dict[bytes, tuple[int, int, int]] = {}  # file, row group, row
+        self._files: list[pq.ParquetFile] = []
+        self._lock = threading.Lock()
+        self._group: tuple[int, int] | None = None
+        self._data: list[bytes] = []
+        self._decoded: OrderedDict[str, Image.Image] = OrderedDict()
+        self._room = cache_bytes
+
+    def add(self, artifact: Artifact) -> None:
+        """Know one more artifact; an image that is known already keeps its first place."""
+        with self._lock:
+            self._unread += artifact.table_files("images")
+
+    @property
+    def _index(self) -> dict[bytes, tuple[int, int, int]]:
+        import pyarrow.parquet as pq
+
+        with self._lock:
+            for path in self._unread:
+                file = pq.ParquetFile(path, pre_buffer=False)
+                for group in range(file.num_row_groups):
+                    for row, sha256 in enumerate(file.read_row_group(group, ["sha256"]).column(0).to_pylist()):
+                        self._known.setdefault(bytes.fromhex(sha256), (len(self._files), group, row))
+                self._files.append(file)
+            self._unread = []
+        return self._known
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, sha256: str) -> bool:
+        return bytes.fromhex(sha256) in self._index
+
+    def get(self, sha256: str) -> bytes:
+        """The image as it is stored: PNG, JPEG or WEBP. Raises KeyError for an unknown hash."""
+        try:
+            file, group, row = self._index[bytes.fromhex(sha256)]
+        except KeyError:
+            raise KeyError(f"no image {sha256} in the artifacts at hand") from None
+        with self._lock:
+            if self._group != (file, group):
+                self._data = self._files[file].read_row_group(group, ["data"]).column(0).to_pylist()
+                self._group = file, group
+            return self._data[row]
+
+    def decoded(self, sha256: str) -> Image.Image:
+        """The image in RGB at full resolution; it is shared, so it must not be changed. Raises as `get`."""
+        with self._lock:
+            if sha256 in self._decoded:
+                self._decoded.move_to_end(sha256)
+                return self._decoded[sha256]
+        image = decode(self.get(sha256), STORED)
+        with self._lock:
+            if sha256 not in self._decoded:
+                self._decoded[sha256] = image
+                self._room -= _size(image)
+            while self._room < 0:
+                self._room += _size(self._decoded.popitem(last=False)[1])
+        return image
+
+
+def _size(image: Image.Image) -> int:
+    return 3 * image.width * image.height
+
+
+def load_samples(artifact: Artifact, split: str | None = None) -> list[Sample]:
+    """The samples of a data set artifact in their order, all or those of "train" or "held_out". UserError if none."""
+    rows = (row for batch in artifact.batches("samples") for row in batch.to_pylist())
+    samples = [schemas.from_row(Sample, row) for row in rows if split in (None, row["split"])]
+    if not samples:
+        raise UserError(
+            f"{artifact.reference} has no samples in the split {split}.", hint="The splits are train and held_out."
+        )
+    return samples

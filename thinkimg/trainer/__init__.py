@@ -1,0 +1,1 @@
+"""The training process: what it is handed, what it holds, and its jobs."""

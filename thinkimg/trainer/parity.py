@@ -1,0 +1,148 @@
+"""The parity gate: before the first step, are the trainer's model and inputs those that the engine sampled with?"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from thinkimg.errors import UserError
+from thinkimg.images.patches import image_tokens
+from thinkimg.trainer.forward import packing
+from thinkimg.trainer.rows import Row
+
+FROM_GROUP = 4
+
+
+def check_weights(rows: Sequence[Row], version: str) -> None:
+    """Raises UserError if a row was sampled with other weights than those that are to be trained."""
+    for row in rows:
+        if row.weights != version:
+            raise UserError(
+                f"Trajectory {row.trajectory_id} was sampled with the weights {row.weights[:16]}…, not with the policy "
+                f"{version[:16]}….",
+                hint="Roll out again with this policy.",
+            )
+
+
+def check_tokens(rows: Sequence[Row], image_token: int) -> None:
+    """Raises UserError if a row's image tokens are not what its grids say: as many, each image's in one piece."""
+    for row in rows:
+        talk = row.conversation
+        sizes = [image_tokens(grid) for grid in talk.grids]
+        found = np.flatnonzero(talk.tokens == image_token)
+        if len(found) != sum(sizes):
+            raise UserError(
+                f"Trajectory {row.trajectory_id} has {len(found)} image tokens, and grids of {sum(sizes)} in all.",
+                hint="The rollouts were changed since they were made: make them again.",
+            )
+        for image, place in zip(talk.images, np.split(found, np.cumsum(sizes)[:-1]), strict=True):
+            if np.any(np.diff(place) != 1):
+                raise UserError(
+                    f"In trajectory {row.trajectory_id} the tokens of image {image[:16]}… are interrupted.",
+                    hint="The rollouts were changed since they were made: make them again.",
+                )
+
+
+def check_positions(rows: Sequence[Row], model) -> None:
+    """Raises UserError if the positions that we compute aren't those of the model's own get_rope_index.
+
+    Rows with two images side by side are left out: transformers takes these for one. model: Qwen2_5_VLModel.
+    """
+    for row in rows:
+        talk = row.conversation
+        kinds = talk.tokens == model.config.image_token_id
+        if int((np.diff(np.concatenate([[0], kinds])) == 1).sum()) != len(talk.images):
+            continue
+        theirs, _ = model.get_rope_index(
+            torch.from_numpy(talk.tokens)[None],
+            mm_token_type_ids=torch.from_numpy(kinds.astype(np.int64))[None],
+            image_grid_thw=torch.from_numpy(talk.grids) if talk.images else None,
+        )
+        ours = packing.mrope_positions(talk.tokens, model.config.image_token_id, talk.grids)
+        different = np.flatnonzero((ours != theirs[:, 0].numpy()).any(0))
+        if len(different):
+            k = int(different[0])
+            raise UserError(
+                f"The position of token {k} of trajectory {row.trajectory_id} is {ours[:, k].tolist()} (time, height, "
+                f"width) to the trainer and {theirs[:, 0, k].tolist()} to the model's own get_rope_index.",
+                hint="A version of transformers that this one does not know? See pyproject.toml.",
+            )
+
+
+def choose(rows: Sequence[Row], wanted: int, seed: int) -> list[int]:
+    """Indices of the rows to compare, ascending: up to FROM_GROUP of a group, so that shared prompts are compared, too."""
+    rng = np.random.default_rng([seed, 1])
+    taken: list[int] = []
+    counts: dict[str, int] = {}
+    order = rng.permutation(len(rows)).tolist()
+    names = list(dict.fromkeys(rows[i].group_id for i in order))
+    for i in sorted(order, key=lambda i: names.index(rows[i].group_id)):
+        group = rows[i].group_id
+        if len(taken) < wanted and counts.get(group, 0) < FROM_GROUP:
+            taken.append(i)
+            counts[group] = counts.get(group, 0) + 1
+    taken += [i for i in order if i not in taken][: wanted - len(taken)]
+    return sorted(taken)
+
+
+def compare(engine: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
+    """Metrics over the log-probabilities (N,) of sampled tokens.
+
+    kl is Schulman's k3 estimator of KL(engine || trainer) on the engine's samples, r - 1 - log r with
+    r = p(trainer) / p(engine) (joschu.net/blog/kl-approx.html); nats per token. ratio/* are quantiles of r.
+    """
+    difference = trainer.astype(np.float64) - engine
+    ratio = np.exp(difference)
+    p01, p50, p99 = np.quantile(ratio, (0.01, 0.5, 0.99))
+    return {
+        "parity/mean_abs": float(np.abs(difference).mean()),
+        "parity/kl": float((ratio - 1 - difference).mean()),
+        "parity/ratio_p01": float(p01),
+        "parity/ratio_p50": float(p50),
+        "parity/ratio_p99": float(p99),
+        "parity/ratio_max": float(ratio.max()),
+        "parity/tokens": len(engine),
+    }
+
+
+def check_numbers(
+    metrics: Mapping[str, float],
+    rows: Sequence[Row],
+    trainer: Sequence[np.ndarray],
+    *,
+    limit: float,
+    files: Mapping[str, bytes],
+    explain: Callable[[list[int]], str] = lambda worst: "",
+) -> None:
+    """Raises UserError, showing the worst token, if the mean difference or the KL exceeds the limit (nats per token).
+
+    The KL is held to it as well: it catches a few tokens that are far off, which the mean of the absolute hides.
+    trainer: log-probabilities of each row's scored tokens. files: the policy's, for its tokenizer.json.
+    explain: given the rows' numbers, the worst first, says what the difference is made of (causes.py).
+    """
+    worst = max(metrics["parity/mean_abs"], metrics["parity/kl"])
+    if worst <= limit:  # NaN is not
+        return
+    differences = [np.nan_to_num(np.abs(t - row.engine), nan=np.inf) for t, row in zip(trainer, rows, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: -differences[i].max())
+    number = order[0]
+    place = int(differences[number].argmax())
+    row = rows[number]
+    position = int(np.flatnonzero(row.conversation.scored)[place])
+    raise UserError(
+        f"Engine and trainer disagree: mean |log p| difference {metrics['parity/mean_abs']:.4f}, KL {metrics['parity/kl']:.4f} "
+        f"on {metrics['parity/tokens']} tokens, allowed are {limit}; the worst is token {position} of trajectory "
+        f"{row.trajectory_id}, {context(row, position, files)}: engine {row.engine[place]:.3f}, "
+        f"trainer {trainer[number][place]:.3f}. {explain(order)}".rstrip(),
+        hint="Same weights, images, temperature and banned tokens on both sides? train.parity.max_kl is the limit.",
+    )
+
+
+def context(row: Row, position: int, files: Mapping[str, bytes]) -> str:
+    """The token and what stands before it, as text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+    tokens = row.conversation.tokens[: position + 1]
+    before = tokenizer.decode(tokens[max(0, position - 12) : position].tolist(), skip_special_tokens=False)
+    return f"{tokenizer.decode(tokens[-1:].tolist(), skip_special_tokens=False)!r} after {before!r}"

@@ -1,0 +1,169 @@
+"""What a training job reads: trajectories with their advantages, and the patches of their images."""
+
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from thinkimg.conversation.tokens import ROLES, expansion
+from thinkimg.errors import UserError
+from thinkimg.images.decode import pixel_hash
+from thinkimg.images.patches import patches
+from thinkimg.images.view import grid, view
+from thinkimg.records import Role, Trajectory, from_row
+from thinkimg.store.artifacts import Artifact
+from thinkimg.store.image_table import ImageTable
+from thinkimg.trainer.forward.packing import Conversation
+
+CACHE_BYTES = 2 * 2**30  # patches, float32: an image of 1,000 tokens is 19 MB
+PIXEL_CACHE_BYTES = 64 * 2**20  # full-resolution images behind them are hardly read twice
+PATCH_BYTES = 1176 * 4
+READERS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trajectory as the trainer sees it. engine: (N,) float32 log-probabilities of its N scored tokens."""
+
+    trajectory_id: str
+    group_id: str
+    weights: str
+    conversation: Conversation
+    engine: np.ndarray
+    advantage: float = 0.0
+
+
+def read_advantages(path: Path | str) -> dict[str, float]:
+    """trajectory_id -> advantage of the included rows."""
+    import pyarrow.parquet as pq
+
+    columns = pq.read_table(path, columns=["trajectory_id", "advantage"]).to_pydict()
+    return dict(zip(columns["trajectory_id"], columns["advantage"], strict=True))
+
+
+def read_rows(
+    artifact: Artifact, image_token: int, advantages: Mapping[str, float] | None = None, table: str = "trajectories"
+) -> list[Row]:
+    """The rows with an advantage (all with sampled tokens if None) in the artifact's order.
+
+    Raises UserError if an advantage belongs to none of them, or a row has another number of placeholders than of grids.
+    """
+    rows = []
+    for batch in artifact.batches(table):
+        for record in batch.to_pylist():
+            if advantages is not None and record["trajectory_id"] not in advantages:
+                continue
+            trajectory = from_row(Trajectory, record)
+            if trajectory.logprobs:
+                rows.append(read_row(trajectory, image_token, (advantages or {}).get(trajectory.trajectory_id, 0.0)))
+    if advantages is not None and len(rows) < len(advantages):
+        unknown = sorted(set(advantages) - {row.trajectory_id for row in rows})
+        raise UserError(
+            f"{len(unknown)} of {len(advantages)} advantages belong to no trajectory with sampled tokens: {unknown[:3]}.",
+            hint="Are the advantages those of these rollouts?",
+        )
+    return rows
+
+
+def read_row(trajectory: Trajectory, image_token: int, advantage: float) -> Row:
+    placeholders = trajectory.tokens.count(image_token)
+    if not placeholders == len(trajectory.grids) == len(trajectory.images):
+        raise UserError(
+            f"Trajectory {trajectory.trajectory_id} has {placeholders} placeholders, {len(trajectory.images)} images "
+            f"and {len(trajectory.grids)} grids."
+        )
+    return Row(
+        trajectory.trajectory_id,
+        trajectory.group_id,
+        trajectory.weights,
+        conversation(trajectory, image_token),
+        np.asarray(trajectory.logprobs, dtype=np.float32),
+        advantage,
+    )
+
+
+class Patches:
+    """Image hash -> patches as the vision tower takes them, made once while they fit and checked against hash and grid."""
+
+    def __init__(
+        self, tables: Iterable[Path | str], *, min_pixels: int, max_pixels: int, cache_bytes: int = CACHE_BYTES
+    ):
+        """tables: artifacts with an `images` table. The limits are those under which the engine saw the images."""
+        self._images = ImageTable([Artifact.open(Path(table)) for table in tables], PIXEL_CACHE_BYTES)
+        self._limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        self._grids: dict[str, tuple[int, ...]] = {}
+        self._made: OrderedDict[str, Future[np.ndarray]] = OrderedDict()
+        self._room = cache_bytes
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="patches")
+
+    def prepare(self, conversations: Iterable[Conversation], known: Container[str] = ()) -> None:
+        """Begin to make what these will need and is not known, in threads, while the model computes on others."""
+        for c in conversations:
+            for key, patch_grid in zip(c.images, c.grids, strict=True):
+                self._grids[key] = tuple(patch_grid.tolist())
+                if key not in known:
+                    self._request(key)
+
+    def __call__(self, key: str) -> np.ndarray:
+        """(h * w, 1176) float32 of an image of a conversation that was prepared before.
+
+        Raises UserError if the pixels don't have the hash that they are stored under, or have another grid in a row.
+        """
+        return self._request(key).result()
+
+    def trim(self) -> None:
+        """Forget the images that were not asked for longest, down to the limit."""
+        while self._room < 0:
+            key, _ = self._made.popitem(last=False)
+            self._room += self._bytes(key)
+
+    def close(self) -> None:
+        self._readers.shutdown(cancel_futures=True)
+
+    def _request(self, key: str) -> "Future[np.ndarray]":
+        if key not in self._made:
+            self._made[key] = self._readers.submit(self._make, key, self._grids[key])
+            self._room -= self._bytes(key)
+        self._made.move_to_end(key)
+        return self._made[key]
+
+    def _bytes(self, key: str) -> int:
+        return int(np.prod(self._grids[key])) * PATCH_BYTES
+
+    def _make(self, key: str, patch_grid: tuple[int, ...]) -> np.ndarray:
+        try:
+            image = self._images.decoded(key)
+        except KeyError:
+            hint = "Does the data set belong to the rollouts?"
+            raise UserError(f"The image {key} is in none of the image tables.", hint=hint) from None
+        if (found := pixel_hash(image)) != key:
+            raise UserError(
+                f"The pixels stored as {key[:16]}… have the hash {found[:16]}….",
+                hint="The artifact was changed since it was made: make it again.",
+            )
+        seen = view(image, **self._limits)
+        if grid(*seen.size) != patch_grid:
+            raise UserError(
+                f"The image {key[:16]}… was {patch_grid} patches to the engine and is {grid(*seen.size)} to the trainer.",
+                hint="images.min_pixels and images.max_pixels must be those of the rollouts.",
+            )
+        return patches(seen)
+
+
+def conversation(trajectory: Trajectory, image_token: int) -> Conversation:
+    """What the trainer computes on: the trajectory's expanded ids, scored where they were sampled.
+
+    Its scored tokens and trajectory.logprobs are in the same order. Images go by content hash of their full resolution.
+    """
+    counts = expansion(trajectory.tokens, trajectory.grids, image_token)
+    scored = np.asarray(trajectory.roles) == ROLES.index(Role.SAMPLED)
+    assert scored.sum() == len(trajectory.logprobs), "one log-probability per sampled token"
+    return Conversation(
+        tokens=np.repeat(np.asarray(trajectory.tokens, dtype=np.int64), counts),
+        scored=np.repeat(scored, counts),
+        images=trajectory.images,
+        grids=np.asarray(trajectory.grids, dtype=np.int64).reshape(-1, 3),
+    )
