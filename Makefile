@@ -29,6 +29,7 @@ test-all: .venv/ready-test
 lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 ui: $(READY)
 	@$(BIN)/thinkimg track ui --preset tiny
