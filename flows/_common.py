@@ -11,8 +11,7 @@ from pydantic import Field
 
 from flows import _server, _ui
 from flows._device import device
-from thinkimg import resources as machines
-from thinkimg import tracking
+from thinkimg import resources, tracking
 from thinkimg.config import Config, load, presets
 from thinkimg.exit import guarded
 from thinkimg.store.artifacts import Artifact, Store
@@ -60,7 +59,7 @@ Samples = Annotated[int | None, described("Held-out samples; left out, as the pr
 Blind = Annotated[bool, described("Show grey images in place of those that tools make.")]
 Force = Annotated[bool, described("Make a new attempt even if there is one.")]
 
-machines.take_device = device
+resources.take_device = device
 
 
 def opened(preset: str, overrides: list[str], **settings) -> tuple[Config, Store]:
@@ -87,7 +86,7 @@ def beside(store: Store, made: Iterable[Artifact]) -> Iterator[Artifact]:
 
 def ended(config: Config, store: Store, artifact: Artifact, cached: bool) -> State:
     """The state shows whether anything was done; its data is the reference, never the data itself."""
-    if machines.CURRENT.get() is not None:  # within a loop its tracker logs
+    if resources.CURRENT.get() is not None:  # within a loop its tracker logs
         link = _ui.LOOP_LINK.get()
     elif cached and _server.is_embedded():  # nobody can look
         link = None

@@ -20,8 +20,7 @@ from flows.score import score
 from flows.train import train
 from flows.warmstart import warmstart
 from thinkimg import console, tracking
-from thinkimg.analysis import alarms
-from thinkimg.analysis import console_report as report
+from thinkimg.analysis import alarms, console_report
 from thinkimg.closure import check_closure
 from thinkimg.resources import Machines
 from thinkimg.stages.train import check_mix
@@ -54,14 +53,14 @@ def loop(
             tracker.log_iteration(step, artifacts=made)
             for artifact in beside(store, made.values()) if step <= 1 else ():
                 tracker.log_stage(artifact)
-            report.step(tracker.record, step)
+            console_report.step(tracker.record, step)
             progress(step, config.iterations)
 
         def watch(step: int) -> None:
             found = alarms.watch(tracker, store, config, step)
-            report.alarms(found, step)
+            console_report.alarms(found, step)
             if config.on_alarm == "stop" and step < config.iterations and any(one.fired for one in found):
-                report.final(tracker.record, store.resolve(policy), config)
+                console_report.final(tracker.record, store.resolve(policy), config)
                 raise alarms.Stopped(alarms.sentence(found, step))
 
         _ui.LOOP_LINK.set(tracker.link)
@@ -81,7 +80,7 @@ def loop(
             note(iteration, rollout=rollouts, score=scores, train=policy, evaluate=evaluation)
             watch(iteration)
         _ui.show_loop(tracker.record)
-        report.final(tracker.record, store.resolve(policy), config)
+        console_report.final(tracker.record, store.resolve(policy), config)
     return policy
 
 

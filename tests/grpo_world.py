@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import ModelConfig, ParityConfig, TinyModel, TrainConfig, WarmstartConfig
 from thinkimg.images.decode import pixel_hash
 from thinkimg.images.view import grid
@@ -94,7 +94,7 @@ class World:
         return self.build(name, write)
 
     def rollouts(self, name: str, trajectories: list[Trajectory]):
-        table = pa.Table.from_pylist([schemas.to_row(t) for t in trajectories], schemas.trajectories())
+        table = pa.Table.from_pylist([records.to_row(t) for t in trajectories], records.trajectories())
         directory = self.build(name, lambda work: work.table("trajectories.parquet", table))
         return self.store.resolve(directory)
 

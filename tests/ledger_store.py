@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import Config, load
 from thinkimg.records import AnswerType, StopReason, to_row
 from thinkimg.stages import train
@@ -29,7 +29,7 @@ def settings(root, *overrides: str) -> Config:
     return load("tiny", [f"where.store={root}", "where.tracking.enabled=false", *MIX, *overrides])
 
 
-def group(number: int) -> list[schemas.Trajectory]:
+def group(number: int) -> list[records.Trajectory]:
     """Right with a crop, wrong with a crop, right without, out of turns with every turn in order, failed."""
     box = {"x": 0, "y": 0, "width": 4, "height": 4}
     crop = replace(call(**box), image=CROP)
@@ -51,9 +51,9 @@ def make_dataset(store, target=None):
     def produce(work):
         rows = [sample("red", AnswerType.CHOICE, ("red", "blue"), **marked) for _ in range(GROUPS)]
         rows = [to_row(replace(row, sample_id=f"s{i}", images=(SHA,))) for i, row in enumerate(rows)]
-        work.table("samples.parquet", pa.Table.from_pylist(rows, schemas.samples()))
+        work.table("samples.parquet", pa.Table.from_pylist(rows, records.samples()))
         image = {"sha256": SHA, "data": b"never decoded", "width": 112, "height": 112}
-        work.table("images.parquet", pa.Table.from_pylist([image], schemas.images()))
+        work.table("images.parquet", pa.Table.from_pylist([image], records.images()))
 
     return store.build("dataset", Recipe("prepare", 1, 1, {"target": target}), produce)[0]
 
@@ -64,9 +64,9 @@ def make_rollouts(store, dataset, groups=None, number=1):
     def produce(work):
         for part, rows in enumerate((groups[: GROUPS // 2], groups[GROUPS // 2 :])):
             rows = [to_row(row) for one in rows for row in one]
-            work.table(f"trajectories-{part:05}.parquet", pa.Table.from_pylist(rows, schemas.trajectories()))
+            work.table(f"trajectories-{part:05}.parquet", pa.Table.from_pylist(rows, records.trajectories()))
         image = {"sha256": CROP, "data": b"never decoded", "width": 28, "height": 28}
-        work.table("images-00000.parquet", pa.Table.from_pylist([image], schemas.images()))
+        work.table("images-00000.parquet", pa.Table.from_pylist([image], records.images()))
 
     recipe = Recipe("rollout", 1, 1, {"iteration": number}, {"dataset": dataset.reference})
     return store.build("rollouts", recipe, produce)[0]
@@ -83,9 +83,9 @@ def make_scores(store, dataset, rollouts, change=lambda row: None, model="judge"
     judged = [judgement(row, model) for row in rows if row["self"]["evidence"]]
 
     def produce(work):
-        work.table("scores-00000.parquet", pa.Table.from_pylist(rows, schemas.scores(list(COMPONENTS))))
+        work.table("scores-00000.parquet", pa.Table.from_pylist(rows, records.scores(list(COMPONENTS))))
         if kept:
-            work.table("judgements-00000.parquet", pa.Table.from_pylist(judged, schemas.judgements()))
+            work.table("judgements-00000.parquet", pa.Table.from_pylist(judged, records.judgements()))
 
     inputs = {"dataset": dataset.reference, "rollouts": rollouts.reference}
     recipe = Recipe("score", 1, 1, {"components": list(COMPONENTS), "judge": {"model": model}} | config, inputs)

@@ -11,7 +11,7 @@ import torch
 from thinkimg.config import ModelConfig, TinyModel
 from thinkimg.images.patches import image_tokens
 from thinkimg.models.tiny import create_tiny
-from thinkimg.trainer import memory as preflight
+from thinkimg.trainer import memory
 from thinkimg.trainer.checkpoint import Base, from_base
 from thinkimg.trainer.forward.logprobs import Scorer, unwrap
 from thinkimg.trainer.forward.packing import Conversation
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    preflight.return_memory()
+    memory.return_memory()
     create_tiny(args.model, TINY, [f"word{i * i}" for i in range(2000)], seed=0)
     config = ModelConfig(
         dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16, train_vision=args.train_vision
@@ -101,8 +101,8 @@ def main() -> None:
     small = {"images": args.images, "turns": 1, "size": 1}
     step(group(geometry.image_token_id, **small), torch.optim.SGD(list(parameters.values()), lr=0.0))
     rows = group(geometry.image_token_id, **shape, seed=1)
-    how = preflight.How(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
-    need = preflight.need(geometry, config, *one_batch(rows), how)
+    how = memory.How(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
+    need = memory.need(geometry, config, *one_batch(rows), how)
     made.clear()
     for parameter in parameters.values():
         parameter.grad = None

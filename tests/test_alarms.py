@@ -12,8 +12,7 @@ from ledger_store import settings as configured
 from rewards_rows import call, final, trajectory
 
 from thinkimg import config
-from thinkimg.analysis import alarms
-from thinkimg.analysis import console_report as report
+from thinkimg.analysis import alarms, console_report
 from thinkimg.analysis.alarms import WINDOW, Finding, History, judge, watch
 from thinkimg.analysis.figures import accuracy, correlation, held, idle_calls, ratio, share, signals
 from thinkimg.console import console
@@ -330,10 +329,10 @@ def test_the_console_shows_a_table_when_one_fires_and_nothing_else(tmp_path):
     quiet = [Finding(name, False) for name in NAMES]
     loud = [*quiet[:-1], Finding("no_step", True, 0.0, 0.0, 0.0, 0.0, "nothing [bold]left")]
     with console.capture() as captured:
-        report.alarms(quiet, 3)
+        console_report.alarms(quiet, 3)
     assert captured.get() == ""
     with console.capture() as captured:
-        report.alarms(loud, 3)
+        console_report.alarms(loud, 3)
     assert all(text in captured.get() for text in ("Alarms of iteration 3", *NAMES, "nothing [bold]left"))
     assert alarms.sentence(loud, 3) == (
         "Stopped after iteration 3 by an alarm (no_step: nothing [bold]left); go on with on_alarm=warn."

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import ConversationConfig, ImagesConfig
 from thinkimg.conversation.episode import Episode, PendingCall, scripted, seed
 from thinkimg.conversation.picture import picture
@@ -81,9 +81,9 @@ def check_ended(episode: Episode) -> Trajectory:
     for turn in trajectory.turns:
         assert (turn.kind is TurnKind.TOOL) == (turn.tool is not None) == (turn.status is not None)
         assert turn.tool is None or json.loads(turn.args) is not None
-    table = pa.Table.from_pylist([schemas.to_row(trajectory)], schema=schemas.trajectories())
+    table = pa.Table.from_pylist([records.to_row(trajectory)], schema=records.trajectories())
     (row,) = table.to_pylist()
-    back = schemas.from_row(Trajectory, row)
+    back = records.from_row(Trajectory, row)
     assert back.tokens == trajectory.tokens and back.turns == trajectory.turns
     packed = conversation(back, episode.codec.image)
     assert packed.tokens.dtype == np.int64 and packed.tokens.tolist() == episode.stream.expanded()

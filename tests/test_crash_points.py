@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from disk import Crash, Disk
 
-from thinkimg import resources as machines
+from thinkimg import resources
 from thinkimg.config import load
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.episode import Episode, scripted
@@ -102,7 +102,7 @@ class Stages:
         config = config or self.config
         if name == "prepare":
             return prepare.prepare(config, store)[0]
-        token = machines.CURRENT.set(self.crew)
+        token = resources.CURRENT.set(self.crew)
         try:
             if name == "demonstrate":
                 recipe = warmstart.script_recipe(config, self.dataset)
@@ -131,7 +131,7 @@ class Stages:
                 return train.train(config, *inputs, store)[0]
             return evaluate.evaluate(config, self.dataset, policy, store, force=force)[0]
         finally:
-            machines.CURRENT.reset(token)
+            resources.CURRENT.reset(token)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,8 @@ import torch
 from grpo_world import BANNED, FULL, LORA, TRAIN
 
 from thinkimg.errors import UserError
-from thinkimg.trainer import checkpoint, parity
-from thinkimg.trainer import parity_diagnosis as causes
-from thinkimg.trainer.forward import logprobs as policy
-from thinkimg.trainer.forward import packing
-from thinkimg.trainer.forward import shared_prompts as sharing
+from thinkimg.trainer import checkpoint, parity, parity_diagnosis
+from thinkimg.trainer.forward import logprobs, packing, shared_prompts
 from thinkimg.trainer.forward.packing import mrope_positions
 from thinkimg.trainer.rows import Patches, Row, read_rows
 
@@ -34,7 +31,7 @@ def refused(world, job, message: str) -> str:
 
 
 def test_a_shifted_position_trips_it_by_identity_and_shows_in_the_numbers(world, monkeypatch):
-    for module in (packing, policy, sharing):
+    for module in (packing, logprobs, shared_prompts):
         monkeypatch.setattr(module, "mrope_positions", shifted)
     refused(world, world.job("shift"), "position of token .* get_rope_index")
     monkeypatch.setattr(parity, "check_positions", lambda *_: None)
@@ -112,12 +109,12 @@ def test_the_refusal_names_the_cause(world, change, cause):
     pixels.prepare([row.conversation for row in rows])
 
     def engine(**settings) -> list[np.ndarray]:
-        scorer = policy.Scorer(held.model, pixels, features={}, **settings)
+        scorer = logprobs.Scorer(held.model, pixels, features={}, **settings)
         with torch.no_grad():
             return [scorer([row.conversation])[0].numpy() for row in rows]
 
     seen = [dataclasses.replace(row, engine=e) for row, e in zip(rows, engine(**options | change), strict=True)]
-    said = causes.split(held, pixels, seen, engine(**options), **options)
+    said = parity_diagnosis.split(held, pixels, seen, engine(**options), **options)
     pixels.close()
     assert f"most of it goes with: {cause}" in said
 
@@ -126,7 +123,7 @@ def test_float32_and_back_changes_no_bit(world):
     config = LORA.model_copy(update={"dtype": "bfloat16"})
     held = checkpoint.load(world.policies["lora"], config, "cpu", world.base)
     before = {name: p.clone() for name, p in held.model.named_parameters()}
-    with causes.in_float32(held):
+    with parity_diagnosis.in_float32(held):
         assert {p.dtype for p in held.model.parameters()} == {torch.float32}
     for name, p in held.model.named_parameters():
         assert p.dtype == before[name].dtype and torch.equal(p, before[name]), name

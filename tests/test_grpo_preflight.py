@@ -13,8 +13,7 @@ from transformers import AutoConfig
 
 from thinkimg.config import ModelConfig, load
 from thinkimg.errors import UserError
-from thinkimg.trainer import forecast
-from thinkimg.trainer import memory as preflight
+from thinkimg.trainer import forecast, memory
 from thinkimg.trainer.memory import How
 from thinkimg.trainer.optimise import computed, split
 
@@ -60,12 +59,12 @@ def test_the_peak_is_predicted_within_15_percent(case, tmp_path):
 def test_a_refusal_says_what_to_lower(geometry):
     rows, units = batch(geometry, images=1, turns=1, size=8)
     options = {"token_budget": 4096}
-    need = preflight.check(geometry, FULL, rows, units, How(), **options, free=10**12)
+    need = memory.check(geometry, FULL, rows, units, How(), **options, free=10**12)
     with pytest.raises(UserError, match="activations of .* tokens") as caught:
-        preflight.check(geometry, FULL, rows, units, How(), **options, free=int(need.total * 0.7))
+        memory.check(geometry, FULL, rows, units, How(), **options, free=int(need.total * 0.7))
     assert "train.token_budget from 4096 to" in caught.value.hint and "gradient_checkpointing=true" in caught.value.hint
     with pytest.raises(UserError) as caught:  # not even a row fits
-        preflight.check(geometry, FULL, rows, units, How(checkpointing=True), **options, free=need.trained + 1000)
+        memory.check(geometry, FULL, rows, units, How(checkpointing=True), **options, free=need.trained + 1000)
     assert "images.max_pixels" in caught.value.hint and "token_budget" not in caught.value.hint
     assert "model.adaptation=lora" in caught.value.hint
 
@@ -73,8 +72,8 @@ def test_a_refusal_says_what_to_lower(geometry):
 def test_what_makes_a_step_larger_needs_more(geometry):
     shape = {"images": 1, "turns": 1, "size": 2}
 
-    def need(model=FULL, shape=shape, **how) -> preflight.Need:
-        return preflight.need(geometry, model, *batch(geometry, **shape), How(**how))
+    def need(model=FULL, shape=shape, **how) -> memory.Need:
+        return memory.need(geometry, model, *batch(geometry, **shape), How(**how))
 
     small = need()
     for more in ({"images": 2}, {"turns": 2}, {"size": 4}):
@@ -93,14 +92,14 @@ def test_what_makes_a_step_larger_needs_more(geometry):
 def test_going_through_it_draws_nothing_at_random(geometry):
     """Else a resumed job would not be the uninterrupted one."""
     before = torch.get_rng_state()
-    preflight.need(geometry, LORA, *batch(geometry, images=1, turns=1, size=2), How(checkpointing=True))
+    memory.need(geometry, LORA, *batch(geometry, images=1, turns=1, size=2), How(checkpointing=True))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_padding_counts_and_a_shared_prompt_counts_once(geometry):
     rows, units = batch(geometry, images=1, turns=1, size=8)
     assert computed(rows, units) < computed(rows, None)
-    packed, padded = (preflight.need(geometry, LORA, rows, how, How()) for how in (units, None))
+    packed, padded = (memory.need(geometry, LORA, rows, how, How()) for how in (units, None))
     assert packed.activations < padded.activations and packed.vision == padded.vision
 
 
@@ -110,7 +109,7 @@ def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     from workload import SEVEN_B, config_of
 
-    def of(layers: int, *settings: str) -> preflight.Need:
+    def of(layers: int, *settings: str) -> memory.Need:
         geometry = config_of(SEVEN_B)
         geometry.text_config.num_hidden_layers, geometry.vision_config.depth = layers, 1
         found, tokens = forecast.worst(load("balanced", ["rollout.group_size=16", *settings]), geometry)

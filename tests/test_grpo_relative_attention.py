@@ -9,7 +9,7 @@ from thinkimg.conversation.codec import Codec
 from thinkimg.images.patches import patches
 from thinkimg.images.view import grid
 from thinkimg.rewards.judges.attention import GENERIC, prompt
-from thinkimg.trainer import attention_job as relative_attention
+from thinkimg.trainer import attention_job
 from thinkimg.trainer.attention_job import Reader, attention_rows, conversations, coverage, measure, split
 from thinkimg.trainer.forward.logprobs import Scorer
 
@@ -102,7 +102,7 @@ def test_planted_attention_is_found():
     key[0, :, 3, 0] = key[1, :, 5, 0] = 50.0
     row, column = torch.tensor([0, 0, 1]), torch.tensor([2, 7, 11])
     reader = Reader([7], row, column)
-    with pytest.raises(relative_attention._Enough):
+    with pytest.raises(attention_job._Enough):
         reader.look(7, query, key, 1.0)
     found = reader.read[7]
     assert found[0, :3].tolist() == pytest.approx([1 / 3] * 3) and found[0, 3:].sum() == 0  # token 3 is still to come

@@ -15,8 +15,7 @@ from grpo_world import FULL, LORA, TRAIN
 from thinkimg.config import ParityConfig, TrainerConfig
 from thinkimg.errors import UserError
 from thinkimg.grpo.loss_config import LossConfig
-from thinkimg.trainer import checkpoint
-from thinkimg.trainer import warmstart_job as warmstart
+from thinkimg.trainer import checkpoint, warmstart_job
 from thinkimg.trainer.checkpoint import Base
 from thinkimg.trainer.grpo_job import deal
 from thinkimg.trainer.optimise import Ranks
@@ -159,7 +158,7 @@ def test_the_warm_start_learns_and_makes_a_policy(world, model):
     job = world.warmstart_job(f"warm-{model.adaptation}", model=model.model_dump(mode="json"))
     policy = checkpoint.from_base(world.base, model, "cpu", seed=0)
     lines = []
-    result = warmstart.run(job, policy, Ranks(), lines.append)
+    result = warmstart_job.run(job, policy, Ranks(), lines.append)
     assert result["steps"][-1]["loss"] < result["steps"][0]["loss"] - 0.02 and len(lines) == 6
     assert [step["lr"] for step in result["steps"]][:2] == pytest.approx([2.5e-3, 5e-3])
     assert result["steps"][-1]["lr"] == pytest.approx(5e-4)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from disk import Crash
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.analysis.export import export
 from thinkimg.analysis.verify_calls import replay
 from thinkimg.config import load
@@ -288,7 +288,7 @@ def test_a_forged_call_is_found_though_every_hash_is_right(demonstrated, tmp_pat
     def produce(work):
         with work.part("images.parquet") as path:
             shutil.copyfile(made.path("images.parquet"), path)
-        work.table("trajectories.parquet", pa.Table.from_pylist([to_row(row) for row in rows], schemas.trajectories()))
+        work.table("trajectories.parquet", pa.Table.from_pylist([to_row(row) for row in rows], records.trajectories()))
 
     artifact, _ = copy.build("demonstrations", recipe, produce)
     assert copy.verify(artifact) == []

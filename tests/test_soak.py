@@ -18,7 +18,7 @@ from PIL import Image
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 from soak_child import ROUNDS, SAMPLES, SIZE
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.conversation.codec import Codec
 from thinkimg.records import AnswerType, to_row
 from thinkimg.store.artifacts import Recipe, Store
@@ -137,11 +137,11 @@ def child(command: str, *arguments: Path, **environment: str) -> subprocess.Pope
 def make_store(root: Path, parts: int) -> None:
     """A data set of one sample, and rollouts in which one part is repeated."""
     store, sha = Store(root), "ab" * 32
-    image = pa.Table.from_pylist([{"sha256": sha, "data": b"never decoded", "width": 8, "height": 8}], schemas.images())
+    image = pa.Table.from_pylist([{"sha256": sha, "data": b"never decoded", "width": 8, "height": 8}], records.images())
 
     def data(work):
         rows = [to_row(sample("red", AnswerType.CHOICE, ("red", "blue")))]
-        work.table("samples.parquet", pa.Table.from_pylist(rows, schemas.samples()))
+        work.table("samples.parquet", pa.Table.from_pylist(rows, records.samples()))
         work.table("images.parquet", image)
 
     def played(work):
@@ -156,7 +156,7 @@ def make_store(root: Path, parts: int) -> None:
             )
             for i in range(ROWS)
         ]
-        work.table("trajectories-00000.parquet", pa.Table.from_pylist(rows, schemas.trajectories()))
+        work.table("trajectories-00000.parquet", pa.Table.from_pylist(rows, records.trajectories()))
         template = work.path("trajectories-00000.parquet").read_bytes()
         for number in range(1, parts):
             with work.part(f"trajectories-{number:05}.parquet") as path:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from grpo_world import FULL, World
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import load
 from thinkimg.records import StopReason
 from thinkimg.stages.train import STAGE, VERSION, step
@@ -71,7 +71,7 @@ def train(world, policy, tmp_path, name: str, trajectories, rewards) -> tuple:
         | {"answer": {"value": rewards[t.trajectory_id], "status": "ok", "reason": None, "evidence": None}}
         for t in trajectories
     ]
-    table = pa.Table.from_pylist(rows, schemas.scores(["answer"]))
+    table = pa.Table.from_pylist(rows, records.scores(["answer"]))
     scores = world.store.resolve(world.build(f"{name}-scores", lambda w: w.table("scores.parquet", table)))
     dataset = world.store.resolve(world.images)
     crew = Crew(world, tmp_path)

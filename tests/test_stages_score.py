@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import load
 from thinkimg.errors import UserError
 from thinkimg.records import AnswerType, to_row
@@ -36,9 +36,9 @@ def table(rows, schema):
 def make_dataset(store, answer="red"):
     def produce(work):
         rows = [replace(sample(answer, AnswerType.CHOICE, ("red", "blue")), sample_id=f"s{i}") for i in range(4)]
-        work.table("samples.parquet", table([to_row(row) for row in rows], schemas.samples()))
+        work.table("samples.parquet", table([to_row(row) for row in rows], records.samples()))
         images = [{"sha256": SHA, "data": b"never decoded", "width": 8, "height": 8}]
-        work.table("images.parquet", table(images, schemas.images()))
+        work.table("images.parquet", table(images, records.images()))
 
     return store.build("dataset", Recipe("prepare", 1, 1, {"answer": answer}), produce)[0]
 
@@ -47,9 +47,9 @@ def make_rollouts(store, dataset, parts):
     def produce(work):
         for number, rows in enumerate(parts):
             work.table(
-                f"trajectories-{number:05}.parquet", table([to_row(row) for row in rows], schemas.trajectories())
+                f"trajectories-{number:05}.parquet", table([to_row(row) for row in rows], records.trajectories())
             )
-            work.table(f"images-{number:05}.parquet", table([], schemas.images()))
+            work.table(f"images-{number:05}.parquet", table([], records.images()))
 
     sizes = [[row.trajectory_id for row in part] for part in parts]
     return store.build("rollouts", Recipe("rollout", 1, 1, {"parts": sizes}, {"dataset": dataset.reference}), produce)[
@@ -105,7 +105,7 @@ def test_every_trajectory_has_a_row_and_every_component_a_column(made, own):
     }  # fmt: skip
     names = [*(name for name in COMPONENTS if name not in JUDGES), "luck"]
     rows = [row for part in artifact.table_files("scores") for row in pq.read_table(part).to_pylist()]
-    assert pq.read_schema(artifact.path("scores-00000.parquet")) == schemas.scores(names)
+    assert pq.read_schema(artifact.path("scores-00000.parquet")) == records.scores(names)
     for row, played in zip(rows, [row for part in PARTS for row in part], strict=True):
         assert [row[name] for name in stage.IDENTITY] == [getattr(played, name) for name in stage.IDENTITY]
         for name in names:

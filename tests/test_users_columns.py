@@ -17,7 +17,7 @@ from thinkimg.analysis.figures import target
 from thinkimg.config import RewardsConfig, validate
 from thinkimg.errors import UserError
 from thinkimg.records import AnswerType, Sample, StopReason, Trajectory, Turn, TurnKind, from_row, to_row
-from thinkimg.rewards import functions as _functions
+from thinkimg.rewards import functions
 from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.stages.evaluate import report
@@ -75,7 +75,7 @@ def test_a_reward_function_is_given_ours_by_name_and_all_of_theirs_together(colu
         seen.update(given, completions=completions)
         return [0.5] * len(completions)
 
-    function = _functions.UserFunction("own:mine", "mine", mine, b"")
+    function = functions.UserFunction("own:mine", "mine", mine, b"")
     (one,) = function.score(Batch([ROW], {"s": sample(columns)}, config=RewardsConfig(), images=None))
     assert one.value == 0.5 and seen["columns"] == [columns]
     assert seen["answer"] == ["a"] and seen["final_answer"] == ["b"] and seen["question"] == ["?"]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from thinkimg import config as configuration
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.images.decode import encode_png, pixel_hash
 from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
 from thinkimg.store.artifacts import Recipe, Store
@@ -48,7 +48,7 @@ def image_table(images):
             {"sha256": key, "data": encode_png(image), "width": image.width, "height": image.height}
             for key, image in rows.items()
         ],
-        schemas.images(),
+        records.images(),
     )
 
 
@@ -109,7 +109,7 @@ def value_of(row, component):
 
 
 def make(store, kind, stage, config, inputs, fill):
-    recipe = Recipe(stage, 1, schemas.SCHEMA_VERSION, config, {name: a.reference for name, a in inputs.items()})
+    recipe = Recipe(stage, 1, records.SCHEMA_VERSION, config, {name: a.reference for name, a in inputs.items()})
     return store.build(kind, recipe, fill, seed=7)[0]
 
 
@@ -119,7 +119,7 @@ def make_dataset(store):
 
     def fill(work):
         work.table("images.parquet", image_table(photos))
-        work.table("samples.parquet", pa.Table.from_pylist([schemas.to_row(s) for s in samples], schemas.samples()))
+        work.table("samples.parquet", pa.Table.from_pylist([records.to_row(s) for s in samples], records.samples()))
         work.metrics["samples"] = len(samples)
 
     return make(store, "dataset", "prepare", {"source": "puzzles"}, {}, fill), samples, photos
@@ -152,7 +152,7 @@ def make_rollouts(store, dataset, samples, photos, step, policy):
     def fill(work):
         work.table("images.parquet", image_table(crops))
         work.table(
-            "trajectories.parquet", pa.Table.from_pylist([schemas.to_row(row) for row in rows], schemas.trajectories())
+            "trajectories.parquet", pa.Table.from_pylist([records.to_row(row) for row in rows], records.trajectories())
         )
         work.metrics["tool/calls"] = 1.0
 
@@ -167,7 +167,7 @@ def make_rollouts(store, dataset, samples, photos, step, policy):
             }
             for row in rows
         ]
-        work.table("scores.parquet", pa.Table.from_pylist(table, schemas.scores(list(COMPONENTS))))
+        work.table("scores.parquet", pa.Table.from_pylist(table, records.scores(list(COMPONENTS))))
         work.metrics |= {name: sum(value_of(row, name) for row in rows) / len(rows) for name in COMPONENTS}
 
     return rollouts, make(store, "scores", "score", {}, {"rollouts": rollouts}, fill_scores)

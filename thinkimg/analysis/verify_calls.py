@@ -7,7 +7,7 @@ from functools import partial
 
 from PIL import Image
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import ImagesConfig
 from thinkimg.conversation.picture import size_seen
 from thinkimg.errors import UserError
@@ -60,7 +60,7 @@ def replay(artifact: Artifact, store: Store, progress: Callable[[int, int], None
     done = 0
     for batch in artifact.batches("trajectories", rows=64):
         for row in batch.to_pylist():
-            trajectory = schemas.from_row(Trajectory, row)
+            trajectory = records.from_row(Trajectory, row)
             again(trajectory, samples[trajectory.sample_id], images, limits, found)
             done += 1
             if len(found.problems) >= MOST:

@@ -144,12 +144,12 @@ def serve(
     set: Set = None,
 ) -> None:
     """Run a vLLM server for the `where.engine.urls` of loops and judges, until it is stopped."""
-    from thinkimg import resources as machines
+    from thinkimg import resources
     from thinkimg.config import load
     from thinkimg.store.artifacts import Store
 
     config = load(preset, set or ())
-    machines.serve(config, Store(config.where.store).resolve(policy, "policy") if policy else None, host, port)
+    resources.serve(config, Store(config.where.store).resolve(policy, "policy") if policy else None, host, port)
 
 
 @app.command

@@ -9,7 +9,7 @@ from PIL import Image
 from thinkimg.data import split
 from thinkimg.data.prepared import Job, Prepared
 from thinkimg.images.decode import pixel_hash
-from thinkimg.puzzles import scenes as puzzles
+from thinkimg.puzzles import scenes
 from thinkimg.records import PUZZLES, AnswerType, Sample
 from thinkimg.store.image_table import encode
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 def puzzle_jobs(data: "DataConfig") -> Iterator[Job]:
     """Training puzzles, then held-out ones; families in turn; no photograph is on both sides."""
-    names = puzzles.split_photographs(list(puzzles.photographs()), data.held_out_share, data.seed)
-    families = [puzzles.Family(name) for name in data.puzzles.families]
+    names = scenes.split_photographs(list(scenes.photographs()), data.held_out_share, data.seed)
+    families = [scenes.Family(name) for name in data.puzzles.families]
     for side, (place, count) in enumerate(((split.TRAIN, data.train), (split.HELD_OUT, data.held_out))):
         seed = 2 * data.seed + side  # else the i-th of both sides would have one answer in one place
         for i in range(count):
             yield partial(_puzzle, families, names[side], i, seed, place)
 
 
-def _puzzle(families: list[puzzles.Family], names: list[str], i: int, seed: int, place: str) -> Prepared:
-    puzzle = puzzles.puzzle(families, names, i, seed=seed)
+def _puzzle(families: list[scenes.Family], names: list[str], i: int, seed: int, place: str) -> Prepared:
+    puzzle = scenes.puzzle(families, names, i, seed=seed)
     image = Image.fromarray(puzzle.picture)
     sha256 = pixel_hash(image)
     sample = Sample(

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.records import Sample, Trajectory
@@ -104,7 +104,7 @@ def table(judgements: Judgements) -> "pa.Table":
             "original": pair.original, "processed": pair.processed, "value": one.value, "reason": one.reason,
             "evidence": json.dumps(one.evidence, sort_keys=True), "unreachable": one.unreachable,
         })  # fmt: skip
-    return pa.Table.from_pylist(rows, schemas.judgements())
+    return pa.Table.from_pylist(rows, records.judgements())
 
 
 def key_of(pair: Pair) -> tuple[str, str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import Config, DataConfig
 from thinkimg.images.decode import pixel_hash
 from thinkimg.puzzles.known_pairs import known_pairs
@@ -72,7 +72,7 @@ def fill(work: Work, dataset: Artifact, split: str, count: int, seed: int, progr
             for sha in sorted(made):
                 add(sha, *made[sha])
     if not work.has("pairs.parquet"):
-        work.table("pairs.parquet", pa.Table.from_pylist(rows, schemas.pairs()))
+        work.table("pairs.parquet", pa.Table.from_pylist(rows, records.pairs()))
 
 
 def read_pairs(artifact: Artifact) -> list[dict[str, str]]:

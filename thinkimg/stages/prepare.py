@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import Config
 from thinkimg.data.prepared import Job, Surveyed, in_order, row_jobs, survey
 from thinkimg.data.sources import Source, open_source
@@ -138,7 +138,7 @@ def write_chunk(work: Work, number: int, jobs: Iterator[Job], stored: set[str], 
                     if sha256 not in stored:
                         stored.add(sha256)
                         add(sha256, data, width, height)
-    work.table(samples, pa.Table.from_pylist(rows, schemas.samples()))
+    work.table(samples, pa.Table.from_pylist(rows, records.samples()))
 
 
 def refused_table(surveyed: Surveyed | None) -> "pa.Table":

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.closure import engine_package
 from thinkimg.config import Config
 from thinkimg.conversation.episode import Episode
@@ -198,7 +198,7 @@ def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor 
         made = {sha: image for episode in episodes for sha, image in episode.made_images.items()}
         write_images(work, f"images-{number:05}.parquet", made, pool)
     trajectories = [to_row(episode.trajectory()) for episode in episodes]
-    work.table(f"trajectories-{number:05}.parquet", pa.Table.from_pylist(trajectories, schemas.trajectories()))
+    work.table(f"trajectories-{number:05}.parquet", pa.Table.from_pylist(trajectories, records.trajectories()))
 
 
 def write_images(work: Work, name: str, made: dict[str, Image.Image], pool: Executor) -> None:
@@ -221,7 +221,7 @@ def closed(work: Work) -> Iterator[tuple[int, list[Trajectory]]]:
     for number in range(PARTS):
         if work.has(name := f"trajectories-{number:05}.parquet"):
             rows = pq.read_table(work.path(name)).to_pylist()
-            yield number, [schemas.from_row(Trajectory, row) for row in rows]
+            yield number, [records.from_row(Trajectory, row) for row in rows]
 
 
 def summary(rows: Iterable[Trajectory]) -> dict[str, float]:

@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.config import Config, RewardsConfig
 from thinkimg.errors import UserError
 from thinkimg.models.clip import forget as forget_clip
 from thinkimg.records import SCHEMA_VERSION, Sample, Trajectory
 from thinkimg.resources import machines
-from thinkimg.rewards import judging as judge
+from thinkimg.rewards import judging
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.context import Bench
 from thinkimg.rewards.judgement import Pair
@@ -120,7 +120,7 @@ def score(
             run = mapper or stack.enter_context(ThreadPoolExecutor(config.where.workers)).map
             if config.image.types:  # else nobody needs the device, which a loop may hold
                 bench.crew = stack.enter_context(machines(config))
-            known = judge.earlier(store, rollouts.digest) if config.image.types else None
+            known = judging.earlier(store, rollouts.digest) if config.image.types else None
             fill(work, config, bench, dataset, rollouts, run, known, progress)
 
     return store.build(KIND, plan, produce, where=config.where.public(), force=force)
@@ -185,23 +185,23 @@ def fill_ledgers(
     for part in chunk:
         batch = _batch(rollouts.directory, dataset.directory, part)
         bench.images = batch.images
-        pairs |= judge.pairs_of(batch.trajectories, batch.samples)
+        pairs |= judging.pairs_of(batch.trajectories, batch.samples)
     judge_pairs(work, bench, number, pairs, known)
 
 
 def judge_pairs(work: Work, bench: Bench, number: int, pairs: set[Pair], known) -> None:
     def close(name: str, found: "Judgements") -> None:
-        work.table(ledger_name(number, name), judge.table(found))
+        work.table(ledger_name(number, name), judging.table(found))
 
     def ask(names: Iterable[str]) -> None:
         missing = [name for name in names if not work.has(ledger_name(number, name))]
         if missing:
-            judge.judge(missing, pairs, bench, known, close)
+            judging.judge(missing, pairs, bench, known, close)
 
     settings = bench.config.image
     ask(settings.types)
     if "teacher" in settings.types and settings.teacher.fallback == "self":
-        told = judge.read(work.path(ledger_name(number, "teacher")))
+        told = judging.read(work.path(ledger_name(number, "teacher")))
         if any(one.unreachable for one in told.values()):
             ask(["self"])  # about all: whole groups fall back
 
@@ -222,7 +222,7 @@ def table_of(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> 
     for name, found in columns.items():
         assert len(found) == len(table["trajectory_id"]), f"{name} has {len(found)} scores"
         table[name] = [one.row() for one in found]
-    return pa.Table.from_pydict(table, schemas.scores(list(columns)))
+    return pa.Table.from_pydict(table, records.scores(list(columns)))
 
 
 def run_job(job: Job) -> list[Score]:
@@ -243,12 +243,12 @@ def _batch(rollouts: Path, dataset: Path, part: str) -> Batch:
 
     samples, images = _inputs(rollouts, dataset)
     rows = pq.read_table(Artifact.open(rollouts).checked(part)).to_pylist()
-    return Batch([schemas.from_row(Trajectory, row) for row in rows], samples, RewardsConfig(), images)
+    return Batch([records.from_row(Trajectory, row) for row in rows], samples, RewardsConfig(), images)
 
 
 @lru_cache(maxsize=1)
 def _judgements(paths: tuple[Path, ...]) -> "Judgements":
-    return {key: one for path in paths for key, one in judge.read(path).items()}
+    return {key: one for path in paths for key, one in judging.read(path).items()}
 
 
 @lru_cache(maxsize=1)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thinkimg import process
-from thinkimg import records as schemas
+from thinkimg import process, records
 from thinkimg.config import Config
 from thinkimg.conversation import compare
 from thinkimg.conversation.codec import Codec
@@ -207,10 +206,10 @@ def demonstrate(
                 add(sha, *made[sha])
     if known is not None and not work.has("comparisons.parquet"):
         compared = [to_row(row) for row in comparisons(known, config, codec)]
-        work.table("comparisons.parquet", pa.Table.from_pylist(compared, schemas.trajectories()))
+        work.table("comparisons.parquet", pa.Table.from_pylist(compared, records.trajectories()))
     if work.has("trajectories.parquet"):
         return
-    work.table("trajectories.parquet", pa.Table.from_pylist(rows, schemas.trajectories()))
+    work.table("trajectories.parquet", pa.Table.from_pylist(rows, records.trajectories()))
 
 
 def comparisons(known: Artifact, config: Config, codec: Codec) -> Iterator[Trajectory]:

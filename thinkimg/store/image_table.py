@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from thinkimg import records as schemas
+from thinkimg import records
 from thinkimg.errors import UserError
 from thinkimg.images.decode import FORMATS, ImageLimits, decode, encode_png
 from thinkimg.records import Sample
@@ -55,7 +55,7 @@ def image_writer(path: Path) -> Iterator[Callable[[str, bytes, int, int], None]]
 
     def flush() -> None:
         if rows:
-            file.write_table(pa.Table.from_pylist(rows, schemas.images()), row_group_size=len(rows))
+            file.write_table(pa.Table.from_pylist(rows, records.images()), row_group_size=len(rows))
             rows.clear()
 
     def add(sha256: str, data: bytes, width: int, height: int) -> None:
@@ -65,7 +65,7 @@ def image_writer(path: Path) -> Iterator[Callable[[str, bytes, int, int], None]]
 
     # Encoded images don't compress, and a dictionary of them would only be a second copy.
     options = {"version": "2.6", "data_page_version": "1.0", "compression": "none", "use_dictionary": False}
-    with pq.ParquetWriter(path, schemas.images(), **options) as file:
+    with pq.ParquetWriter(path, records.images(), **options) as file:
         yield add
         flush()
 
@@ -147,7 +147,7 @@ def _size(image: Image.Image) -> int:
 def load_samples(artifact: Artifact, split: str | None = None) -> list[Sample]:
     """The samples of a data set artifact in their order, all or those of "train" or "held_out". UserError if none."""
     rows = (row for batch in artifact.batches("samples") for row in batch.to_pylist())
-    samples = [schemas.from_row(Sample, row) for row in rows if split in (None, row["split"])]
+    samples = [records.from_row(Sample, row) for row in rows if split in (None, row["split"])]
     if not samples:
         raise UserError(
             f"{artifact.reference} has no samples in the split {split}.", hint="The splits are train and held_out."

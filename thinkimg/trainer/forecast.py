@@ -9,7 +9,7 @@ from thinkimg.conversation.episode import default_system, offered_tools
 from thinkimg.errors import UserError
 from thinkimg.images.patches import image_tokens
 from thinkimg.models.base import base_entry
-from thinkimg.trainer import memory as preflight
+from thinkimg.trainer import memory
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.optimise import computed, split
 
@@ -26,17 +26,17 @@ def forecast(config: Config) -> str:
     except OSError:
         return f"memory         not known: the config.json of {config.model.path} can't be had"
     found, tokens = worst(config, base)
-    need, free = f"{found.total / preflight.GB:.1f} GB", room(config)
-    line = f"memory         a step of {tokens} tokens takes up to {need} beside {found.weights / preflight.GB:.1f} GB of weights"
+    need, free = f"{found.total / memory.GB:.1f} GB", room(config)
+    line = f"memory         a step of {tokens} tokens takes up to {need} beside {found.weights / memory.GB:.1f} GB of weights"
     left = free - found.weights
     if found.total <= left:
-        return f"{line}: fits in {free / preflight.GB:.1f} GB"
+        return f"{line}: fits in {free / memory.GB:.1f} GB"
     lower = "train.token_budget, rollout.group_size, conversation.max_turns, images.max_pixels"
     lower += "" if config.train.gradient_checkpointing else "; or set train.gradient_checkpointing=true"
-    return f"{line}, and {free / preflight.GB:.1f} GB are free: lower {lower}"
+    return f"{line}, and {free / memory.GB:.1f} GB are free: lower {lower}"
 
 
-def worst(config: Config, base: "Qwen2_5_VLConfig") -> tuple[preflight.Need, int]:
+def worst(config: Config, base: "Qwen2_5_VLConfig") -> tuple[memory.Need, int]:
     """The need of the largest micro-batch that there can be, and its tokens. base: as `geometry` gives it."""
     import torch
 
@@ -46,7 +46,7 @@ def worst(config: Config, base: "Qwen2_5_VLConfig") -> tuple[preflight.Need, int
     )
     largest = max(batches, key=lambda batch: computed([rows[i] for i in batch.rows], batch.units))
     chosen = [rows[i] for i in largest.rows]
-    how = preflight.How(
+    how = memory.How(
         checkpointing=config.train.gradient_checkpointing, train_vision=config.model.train_vision,
         entropy_grad=config.train.loss.entropy_coef != 0, temperature=config.rollout.temperature,
         cuda=torch.cuda.is_available(), processes=processes_that_share(config),
@@ -54,7 +54,7 @@ def worst(config: Config, base: "Qwen2_5_VLConfig") -> tuple[preflight.Need, int
     made = min(config.conversation.max_turns, config.conversation.max_images) - 1  # images of tools in a row
     count = config.rollout.samples * (1 + config.rollout.group_size * made)
     images = dict.fromkeys(map(str, range(count)), picture(config))
-    return preflight.need(base, config.model, chosen, largest.units, how, images), computed(chosen, largest.units)
+    return memory.need(base, config.model, chosen, largest.units, how, images), computed(chosen, largest.units)
 
 
 def geometry(config: Config) -> "Qwen2_5_VLConfig":
@@ -133,4 +133,4 @@ def room(config: Config) -> int:
         return min(free, int(total * (1 - engine.gpu_memory_utilization * kept)))
     import psutil
 
-    return psutil.virtual_memory().available - kept * engine.cpu_kvcache_gib * preflight.GB
+    return psutil.virtual_memory().available - kept * engine.cpu_kvcache_gib * memory.GB

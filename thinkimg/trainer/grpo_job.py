@@ -12,12 +12,9 @@ from thinkimg.config import ModelConfig, TrainConfig
 from thinkimg.errors import UserError
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
 from thinkimg.store.artifacts import Artifact
-from thinkimg.trainer import checkpoint, parity
-from thinkimg.trainer import memory as preflight
-from thinkimg.trainer import parity_diagnosis as causes
+from thinkimg.trainer import checkpoint, checksums, memory, parity, parity_diagnosis
 from thinkimg.trainer.checkpoint import Policy
-from thinkimg.trainer.forward import packing_check as packed
-from thinkimg.trainer.forward import shared_prompts as sharing
+from thinkimg.trainer.forward import packing_check, shared_prompts
 from thinkimg.trainer.forward.logprobs import Scorer, base_model, unwrap
 from thinkimg.trainer.optimise import (
     Clock,
@@ -107,13 +104,15 @@ class TrainJob:
         """Decide whether rows are packed, and which are this process's; returns metrics."""
         reason = None
         if self.config.shared_prompts:
-            found = self.ranks.together(lambda: packed.obstacle(self.policy, self.scorer, self.pixels, self.rows))
+            found = self.ranks.together(
+                lambda: packing_check.obstacle(self.policy, self.scorer, self.pixels, self.rows)
+            )
             reason = next((r for r in self.ranks.gather(found) if r), None)
             if reason and self.ranks.rank == 0:
                 log.warning("prompts are not shared: %s", reason)
         self.packed = self.config.shared_prompts and reason is None
         self.shares = [self._share(batch) for batch in self.batches]
-        metrics = packed.savings(self.rows, self.scorer.image_token) if self.packed else {}
+        metrics = packing_check.savings(self.rows, self.scorer.image_token) if self.packed else {}
         if metrics.get("packing/unshared_rows"):
             log.warning("%d rows begin otherwise than their group: computed alone", metrics["packing/unshared_rows"])
         return metrics | {"packing/fallback": float(reason is not None)}
@@ -126,7 +125,7 @@ class TrainJob:
             groups = [self.rows[i].group_id for i in share] if self.packed else None
             for batch in split(rows, groups, self.budget, self.scorer.image_token):
                 batches.append(([rows[k] for k in batch.rows], batch.units))
-        return preflight.check_job(
+        return memory.check_job(
             self.policy, self.scorer, [row.conversation for row in self.rows], batches, self.ranks,
             token_budget=self.budget, checkpointing=self.config.gradient_checkpointing,
             entropy_grad=self.loss.entropy_coef != 0,
@@ -139,7 +138,7 @@ class TrainJob:
             lengths = {i: len(row.tokens) for i, row in zip(batch, conversations, strict=True)}
             return self.ranks.share(batch, lengths)
         groups = [self.rows[i].group_id for i in batch]
-        dealt = sharing.balance(conversations, groups, self.scorer.image_token, self.ranks.count)
+        dealt = shared_prompts.balance(conversations, groups, self.scorer.image_token, self.ranks.count)
         return [batch[k] for k in dealt[self.ranks.rank]]
 
     def _scorer(self, policy: Policy, *, frozen: bool = False) -> Scorer:
@@ -187,7 +186,7 @@ class TrainJob:
         metrics = parity.compare(np.concatenate([row.engine for row in rows]), np.concatenate(trainer))
 
         def explain(worst: Sequence[int]) -> str:
-            return causes.split(
+            return parity_diagnosis.split(
                 self.policy, self.pixels, [rows[i] for i in worst], [trainer[i] for i in worst],
                 temperature=self.scorer.temperature, banned=self.job["conversation"]["banned"],
             )  # fmt: skip
@@ -213,6 +212,8 @@ class TrainJob:
             state = torch.get_rng_state()  # loading a policy sets it
             reference = self.ranks.together(lambda: checkpoint.load(directory, config, self.policy.device))
             torch.set_rng_state(state)
+            if self.ranks.count > 1:
+                checksums.verify(reference, checksums.expected(reference, self.ranks), self.ranks)
             scorer = self._scorer(reference, frozen=True)
             logps, _ = self._score_rows(reference, scorer, rows)
         self.reference = dict(zip(mine, logps, strict=True))

@@ -10,8 +10,7 @@ import torch
 from thinkimg.config import WarmstartConfig
 from thinkimg.errors import UserError
 from thinkimg.store.artifacts import Artifact
-from thinkimg.trainer import checkpoint
-from thinkimg.trainer import memory as preflight
+from thinkimg.trainer import checkpoint, memory
 from thinkimg.trainer.checkpoint import Policy
 from thinkimg.trainer.forward.logprobs import Scorer, unwrap
 from thinkimg.trainer.optimise import (
@@ -92,7 +91,7 @@ def _learn(
     longest = longest[-max((config.batch + extra) // ranks.count, 1) :]
     batches = split(longest, None, job["token_budget"], scorer.image_token)
     ranks.together(
-        lambda: preflight.check_job(
+        lambda: memory.check_job(
             policy, scorer, longest, [([longest[k] for k in batch.rows], None) for batch in batches], ranks,
             token_budget=job["token_budget"], checkpointing=job.get("gradient_checkpointing", False),
         )

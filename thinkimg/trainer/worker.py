@@ -330,12 +330,9 @@ class Worker:
         import torch
 
         from thinkimg.config import ModelConfig
-        from thinkimg.trainer import attention_job as relative_attention
-        from thinkimg.trainer import checksums
-        from thinkimg.trainer import grpo_job as train
-        from thinkimg.trainer import warmstart_job as warmstart
+        from thinkimg.trainer import attention_job, checksums, grpo_job, warmstart_job
         from thinkimg.trainer.checkpoint import Base
-        from thinkimg.trainer.forward import fsdp as shards
+        from thinkimg.trainer.forward import fsdp
 
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -347,20 +344,20 @@ class Worker:
             self.policy = self.ranks.together(lambda: self._load(job, config, base))
             references = checksums.expected(self.policy, self.ranks) if self.ranks.count > 1 else {}
             if self.sharded:
-                shards.shard(self.policy.model, self.accelerator.device)
+                fsdp.shard(self.policy.model, self.accelerator.device)
                 self.policy.sharded = True
             if self.ranks.count > 1:
                 checksums.verify(self.policy, references, self.ranks)
         if job["kind"] == "attention":  # changes nothing, so that the weights stay those of the directory
-            result = relative_attention.run(job, self.policy, self.ranks, progress)
+            result = attention_job.run(job, self.policy, self.ranks, progress)
             self.held = self._stamped(job["policy"]["directory"])
             return result | {"reloaded": reloaded}
         policy, self.held = self.policy, None  # until the job is done the weights are those of no directory
         if job["kind"] == "train":
-            result = train.TrainJob(job, policy, self.ranks).run(progress)
+            result = grpo_job.TrainJob(job, policy, self.ranks).run(progress)
         else:
             assert job["kind"] == "warmstart", job["kind"]
-            result = warmstart.run(job, policy, self.ranks, progress)
+            result = warmstart_job.run(job, policy, self.ranks, progress)
         self.held = self._stamped(job["output"])
         return result | {"reloaded": reloaded}
 

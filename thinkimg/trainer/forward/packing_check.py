@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from thinkimg.trainer.checkpoint import Policy
-from thinkimg.trainer.forward import shared_prompts as sharing
+from thinkimg.trainer.forward import shared_prompts
 from thinkimg.trainer.forward.logprobs import Scorer, base_model
 from thinkimg.trainer.rows import Patches, Row
 
@@ -24,7 +24,7 @@ def obstacle(policy: Policy, scorer: Scorer, pixels: Patches, rows: Sequence[Row
     So a kernel that does not compile on this machine, or is wrong, costs speed and not the run.
     """
     if policy.packs is None:
-        policy.packs = sharing.obstacle(base_model(policy.model).language_model.config)
+        policy.packs = shared_prompts.obstacle(base_model(policy.model).language_model.config)
         policy.packs = policy.packs or attempt(policy, scorer, pixels, rows) or ""
     return policy.packs or None
 
@@ -36,7 +36,7 @@ def attempt(policy: Policy, scorer: Scorer, pixels: Patches, rows: Sequence[Row]
     pairs = [sorted(group, key=lambda row: len(row.conversation.tokens))[:TRIED] for group in groups.values()]
     pair = min(pairs, key=lambda pair: (-len(pair), sum(len(row.conversation.tokens) for row in pair)))
     conversations = [row.conversation for row in pair]
-    units = sharing.share_groups(conversations, [0] * len(pair), scorer.image_token)
+    units = shared_prompts.share_groups(conversations, [0] * len(pair), scorer.image_token)
     pixels.prepare(conversations)
     # A cache of its own: on some processors the features of a picture differ in their last bits with what else is in the
     # batch, and a policy that was loaded has to train as one that stayed in memory, which is not tried again.
@@ -61,9 +61,9 @@ def savings(rows: Sequence[Row], image_token: int) -> dict[str, float]:
     """packing/computed: tokens computed / tokens; packing/unshared_rows: rows that begin otherwise than their group."""
     conversations = [row.conversation for row in rows]
     groups = [row.group_id for row in rows]
-    units = sharing.share_groups(conversations, groups, image_token)
+    units = shared_prompts.share_groups(conversations, groups, image_token)
     sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
     alone = sum(len(unit.rows) == 1 and sizes[groups[unit.rows[0]]] > 1 for unit in units)
-    computed = sum(sharing.cost(unit, conversations) for unit in units)
+    computed = sum(shared_prompts.cost(unit, conversations) for unit in units)
     total = sum(len(conversation.tokens) for conversation in conversations)
     return {"packing/computed": computed / total, "packing/unshared_rows": float(alone)}
