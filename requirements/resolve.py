@@ -18,6 +18,7 @@ LEFT_OUT = {
     # They exist as CUDA builds only and stop `import transformers` beside a CPU torch.
     "cpu": {"torchaudio", "torchcodec"},
     "gpu": set(),
+    "test": {"torchaudio", "torchcodec"},
 }
 HEADERS = {
     "cpu": "Everything that thinkimg needs on a machine without a GPU (Linux, x86-64, Python 3.11), as one resolve gave it.\n"
@@ -32,17 +33,17 @@ def main() -> int:
     name = sys.argv[1]
     path = HERE / f"{name}.txt"
     if "--check" in sys.argv:
-        return check(name, pins(path))
+        beside = pins(HERE / "cpu.txt") if name == "test" else {}
+        return check(name, beside | pins(path))
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     if name == "test":
         cpu = {key: version for key, version in pins(HERE / "cpu.txt").items()}
         wanted = [f"{key}=={version}" for key, version in cpu.items()] + extras["test"]
         resolved = {key: version for key, version in resolve(wanted).items() if key not in cpu}
-        resolved = {key: version for key, version in resolved.items() if key not in LEFT_OUT["cpu"]}
     else:
         resolved = resolve([*project["dependencies"], *extras[name]])
-        resolved = {key: version for key, version in resolved.items() if key not in LEFT_OUT[name]}
+    resolved = {key: version for key, version in resolved.items() if key not in LEFT_OUT[name]}
     lines = "".join(f"{key}=={version}\n" for key, version in sorted(resolved.items()))
     path.write_text(f"# {HEADERS[name]}\n# Resolved on {datetime.date.today()} by resolve.py.\n{lines}")
     return 0

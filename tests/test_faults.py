@@ -23,6 +23,7 @@ from thinkimg.engine import EngineError, client
 from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.errors import UserError
 from thinkimg.stages import rollout
+from thinkimg.store import artifacts
 from thinkimg.store.artifacts import Recipe, Store
 
 REPOSITORY = Path(__file__).parents[1]
@@ -203,6 +204,62 @@ def test_half_of_what_an_engine_that_fails_played_is_kept(stages, tmp_path, monk
     monkeypatch.setattr(Recorded, "play", counting(Recorded.play, again := []))
     stages.run("rollout", store, config=config)
     assert len(again) == 4 and kept[0] not in {sample for sample, _ in again}
+
+
+def test_one_that_is_refused_every_time_holds_nothing_up(stages, tmp_path, monkeypatch):  # noqa: F811
+    """Not even where the run is killed when all parts are closed."""
+    store = Store(tmp_path)
+    monkeypatch.setattr(rollout, "Players", Refused)
+    bad = stages.made["rollout"].table("trajectories")["sample_id"][0].as_py()
+    monkeypatch.setattr(Refused, "refuses", staticmethod(lambda job: job.sample.sample_id == bad))
+    config = stages.config.model_copy(update={"rollout": stages.config.rollout.model_copy(update={"samples": 4})})
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.Work, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run("rollout", store, config=config)
+    rows = stages.run("rollout", store, config=config).table("trajectories").to_pylist()
+    assert [row["stop"] == "failed" for row in rows] == [row["sample_id"] == bad for row in rows]
+
+
+def test_what_was_refused_before_the_engine_died_is_played_again(stages, tmp_path, monkeypatch):  # noqa: F811
+    jobs = []
+
+    class Dying(Refused):
+        async def play(self, todo, progress):
+            async for job, episode in super().play(todo, progress):
+                jobs.append(job)
+                if len(jobs) == 4:
+                    raise EngineUnavailable("http://x answered 500: EngineDeadError")
+                yield job, episode
+
+    store = Store(tmp_path)
+    monkeypatch.setattr(rollout, "Players", Dying)
+    monkeypatch.setattr(Refused, "refuses", staticmethod(lambda job: job.index == 1))
+    with pytest.raises(EngineUnavailable):
+        stages.run("rollout", store)
+    monkeypatch.setattr(rollout, "Players", Recorded)
+    assert stages.run("rollout", store).digest == stages.made["rollout"].digest
+
+
+def test_where_every_conversation_failed_by_itself_nothing_is_kept(stages, tmp_path, monkeypatch):  # noqa: F811
+    class Broken(Recorded):
+        def episode(self, job):
+            episode = copy.copy(super().episode(job))
+            episode.fail("The tool crop_image broke: MemoryError")
+            return episode
+
+    store = Store(tmp_path)
+    monkeypatch.setattr(rollout, "Players", Broken)
+    with pytest.raises(
+        UserError, match="Every conversation failed, the first with: The tool crop_image broke.* everything is"
+    ):
+        stages.run("rollout", store)
+    monkeypatch.setattr(rollout, "Players", Recorded)
+    assert stages.run("rollout", store).digest == stages.made["rollout"].digest
+
+
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def counting(play, seen):

@@ -247,6 +247,17 @@ def test_a_request_that_fails_alone_does_not_condemn_the_endpoint(world):
         assert [one.value is None for one in found] == [True, False, False]
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_wrong_or_lacking_is_the_users_to_mend_and_nobody_judges_instead(world, status):
+    with (
+        endpoint(lambda number: (status, {"error": {"message": "no key"}})) as url,
+        pytest.raises(
+            UserError, match=f"does not let us in.*{status}.*no key.*where.teacher.api_key_env=OPENAI_API_KEY"
+        ),
+    ):
+        teacher.judge(world.pairs, world.bench(where=at(url)))
+
+
 def test_without_a_fallback_the_stage_stops_with_one_sentence(world):
     bench = world.bench(fallback="error", where=at("http://127.0.0.1:9/v1"))
     with pytest.raises(UserError, match="can't be asked") as caught:

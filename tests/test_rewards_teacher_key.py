@@ -1,6 +1,7 @@
 """A key goes to the host that it was named for, and nothing of the user's environment to anyone."""
 
 import asyncio
+import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.config import TeacherEndpoint
+from thinkimg.config import TeacherEndpoint, load
 from thinkimg.errors import UserError
 from thinkimg.rewards.judges.teacher import api_key, connect
 
@@ -83,6 +84,15 @@ def test_a_named_key_goes_to_its_host_and_no_further(environment):
     assert seen_first[0]["authorization"] == "Bearer canary-mine"
     assert len(seen) == 1 and "canary" not in repr(seen)
     assert repr(seen_first).count("canary") == 1
+
+
+def test_a_name_and_a_password_go_to_their_host_and_are_shown_to_nobody(environment, caplog):
+    with recorder() as (url, seen), recorder(redirect=url) as (first, seen_first):
+        where = TeacherEndpoint(url=first.replace("//", "//bob:canary-password@"))
+        ask(where)
+    assert seen_first[0]["authorization"].startswith("Basic ") and "authorization" not in seen[0]
+    shown = load("tiny", [f"where.teacher.url={where.url}"]).where.public()
+    assert "canary" not in json.dumps(shown) + caplog.text and "bob" in shown["teacher"]["url"]
 
 
 HOSTS = st.one_of(

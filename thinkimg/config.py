@@ -323,9 +323,11 @@ class WhereConfig(Settings):
     address such as tcp://10.0.0.1:8786, whose workers must see the store under the same path."""
 
     def public(self) -> dict[str, Any]:
-        """As JSON for manifests and people: without a password in the tracking URI."""
+        """As JSON for manifests and people: without the passwords in URIs."""
         tree = self.model_dump(mode="json")
-        tree["tracking"]["uri"] = tree["tracking"]["uri"] and without_password(tree["tracking"]["uri"])
+        for section, name in (("tracking", "uri"), ("teacher", "url")):
+            tree[section][name] = tree[section][name] and without_password(tree[section][name])
+        tree["engine"]["urls"] = [without_password(url) for url in tree["engine"]["urls"]]
         return tree
 
 

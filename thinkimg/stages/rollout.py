@@ -108,40 +108,46 @@ async def play_parts(
 
     keep_images: store what the tools made, too; it can be made again from the data set and the calls.
     Returns the number of tokens sampled now. Raises UserError where every conversation of the artifact failed, or the engine
-    refused most of those that were played now: their parts are not kept, so that the next run plays them again.
+    refused most of them. Until all are played no part with a refusal is closed: only then it is known whose fault that is, and
+    whatever ends the run before leaves nothing behind that the next run would take for finished work.
     """
     size = -(-len(samples) // PARTS)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     part_of = {sample.sample_id: number for number, part in enumerate(parts) for sample in part}
-    discard(work, [number for number, rows in closed(work) if all_failed(rows)])  # a killed run has left them
+    discard(work, [number for number, rows in closed(work) if all_failed(rows)])  # of a run that knew no better
     missing = [number for number in range(len(parts)) if not work.has(f"trajectories-{number:05}.parquet")]
     jobs = [Job(sample, i, how) for number in missing for sample in parts[number] for i, how in enumerate(plays)]
     total = len(samples) * len(plays)
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
-    refused: list[tuple[int, str]] = []  # (part, error)
+    pending: dict[int, list[Episode]] = {}  # parts with a refusal
     tokens = 0
     if jobs:
         async with Players(config, dataset, policy, crew) as players, Writer() as writer:
             async for job, episode in players.play(jobs, lambda done: progress(total - len(jobs) + done, total)):
                 number = part_of[job.sample.sample_id]
                 ended[number][job.sample.sample_id, job.index] = episode
-                if episode.refused:
-                    refused.append((number, str(episode.error)))
                 if len(ended[number]) == len(parts[number]) * len(plays):
                     whole = ended.pop(number)
                     episodes = [whole[sample.sample_id, i] for sample in parts[number] for i in range(len(plays))]
                     tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
-                    await writer.write(work, number, episodes, players.pool if keep_images else None)
-    again = "Mend that and run this again: what was played is kept, what failed is played again."
-    if 2 * len(refused) > len(jobs):
-        discard(work, {number for number, _ in refused})
-        raise UserError(
-            f"The engine refused {len(refused)} of {len(jobs)} conversations, the first with: {refused[0][1]}",
-            hint=again,
-        )
+                    if any(episode.refused for episode in episodes):
+                        pending[number] = episodes
+                    else:
+                        await writer.write(work, number, episodes, players.pool if keep_images else None)
+            refused = [episode for episodes in pending.values() for episode in episodes if episode.refused]
+            if 2 * len(refused) > total:
+                raise UserError(
+                    f"The engine refused {len(refused)} of {total} conversations, the first with: {refused[0].error}",
+                    hint="Mend that and run this again: parts without a refusal are kept, the others are played again.",
+                )
+            for number, episodes in sorted(pending.items()):
+                await writer.write(work, number, episodes, players.pool if keep_images else None)
     if all_failed(rows := read_rows(work)):
         discard(work, range(len(parts)))
-        raise UserError(f"Every conversation failed, the first with: {rows[0].error}", hint=again)
+        raise UserError(
+            f"Every conversation failed, the first with: {rows[0].error}",
+            hint="Mend that and run this again: everything is played again.",
+        )
     return tokens
 
 

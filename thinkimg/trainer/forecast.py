@@ -113,13 +113,10 @@ def conversations(config: Config, image_token: int) -> tuple[list[Conversation],
 
 def processes_that_share(config: Config) -> int:
     """Over how many the layers are spread."""
-    import yaml
+    from thinkimg.trainer.worker import accelerate_settings
 
     where = config.where.trainer
-    if where.accelerate_file is None:
-        return 1
-    kind = yaml.safe_load(where.accelerate_file.read_text()).get("distributed_type")
-    return where.processes if kind == "FSDP" else 1
+    return where.processes if accelerate_settings(where).get("distributed_type") == "FSDP" else 1
 
 
 def room(config: Config) -> int:

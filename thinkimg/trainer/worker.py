@@ -158,6 +158,8 @@ def serve_rank(config: "TrainerConfig", rank: int, report: Callable[[str], None]
             f"There is no node {rank} to be: where.trainer.nodes is {config.nodes}.",
             hint="Give this command the same settings as the loop, and ranks from 1; node 0 is the loop's own.",
         )
+    closure.check_closure()
+    closure.check_cuda()
     while True:
         report(f"node {rank} of {config.nodes}: waiting for the trainer at {config.address}")
         with spawn(config, NO_SPOOL, rank=rank) as child:
@@ -218,7 +220,9 @@ def accelerate_settings(config: "TrainerConfig") -> dict:
     kind = settings.get("distributed_type") or "NO"  # an unquoted NO is false in YAML
     if kind not in ("MULTI_GPU", "FSDP") and (kind != "NO" or config.processes > 1):
         raise UserError(f"The accelerate config {path} has the distributed_type {kind}.", hint=KINDS_HINT)
-    if kind == "FSDP" and str((settings.get("fsdp_config") or {}).get("fsdp_version", 1)) != "2":
+    sharding = settings.get("fsdp_config")
+    version = sharding.get("fsdp_version") if isinstance(sharding, dict) else None
+    if kind == "FSDP" and str(version) != "2":
         raise UserError(*FSDP1)
     return settings
 

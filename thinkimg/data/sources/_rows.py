@@ -104,7 +104,7 @@ def require_path(data: "DataConfig", what: str) -> Path:
 def require_columns(columns: "Columns", present: Collection[str], what: str) -> None:
     """Raises UserError if a mapped column is not among those that are present in `what`; warns of what may be meant."""
     for role in ("answers", "target"):
-        if getattr(columns, role) is None and role in present:
+        if role in present and role not in {name for _, name in columns}:
             log.warning("%s has a column '%s' that is not used: set data.columns.%s to use it", what, role, role)
     for role, name in columns:
         if name is None or name in present:
@@ -240,7 +240,7 @@ def _metadata(record: Mapping[str, Any], columns: "Columns") -> dict[str, Any]:
         found["answers"] = [as_text(answer, columns.answers) for answer in answers]
     if columns.target and (box := _parsed(record.get(columns.target))) is not None:
         numbers = isinstance(box, list | tuple) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
-        if not numbers or not all(math.isfinite(edge) for edge in box) or min(box[2:]) <= 0:
+        if not numbers or not all(map(_is_number, box)) or min(box[2:]) <= 0:
             raise RowRefused(Reason.TARGET, f"{columns.target} is no [x, y, width, height]: {short(box)}")
         found["target"] = list(box)
     return found

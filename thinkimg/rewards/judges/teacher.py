@@ -35,6 +35,9 @@ FROZEN = "warmstart"
 TOP = 20  # the most that OpenAI's API and vLLM's default give
 PROBE_S = 5.0
 HEADERS = ("host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent")
+OPENAI_KEY = "OPENAI_API_KEY"
+OPENAI_HEADERS = ("openai-organization", "openai-project")
+LOCKED = (401, 403)
 REFUSED = (400, 413, 422)  # this request (a picture too large, say), and not whoever asks
 
 
@@ -122,7 +125,8 @@ def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
     """A client that sends the key of `where` to the host of `url`, and nothing of the user's environment to anyone.
 
     openai takes keys, organisation, project and further headers from the environment, whoever it talks to. So each request
-    is left with the headers of HEADERS and, unless a redirect leads to another host, the key. Raises UserError as api_key.
+    is left with the headers of HEADERS and, unless a redirect leads to another host, what belongs to that: the key, or the
+    name and password in `url`; organisation and project where it is OpenAI's own. Raises UserError as api_key.
     """
     import httpx
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -130,9 +134,15 @@ def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
     key, origin = api_key(where), httpx.URL(url)
 
     async def only_ours(request: httpx.Request) -> None:
-        for name in [name for name in request.headers if name not in HEADERS]:
+        at_home = (request.url.scheme, request.url.netloc) == (origin.scheme, origin.netloc)
+        allowed = set(HEADERS)
+        if at_home and is_openai(url):
+            allowed |= set(OPENAI_HEADERS)
+        if at_home and origin.userinfo:
+            allowed.add("authorization")
+        for name in [name for name in request.headers if name not in allowed]:
             del request.headers[name]
-        if key and (request.url.scheme, request.url.netloc) == (origin.scheme, origin.netloc):
+        if at_home and key:
             request.headers["authorization"] = f"Bearer {key}"
 
     http = DefaultAsyncHttpxClient(event_hooks={"request": [only_ours]}, timeout=where.timeout_s)
@@ -146,20 +156,23 @@ def api_key(where: TeacherEndpoint) -> str | None:
     alone. Raises UserError if the named variable is not set."""
     if where.url is None:  # our own server
         return None
-    parts = urlsplit(where.url)
-    variable = where.api_key_env
+    variable = where.api_key_env or (OPENAI_KEY if is_openai(where.url) else None)
     if variable is None:
-        if (parts.scheme, parts.hostname, parts.port or 443) != ("https", "api.openai.com", 443):
-            return None
-        variable = "OPENAI_API_KEY"
+        return None
     key = os.environ.get(variable)
     if not key:
         raise UserError(
             f"The environment variable {variable} is not set, which holds the teacher's key.",
             hint="Set it, or name another one in where.teacher.api_key_env.",
         )
-    log.info("the key in %s is sent to %s", variable, parts.netloc)
+    log.info("the key in %s is sent to %s", variable, urlsplit(where.url).hostname)
     return key
+
+
+def is_openai(url: str) -> bool:
+    """Tell whether a URL is that of OpenAI's own API, encrypted."""
+    parts = urlsplit(url)
+    return (parts.scheme, parts.hostname, parts.port or 443) == ("https", "api.openai.com", 443)
 
 
 def check_teacher(config: Config) -> None:
@@ -201,6 +214,11 @@ class Asker:
                 backward = ratings(await self._ask(pair.question, shown[::-1]))
             except APIStatusError as error:
                 reason = f"The endpoint answered {error.status_code}: {error.message[:200]}"
+                if error.status_code in LOCKED:  # no passing trouble: nobody else is to judge in its place
+                    raise UserError(
+                        f"The teacher {self.model} does not let us in. {reason}",
+                        hint=f"Name the variable with its key: where.teacher.api_key_env={OPENAI_KEY}, say.",
+                    ) from error
                 if error.status_code not in REFUSED:
                     await self._probe(reason)
                 return Judgement(None, reason, {}, unreachable=error.status_code not in REFUSED)
