@@ -178,7 +178,7 @@ def test_leftovers_of_a_killed_parent_and_watchdog_are_cleared(tmp_path):
     wait_for(lambda: not any(map(alive, in_session)), 5)
     assert mine.alive  # its parent lives
     mine.terminate()
-    for pid in family:  # the orphan in a session of its own is out of reach without a watchdog
+    for pid in family:  # the orphan in a session of its own, if the watchdog had not looked since it started
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
 
