@@ -66,8 +66,8 @@ def resolve(requirements: list[str]) -> dict[str, str]:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
         if subprocess.run([*pip, "--report", str(report), "-r", str(wanted)]).returncode:
             sys.exit(1)
-        found = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
-    return {canonical(entry["name"]): entry["version"] for entry in found}
+        installed = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
+    return {canonical(entry["name"]): entry["version"] for entry in installed}
 
 
 def pins(path: Path) -> dict[str, str]:

@@ -161,6 +161,6 @@ if __name__ == "__main__":
     if "--write" in sys.argv:
         RECORD.write_text(json.dumps(record(), indent=0, sort_keys=True) + "\n")
     else:
-        found = list(differences(json.loads(RECORD.read_text()), record()))
-        print("\n".join(found) or "every fingerprint is as recorded")
-        sys.exit(bool(found))
+        changes = list(differences(json.loads(RECORD.read_text()), record()))
+        print("\n".join(changes) or "every fingerprint is as recorded")
+        sys.exit(bool(changes))

@@ -233,17 +233,17 @@ def _images(value: Any, reader_of: Callable[[Any], Reader]) -> tuple[Reader, ...
 
 def _metadata(record: Mapping[str, Any], columns: "Columns") -> dict[str, Any]:
     """The further answers and the target, where a column is mapped to them and holds some."""
-    found = {}
+    metadata = {}
     if columns.answers and (answers := _parsed(record.get(columns.answers))) is not None:
         if not isinstance(answers, list | tuple):
             raise RowRefused(Reason.ANSWER, f"{columns.answers} is no list: {short(answers)}")
-        found["answers"] = [as_text(answer, columns.answers) for answer in answers]
+        metadata["answers"] = [as_text(answer, columns.answers) for answer in answers]
     if columns.target and (box := _parsed(record.get(columns.target))) is not None:
         numbers = isinstance(box, list | tuple) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
         if not numbers or not all(map(_is_number, box)) or min(box[2:]) <= 0:
             raise RowRefused(Reason.TARGET, f"{columns.target} is no [x, y, width, height]: {short(box)}")
-        found["target"] = list(box)
-    return found
+        metadata["target"] = list(box)
+    return metadata
 
 
 def _parsed(value: Any) -> Any:
