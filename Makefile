@@ -30,6 +30,7 @@ lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 ui: $(READY)
 	@$(BIN)/thinkimg track ui --preset tiny
@@ -54,4 +55,4 @@ worker: $(READY)
 
 # Hundreds of kills; THINKIMG_SEED=… replays.
 chaos: .venv/ready-test
-	THINKIMG_KILLS=$(or $(KILLS),300) $(BIN)/pytest -q -m long tests/test_chaos.py
+	THINKIMG_KILLS=$(or $(KILLS),300) $(BIN)/pytest -q -m long tests/system/test_chaos.py

@@ -12,9 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from thinkimg.config import Config, load
+from thinkimg.config.load import load
+from thinkimg.config.tree import Config
 from thinkimg.store.artifacts import Artifact, Store
-from thinkimg.tracking import LoopRecord, load_record, loop_id
+from thinkimg.tracking.records import LoopRecord, load_record, loop_id
 
 FAMILIES = ("detail", "dark", "turned", "both")
 

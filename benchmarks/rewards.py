@@ -20,23 +20,30 @@ from pathlib import Path
 import numpy as np
 
 from thinkimg.analysis.calibrate import calibrate_attention, known_side
-from thinkimg.config import Config, load
+from thinkimg.config.load import load
+from thinkimg.config.tree import Config
 from thinkimg.conversation import compare
 from thinkimg.engine.client import Sampling
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.models import clip
-from thinkimg.resources import Machines
-from thinkimg.rewards.context import Bench
+from thinkimg.models.base import BaseSource
+from thinkimg.resources import Resources
+from thinkimg.rewards.context import JudgeContext
+from thinkimg.rewards.judge import Judge
 from thinkimg.rewards.judgement import Pair
 from thinkimg.rewards.judges import self
 from thinkimg.rewards.quality import auc_interval
-from thinkimg.rewards.registry import JUDGES
-from thinkimg.stages.clip import train_clip
-from thinkimg.stages.pairs import pairs, read_pairs
+from thinkimg.rewards.settings import JUDGES
+from thinkimg.scheduler import Builder
+from thinkimg.stages.known_pairs import known_pairs
 from thinkimg.stages.prepare import prepare
+from thinkimg.stages.rollout import settings_of
+from thinkimg.stages.score import judge_settings
+from thinkimg.stages.train_clip import train_clip
 from thinkimg.stages.warmstart import warmstart
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
+from thinkimg.store.kinds import Policy
 
 TOKENS, QUERIES = 2800, 64
 
@@ -59,23 +66,26 @@ def main() -> None:
         return
     config = load(args.preset, [f"where.store={args.store}", *args.set])
     store = Store(config.where.store)
-    dataset, _ = prepare(config, store)
-    policy = store.resolve(args.policy, "policy") if args.policy else warmstart(config, dataset, store)[0]
-    small = train_clip(config, store)[0] if config.image.embedding.model == clip.OWN else None
-    known, _ = pairs(config, store, split="held_out", count=args.pairs)
-    rows = read_pairs(known)
-    with Machines(config) as crew:
-        asyncio.run(warm(crew, policy))
-        url = config.where.engine.urls[0] if config.where.engine.urls else crew.server(policy, None).url
+    with Resources(config.where) as resources:
+        builder = Builder(config, store, resources)
+        if args.policy:
+            policy = store.resolve(args.policy, "policy")
+        else:
+            policy = builder.make(warmstart, dataset=builder.make(prepare))
+        small = builder.make(train_clip) if config.image.embedding.model == clip.OWN else None
+        pairs = builder.make(known_pairs, split="held_out", count=args.pairs)
+        asyncio.run(warm(resources, config, policy))
+        url = config.where.engine.urls[0] if config.where.engine.urls else own_url(resources, config, policy)
         teacher = {"url": f"{url}/v1"}
         config = load(
             args.preset,
             [f"where.store={args.store}", *args.set, f"where.teacher={teacher}", f"image.teacher.model={SERVED_NAME}"],
         )
-        bench = Bench(config, crew, policy, policy, small, (known,), ImageTable([known]))
-        quality(bench, rows)
+        resources.where = config.where  # which says now where the teacher answers
+        context = JudgeContext(judge_settings(config), resources, policy, policy, small, (pairs,), ImageTable([pairs]))
+        quality(context, pairs.rows())
         where(config, policy, store, args.pairs)
-        speed(bench, rows)
+        speed(context, pairs.rows())
 
 
 def memory() -> None:
@@ -131,20 +141,25 @@ def high_water_kb() -> int:
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
 
 
-async def warm(crew: Machines, policy: Artifact) -> None:
-    engine, _ = await crew.engine(policy)
+async def warm(resources: Resources, config: Config, policy: Policy) -> None:
+    engine, _ = await resources.engine(policy, settings_of(config).engine, BaseSource.of(config.model))
     await engine.__aexit__()
 
 
-def quality(bench: Bench, rows: Sequence[dict[str, str]]) -> None:
+def own_url(resources: Resources, config: Config, policy: Policy) -> str:
+    """Where the server answers that was started."""
+    return resources.server(policy, None, settings_of(config).engine, BaseSource.of(config.model)).url
+
+
+def quality(context: JudgeContext, rows: Sequence[dict[str, str]]) -> None:
     families = np.array([row["family"] for row in rows])
     both = [*known_side(rows, "right"), *known_side(rows, "wrong")]
     coin = np.random.default_rng(0).uniform(size=(2, len(rows)))
     values = {"perfect judge": np.repeat([[1.0], [0.0]], len(rows), axis=1), "coin": coin}
     seconds: dict[str, float] = {}
-    for name, module in JUDGES.items():
+    for name in JUDGES.shipped:
         start = time.perf_counter()
-        found = module.judge(both, bench)
+        found = Judge(name, JUDGES[name]).judge(both, context)
         seconds[name] = time.perf_counter() - start
         values[name] = np.array([np.nan if one.value is None else one.value for one in found]).reshape(2, -1)
     print(f"{len(rows)} pairs of held-out photographs, AUC with its 95 % interval")
@@ -167,18 +182,18 @@ def quality(bench: Bench, rows: Sequence[dict[str, str]]) -> None:
         )  # fmt: skip
 
 
-def where(config: Config, policy: Artifact, store: Store, count: int) -> None:
+def where(config: Config, policy: Policy, store: Store, count: int) -> None:
     print("\nattention: chosen on one half of the pairs, told on the other")
     for place in calibrate_attention(config, policy, store, count=count)[:4]:
         chosen, told = ("{:.3f} [{:.3f}, {:.3f}]".format(*one) for one in (place.chosen_on, place.told_on))
         print(f"  layer {place.layer:<2} rows {place.rows:<5} {chosen}   {told}")
 
 
-def speed(bench: Bench, rows: Sequence[dict[str, str]]) -> None:
+def speed(context: JudgeContext, rows: Sequence[dict[str, str]]) -> None:
     both = [*known_side(rows, "right"), *known_side(rows, "wrong")]
-    encoder = clip.load(bench.config.image.embedding, bench.clip)
+    encoder = context.resources.encoder(context.settings.image.embedding, context.clip)
     hashes = sorted({sha for pair in both for sha in (pair.original, pair.processed)})
-    ready = {sha: encoder._preprocess(bench.images.decoded(sha)) for sha in hashes}  # the model's part alone
+    ready = {sha: encoder._preprocess(context.images.decoded(sha)) for sha in hashes}  # the model's part alone
 
     def encode(batch: int) -> float:
         before, clip.BATCH = clip.BATCH, batch
@@ -193,16 +208,17 @@ def speed(bench: Bench, rows: Sequence[dict[str, str]]) -> None:
     print(
         f"\nembedding: {len(hashes)} unique images of {2 * len(both)}: batches of 64 take 1/{one / many:.1f} of one by one"
     )
-    judged, prefilled = asyncio.run(prefill(bench, both))
+    judged, prefilled = asyncio.run(prefill(context, both))
     print(f"self: {2 * len(both)} forwards in {judged:.1f} s, {judged / prefilled:.2f} x a prefill of the same prompts")
 
 
-async def prefill(bench: Bench, both: Sequence[Pair]) -> tuple[float, float]:
+async def prefill(context: JudgeContext, both: Sequence[Pair]) -> tuple[float, float]:
     """Seconds of judging, and of sampling one token after the same prompts; each with empty caches."""
-    engine, adapter = await bench.crew.engine(bench.policy)
-    refs = await asyncio.to_thread(self.references, both, bench, bench.crew.media)
-    prompts = {pair.question: compare.prompt(bench.codec, pair.question) for pair in both}
-    ratings = compare.rating_tokens(bench.codec)
+    prompts = {pair.question: compare.prompt(context.codec, pair.question) for pair in both}
+    settings, resources = context.settings, context.resources
+    engine, adapter = await resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
+    refs = await asyncio.to_thread(self.references, both, context, resources.media)
+    ratings = compare.rating_tokens(context.codec)
     sampling = Sampling(temperature=1.0, max_tokens=1, seed=0, stop_token_ids=())
     seconds = {"judge": [], "prefill": []}
     async with engine:

@@ -24,16 +24,21 @@ from statistics import median
 import psutil
 
 from thinkimg.closure import on_cpu
-from thinkimg.config import Config, load
+from thinkimg.config.load import load
 from thinkimg.engine.client import Generation, Sampling
+from thinkimg.engine.media import Media
+from thinkimg.engine.play import EpisodeSpec, Sampler, SamplingMode
 from thinkimg.engine.server import ServerSettings, server_command, server_environment
-from thinkimg.resources import Machines
-from thinkimg.rollout import Job, Media, Play, Players
+from thinkimg.engine.settings import EngineSettings
+from thinkimg.models.base import BaseSource
+from thinkimg.resource_settings import ResourcesConfig
+from thinkimg.resources import Resources
+from thinkimg.scheduler import Builder
 from thinkimg.stages.prepare import prepare
-from thinkimg.stages.rollout import draw
+from thinkimg.stages.rollout import RolloutSettings, draw, open_sampler, settings_of
 from thinkimg.stages.warmstart import warmstart
-from thinkimg.store.artifacts import Artifact, Store
-from thinkimg.store.image_table import load_samples
+from thinkimg.store.artifacts import Store
+from thinkimg.store.kinds import Dataset, Policy
 
 if on_cpu():
     import thinkimg.engine.serve  # noqa: F401  the engine of this process waits as that of the server does
@@ -64,6 +69,7 @@ class Barrier:
 
     def __init__(self, engine, parties: int):
         self.engine, self.parties, self.waiting = engine, parties, []
+        self.concurrency = parties
 
     async def generate(self, *request) -> Generation:
         self.waiting.append(turn := asyncio.Event())
@@ -83,8 +89,11 @@ class InProcess:
 
     media = "none"
 
-    def __init__(self, llm):
-        self.llm, self.turns, self.numbers = llm, [], count()
+    def __init__(self, llm, concurrency: int):
+        self.llm, self.concurrency, self.turns, self.numbers = llm, concurrency, [], count()
+
+    async def __aenter__(self) -> "InProcess":
+        return self
 
     def ref(self, uuid: str, image) -> tuple:
         return uuid, image
@@ -109,66 +118,76 @@ class InProcess:
         self.llm.shutdown()
 
 
-class Here(Machines):
-    """Machines with the engine in this process: the server's own command line, parsed by its own parser."""
+class Here(Resources):
+    """Resources with the engine in this process: the server's own command line, parsed by its own parser."""
 
-    async def engine(self, policy: Artifact) -> tuple[InProcess, None]:
-        model = str(self.weights(policy))
-        os.environ |= server_environment(os.environ, model, self.settings)
+    def __init__(self, where: ResourcesConfig, server: ServerSettings):
+        super().__init__(where)
+        self.server_settings = server
+
+    async def engine(self, policy: Policy, settings: EngineSettings, base: BaseSource) -> tuple[InProcess, None]:
+        model = str(self.weights(policy, base))
+        os.environ |= server_environment(os.environ, model, self.server_settings)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        options = server_command(model, 1, self.settings, None)[3:]
+        options = server_command(model, 1, self.server_settings, None)[3:]
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
-        return InProcess(AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))), None
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))
+        return InProcess(llm, self.where.engine.concurrency), None
 
 
-async def play(players: Players, jobs: list[Job], together: bool = False) -> Counter:
+async def play(sampler: Sampler, specs: list[EpisodeSpec], together: bool = False) -> Counter:
     """Play all conversations; `together`: turn by turn, nobody ahead of the slowest."""
-    before, tokens, engine = clock(), 0, players.engine
+    before, tokens, engine = clock(), 0, sampler.engine
     if together:
-        players.engine = Barrier(engine, len(jobs))
-    async for _, episode in players.play(jobs):
+        sampler.engine = Barrier(engine, len(specs))
+    async for _, episode in sampler.sample(specs):
         assert episode.error is None, episode.error
         tokens += len(episode.stream.logprobs)
         if together:
-            players.engine.leave()
-    players.engine = engine
+            sampler.engine.leave()
+    sampler.engine = engine
     return clock() - before + Counter(tokens=tokens)
 
 
-async def over_http(crew: Machines, config: Config, wide: Config, dataset: Artifact, policy: Artifact, jobs, rounds):
-    """Measurements by name, and the server's settings; `wide` is the config with all conversations in flight."""
+async def over_http(
+    resources: Resources, settings: RolloutSettings, dataset: Dataset, policy: Policy, specs: list[EpisodeSpec], rounds: int
+):  # fmt: skip
+    """Measurements by name, and the server's settings; behind the barrier all conversations are in flight."""
     found = defaultdict(list)
-    async with Players(config, dataset, policy, crew) as players:
-        engine = players.engine
-        await play(players, jobs)  # warms up
+    async with open_sampler(settings, dataset, policy, resources) as sampler:
+        engine = sampler.engine
+        await play(sampler, specs)  # warms up
         for way in ["loop", "barrier"] * rounds:
             for cache in CACHES:
                 await engine._post(engine.urls[0], f"/reset_{cache}_cache", {})
-            players.media = Media(crew.media)
-            players.config = wide if way == "barrier" else config
-            found[way].append(await play(players, jobs, together=way == "barrier"))
-    return found, crew.server(policy, None).settings
+            sampler.media = Media(resources.media)
+            found[way].append(await play(sampler, specs, together=way == "barrier"))
+    return found, resources.server(policy, None, settings.engine, settings.base).settings
 
 
-def in_process(config: Config, settings: ServerSettings, dataset: Artifact, policy: Artifact, jobs, rounds):
-    """Measurements by name, and for each turn if "generate" sampled the loop's tokens."""
+def in_process(
+    where: ResourcesConfig, settings: RolloutSettings, server: ServerSettings, store: str, references: tuple[str, str],
+    specs: list[EpisodeSpec], rounds: int,
+):  # fmt: skip
+    """Measurements by name, and for each turn if "generate" sampled the loop's tokens. references: data set and policy."""
+    dataset, policy = (Store(store).resolve(reference) for reference in references)
 
     async def run():
         found = defaultdict(list)
-        async with Players(config, dataset, policy, crew) as players:
-            players.media = engine = players.engine
-            await play(players, jobs)
+        async with open_sampler(settings, dataset, policy, resources) as sampler:
+            sampler.media = engine = sampler.engine
+            await play(sampler, specs)
             turns = engine.turns.copy()
             known = [(p, images, replace(how, max_tokens=len(ids), stop_token_ids=())) for p, images, how, ids in turns]
             for way in ["in process", "generate"] * rounds:
                 for cache in CACHES:
                     await getattr(engine.llm, f"reset_{cache}_cache")()
                 if way == "in process":
-                    found[way].append(await play(players, jobs))
+                    found[way].append(await play(sampler, specs))
                     continue
                 before = clock()
                 made = await asyncio.gather(*(engine.generate(*request, None) for request in known))
@@ -176,8 +195,7 @@ def in_process(config: Config, settings: ServerSettings, dataset: Artifact, poli
                 found[way].append(clock() - before + Counter(tokens=tokens))
         return found, [generation.token_ids == turn[3] for generation, turn in zip(made, turns, strict=True)]
 
-    with Here(config) as crew:
-        crew.settings = settings
+    with Here(where, server) as resources:
         return asyncio.run(run())
 
 
@@ -191,20 +209,22 @@ def report(found: dict[str, list[Counter]]) -> None:
         print(f"{name:<12}{median(speed):8.0f}  {spread:<15}{ratio:6.2f} x  {used}")
 
 
-def main(settings: list[str], reference: str | None, rounds: int) -> None:
-    config = load("tiny", settings)
-    store = Store(config.where.store)
-    dataset, _ = prepare(config, store)
-    policy = store.resolve(reference, "policy") if reference else warmstart(config, dataset, store)[0]
-    samples, how = draw(load_samples(dataset, "train"), config.rollout.samples, 1, config.seed), Play(1.0)
-    jobs = [Job(sample, index, how) for sample in samples for index in range(config.rollout.group_size)]
-    wide = load("tiny", [*settings, f"where.engine.concurrency={len(jobs)}"])
-    with Machines(config) as crew:
-        found, served = asyncio.run(over_http(crew, config, wide, dataset, policy, jobs, rounds))
+def main(overrides: list[str], reference: str | None, rounds: int) -> None:
+    config = load("tiny", overrides)
+    settings, store = settings_of(config), Store(config.where.store)
+    with Resources(config.where) as resources:
+        builder = Builder(config, store, resources)
+        dataset = builder.make(prepare)
+        policy = store.resolve(reference, "policy") if reference else builder.make(warmstart, dataset=dataset)
+        samples = draw(dataset.split("train"), config.rollout.samples, 1, config.seed)
+        group = range(config.rollout.group_size)
+        specs = [EpisodeSpec(sample, index, SamplingMode(1.0)) for sample in samples for index in group]
+        found, server = asyncio.run(over_http(resources, settings, dataset, policy, specs, rounds))
     # vLLM makes engines in main threads only: this one is in that of a new process, which leaves nothing behind.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
-        others, same = new.submit(in_process, config, served, dataset, policy, jobs, rounds).result()
-    print(f"{len(jobs)} conversations, {len(same)} turns, {rounds} rounds, {os.cpu_count()} cores")
+        places = (str(store.root), (str(dataset.reference), str(policy.reference)))
+        others, same = new.submit(in_process, config.where, settings, server, *places, specs, rounds).result()
+    print(f"{len(specs)} conversations, {len(same)} turns, {rounds} rounds, {os.cpu_count()} cores")
     report(found | others)
     print(f"generate sampled the loop's tokens in {100 * sum(same) / len(same):.1f} % of the turns")
 

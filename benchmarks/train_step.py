@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from workload import GEOMETRIES, IMAGE, PAD, Geometry, Pixels, enable_fast_attention, make_groups, make_policy
 
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
-from thinkimg.grpo.loss_config import LossConfig
+from thinkimg.grpo.settings import LossConfig
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.shared_prompts import cost, share_groups
 from thinkimg.trainer.optimise import MicroBatches, checkpointing

@@ -31,13 +31,14 @@ from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from thinkimg.config import TinyModel, TrainConfig  # noqa: E402
 from thinkimg.grpo.advantages import advantages  # noqa: E402
 from thinkimg.images.decode import pixel_hash  # noqa: E402
+from thinkimg.models.settings import TinyModel  # noqa: E402
 from thinkimg.models.tiny import create_tiny  # noqa: E402
 from thinkimg.store.artifacts import Recipe, Store  # noqa: E402
 from thinkimg.store.image_table import encode, image_writer  # noqa: E402
 from thinkimg.trainer.checkpoint import language_linears  # noqa: E402
+from thinkimg.trainer.settings import TrainConfig  # noqa: E402
 
 SIZE = 8
 RATE = 1e-5
@@ -147,9 +148,10 @@ def trl(work: Workload, steps: int) -> Laps:
 
 
 def thinkimg(work: Workload, steps: int) -> Laps:
-    from thinkimg.config import ModelConfig
-    from thinkimg.grpo.loss_config import LossConfig
-    from thinkimg.trainer.checkpoint import Base, Policy
+    from thinkimg.grpo.settings import LossConfig
+    from thinkimg.models.base import Base
+    from thinkimg.models.settings import ModelConfig
+    from thinkimg.trainer.checkpoint import Policy
     from thinkimg.trainer.forward.packed_attention import use_packed_attention
     from thinkimg.trainer.forward.vision import batch_equal_chunks
     from thinkimg.trainer.grpo_job import TrainJob

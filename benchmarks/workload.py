@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from thinkimg.config import ModelConfig
 from thinkimg.images.patches import image_tokens
-from thinkimg.trainer.checkpoint import Base, Policy, keep_input_dtype, language_linears
+from thinkimg.models.base import Base
+from thinkimg.models.settings import ModelConfig
+from thinkimg.trainer.checkpoint import Policy, keep_input_dtype, language_linears
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.forward.vision import batch_equal_chunks

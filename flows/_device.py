@@ -5,8 +5,10 @@ PREFECT_API_URL=… python -m flows._device     creates it, for `make deploy`
 
 import logging
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import flows._environment  # noqa: F401
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
@@ -19,21 +21,32 @@ from thinkimg import console
 log = logging.getLogger(__name__)
 
 LIMIT = f"thinkimg-device-{socket.gethostname()}"
+POLL_S = 5.0  # so often who waits is asked whether he still wants it
 LEASE_S = 60  # the shortest that Prefect allows: so long the device stays taken after a SIGKILL
 
 
 @contextmanager
-def device() -> Iterator[None]:
+def device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold this machine's device, waiting for whoever has it; without a shared server there is nobody to share with.
 
-    A server that does not answer later on does not end the run: what it does is worth more than the order of a queue.
+    check: called while it waits; what it raises ends the waiting. A server that does not answer later on does not end the run: what it does is worth more than the order of a queue.
     """
     if is_embedded():
         yield
         return
     if create().active_slots:
         console.say(f"waiting for the device: another run holds the concurrency limit {LIMIT}")
-    with concurrency(LIMIT, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False):
+    with ExitStack() as stack:
+        while True:
+            check()
+            held = concurrency(
+                LIMIT, timeout_seconds=POLL_S, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
+            )
+            try:
+                stack.enter_context(held)
+                break
+            except TimeoutError:
+                log.debug("%s is still held", LIMIT)
         yield
 
 

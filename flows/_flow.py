@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
+import flows._environment  # noqa: F401
+
 import prefect
 from prefect.exceptions import MissingResult
 

@@ -12,7 +12,10 @@ import threading
 import time
 from concurrent.futures import Future
 
+import flows._environment  # noqa: F401
+
 import prefect
+from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as STARTUP_TIMEOUT
 
@@ -53,8 +56,6 @@ def use() -> None:
     """Have everything in this process, and its children, talk to an API: the one that is configured, or our own."""
     start()
     if PREFECT_API_URL.value() is None:
-        from prefect.context import refresh_global_settings_context
-
         os.environ["PREFECT_API_URL"] = _own.result()
         refresh_global_settings_context()
 

@@ -8,7 +8,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+
+import flows._environment  # noqa: F401
 
 from prefect.artifacts import (
     create_link_artifact,
@@ -18,14 +19,13 @@ from prefect.artifacts import (
 )
 
 from flows import _server
-from thinkimg import console, tracking
+from thinkimg import console
 from thinkimg.store.artifacts import Artifact
+from thinkimg.tracking.records import LoopRecord, headline
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 2.0  # between two updates of a progress bar
-LOOP_LINK: ContextVar[str | None] = ContextVar("loop_link", default=None)
-"""Within a loop, where its MLflow run is."""
 
 
 @contextmanager
@@ -41,14 +41,14 @@ def show_artifact(artifact: Artifact, cached: bool, link: str | None) -> None:
     if _server.is_embedded():
         return
     stage = artifact.manifest["recipe"]["stage"]
-    rows = [{"metric": name, "value": _rounded(value)} for name, value in sorted(tracking.headline(artifact).items())]
+    rows = [{"metric": name, "value": _rounded(value)} for name, value in sorted(headline(artifact).items())]
     state = "found in the store" if cached else "made by this run"
     with forgiving("a table"):
         create_table_artifact(rows, key=f"thinkimg-{stage}", description=f"`{artifact.reference}`, {state}.")
     show_link(link)
 
 
-def show_loop(record: tracking.LoopRecord) -> None:
+def show_loop(record: LoopRecord) -> None:
     """One row per iteration, as the loop's last table has it."""
     if _server.is_embedded():
         return

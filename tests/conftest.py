@@ -16,17 +16,13 @@ from hypothesis import settings
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
 
-CORPUS = [
-    "<think>The stripes at 63, 27 are too fine to see. I crop the image there.</think>",
-    '<tool>{"name": "crop_image", "args": {"x": 56, "y": 20, "width": 28, "height": 28}}</tool>',
-    "You are shown an image. Which way do the stripes run? The image is 112 x 84 pixels. <answer>vertical</answer>",
-]
-
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> tuple[Path, Path]:
     """Directories of two Qwen2.5-VL of half a million parameters that differ in their random weights only."""
-    from thinkimg.config import TinyModel
+    from chat_codecs import CORPUS
+
+    from thinkimg.models.settings import TinyModel
     from thinkimg.models.tiny import create_tiny
 
     tiny = TinyModel(
@@ -54,6 +50,32 @@ def world(tmp_path_factory):
 def media_dir(tmp_path_factory) -> Path:
     """The folder from which the server of `engine` reads images."""
     return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """The stages by name, each on recorded outputs of those before it (recorded_stages.py)."""
+    from recorded_stages import recorded
+
+    with recorded(tmp_path_factory.mktemp("stages")) as stages:
+        yield stages
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """fakes(*scripts): engine servers that answer with these statuses (fake_engine.py), all that were started so far."""
+    from fake_engine import FakeServer
+
+    monkeypatch.setattr("thinkimg.engine.client.BACKOFF_S", 0.01)
+    started = []
+
+    def start(*scripts):
+        started.extend(FakeServer(script) for script in scripts)
+        return started
+
+    yield start
+    for fake in started:
+        fake.close()
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +109,14 @@ def engine(tiny_models, media_dir, tmp_path_factory):
     At the end its parent gets SIGKILL, and everything that descends from that has to be gone within seconds: without the
     watchdog VLLM::EngineCore is what stays alive.
     """
+    from paths import REPOSITORY
+    from processes import title
+
     from thinkimg.watchdog import descendants
 
     log = tmp_path_factory.mktemp("engine") / "engine.log"
     argv = [sys.executable, "-c", KEEPER, str(tiny_models[0]), str(log), str(media_dir)]
-    with subprocess.Popen(argv, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as keeper:
+    with subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as keeper:
         try:
             url = keeper.stdout.readline().strip()
             assert url, "the server did not start: see the captured stderr"
@@ -105,11 +130,3 @@ def engine(tiny_models, media_dir, tmp_path_factory):
     while survivors := [name for pid, name in zip(family, titles, strict=True) if title(pid)]:
         assert time.monotonic() < deadline, f"these outlived their parent: {survivors}"
         time.sleep(0.05)
-
-
-def title(pid: int) -> str:
-    """A living process's command line, "" if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""

@@ -1,18 +1,17 @@
 """The rows of every table as frozen dataclasses, and their versioned pyarrow schemas."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+import pyarrow as pa
 
-SCHEMA_VERSION = 1  # raised with any change of a table; part of every fingerprint
+SCHEMA_VERSION = 2  # raised with any change of a table; part of every fingerprint
 PUZZLES = "puzzles"  # the source of the built-in puzzles, whose samples have no columns of a user's
-COLUMNS = "columns"  # the key of stored metadata under which these lie
-OWN = ("answers", "target")  # keys beside it, made from the columns that data.columns maps to them
+PATCH_1 = 14  # pixels of a patch side in version 1, which knew one family of models
 
 
 class AnswerType(StrEnum):
@@ -65,16 +64,23 @@ class Sample:
 
     sample_id: str
     question: str
-    answer: str
+    answers: tuple[str, ...]
+    """The right answers; the first is the one that people are shown."""
     answer_type: AnswerType
     choices: tuple[str, ...]
     images: tuple[str, ...]
     source: str
     split: str  # "train" or "held_out"
-    metadata: dict = field(default_factory=dict)
-    """Our own names: what a puzzle is made of, `answers` (further right ones), `target` (x, y, width, height in pixels)."""
-    columns: dict = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What a puzzle is made of."""
+    columns: dict[str, Any] = field(default_factory=dict)
     """The user's own columns by the user's names, which mean nothing to us."""
+    targets: tuple[tuple[float, float, float, float], ...] = ()
+    """What has to be looked at: (x, y, width, height) in pixels of the (only) picture at full resolution."""
+
+    @property
+    def answer(self) -> str:
+        return self.answers[0]
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Turn:
     image: str | None = None  # hash of the image that came back
     observation: str | None = None  # text that came back
     tokens: int = 0  # sampled tokens of this turn
+    weights: str | None = None  # the weight version that the engine reported; None in tables of version 1
 
 
 @dataclass(frozen=True)
@@ -115,36 +122,43 @@ class Trajectory:
     answer: str | None
     stop: StopReason
     error: str | None
-    weights: str  # the weight version that the engine reported
+    weights: str  # the weight versions that the engine reported, joined by ">" if they changed
+    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels at which each image was seen
 
 
 def to_row(record: Sample | Turn | Trajectory) -> dict[str, Any]:
-    """A dict for pyarrow; a sample's metadata becomes canonical JSON, with the user's columns under COLUMNS."""
+    """A dict for pyarrow; a sample's metadata and columns become canonical JSON."""
     row = asdict(record)
     if isinstance(record, Sample):
-        columns = row.pop("columns")
-        metadata = record.metadata if record.source == PUZZLES else record.metadata | {COLUMNS: columns}
-        row["metadata"] = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+        row |= {name: json.dumps(row[name], sort_keys=True, ensure_ascii=False) for name in ("metadata", "columns")}
     return row
 
 
 def from_row(kind: type, row: dict[str, Any]) -> Any:
-    """The record of a row as pyarrow gives it back."""
+    """The record of a row as pyarrow gives it back, of this version of the tables or an earlier one."""
     values = {f.name: row[f.name] for f in fields(kind) if f.name in row}
     if kind is Sample:
+        texts: dict[str, Any] = {}
+        texts |= {name: json.loads(values[name]) for name in ("metadata", "columns") if name in values}
+        if "answers" not in row:
+            texts = _first_version(row["answer"], texts["metadata"], row["source"])
+        values |= texts
         return Sample(
             **values
             | {
+                "answers": tuple(values["answers"]),
                 "answer_type": AnswerType(values["answer_type"]),
                 "choices": tuple(values["choices"]),
                 "images": tuple(values["images"]),
+                "targets": tuple(tuple(box) for box in values["targets"]),
             }
-            | _metadata(json.loads(values["metadata"]), values["source"])
         )
     if kind is Turn:
         status = values["status"]
         return Turn(**values | {"kind": TurnKind(values["kind"]), "status": status and CallStatus(status)})
     assert kind is Trajectory
+    grids = tuple(tuple(grid) for grid in values["grids"])
+    sizes = values.get("sizes") or [(wide * PATCH_1, high * PATCH_1) for _, high, wide in grids]
     return Trajectory(
         **values
         | {
@@ -152,31 +166,47 @@ def from_row(kind: type, row: dict[str, Any]) -> Any:
             "roles": tuple(values["roles"]),
             "logprobs": tuple(values["logprobs"]),
             "images": tuple(values["images"]),
-            "grids": tuple(tuple(grid) for grid in values["grids"]),
+            "grids": grids,
             "turns": tuple(from_row(Turn, turn) for turn in values["turns"]),
             "stop": StopReason(values["stop"]),
+            "sizes": tuple(tuple(size) for size in sizes),
         }
     )
 
 
-def _metadata(stored: dict, source: str) -> dict[str, dict]:
-    """Sample.metadata and Sample.columns of what is stored; version 1 of `prepare` had both in one name space."""
+def _first_version(answer: str, stored: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of a sample that version 1 of the tables has in one name space: further answers, target, columns."""
     if source == PUZZLES:
-        return {"metadata": stored}
-    if isinstance(stored.get(COLUMNS), dict) and stored.keys() <= {COLUMNS, *OWN}:
-        return {"metadata": {name: stored[name] for name in OWN if name in stored}, "columns": stored[COLUMNS]}
-    answers, target = (stored.get(name) for name in OWN)  # then these meant something if they looked like it
-    metadata = {"target": target} if isinstance(target, list) else {}
-    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
-        metadata["answers"] = answers
-    return {"metadata": metadata, "columns": stored}
+        target = stored.get("target")
+        metadata = {name: value for name, value in stored.items() if name != "target"}
+        return {"answers": [answer], "metadata": metadata, "targets": [target] if target else []}
+    if isinstance(stored.get("columns"), dict) and stored.keys() <= {"columns", "answers", "target"}:
+        columns, target = stored["columns"], stored.get("target")
+        return {
+            "answers": [answer, *stored.get("answers", [])],
+            "metadata": {},
+            "columns": columns,
+            "targets": [target] if target else [],
+        }
+    # Version 1 of `prepare`: these meant something if they looked like it.
+    answers, target = stored.get("answers"), stored.get("target")
+    further = answers if isinstance(answers, list) and all(isinstance(one, str) for one in answers) else []
+    return {
+        "answers": [answer, *further],
+        "metadata": {},
+        "columns": stored,
+        "targets": [target] if _is_box(target) else [],
+    }
+
+
+def _is_box(value: Any) -> bool:
+    numbers = isinstance(value, list) and len(value) == 4 and all(type(edge) in (int, float) for edge in value)
+    return numbers and all(map(math.isfinite, value)) and min(value[2:]) > 0
 
 
 @cache
-def images() -> "pa.Schema":
+def images() -> pa.Schema:
     """Each image once, under the hash of its decoded pixels; `data` is lossless for images that tools made."""
-    import pyarrow as pa
-
     return pa.schema(
         [
             pa.field("sha256", pa.string(), nullable=False),
@@ -188,29 +218,27 @@ def images() -> "pa.Schema":
 
 
 @cache
-def samples() -> "pa.Schema":
-    import pyarrow as pa
-
+def samples() -> pa.Schema:
     text, texts = pa.string(), pa.list_(pa.string())
     return pa.schema(
         [
             pa.field("sample_id", text, nullable=False),
             pa.field("question", text, nullable=False),
-            pa.field("answer", text, nullable=False),
+            pa.field("answers", texts, nullable=False),
             pa.field("answer_type", text, nullable=False),
             pa.field("choices", texts, nullable=False),
             pa.field("images", texts, nullable=False),
+            pa.field("targets", pa.list_(pa.list_(pa.float64(), 4)), nullable=False),
             pa.field("source", text, nullable=False),
             pa.field("split", text, nullable=False),
             pa.field("metadata", text, nullable=False),
+            pa.field("columns", text, nullable=False),
         ]
     )
 
 
 @cache
-def trajectories() -> "pa.Schema":
-    import pyarrow as pa
-
+def trajectories() -> pa.Schema:
     text = pa.string()
     turn = pa.struct(
         [
@@ -224,6 +252,7 @@ def trajectories() -> "pa.Schema":
             pa.field("image", text),
             pa.field("observation", text),
             pa.field("tokens", pa.int32(), nullable=False),
+            pa.field("weights", text),
         ]
     )
     return pa.schema(
@@ -243,27 +272,24 @@ def trajectories() -> "pa.Schema":
             pa.field("stop", text, nullable=False),
             pa.field("error", text),
             pa.field("weights", text, nullable=False),
+            pa.field("sizes", pa.list_(pa.list_(pa.int32(), 2)), nullable=False),
         ]
     )
 
 
 @cache
-def pairs() -> "pa.Schema":
+def pairs() -> pa.Schema:
     """Puzzles with an image from which each can be read and one from which it can't (puzzles/known_pairs.py)."""
-    import pyarrow as pa
-
     names = ("sample_id", "question", "family", "original", "right", "wrong")
     return pa.schema([pa.field(name, pa.string(), nullable=False) for name in names])
 
 
 @cache
-def judgements() -> "pa.Schema":
+def judgements() -> pa.Schema:
     """What was judged by whom (rewards/pairs.py): hashes of images, weights and prompt; evidence is JSON.
 
     component: the score column that asked; judge: who answered, which is another where the teacher could not be reached.
     """
-    import pyarrow as pa
-
     text = pa.string()
     names = ("key", "component", "judge", "model", "weights", "prompt", "question", "original", "processed")
     return pa.schema(
@@ -278,10 +304,8 @@ def judgements() -> "pa.Schema":
 
 
 @cache
-def score_fields() -> "pa.DataType":
+def score_fields() -> pa.DataType:
     """A component's column: value in [0, 1] or null, status ("ok", "zero", "missing"), reason, evidence (JSON)."""
-    import pyarrow as pa
-
     text = pa.string()
     return pa.struct(
         [
@@ -293,9 +317,7 @@ def score_fields() -> "pa.DataType":
     )
 
 
-def scores(components: list[str]) -> "pa.Schema":
+def scores(components: list[str]) -> pa.Schema:
     """One row per trajectory, one column per component."""
-    import pyarrow as pa
-
     identity = [pa.field(name, pa.string(), nullable=False) for name in ("trajectory_id", "sample_id", "group_id")]
     return pa.schema(identity + [pa.field(name, score_fields(), nullable=False) for name in components])

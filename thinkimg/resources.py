@@ -1,153 +1,222 @@
-"""What a loop starts once and keeps: a vLLM engine and a trainer, each when the first stage needs it.
+"""Resources that a loop keeps: a vLLM engine, a second one for a teacher, and a trainer, each from its first use on.
 
-A loop that finds everything cached starts neither. A stage that runs alone opens machines of its own.
+They are made from `where` alone. A stage asks with its own settings: a kept engine that runs otherwise is started again.
+A loop that finds everything cached starts none.
 """
 
+import asyncio
 import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from thinkimg import closure, process
-from thinkimg.config import Config
+from thinkimg.engine.client import EngineClient
+from thinkimg.engine.server import Server, ServerSettings, server_command, server_environment
+from thinkimg.engine.settings import EngineSettings
 from thinkimg.errors import UserError
-from thinkimg.models.base import base_entry
+from thinkimg.models import clip
+from thinkimg.models.base import Base, BaseSource
+from thinkimg.resource_settings import ResourcesConfig
+from thinkimg.store.kinds import Clip, Policy
+from thinkimg.trainer.client import Trainer
 
-if TYPE_CHECKING:
-    from thinkimg.engine.client import EngineClient
-    from thinkimg.engine.server import Server, ServerSettings
-    from thinkimg.store.artifacts import Artifact
-    from thinkimg.trainer.worker import Trainer
-
-CURRENT: ContextVar["Machines | None"] = ContextVar("machines", default=None)
-
-take_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-"""Entered before anything is started and left after all has ended; the flows put a queue here, for machines that several
-runs share."""
+Device = Callable[[Callable[[], None]], contextlib.AbstractContextManager]
+"""A queue for the machine's device, where several runs share it; given a function that raises once nobody waits any more."""
 
 
-class Machines:
-    """Context manager; ends everything that it started. `report` takes lines about slow starts."""
+class Resources:
+    """Context manager, for several threads; ends everything that it started.
 
-    def __init__(self, config: Config, report=print):
-        self.config, self.report = config, report
+    say: takes lines about slow starts. device: entered before anything is started, left after all has ended.
+    """
+
+    def __init__(
+        self, where: ResourcesConfig, say: Callable[[str], None] = print, device: Device = contextlib.nullcontext
+    ):
+        self.where, self.say, self._device = where, say, device
         self._stack = contextlib.ExitStack()
-        self._server: Server | None = None
+        self._lock, self._loading = threading.RLock(), threading.Lock()
+        self._starting: Server | None = None
+        self._holds_device = self._closed = False
+        self._servers: dict[str, Server] = {}
+        self._settings: dict[str, EngineSettings] = {}
         self._trainer: Trainer | None = None
-        self._teacher: Server | None = None
+        self._encoder: tuple[tuple[str, str | None], clip.Encoder] | None = None
         self._frozen: str | None = None  # digest of the teacher's weights
-        self._merging = threading.Lock()
 
-    def __enter__(self) -> "Machines":
+    def __enter__(self) -> "Resources":
         self._stack.__enter__()
-        self._stack.enter_context(take_device())
         self.scratch = self._stack.enter_context(process.scratch())
-        self._stack.callback(CURRENT.reset, CURRENT.set(self))
         return self
 
-    def __exit__(self, *error) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything; what is asked for afterwards is refused."""
+        self._closed = True
+        while not self._lock.acquire(timeout=0.1):
+            if (starting := self._starting) is not None:
+                starting.stop()  # whoever starts it holds the lock, and learns that it ended
+        try:
+            self._stack.close()
+        finally:
+            self._lock.release()
 
     @property
-    def trainer(self) -> "Trainer":
+    def exclusive(self) -> bool:
+        """Whether engine and trainer take turns in the memory."""
+        return not (self.where.engine.keep and self.where.trainer.keep)
+
+    def _begin(self) -> None:
+        self._check()
+        if not self._holds_device:
+            self._stack.enter_context(self._device(self._check))
+            self._holds_device = True
+
+    def _check(self) -> None:
+        if self._closed:
+            raise RuntimeError("the resources have been closed")
+
+    @property
+    def trainer(self) -> Trainer:
         """The kept worker, started by the first job."""
-        from thinkimg.trainer.worker import Trainer
+        with self._lock:
+            self._begin()
+            self._make_room()
+            if self._trainer is None:
+                closure.check_closure()
+                self._trainer = self._stack.enter_context(Trainer(self.where.trainer, log_path=self.log("trainer")))
+            return self._trainer
 
-        self._make_room()
-        if self._trainer is None:
-            closure.check_closure()
-            self._trainer = self._stack.enter_context(Trainer(self.config.where.trainer, log_path=self.log("trainer")))
-        return self._trainer
-
-    def _make_room(self, wanted: "Server | None" = None) -> None:
-        """Where one machine at a time fits into the memory: put the other servers to sleep, or end those that can't."""
-        if not self.config.where.engine.keep:
-            for server in (self._server, self._teacher):
-                if server is not None and server is not wanted:
-                    if server.settings.sleeps:
-                        server.sleep()
-                    else:
-                        server.stop()
+    def _make_room(self, wanted: str | None = None) -> None:
+        """Where one of them at a time fits into the memory: put the other servers to sleep, or end those that can't."""
+        if not self.where.engine.keep:
+            for name, server in self._servers.items():
+                if name != wanted and server.settings.sleeps:
+                    server.sleep()
+                elif name != wanted:
+                    server.stop()
 
     @property
     def _sleeps(self) -> bool:
         """Whether servers sleep while it is another's turn: a GPU's can."""
-        return not self.config.where.engine.keep and not closure.on_cpu()
+        return not self.where.engine.keep and not closure.on_cpu()
 
-    async def engine(self, policy: "Artifact") -> tuple["EngineClient", str | None]:
-        """A client whose servers hold `policy`, and the adapter's name where it is one: starts the loop's own server, or
-        loads into those of `engine.urls`. Leave the client's context in the same event loop.
+    async def engine(
+        self, policy: Policy, settings: EngineSettings, base: BaseSource
+    ) -> tuple[EngineClient, str | None]:
+        """A client whose servers hold `policy`, and the adapter's name where it is one: starts our own server, or loads into
+        those of `engine.urls`. Leave the client's context in the same event loop.
 
         On a GPU adapters are served beside the base model, under a new name for each version; on a CPU, where vLLM's
         adapters are 46 times slower, merged weights are loaded in place.
         """
-        from thinkimg.engine.client import EngineClient
-
-        where = self.config.where.engine
-        adapter = None if is_full(policy) or closure.on_cpu() else policy.digest
-        urls = where.urls or [self.server(policy, adapter).url]
+        where = self.where.engine
+        adapter = None if policy.is_full or closure.on_cpu() else policy.digest
+        with self._lock:
+            urls = where.urls or [self.server(policy, adapter, settings, base).url]
         # Our own server reads the pictures of our scratch folder; others may neither share the disk nor admit the folder.
         media = "data" if where.urls else "file"
         client = EngineClient(urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s)
         try:
             await client.leave_out_dead()
             if adapter is not None:
-                await client.load_adapter(adapter, policy.checked("policy/adapter"))
-            elif set((await client.versions()).values()) != {policy.digest}:
-                await client.load_weights(self.weights(policy), policy.digest)
+                await client.load_adapter(adapter, policy.adapter_directory)
+            else:
+                await asyncio.to_thread(self._loading.acquire)  # two stages may ask for one policy at a time
+                try:
+                    if set((await client.versions()).values()) != {policy.digest}:
+                        await client.load_weights(self.weights(policy, base), policy.digest)
+                finally:
+                    self._loading.release()
         except BaseException:
             await client.__aexit__()
             raise
         return client, adapter
 
-    def server(self, policy: "Artifact", adapter: str | None) -> "Server":
-        from thinkimg.engine.server import Server
+    def server(self, policy: Policy, adapter: str | None, settings: EngineSettings, base: BaseSource) -> Server:
+        """Our own server, running as `settings` ask for; with the weights that it was started with, or was given since."""
 
-        self._make_room(self._server)
-        if self._server is None or not self._server.alive:
-            closure.check_closure()
-            settings = engine_settings(self.config, adapters=adapter is not None, sleeps=self._sleeps)
-            model = base_directory(self.config) if adapter else self.weights(policy)
-            version = "base" if adapter else policy.digest
-            server = Server(
-                model, log_path=self.log("engine"), version=version, settings=settings,
-                media_dir=self.media, progress=self.report,
-            )  # fmt: skip
-            self._server = self._stack.enter_context(server)  # leaving a server that was stopped does nothing
-        self._server.wake()
-        return self._server
+        def vllm(settings: EngineSettings) -> ServerSettings:
+            rank = policy.adapter_rank if adapter else None
+            return server_settings(self.where, settings, lora_rank=rank, sleeps=self._sleeps)
 
-    def teacher(self, founder: "Artifact") -> "Server":
+        def model() -> Path:
+            return base_directory(base) if adapter else self.weights(policy, base)
+
+        return self._serve("engine", settings, vllm, model, "base" if adapter else policy.digest)
+
+    def teacher(self, first: Policy, settings: EngineSettings, base: BaseSource) -> Server:
         """The second server, with the frozen first policy, which judges what later ones make."""
-        from thinkimg.engine.server import Server, ServerSettings
+        where = self.where.teacher
 
-        self._make_room(self._teacher)
-        if self._teacher is None or not self._teacher.alive:
-            closure.check_closure()
-            config, where = self.config, self.config.where
-            settings = ServerSettings(
-                max_model_len=config.conversation.max_tokens,
-                max_images=2,
-                max_num_seqs=where.teacher.concurrency,
-                dtype=config.model.dtype,
-                max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
-                gpu_memory_utilization=where.teacher.gpu_memory_utilization,
-                cpu_kvcache_gib=1,
-                cpu_threads_bind=where.teacher.cpu_threads_bind,
-                sleeps=self._sleeps,
+        def vllm(settings: EngineSettings) -> ServerSettings:
+            engine = self.where.engine.model_copy(
+                update={
+                    "max_num_seqs": where.concurrency,
+                    "tensor_parallel_size": 1,
+                    "gpu_memory_utilization": where.gpu_memory_utilization,
+                    "cpu_kvcache_gib": 1,
+                    "cpu_threads_bind": where.cpu_threads_bind,
+                }
             )
-            self._frozen = founder.digest
-            server = Server(
-                self.weights(founder), log_path=self.log("teacher"), version=founder.digest, settings=settings,
-                progress=self.report, name="teacher",
-            )  # fmt: skip
-            self._teacher = self._stack.enter_context(server)
-        self._teacher.wake()
-        return self._teacher
+            place = self.where.model_copy(update={"engine": engine})
+            return server_settings(place, settings, lora_rank=None, sleeps=self._sleeps)
+
+        self._frozen = first.digest
+        return self._serve("teacher", settings, vllm, lambda: self.weights(first, base), first.digest)
+
+    def _serve(
+        self,
+        name: str,
+        settings: EngineSettings,
+        vllm: Callable[[EngineSettings], ServerSettings],
+        model: Callable[[], Path],
+        version: str,
+    ) -> Server:
+        """The kept server of this name, started (again) where it is not there or does not run as `settings` ask for."""
+        with self._lock:
+            self._begin()
+            self._make_room(name)
+            server = self._servers.get(name)
+            if server is not None and not self._settings[name].covers(settings):
+                server.stop()
+                settings = self._settings[name].widened(settings)
+            if server is None or not server.alive:
+                closure.check_closure()
+                media = self.media if name == "engine" else None
+                self._starting = server = Server(
+                    model(), log_path=self.log(name), version=version, settings=vllm(settings),
+                    media_dir=media, progress=self.say, name=name,
+                )  # fmt: skip
+                try:
+                    self._stack.enter_context(server)  # leaving a server that was stopped does nothing
+                finally:
+                    self._starting = None
+                self._servers[name], self._settings[name] = server, settings
+            server.wake()
+            return server
+
+    def encoder(self, settings: clip.ClipName, own: Clip | None) -> clip.Encoder:
+        """The CLIP of these settings, or of the artifact `own`; kept until another one is asked for."""
+        with self._lock:
+            source = clip.source(settings, own)
+            if self._encoder is None or self._encoder[0] != source:
+                self._encoder = source, clip.load(*source)
+            return self._encoder[1]
+
+    def release_encoder(self) -> None:
+        """Let go of the CLIP, and of its memory on a GPU, where engine or trainer want it next."""
+        if self._encoder is not None and self.exclusive:
+            import torch
+
+            self._encoder = None
+            torch.cuda.empty_cache()
 
     @property
     def media(self) -> Path:
@@ -156,17 +225,13 @@ class Machines:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def vocabulary(self, policy: "Artifact") -> Path:
-        """The directory with the policy's tokenizer, processor and chat template."""
-        return policy.checked(f"policy/{'model' if is_full(policy) else 'adapter'}")
-
-    def weights(self, policy: "Artifact") -> Path:
+    def weights(self, policy: Policy, base: BaseSource) -> Path:
         """A complete model directory: the policy's own, or for adapters the base model with them merged in (in scratch)."""
-        if is_full(policy):
-            return policy.checked("policy/model")
-        from thinkimg.trainer.checkpoint import Base, export_merged
+        if policy.is_full:
+            return policy.model_directory
+        from thinkimg.trainer.checkpoint import export_merged  # it imports torch
 
-        with self._merging:  # judges ask for two policies' at a time
+        with self._lock:  # judges ask for two policies' at a time
             merged = self.scratch / f"merged-{policy.digest[:16]}"
             if not merged.exists():
                 for old in self.scratch.glob("merged-*"):
@@ -174,72 +239,62 @@ class Machines:
                         shutil.rmtree(old)
                 half = self.scratch / "half-merged"
                 shutil.rmtree(half, ignore_errors=True)
-                export_merged(policy.directory / "policy", half, base=Base(**base_entry(self.config)))
+                export_merged(policy.directory / "policy", half, base=Base(**base.entry()))
                 half.rename(merged)
         return merged
 
     def log(self, name: str) -> Path:
-        folder = Path(self.config.where.store) / "logs"
+        folder = Path(self.where.store) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}.log"
 
 
-def engine_settings(config: Config, *, adapters: bool, sleeps: bool = False) -> "ServerSettings":
-    """How a server runs that plays this config's rollouts; adapters: it serves them beside the base model."""
-    from thinkimg.engine.server import ServerSettings
-
-    where = config.where.engine
+def server_settings(
+    where: ResourcesConfig, settings: EngineSettings, *, lora_rank: int | None, sleeps: bool = False
+) -> ServerSettings:
+    """How a server runs that does what `settings` ask for; lora_rank: it serves adapters of this rank beside the base model."""
+    engine = where.engine
     return ServerSettings(
-        max_model_len=config.conversation.max_tokens,
-        max_images=config.conversation.max_images,
-        max_num_seqs=where.max_num_seqs,
-        max_lora_rank=config.model.lora_rank if adapters else None,
-        dtype=config.model.dtype,
-        max_pixels=max(config.images.max_pixels, ServerSettings.max_pixels),
-        tensor_parallel_size=where.tensor_parallel_size,
-        gpu_memory_utilization=where.gpu_memory_utilization,
-        cpu_kvcache_gib=where.cpu_kvcache_gib,
-        cpu_threads_bind=where.cpu_threads_bind,
+        max_model_len=settings.max_tokens,
+        max_images=settings.max_images,
+        max_num_seqs=engine.max_num_seqs,
+        max_lora_rank=lora_rank,
+        dtype=settings.dtype,
+        max_pixels=max(settings.max_pixels, ServerSettings.max_pixels),
+        tensor_parallel_size=engine.tensor_parallel_size,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        cpu_kvcache_gib=engine.cpu_kvcache_gib,
+        cpu_threads_bind=engine.cpu_threads_bind,
         sleeps=sleeps,
     )
 
 
-def serve(config: Config, policy: "Artifact | None", host: str, port: int) -> NoReturn:
+def serve(
+    where: ResourcesConfig,
+    settings: EngineSettings,
+    base: BaseSource,
+    policy: Policy | None,
+    lora_rank: int | None,
+    *,
+    host: str,
+    port: int,
+) -> NoReturn:
     """Become a server for the `engine.urls` of loops: with a whole policy's weights, else with the base model's.
 
     Whoever uses it loads what he needs: adapters under names of their own, whole weights in place.
     """
-    from thinkimg.engine.server import server_command, server_environment
-
     closure.check_closure()
-    if policy is not None and is_full(policy):
-        model = policy.checked("policy/model")
-    elif config.model.tiny is not None:
+    if policy is not None and policy.is_full:
+        model = policy.model_directory
+    elif base.tiny:
         raise UserError("The tiny preset's model is made by its warm start.", hint="name a policy: --policy …")
     else:
-        model = base_directory(config)
-    settings = engine_settings(config, adapters=config.model.adaptation == "lora" and not closure.on_cpu())
-    argv = server_command(str(model), port, settings, None, host)
-    os.execvpe(argv[0], argv, server_environment(os.environ, str(model), settings))
+        model = base_directory(base)
+    vllm = server_settings(where, settings, lora_rank=None if closure.on_cpu() else lora_rank)
+    argv = server_command(str(model), port, vllm, None, host)
+    os.execvpe(argv[0], argv, server_environment(os.environ, str(model), vllm))
 
 
-def base_directory(config: Config) -> Path:
+def base_directory(base: BaseSource) -> Path:
     """Of the base model, downloaded if need be."""
-    from thinkimg.trainer.checkpoint import Base
-
-    return Base(**base_entry(config)).locate()
-
-
-def is_full(policy: "Artifact") -> bool:
-    """Whether the policy is a whole model and not an adapter."""
-    return "policy/model/config.json" in policy.files
-
-
-@contextlib.contextmanager
-def machines(config: Config, report=print) -> Iterator[Machines]:
-    """The loop's machines where there are some, else new ones for this stage alone."""
-    if (current := CURRENT.get()) is not None:
-        yield current
-    else:
-        with Machines(config, report) as own:
-            yield own
+    return Base(**base.entry()).locate()

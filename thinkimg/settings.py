@@ -1,8 +1,22 @@
-"""What all settings are made of."""
+"""Base classes of all settings: frozen, and strict about their names.
 
-from typing import Annotated
+    Settings         a section, or what an entry of a registry is told
+    ├── Variant      a section that is one entry's: `train.loss`, chosen by `loss_type`
+    └── Composite    a section with a field for each entry in use: `image`, with `image.teacher`
 
-from pydantic import BaseModel, ConfigDict, Field
+A setting of an entry that is not in use does not exist.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic_core import core_schema
+
+from thinkimg.errors import UserError
+from thinkimg.registry import Registry, short_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -10,3 +24,158 @@ Positive = Annotated[int, Field(ge=1)]
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def sources(self) -> dict[str, str]:
+        """Return import path -> sha256 of a user's own code that these settings name, for a fingerprint."""
+        sections = [value for _, value in self if isinstance(value, Settings)]
+        return {path: digest for section in sections for path, digest in section.sources().items()}
+
+
+class Variant(Settings):
+    """Settings of the one entry of a registry that a field names.
+
+    A base class sets `registry`, `chooser` and the chooser's default. An entry's module defines `class
+    Settings(<base>)`. Where the base is a field's type or is called, its place is taken by the class of the entry that
+    is named.
+    """
+
+    registry: ClassVar[Registry]
+    chooser: ClassVar[str]
+
+    def __new__(cls, **fields: Any) -> Self:
+        return super().__new__(cls.choose(fields))
+
+    @classmethod
+    def choose(cls, fields: Mapping[str, Any]) -> type[Self]:
+        """Return the class that the fields are of. Raises UserError where they name no entry."""
+        if "registry" not in vars(cls):
+            return cls
+        name = fields.get(cls.chooser, cls.model_fields[cls.chooser].default)
+        if not isinstance(name, str):
+            raise UserError(f"The {cls.chooser} {name!r} is no name.", hint=f"There are {', '.join(cls.registry)}.")
+        kind = cls.registry.member(name, "Settings")
+        if not (isinstance(kind, type) and issubclass(kind, cls)):
+            raise UserError(f"{kind!r} is no subclass of {cls.__name__}.", hint=f"class Settings({cls.__name__}): …")
+        return kind
+
+    @classmethod
+    def names(cls, fields: Mapping[str, Any]) -> list[str]:
+        """Return the names of the settings that there are beside these."""
+        return list(cls.choose(fields).model_fields)
+
+    @classmethod
+    def owners(cls, name: str) -> list[str]:
+        """Return the entries that have a setting of this name."""
+        return [entry for entry in cls.registry if name in cls.choose({cls.chooser: entry}).model_fields]
+
+    def sources(self) -> dict[str, str]:
+        return super().sources() | self.registry.sources((getattr(self, self.chooser),))
+
+    @classmethod
+    def _validated(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        return cls.choose(value if isinstance(value, Mapping) else {}).model_validate(value)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        if "registry" not in vars(cls):
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(cls._validated)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
+        if "registry" not in vars(cls):
+            return handler(schema)
+        kinds = {name: cls.choose({cls.chooser: name}) for name in cls.registry}
+        entries = [handler(kind.__pydantic_core_schema__) | {"title": name} for name, kind in kinds.items()]
+        return {"oneOf": entries, "discriminator": {"propertyName": cls.chooser}}
+
+
+class Composite(Settings):
+    """Settings with a further field for each entry in use that has some, under the last part of its name.
+
+    A subclass sets `registry`, and `chooser`, a field of names. `always` are in use besides.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    registry: ClassVar[Registry]
+    chooser: ClassVar[str]
+    always: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:  # an entry's settings
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def entries(cls, fields: Mapping[str, Any]) -> dict[str, type[Settings]]:
+        """Return short name -> settings of the entries in use. Raises UserError where they name none."""
+        chosen = fields.get(cls.chooser, cls.model_fields[cls.chooser].default)
+        listed = [name for name in chosen if isinstance(name, str)] if isinstance(chosen, list | tuple) else []
+        kinds = {short_name(name): getattr(cls.registry[name], "Settings", None) for name in (*cls.always, *listed)}
+        return {name: kind for name, kind in kinds.items() if kind is not None}
+
+    @classmethod
+    def names(cls, fields: Mapping[str, Any]) -> list[str]:
+        """Return the names of the settings that there are beside these."""
+        return [*cls.model_fields, *cls.entries(fields)]
+
+    @classmethod
+    def owners(cls, name: str) -> list[str]:
+        """Return the entries whose settings have this name."""
+        return [
+            entry for entry in cls.registry if short_name(entry) == name and hasattr(cls.registry[entry], "Settings")
+        ]
+
+    def sources(self) -> dict[str, str]:
+        return super().sources() | self.registry.sources(getattr(self, self.chooser))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _validated(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping):
+            return fields
+        kinds: dict[str, Any] = {
+            name: (kind, Field(default_factory=kind)) for name, kind in cls.entries(fields).items()
+        }
+        if taken := kinds.keys() & cls.model_fields.keys():
+            raise UserError(f"One of the {cls.registry.kind} cannot be called '{min(taken)}'.", hint="Rename its file.")
+        shared = {name: value for name, value in fields.items() if name in cls.model_fields}
+        own = {name: value for name, value in fields.items() if name not in cls.model_fields}
+        return shared | dict(create_model(cls.__name__, __base__=Settings, **kinds).model_validate(own))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
+        shown = handler.resolve_ref_schema(reference := handler(schema))
+        for name in cls.registry:
+            if kind := getattr(cls.registry[name], "Settings", None):
+                shown["properties"][short_name(name)] = handler(kind.__pydantic_core_schema__)
+        return reference
+
+
+@dataclass(frozen=True)
+class EntryName:
+    """Annotation of a text that names an entry of a registry, or is the import path of a user's own."""
+
+    registry: Registry
+    member: str
+    """Attribute that the entry's module must have."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return handler(schema) | {"examples": list(self.registry)}
+
+    def check(self, name: str) -> str:
+        """Return the name. Raises UserError where it names no entry."""
+        self.registry.member(name, self.member)
+        return name
+
+
+def without_password(uri: str) -> str:
+    """Return the URI as it may be shown."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()

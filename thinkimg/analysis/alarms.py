@@ -9,14 +9,12 @@ says what matters, and an interval that says whether it is so. `no_step` alone i
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 from thinkimg.analysis.figures import accuracy, signals
-
-if TYPE_CHECKING:
-    from thinkimg.config import Config
-    from thinkimg.store.artifacts import Store
-    from thinkimg.tracking import LoopTracker
+from thinkimg.config.tree import Config
+from thinkimg.rewards.mix import CONDITION, Mix
+from thinkimg.store.artifacts import Store
+from thinkimg.tracking.loop import LoopTracker
 
 WINDOW = 3
 """Iterations of one mean: one bad draw of samples is no trend, and three iterations are still cheap to lose."""
@@ -228,15 +226,13 @@ class Stopped(RuntimeError):
     """An alarm ended the loop, as `on_alarm: stop` asks; everything of its last iteration is published."""
 
 
-def watch(tracker: "LoopTracker", store: "Store", config: "Config", step: int) -> list[Finding]:
+def watch(tracker: LoopTracker, store: Store, config: Config, step: int) -> list[Finding]:
     """Tell an iteration's figures, judge it by all that came before, and log both: `signal/…`, `watch/<name>` (0 or 1), and
     the table `alarms`, which keeps every iteration. Returns the findings, fired or not.
 
     It reads what the step has published, so that a loop that goes on, or is run again, finds the same.
     """
-    from thinkimg.rewards.mix import CONDITION, Mix
-
-    record, mix = tracker.record, Mix.of_config(config)
+    record, mix = tracker.record, Mix.of_settings(config.mix, config.image)
     made = {reference.kind: reference for reference in record.iteration(step).artifacts.values()}
     dataset = next(reference for _, reference in record.references("dataset"))
     inputs = [store.resolve(reference) for reference in (dataset, made["rollouts"], made["scores"])]

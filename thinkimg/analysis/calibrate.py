@@ -5,15 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thinkimg.config import Config
-from thinkimg.resources import base_directory, is_full, machines
-from thinkimg.rewards.context import Bench
+from thinkimg.config.tree import Config
+from thinkimg.models.base import BaseSource
+from thinkimg.resources import Resources, base_directory
+from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judgement import Pair
 from thinkimg.rewards.judges import attention
 from thinkimg.rewards.quality import auc_interval
-from thinkimg.stages.pairs import pairs, read_pairs
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.scheduler import Builder
+from thinkimg.stages.known_pairs import known_pairs
+from thinkimg.stages.score import judge_settings
+from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
+from thinkimg.store.kinds import Policy
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,14 @@ class Place:
     told_on: tuple[float, float, float]
 
 
-def calibrate_attention(config: Config, policy: Artifact, store: Store, *, count: int) -> list[Place]:
+def calibrate_attention(config: Config, policy: Policy, store: Store, *, count: int) -> list[Place]:
     """All places, the best on the choosing half first."""
-    known, _ = pairs(config, store, split="held_out", count=count)
-    with machines(config) as crew:
-        bench = Bench(config, crew, policy, None, None, (known,), ImageTable([known]))
-        rows = read_pairs(known)
+    with Resources(config.where) as resources:
+        pairs = Builder(config, store, resources).make(known_pairs, split="held_out", count=count)
+        context = JudgeContext(judge_settings(config), resources, policy, None, None, (pairs,), ImageTable([pairs]))
+        rows = pairs.rows()
         right, wrong = (known_side(rows, name) for name in ("right", "wrong"))
-        found = attention.look([*right, *wrong], bench, range(layers(policy, bench)))
+        found = attention.look([*right, *wrong], context, range(layers(policy, context.settings.base)))
     places = []
     order = np.random.default_rng(config.seed).permutation(len(rows))  # the families stand in turn
     for place in found[0]:
@@ -50,8 +54,8 @@ def known_side(rows: Sequence[dict[str, str]], side: str) -> list[Pair]:
     return [Pair(row["question"], row["original"], row[side]) for row in rows]
 
 
-def layers(policy: Artifact, bench: Bench) -> int:
+def layers(policy: Policy, base: BaseSource) -> int:
     from transformers import AutoConfig
 
-    directory = policy.checked("policy/model") if is_full(policy) else base_directory(bench.config)
+    directory = policy.model_directory if policy.is_full else base_directory(base)
     return AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers

@@ -1,24 +1,19 @@
 """What a loop tells at its end: one line per iteration as it goes, and the table of all of them."""
 
-from typing import TYPE_CHECKING
-
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from thinkimg import tracking
 from thinkimg.analysis.alarms import WINDOW, Finding, Z
-from thinkimg.config import Config
+from thinkimg.analysis.calibrate import Place
+from thinkimg.config.tree import Config
 from thinkimg.console import console, say
 from thinkimg.store.artifacts import Artifact
-
-if TYPE_CHECKING:
-    from thinkimg.analysis.calibrate import Place
-
-STAGES = ("prepare", "warmstart", "rollout", "score", "train", "evaluate")
+from thinkimg.tracking.loop import ui_command
+from thinkimg.tracking.records import LoopRecord
 
 
-def step(record: tracking.LoopRecord, number: int) -> None:
+def step(record: LoopRecord, number: int) -> None:
     """One line on an iteration."""
     found = record.iteration(number).metrics
     parts = [f"{name.removeprefix('reward/')} {value:.2f}" for name, value in sorted(found.items())
@@ -28,15 +23,15 @@ def step(record: tracking.LoopRecord, number: int) -> None:
     say(f"iteration {number}: {accuracy}, {', '.join([*parts, f'{seconds:.0f} s'])}")
 
 
-def final(record: tracking.LoopRecord, policy: Artifact, config: Config) -> None:
+def final(record: LoopRecord, policy: Artifact, config: Config) -> None:
     """The table, how to open MLflow, and where the policy is."""
     console.print(table(record))
     if config.where.tracking.enabled:
-        say(f"Open MLflow with: {tracking.ui_command(config)}")
+        say(f"Open MLflow with: {ui_command(config.where.store, config.where.tracking)}")
     say(f"Final policy: {policy.directory / 'policy'}")
 
 
-def table(record: tracking.LoopRecord) -> Table:
+def table(record: LoopRecord) -> Table:
     """Per iteration: every reward component, tool rate, held-out accuracy with its 95 % interval, seconds per stage."""
     rows = [(iteration.step, iteration.metrics) for iteration in record.iterations]
     rewards = sorted(
@@ -44,7 +39,7 @@ def table(record: tracking.LoopRecord) -> Table:
         - {"reward/teacher_fallback"}
         | {"reward/teacher_fallback" for _, found in rows if found.get("reward/teacher_fallback")}
     )
-    stages = [name for name in STAGES if any(f"time/{name}_s" in found for _, found in rows)]
+    stages = [name.removeprefix("time/").removesuffix("_s") for name in stage_times(record)]
     caption = (
         "Mean rewards of the rollouts; held-out accuracy after the iteration (0: before training); seconds per stage."
     )
@@ -60,7 +55,17 @@ def table(record: tracking.LoopRecord) -> Table:
     return shown
 
 
-def calibration(places: "list[Place]", count: int = 8) -> None:
+def stage_times(record: LoopRecord) -> list[str]:
+    """The keys of the stages' seconds, in the order of the pipeline: those of the first iteration alone come first."""
+    of_steps = [
+        [name for name in step.metrics if name.startswith("time/") and name.count("/") == 1 and name.endswith("_s")]
+        for step in record.iterations[:2]
+    ]
+    again = of_steps[1] if len(of_steps) > 1 else []
+    return [*(name for name in of_steps[0] if name not in again), *again] if of_steps else []
+
+
+def calibration(places: list[Place], count: int = 8) -> None:
     """The best places at which to read attention, and how to set the first."""
     shown = Table(title="Attention tells right from wrong processing", box=box.SIMPLE_HEAD, pad_edge=False,
                   caption="AUC with its 95 % interval: on the half of the pairs that chooses, and on the other half.")  # fmt: skip

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from thinkimg.analysis.explain import judgement_keys, readable
-from thinkimg.analysis.joined import judgements
-from thinkimg.stages.score import IDENTITY
-from thinkimg.store.artifacts import Artifact
+from thinkimg.store.kinds import Scores
+from thinkimg.store.manifest import Artifact
 
 PARTS = ("value", "status", "reason", "evidence")
 JUDGED = ("judge", "model", "weights", "prompt", "question", "original", "processed", "value", "reason", "evidence",
@@ -17,16 +16,14 @@ ABSENT = "(none)"
 """In the place of a setting that only one of two recipes has."""
 
 
-def diff(one: Artifact, other: Artifact) -> dict[str, Any]:
+def diff(one: Scores, other: Scores) -> dict[str, Any]:
     """JSON: `recipe` (what differs between the two, dotted key -> [one, other]), `only_in` (trajectories and components of
     one alone), `rows` (one entry per trajectory and component that differ) and `components` (their summary).
 
     The same artifact twice gives empty lists. Rows are in order of `one`.
     """
-    rows = [{row["trajectory_id"]: row for row in artifact.table("scores").to_pylist()} for artifact in (one, other)]
-    columns = [
-        [name for name in artifact.table("scores").column_names if name not in IDENTITY] for artifact in (one, other)
-    ]
+    rows = [{row["trajectory_id"]: row for row in scores.rows()} for scores in (one, other)]
+    columns = [scores.components for scores in (one, other)]
     both = [name for name in columns[0] if name in columns[1]]
     pairs = [(rows[0][name], rows[1][name]) for name in rows[0] if name in rows[1]]
     cells = [
@@ -37,8 +34,8 @@ def diff(one: Artifact, other: Artifact) -> dict[str, Any]:
     ]
     cells = [cell for cell in cells if cell[2] != cell[3]]
     verdicts = [
-        judgements(artifact, (key for cell in cells for key in judgement_keys(cell[place]["evidence"])))
-        for place, artifact in ((2, one), (3, other))
+        scores.judgements(key for cell in cells for key in judgement_keys(cell[place]["evidence"]))
+        for place, scores in ((2, one), (3, other))
     ]
     changed = [entry(*cell, *verdicts) for cell in cells]
     return {

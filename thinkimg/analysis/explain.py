@@ -6,27 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from thinkimg.analysis.joined import Scored, Weighing, judgements, open_scores, stored_advantages, weighings
-from thinkimg.config import Config
+from thinkimg.analysis.joined import Scored, Weighing, open_scores, weighings
+from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import Inclusion
-from thinkimg.images.patches import PATCH
-from thinkimg.records import Sample, StopReason, Trajectory, from_row
-from thinkimg.stages.score import IDENTITY
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.records import Sample, StopReason, Trajectory
+from thinkimg.store.artifacts import Store
+from thinkimg.store.kinds import IDENTITY, Dataset, Rollouts, Scores
 
 SHOWN = 5  # candidates in an error
 
 
-def find(store: Store, prefix: str, scores: Artifact | None = None) -> tuple[Artifact, str, list[Artifact]]:
+def find(store: Store, prefix: str, scores: Scores | None = None) -> tuple[Scores, str, list[Scores]]:
     """(scores, trajectory id, other scores of it) for the beginning of an id: the scores made last, unless they are named.
 
     Raises UserError where no trajectory or several begin so.
     """
-    places: dict[str, list[Artifact]] = {}
+    places: dict[str, list[Scores]] = {}
     every: list[str] = []
     for artifact in [scores] if scores else sorted(store.list("scores"), key=lambda one: one.manifest["finished"]):
-        ids = artifact.table("scores", ["trajectory_id"]).column(0).to_pylist()
+        ids, _ = artifact.identities()
         every += ids
         for name in ids:
             if name.startswith(prefix):
@@ -44,7 +43,7 @@ def find(store: Store, prefix: str, scores: Artifact | None = None) -> tuple[Art
     raise UserError(f"{what} with '{prefix}'.", hint=hint)
 
 
-def story(store: Store, scores: Artifact, trajectory_id: str, config: Config) -> dict[str, Any]:
+def story(store: Store, scores: Scores, trajectory_id: str, config: Config) -> dict[str, Any]:
     """All of it as JSON: see the keys. config: whose mix is shown where no policy was trained on the scores."""
     scored = open_scores(scores, store)
     dataset = store.origin(scored.rollouts, "dataset")
@@ -75,60 +74,45 @@ def story(store: Store, scores: Artifact, trajectory_id: str, config: Config) ->
     }
 
 
-def played(rollouts: Artifact, dataset: Artifact, trajectory_id: str) -> tuple[Trajectory, Sample]:
-    row = _row(rollouts, "trajectories", "trajectory_id", trajectory_id)
+def played(rollouts: Rollouts, dataset: Dataset, trajectory_id: str) -> tuple[Trajectory, Sample]:
+    row = next(rollouts.trajectories(ids=[trajectory_id]), None)
     if row is None:
         raise UserError(f"{rollouts.reference} has no trajectory {trajectory_id}.")
-    sample = _row(dataset, "samples", "sample_id", row["sample_id"])
+    sample = dataset.samples_of([row]).get(row.sample_id)
     if sample is None:
-        raise UserError(f"{dataset.reference} has no sample {row['sample_id']}.")
-    return from_row(Trajectory, row), from_row(Sample, sample)
+        raise UserError(f"{dataset.reference} has no sample {row.sample_id}.")
+    return row, sample
 
 
-def _row(artifact: Artifact, table: str, column: str, value: str) -> dict[str, Any] | None:
-    import pyarrow.parquet as pq
-
-    for path in artifact.table_files(table):
-        if rows := pq.read_table(path, filters=[(column, "=", value)]).to_pylist():
-            return rows[0]
-    return None
-
-
-def images(row: Trajectory, sample: Sample, rollouts: Artifact, dataset: Artifact) -> list[dict[str, Any]]:
+def images(row: Trajectory, sample: Sample, rollouts: Rollouts, dataset: Dataset) -> list[dict[str, Any]]:
     """Each image of the conversation in order: hash, size in pixels, size as the model saw it, and where it came from."""
-    import pyarrow.parquet as pq
-
-    sizes: dict[str, tuple[int, int]] = {}
-    tables = [artifact for artifact in (dataset, rollouts) if any(name.startswith("images") for name in artifact.files)]
-    for path in (path for artifact in tables for path in artifact.table_files("images")):
-        found = pq.read_table(path, columns=["sha256", "width", "height"], filters=[("sha256", "in", list(row.images))])
-        sizes |= {one["sha256"]: (one["width"], one["height"]) for one in found.to_pylist()}
+    sizes = rollouts.image_sizes(dataset, set(row.images))
     makers = [None] * len(sample.images) + [number for number, turn in enumerate(row.turns) if turn.image is not None]
-    found = []
-    for number, (sha256, (_, high, wide)) in enumerate(zip(row.images, row.grids, strict=True)):
+    entries = []
+    for number, (sha256, (seen_width, seen_height)) in enumerate(zip(row.images, row.sizes, strict=True)):
         width, height = sizes.get(sha256, (None, None))
-        found.append(
+        entries.append(
             {
                 "index": number,
                 "sha256": sha256,
                 "width": width,
                 "height": height,
-                "seen_width": wide * PATCH,
-                "seen_height": high * PATCH,
+                "seen_width": seen_width,
+                "seen_height": seen_height,
                 "made_by_turn": makers[number] if number < len(makers) else None,
             }
         )
-    return found
+    return entries
 
 
-def components(scores: Artifact, trajectory_id: str) -> dict[str, dict[str, Any]]:
+def components(scores: Scores, trajectory_id: str) -> dict[str, dict[str, Any]]:
     """Component -> value, status, reason, evidence, and the judgements that the evidence names, as they are stored."""
-    row = _row(scores, "scores", "trajectory_id", trajectory_id)
+    row = next(scores.rows(ids=[trajectory_id]))
     found = {name: score for name, score in row.items() if name not in IDENTITY}
     for score in found.values():
         score["evidence"] = score["evidence"] and json.loads(score["evidence"])
     keys = {name: judgement_keys(score["evidence"]) for name, score in found.items()}
-    stored = judgements(scores, (key for some in keys.values() for key in some))
+    stored = scores.judgements(key for some in keys.values() for key in some)
     for name, score in found.items():
         score["judgements"] = [readable(stored[key]) if key in stored else {"key": key} for key in keys[name]]
     return found
@@ -170,7 +154,7 @@ def weighed(scored: Scored, weighing: Weighing, row: Trajectory, place: int) -> 
             }
         )
     reason = result.reasons[place]
-    used = stored_advantages(weighing.policy) if weighing.policy is not None else None
+    used = weighing.policy.advantages() if weighing.policy is not None else None
     group = [
         {
             "trajectory_id": scored.ids[i],

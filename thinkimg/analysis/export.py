@@ -4,15 +4,16 @@ import hashlib
 import inspect
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from thinkimg import __version__
 from thinkimg.errors import UserError
+from thinkimg.images.toolbox import TOOLS, load_tools
 from thinkimg.store import files
 from thinkimg.store.artifacts import Artifact, Store
 from thinkimg.store.lineage import Graph, draw
 from thinkimg.store.manifest import MANIFEST, git_revision
+from thinkimg.tracking.records import records
 
 SUMS = "SHA256SUMS"
 README = """# A policy that thinkimg {version} trained
@@ -89,8 +90,6 @@ def fill(store: Store, policy: Artifact, pack: Path) -> None:
 
 def loop_of(store: Store, policy: Artifact):
     """The record of the loop that made or used the policy; None if a single stage made it."""
-    from thinkimg.tracking import records
-
     for record in records(store):
         if any(reference.digest == policy.digest for _, reference in record.references("policy")):
             return record
@@ -111,18 +110,16 @@ def template(policy: Path) -> str:
 
 def definitions(names: list[str] | None) -> dict:
     """The offered tools as this version of the code has them; None: all of them."""
-    from thinkimg.conversation.episode import offered_tools
-
-    offered = offered_tools(None if names is None else tuple(names))
+    offered = load_tools(None if names is None else tuple(names))
     tools = [
         {
             "name": tool.name,
             "description": " ".join(tool.description.split()),
             "signature": tool.signature(),
             "parameters": tool.Args.model_json_schema(),
-            "source_sha256": hashlib.sha256(inspect.getsource(sys.modules[tool.apply.__module__]).encode()).hexdigest(),
+            "source_sha256": hashlib.sha256(inspect.getsource(TOOLS[path]).encode()).hexdigest(),
         }
-        for tool in offered
+        for path, tool in zip(TOOLS.shipped if names is None else names, offered.values(), strict=True)
     ]
     return {"thinkimg": __version__, "git": git_revision(), "tools": tools}
 

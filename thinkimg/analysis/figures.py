@@ -3,70 +3,77 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind, from_row
+from thinkimg.conversation.regions import tool_images
+from thinkimg.images.coordinates import Box
+from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.rewards.joined import OVER, join
 from thinkimg.rewards.mix import CONDITION, RIGHT, Mix
-from thinkimg.store.artifacts import Artifact
+from thinkimg.store.kinds import Dataset, Rollouts, Scores
 
-if TYPE_CHECKING:
-    from thinkimg.puzzles.demonstrations import Box
-
-OVER = (StopReason.MAX_TURNS, StopReason.MAX_TOKENS)
 FEWEST_GROUPS = 8
 """Groups in which both columns vary, below which a correlation is not told: its standard error would be a guess."""
 LARGEST_CROP = 0.5
 """A crop of more than this share of the picture shows the marked region as the picture itself does: it did not look for it."""
 
 
-def signals(dataset: Artifact, rollouts: Artifact, scores: Artifact, mix: Mix) -> dict[str, float]:
+def signals(dataset: Dataset, rollouts: Rollouts, scores: Scores, mix: Mix) -> dict[str, float]:
     """`signal/<name>` and `signal/<name>_se`; what cannot be told (no call, no known region) is left out.
 
     tool_rate: share of the conversations in which a tool showed an image. over_turns: that ran out of turns or tokens.
     idle_calls: share of the calls that changed nothing, made an image that was there, or repeated a call; no_op_calls: the
     first of these. answer_tokens: mean length of the turn with the answer. total: mean of the mix over the rows that count.
     correlation/<component>: with the answer's reward, within groups. region_in_crop: share of the right answers for which
-    a crop or zoom held the region that the sample marks (metadata `target`: x, y, width, height in pixels of its picture).
+    a crop or zoom held the region that the sample marks (`targets`: x, y, width, height in pixels of its picture).
     Standard errors are those of clusters, the groups: conversations about one question are no independent draws.
     """
-    from thinkimg.stages.score import read_scores
-    from thinkimg.stages.train import counted
-
-    table = rollouts.table("trajectories").to_pylist()
-    rows = [from_row(Trajectory, row) for row in table]
-    components, ids, groups = read_scores(scores)
-    assert ids == [row.trajectory_id for row in rows], "scores are in the order of their rollouts"
-    valid = counted([row["stop"] for row in table], [row["turns"] for row in table])
-    names = np.array(groups)
-    played = np.array([row.stop is not StopReason.FAILED for row in rows], dtype=bool)
-    calls = [[turn for turn in row.turns if turn.kind is TurnKind.TOOL] for row in rows]
-    idle = [list(idle_calls(row)) for row in rows]
-    answers = [next((turn.tokens for turn in row.turns if turn.kind is TurnKind.ANSWER), None) for row in rows]
-    answered = np.array([tokens is not None for tokens in answers])
-
+    joined = join(rollouts, scores)
+    names, components, valid = joined.groups, joined.components, joined.counted
+    rows = np.array([facts(row) for row in rollouts.trajectories()], dtype=FACTS)
     found: dict[str, float] = {}
 
     def tell(name: str, value: "tuple[float, float] | None") -> None:
         if value is not None:
             found[f"signal/{name}"], found[f"signal/{name}_se"] = value
 
-    tell("tool_rate", share([any(turn.image for turn in row.turns) for row in rows], played, names))
-    tell("over_turns", share([row.stop in OVER for row in rows], played, names))
-    tell("idle_calls", share([len(one) for one in idle], [len(one) for one in calls], names))
-    tell("no_op_calls", share([sum(no_op for no_op, _ in one) for one in idle], [len(one) for one in calls], names))
-    tell("answer_tokens", ratio(np.array([tokens or 0 for tokens in answers]), answered, names))
-    tell("total", ratio(mix.totals(components, names, valid), valid, names))
+    tell("tool_rate", share(rows["shown"], rows["played"], names))
+    tell("over_turns", share(rows["over"], rows["played"], names))
+    tell("idle_calls", share(rows["idle"], rows["calls"], names))
+    tell("no_op_calls", share(rows["no_op"], rows["calls"], names))
+    tell("answer_tokens", ratio(rows["answer_tokens"], rows["answered"], names))
+    tell("total", ratio(joined.totals(mix), valid, names))
     if CONDITION in components:
         answer = components[CONDITION]
         for name in components:
             if name != CONDITION:
                 tell(f"correlation/{name}", correlation(components[name], answer, valid, names))
-        held = regions(rows, dataset)
-        known = np.array([one is not None for one in held]) & (answer >= RIGHT)
-        tell("region_in_crop", share([bool(one) for one in held], known, names))
+        regions = held_regions(rollouts, dataset)
+        known = (regions >= 0) & (answer >= RIGHT)
+        tell("region_in_crop", share(regions == 1, known, names))
     return found
+
+
+FACTS = [
+    (name, np.int64) for name in ("played", "shown", "over", "calls", "idle", "no_op", "answered", "answer_tokens")
+]
+
+
+def facts(row: Trajectory) -> tuple[int, ...]:
+    """What figures are made of, in the order of FACTS: counts and truth values of one trajectory."""
+    idle = list(idle_calls(row))
+    tokens = next((turn.tokens for turn in row.turns if turn.kind is TurnKind.ANSWER), None)
+    return (
+        row.stop is not StopReason.FAILED,
+        any(turn.image for turn in row.turns),
+        row.stop in OVER,
+        sum(turn.kind is TurnKind.TOOL for turn in row.turns),
+        len(idle),
+        sum(no_op for no_op, _ in idle),
+        tokens is not None,
+        tokens or 0,
+    )
 
 
 def idle_calls(row: Trajectory) -> Iterator[tuple[bool, Turn]]:
@@ -85,52 +92,36 @@ def idle_calls(row: Trajectory) -> Iterator[tuple[bool, Turn]]:
         done.add(call)
 
 
-def regions(rows: Sequence[Trajectory], dataset: Artifact) -> list[bool | None]:
-    """For each row whether a crop or zoom held the region that its sample marks; None where that marks none."""
-    from thinkimg.store.image_table import load_samples
+def held_regions(rollouts: Rollouts, dataset: Dataset) -> np.ndarray:
+    """(N,) int: 1 where a crop or zoom held the region that the sample marks, 0 where none did, -1 where it marks none."""
+    marked = {sample.sample_id: sample for sample in dataset.samples() if target(sample)}
+    sizes = dataset.image_sizes({sample.images[0] for sample in marked.values()})
 
-    wanted = {row.sample_id for row in rows}
-    marked = {
-        sample.sample_id: sample for sample in load_samples(dataset) if sample.sample_id in wanted and target(sample)
-    }
-    sizes = image_sizes(dataset, {sample.images[0] for sample in marked.values()})
-    return [
-        held(row, target(marked[row.sample_id]), sizes[marked[row.sample_id].images[0]])
-        if row.sample_id in marked and row.images
-        else None
-        for row in rows
-    ]
+    def region(row: Trajectory) -> int:
+        sample = marked.get(row.sample_id)
+        if sample is None or not row.images:
+            return -1
+        return held(row, target(sample), sizes[sample.images[0]], rollouts.tools)
 
-
-def target(sample: Sample) -> tuple[float, float, float, float] | None:
-    """The marked region of a sample with one picture: four finite numbers, of positive width and height."""
-    box = sample.metadata.get("target")
-    if (
-        len(sample.images) != 1 or not isinstance(box, list) or len(box) != 4
-    ):  # a store of version 1 has any column here
-        return None
-    numbers = all(isinstance(edge, int | float) and not isinstance(edge, bool) and math.isfinite(edge) for edge in box)
-    return tuple(box) if numbers and box[2] > 0 and box[3] > 0 else None
+    return (
+        np.array([region(row) for row in rollouts.trajectories()])
+        if marked
+        else np.full(sum(rollouts.parts().values()), -1)
+    )
 
 
-def image_sizes(dataset: Artifact, wanted: set[str]) -> dict[str, tuple[int, int]]:
-    return {
-        row["sha256"]: (row["width"], row["height"])
-        for batch in dataset.batches("images", ["sha256", "width", "height"])
-        for row in batch.to_pylist()
-        if row["sha256"] in wanted
-    }
+def target(sample: Sample) -> Box | None:
+    """The marked region (x, y, width, height) of a sample with one picture."""
+    return sample.targets[0] if len(sample.images) == 1 and sample.targets else None
 
 
-def held(row: Trajectory, box: "Box", size: tuple[int, int]) -> bool:
+def held(row: Trajectory, box: Box, size: tuple[int, int], tools: tuple[str, ...] | None = None) -> bool:
     """Whether an image that a crop or zoom led to holds the middle half of a box (x, y, width, height)."""
-    from thinkimg.puzzles.demonstrations import seen
-
     x, y, width, height = box
-    for part, _, _ in seen(row, size):
-        if part is None:
+    for image in tool_images(row, tools, (0, 0, *size)):
+        if image.region is None:
             continue
-        left, top, right, bottom = part
+        left, top, right, bottom = image.region
         inside = left <= x + width / 4 and top <= y + height / 4
         inside = inside and right >= x + width * 3 / 4 and bottom >= y + height * 3 / 4
         if inside and (right - left) * (bottom - top) <= LARGEST_CROP * size[0] * size[1]:

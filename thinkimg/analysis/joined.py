@@ -1,38 +1,24 @@
 """Scores with all that their mix needs, and the policies that were trained on them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from thinkimg.config import Config
-from thinkimg.errors import UserError
+from thinkimg.config.tree import Config
 from thinkimg.grpo.advantages import AdvantageResult, advantages
+from thinkimg.rewards.joined import Joined, join
 from thinkimg.rewards.mix import Mix
-from thinkimg.stages.score import read_scores
-from thinkimg.stages.train import counted
 from thinkimg.store.artifacts import Artifact, Store
-
-JUDGEMENTS = "judgements"
-"""Table of a scores artifact: key, judge, model, weights, prompt, question, original, processed, value, reason, evidence.
-
-Two components may name one key, where one judge answered for both: the verdict is the same."""
+from thinkimg.store.kinds import Rollouts, Scores
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One iteration's scores: N rows in order of the rollouts.
+class Scored(Joined):
+    """One iteration's scores, with their artifacts."""
 
-    components: column -> (N,) float64, NaN where missing. groups: (N,) ids. counted: (N,) bool, see stages.train.
-    """
-
-    scores: Artifact
-    rollouts: Artifact
-    components: dict[str, np.ndarray]
-    ids: list[str]
-    groups: np.ndarray
-    counted: np.ndarray
+    scores: Scores
+    rollouts: Rollouts
 
 
 @dataclass(frozen=True)
@@ -46,22 +32,17 @@ class Weighing:
     mask_truncated: bool
     policy: Artifact | None = None
 
-    def of(self, scored: Scored) -> tuple[np.ndarray, AdvantageResult]:
+    def of(self, joined: Joined) -> tuple[np.ndarray, AdvantageResult]:
         """Totals and advantages, as stages.train makes them."""
-        totals = self.mix.totals(scored.components, scored.groups, scored.counted)
-        found = advantages(
-            totals, scored.groups, scored.counted, scale_rewards=self.scale_rewards, min_std=self.min_std
+        totals = joined.totals(self.mix)
+        return totals, advantages(
+            totals, joined.groups, joined.counted, scale_rewards=self.scale_rewards, min_std=self.min_std
         )
-        return totals, found
 
 
-def open_scores(scores: Artifact, store: Store) -> Scored:
+def open_scores(scores: Scores, store: Store) -> Scored:
     rollouts = store.origin(scores, "rollouts")
-    components, ids, groups = read_scores(scores)
-    ends = rollouts.table("trajectories", ["trajectory_id", "stop", "turns"]).to_pydict()
-    if ids != ends["trajectory_id"]:
-        raise UserError(f"{scores.reference} does not hold the trajectories of {rollouts.reference}.")
-    return Scored(scores, rollouts, components, ids, np.array(groups), counted(ends["stop"], ends["turns"]))
+    return Scored(**vars(join(rollouts, scores)), scores=scores, rollouts=rollouts)
 
 
 def trained(store: Store, scores: Artifact) -> list[Artifact]:
@@ -82,7 +63,7 @@ def weighings(store: Store, scores: Artifact, config: Config) -> list[Weighing]:
         found.append(_weighing(f"policy/{policy.short}", Mix.of(recipe), recipe["train"], policy))
     if found:
         return found
-    mix = Mix.of_config(config)
+    mix = Mix.of_settings(config.mix, config.image)
     return [_weighing(f"preset {config.preset}", mix, config.train.model_dump(mode="json"), None)]
 
 
@@ -91,17 +72,3 @@ def _weighing(name: str, mix: Mix, train: dict[str, Any], policy: Artifact | Non
     return Weighing(
         name, mix, loss["scale_rewards"], train["min_std"], bool(loss["mask_truncated_completions"]), policy
     )
-
-
-def stored_advantages(policy: Artifact) -> dict[str, dict[str, Any]]:
-    """Trajectory id -> {total, advantage, included, reason, group_id} as the policy was trained."""
-    return {row["trajectory_id"]: row for row in policy.table("advantages").to_pylist()}
-
-
-def judgements(scores: Artifact, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Key -> the judgement as it is stored; those that are not there are left out, as is all where there is no table."""
-    wanted = set(keys)
-    if not wanted or not any(name.startswith(JUDGEMENTS) for name in scores.files):
-        return {}
-    rows = (row for batch in scores.batches(JUDGEMENTS) for row in batch.to_pylist())
-    return {row["key"]: row for row in rows if row["key"] in wanted}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from thinkimg.analysis.joined import Scored, Weighing, stored_advantages
+from thinkimg.analysis.joined import Scored, Weighing
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import AdvantageResult
 from thinkimg.rewards.mix import read_mix
@@ -57,7 +57,7 @@ def remix(scored: Scored, weighings: list[Weighing]) -> list[dict[str, Any]]:
             "advantages": dict(zip(scored.ids, result.advantages.tolist(), strict=True)),
         }
         if weighing.policy is not None:
-            stored = stored_advantages(weighing.policy)
+            stored = weighing.policy.advantages()
             differences = [abs(stored[name]["advantage"] - value) for name, value in entry["advantages"].items()]
             entry["reproduced"] = max(differences, default=0.0)
         entries.append(entry)

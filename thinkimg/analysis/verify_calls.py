@@ -1,21 +1,21 @@
 """Replaying tool calls: an image that a tool made is a pure function of its source image and the call, so it can be proved."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from PIL import Image
 
-from thinkimg import records
-from thinkimg.config import ImagesConfig
 from thinkimg.conversation.picture import size_seen
 from thinkimg.errors import UserError
-from thinkimg.images import tools
+from thinkimg.images import toolbox
 from thinkimg.images.decode import decode, pixel_hash
+from thinkimg.images.settings import ImagesConfig
+from thinkimg.images.tool import Tool
 from thinkimg.records import CallStatus, Sample, Trajectory, TurnKind
 from thinkimg.store.artifacts import Artifact, Problem, Store
-from thinkimg.store.image_table import ImageTable, load_samples
+from thinkimg.store.image_table import ImageTable
 
 MOST = 20  # problems that are told
 
@@ -41,7 +41,7 @@ def replay(artifact: Artifact, store: Store, progress: Callable[[int, int], None
     """Carry out every tool call of an artifact's trajectories again and compare what came of it with what is stored.
 
     Pixels are compared by hash. A batch of trajectories is in memory at a time. The samples come from the data set that the
-    manifest names; where that is gone, or its files were dropped, nothing is replayed and `note` says so.
+    manifest names, the tools are those of its recipe; where one of these is gone, nothing is replayed and `note` says so.
     """
     found = Replay()
     if artifact.dropped:
@@ -50,21 +50,22 @@ def replay(artifact: Artifact, store: Store, progress: Callable[[int, int], None
     entry = artifact.manifest["recipe"]["inputs"]["dataset"]
     try:
         dataset = store.resolve(f"{entry['kind']}/{entry['fingerprint']}/{entry['attempt']}")
-        samples = {sample.sample_id: sample for sample in load_samples(dataset)}
+        samples = {sample.sample_id: sample for sample in dataset.samples()}
     except UserError as error:
         found.note = f"its data set cannot be read, so no tool call was replayed ({error.message})"
         return found
+    try:
+        tools = toolbox.load_tools(artifact.tools)
+    except UserError as error:
+        found.note = f"a tool is not here, so no tool call was replayed ({error.message})"
+        return found
     images, limits = ImageTable([dataset]), ImagesConfig(**artifact.manifest["recipe"]["config"]["images"])
     check_stored(artifact, found)
-    total = sum(artifact.files[path.name]["rows"] for path in artifact.table_files("trajectories"))
-    done = 0
-    for batch in artifact.batches("trajectories", rows=64):
-        for row in batch.to_pylist():
-            trajectory = records.from_row(Trajectory, row)
-            again(trajectory, samples[trajectory.sample_id], images, limits, found)
-            done += 1
-            if len(found.problems) >= MOST:
-                return found
+    total = sum(artifact.parts().values())
+    for done, trajectory in enumerate(artifact.trajectories(), 1):
+        again(trajectory, samples[trajectory.sample_id], images, limits, tools, found)
+        if len(found.problems) >= MOST:
+            return found
         progress(done, total)
     return found
 
@@ -80,7 +81,14 @@ def check_stored(artifact: Artifact, found: Replay) -> None:
                 found.problems.append(Problem("images", f"{row['sha256'][:12]}… has other pixels than its name says"))
 
 
-def again(trajectory: Trajectory, sample: Sample, images: ImageTable, limits: ImagesConfig, found: Replay) -> None:
+def again(
+    trajectory: Trajectory,
+    sample: Sample,
+    images: ImageTable,
+    limits: ImagesConfig,
+    tools: Mapping[str, Tool],
+    found: Replay,
+) -> None:
     """One conversation's calls, in order: each may work on what the ones before have made."""
     pictures: list[Image.Image] = [images.decoded(sha256) for sha256 in sample.images]
     sizes = partial(size_seen, config=limits)
@@ -88,7 +96,7 @@ def again(trajectory: Trajectory, sample: Sample, images: ImageTable, limits: Im
         shown = turn.image is not None or (turn.status is CallStatus.OK and turn.observation is not None)
         if turn.kind is not TurnKind.TOOL or not shown:
             continue  # a refused call has no outcome but its error text
-        result = tools.run(turn.tool, json.loads(turn.args), pictures, sizes)
+        result = toolbox.run(turn.tool, json.loads(turn.args), pictures, sizes, tools)
         found.calls += 1
         made = pixel_hash(result.image) if result.image else None
         same = made == turn.image and result.source == turn.source

@@ -108,7 +108,7 @@ def verify(
     """Hash every file again and replay every tool call; all artifacts unless some are named. Exit code 1 on damage."""
     from thinkimg.analysis.verify_calls import can_replay, replay
     from thinkimg.console import progress
-    from thinkimg.store.artifacts import Artifact
+    from thinkimg.store.kinds import open_artifact
     from thinkimg.store.manifest import MANIFEST
 
     opened_store = opened(store)
@@ -121,7 +121,7 @@ def verify(
         problems, said = opened_store.verify(place), []
         label = f"{place.parent.parent.name}/{place.parent.name[:12]}/{place.name}"
         if not problems and not hashes_only:
-            artifact = Artifact.open(place)
+            artifact = open_artifact(place)
             said.append("files dropped" if artifact.dropped else f"{len(artifact.files)} files")
             if can_replay(artifact):
                 with progress(f"verify {label[:24]}") as show_progress:

@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from thinkimg.config import Config
+    from thinkimg.config.tree import Config
     from thinkimg.store.artifacts import Store
 
 ledger = App(name="ledger")
@@ -23,7 +23,7 @@ ROWS = 30  # of a table; --json has all
 
 
 def opened(preset: str, overrides: list[str] | None) -> "tuple[Config, Store]":
-    from thinkimg.config import load
+    from thinkimg.config.load import load
     from thinkimg.store.artifacts import Store
 
     config = load(preset, overrides or ())

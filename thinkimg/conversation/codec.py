@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from tokenizers import Tokenizer
 
 from thinkimg.conversation.protocol import IMAGE, Content, text
 from thinkimg.errors import UserError
@@ -33,8 +35,6 @@ class Codec:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        from tokenizers import Tokenizer
-
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         for token in description["added_tokens"]:
             token["special"] |= is_markup(token["content"])
@@ -55,11 +55,10 @@ class Codec:
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> Self:
         """The codec of a model: a directory or an id on the Hub, with a tokenizer.json."""
-        from transformers import (
-            PreTrainedTokenizerFast,
-        )  # AutoTokenizer imports generation and sklearn: four seconds more
+        from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports sklearn: four seconds more
 
-        return cls(PreTrainedTokenizerFast.from_pretrained(path, revision=revision))
+        where: dict[str, Any] = {} if revision is None else {"revision": revision}
+        return cls(PreTrainedTokenizerFast.from_pretrained(path, **where))
 
     def encode(self, value: str) -> list[int]:
         """Ids of a text as it stands: none of them is a special token. Lone surrogates become "?"."""
@@ -67,16 +66,17 @@ class Codec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        kept = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return cast(str, self._tokenizer.decode(list(ids), **kept))
 
     def prompt(self, system: str, content: Content) -> list[int]:
         """Compact ids of the first prompt by the tokenizer's chat template. An empty `system` is left out."""
         texts: list[str] = []
-        messages = [{"role": "user", "content": slots(content, texts)}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": slots(content, texts)}]
         if system:
             messages.insert(0, {"role": "system", "content": slots([text(system)], texts)[0]["text"]})
         markup = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._fill(markup, texts)
+        return self._fill(cast(str, markup), texts)
 
     def observation(self, content: Content) -> list[int]:
         """Compact ids of a user's message between a turn that ended with `end` and the next one."""

@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 from PIL import Image
 
-from thinkimg.config import ConversationConfig, ImagesConfig
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.picture import Picture, picture, size_seen
-from thinkimg.conversation.protocol import IMAGE, PROTOCOLS, Answer, Content, Malformed, ToolCall, text
+from thinkimg.conversation.protocol import IMAGE, Answer, Content, Malformed, ToolCall, load_protocol, text
+from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.tokens import ROLES, TokenError, TokenStream, expanded_length
-from thinkimg.errors import UserError
-from thinkimg.images import tools
+from thinkimg.images import toolbox
+from thinkimg.images.settings import ViewLimits
+from thinkimg.images.tool import Tool
 from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
 
 
@@ -22,7 +24,7 @@ from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, T
 class Outcome:
     """What a tool call gave; the picture is there if the result has an image."""
 
-    result: tools.ToolResult
+    result: toolbox.ToolResult
     picture: Picture | None = None
 
 
@@ -32,18 +34,18 @@ class PendingCall:
 
     call: ToolCall
     images: tuple[Image.Image, ...]
-    offered: tuple[str, ...]
-    config: ImagesConfig
+    tools: Mapping[str, Tool]
+    config: ViewLimits
 
     def run(self) -> Outcome:
         """A wrong call is an outcome with an error; what raises here is broken (see Episode.fail)."""
-        if not self.offered or not self.images:
-            missing = "images" if self.offered else "tools"
+        if not self.tools or not self.images:
+            missing = "images" if self.tools else "tools"
             return Outcome(
-                tools.ToolResult(len(self.images) - 1, error=f"There are no {missing} here; give an answer.")
+                toolbox.ToolResult(len(self.images) - 1, error=f"There are no {missing} here; give an answer.")
             )
         sizes = partial(size_seen, config=self.config)
-        result = tools.run(self.call.name, self.call.args, self.images, sizes, self.offered)
+        result = toolbox.run(self.call.name, self.call.args, self.images, sizes, self.tools)
         return Outcome(result, picture(result.image, self.config) if result.image else None)
 
 
@@ -62,7 +64,7 @@ class Episode:
         sample: Sample,
         pictures: Sequence[Picture],
         conversation: ConversationConfig,
-        images: ImagesConfig,
+        images: ViewLimits,
         codec: Codec,
         *,
         trajectory_id: str,
@@ -73,8 +75,8 @@ class Episode:
         assert [picture.sha256 for picture in pictures] == list(sample.images), "the pictures must be the sample's"
         self.sample, self.config, self.images_config, self.codec = sample, conversation, images, codec
         self.trajectory_id, self.group_id, self.index, self.policy = trajectory_id, group_id, index, policy
-        self.protocol = PROTOCOLS[conversation.protocol]
-        self.offered = offered_tools(conversation.tools)
+        self.protocol = load_protocol(conversation.protocol)
+        self.tools = toolbox.load_tools(conversation.tools)
         self.pictures = list(pictures)
         self.turns: list[Turn] = []
         self.answer: str | None = None
@@ -84,10 +86,7 @@ class Episode:
         """Whether it failed because of the engine, which may play it another time."""
         self._weights: list[str] = []
         self._called: Turn | None = None  # the turn whose call is pending
-        system = conversation.system
-        if system is None:
-            system = default_system(conversation.protocol, self.offered)
-        prompt = codec.prompt(system, question(sample, pictures))
+        prompt = codec.prompt(system_prompt(conversation), question(sample, pictures))
         self.stream = TokenStream(codec, prompt, [picture.slot for picture in pictures])
         if self.budget() < 1:
             length = self.stream.expanded_length
@@ -134,13 +133,15 @@ class Episode:
         if weights not in self._weights[-1:]:
             self._weights.append(weights)
         written = self.codec.decode(token_ids[:-1] if complete else token_ids)
-        turn = Turn(written, TurnKind.MALFORMED, tokens=len(token_ids))
+        turn = Turn(written, TurnKind.MALFORMED, tokens=len(token_ids), weights=weights)
         if not complete:
-            return self._end(StopReason.TRUNCATED, replace(turn, error="The turn reached its token limit."))
+            self._end(StopReason.TRUNCATED, replace(turn, error="The turn reached its token limit."))
+            return None
         match self.protocol.parse(written):
             case Answer(answer):
                 self.answer = answer
-                return self._end(StopReason.ANSWER, replace(turn, kind=TurnKind.ANSWER))
+                self._end(StopReason.ANSWER, replace(turn, kind=TurnKind.ANSWER))
+                return None
             case Malformed(reason):
                 message = f"Error: {reason}"
                 self._reply(replace(turn, error=reason, observation=message), [text(message)])
@@ -150,7 +151,7 @@ class Episode:
                 return PendingCall(
                     call,
                     tuple(picture.image for picture in self.pictures),
-                    tuple(tool.name for tool in self.offered),
+                    self.tools,
                     self.images_config,
                 )
 
@@ -222,6 +223,7 @@ class Episode:
             stop=self.stop,
             error=self.error,
             weights=">".join(self._weights),
+            sizes=tuple(picture.view.size for picture in self.pictures),
         )
 
 
@@ -257,21 +259,19 @@ def size_statement(number: int, picture: Picture) -> str:
     return f"Image {number}: {picture.view.width}x{picture.view.height} pixels."
 
 
-@cache
-def offered_tools(names: tuple[str, ...] | None) -> tuple[tools.Tool, ...]:
-    """The tools that conversation.tools names, in its order; all for None. Raises UserError for an unknown name."""
-    for name in names or ():
-        if name not in tools.TOOLS:
-            raise UserError(f"There is no tool '{name}'.", hint=f"The tools are {', '.join(tools.TOOLS)}.")
-    return tuple(tools.TOOLS[name] for name in (tools.TOOLS if names is None else names))
+def system_prompt(conversation: ConversationConfig) -> str:
+    """Return the user's own system prompt, or the one that describes protocol and tools."""
+    if conversation.system is not None:
+        return conversation.system
+    return default_system(conversation.protocol, conversation.tools)
 
 
 @cache
-def default_system(protocol: str, offered: tuple[tools.Tool, ...]) -> str:
-    return PROTOCOLS[protocol].system(offered)
+def default_system(protocol: str, tools: tuple[str, ...] | None) -> str:
+    return load_protocol(protocol).system(tuple(toolbox.load_tools(tools).values()))
 
 
-def canonical(args: dict) -> str:
+def canonical(args: dict[str, Any]) -> str:
     """JSON with one form per value."""
     return json.dumps(args, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 

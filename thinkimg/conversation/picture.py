@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from thinkimg.config import ImagesConfig
 from thinkimg.conversation.tokens import Grid, ImageSlot
 from thinkimg.images.decode import pixel_hash
+from thinkimg.images.settings import ViewLimits
 from thinkimg.images.view import grid, view, view_size
 
 
@@ -28,7 +28,7 @@ class Picture:
         return ImageSlot(self.sha256, self.grid)
 
 
-def picture(image: Image.Image, config: ImagesConfig) -> Picture:
+def picture(image: Image.Image, config: ViewLimits) -> Picture:
     """A picture from full-resolution RGB pixels: CPU work (resize, hashes) to be done once, off the event loop.
 
     Raises ValueError if the aspect exceeds 200.
@@ -38,6 +38,6 @@ def picture(image: Image.Image, config: ImagesConfig) -> Picture:
     return Picture(image, sha256, seen, sha256 if seen is image else pixel_hash(seen))
 
 
-def size_seen(image: Image.Image, config: ImagesConfig) -> tuple[int, int]:
+def size_seen(image: Image.Image, config: ViewLimits) -> tuple[int, int]:
     """(width, height) of what the model sees of an image."""
     return view_size(*image.size, min_pixels=config.min_pixels, max_pixels=config.max_pixels)

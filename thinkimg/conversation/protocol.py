@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from thinkimg.images.tools import IMAGE_ARGUMENT, Tool
+from thinkimg.errors import UserError
+from thinkimg.images.tool import IMAGE_ARGUMENT, Tool
+from thinkimg.registry import Registry
+
+PROTOCOLS = Registry("protocols", "thinkimg.conversation.protocols")
+"""Each defines `PROTOCOL`, an instance of a Protocol."""
 
 MAX_BRACKETS = 100  # in a call: a fixed limit on nesting, where Python's own depends on the caller's stack
 MAX_DIGITS = 20  # of an integer in a call
@@ -125,56 +130,12 @@ class Protocol(ABC):
         return "\n".join(lines + [f"- {tool.signature()}: {' '.join(tool.description.split())}" for tool in tools])
 
 
-class Think(Protocol):
-    """<think>…</think>, then <tool>{"name": …, "args": {…}}</tool> or <answer>…</answer>; only white space around."""
-
-    open_call, close_call, args_key = "<tool>", "</tool>", "args"
-    call_form = '<tool>{"name": "…", "args": {…}}</tool>'
-    turn_form = "<think>your thoughts</think>"
-
-    def split(self, turn: str) -> tuple[str, str] | Malformed:
-        thought, end, rest = turn.removeprefix("<think>").partition("</think>")
-        if not turn.startswith("<think>") or not end or "<think>" in thought:
-            return Malformed("Begin with one <think>…</think>.")
-        return thought, rest.lstrip()
-
-    def render_thought(self, thought: str) -> str:
-        return f"<think>{thought}</think>"
-
-    def render_call(self, name: str, args: dict[str, Any]) -> str:
-        return f"<tool>{call_json(name, self.args_key, args)}</tool>"
-
-    def observation(self, value: str, *, image: bool) -> Content:
-        return [IMAGE] * image + [text(value)]
-
-
-class Qwen(Protocol):
-    """What Qwen models are trained on: <tool_call>{"name", "arguments"}</tool_call>, results in <tool_response>.
-
-    The thought is whatever precedes the call or the answer, with <think> tags or without: the stock models write prose
-    there. An answer has no form of its own in Qwen's template, so that it is <answer>…</answer> here, too.
-    """
-
-    open_call, close_call, args_key = "<tool_call>", "</tool_call>", "arguments"
-    call_form = '<tool_call>{"name": "…", "arguments": {…}}</tool_call>'
-    turn_form = "your thoughts\n"
-
-    def split(self, turn: str) -> tuple[str, str] | Malformed:
-        starts = [start for tag in (self.open_call, "<answer>") if (start := turn.find(tag)) >= 0]
-        start = min(starts, default=len(turn))
-        return turn[:start], turn[start:]
-
-    def render_thought(self, thought: str) -> str:
-        return f"{thought}\n" if thought else ""
-
-    def render_call(self, name: str, args: dict[str, Any]) -> str:
-        return f"<tool_call>\n{call_json(name, self.args_key, args)}\n</tool_call>"
-
-    def observation(self, value: str, *, image: bool) -> Content:
-        return [text("<tool_response>\n"), *[IMAGE] * image, text(f"{value}\n</tool_response>")]
-
-
-PROTOCOLS: dict[str, Protocol] = {"think": Think(), "qwen": Qwen()}
+def load_protocol(name: str) -> Protocol:
+    """Return the protocol of that name or import path. Raises UserError where there is none."""
+    protocol = PROTOCOLS.member(name, "PROTOCOL")
+    if not isinstance(protocol, Protocol):
+        raise UserError(f"The PROTOCOL of {name} is no Protocol.", hint="PROTOCOL = Mine(), of class Mine(Protocol)")
+    return protocol
 
 
 def parse_answer(body: str) -> Answer | Malformed:
@@ -194,8 +155,9 @@ def strict_json(body: str) -> Any:
     """
     if body.count("[") + body.count("{") > MAX_BRACKETS:
         raise ValueError("too many brackets")
-    hooks = {"object_pairs_hook": _object, "parse_constant": _constant, "parse_float": _float, "parse_int": _integer}
-    value = json.loads(body, **hooks)
+    value = json.loads(
+        body, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_integer
+    )
     if not is_unicode(json.dumps(value, ensure_ascii=False)):
         raise ValueError("a string is not valid Unicode")
     return value

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from thinkimg.data import split
-from thinkimg.data.sources import RawRow, Reason, Refused, RowRefused, Source
+from thinkimg.data.settings import RowsConfig
+from thinkimg.data.source import RawRow, Reason, Refused, RowRefused, Source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits, ImageRefused, decode, pixel_hash
 from thinkimg.records import Sample
 from thinkimg.store.image_table import storable
-
-if TYPE_CHECKING:
-    from thinkimg.config import DataConfig
 
 SHOWN = 5  # refused rows in an error
 
@@ -33,7 +31,8 @@ class Prepared:
 
 
 Job = Callable[[], Prepared]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
@@ -63,7 +62,7 @@ class Surveyed:
     groups: int
 
 
-def survey(source: Source, data: "DataConfig", limits: ImageLimits, pool: Executor, window: int) -> Surveyed:
+def survey(source: Source, data: RowsConfig, limits: ImageLimits, pool: Executor, window: int) -> Surveyed:
     """Check every row and split what is accepted. Raises UserError where too much is refused, or nothing is left."""
     samples: list[Sample] = []
     groups: list[str | None] = []
@@ -74,8 +73,11 @@ def survey(source: Source, data: "DataConfig", limits: ImageLimits, pool: Execut
             row = Refused(row.where, Reason.DUPLICATE, f"an earlier row has the id {row.id!a}")
         elif isinstance(row, RawRow):
             seen.add(row.id)
-        if isinstance(row, Refused) or isinstance(hashes, Refused):
-            refused.append(row if isinstance(row, Refused) else hashes)
+        if isinstance(row, Refused):
+            refused.append(row)
+            continue
+        if isinstance(hashes, Refused):
+            refused.append(hashes)
             continue
         samples.append(_sample(row, hashes, source.name))
         groups.append(row.group)
@@ -121,14 +123,14 @@ def _sample(row: RawRow, hashes: tuple[str, ...], source: str) -> Sample:
     return Sample(
         sample_id=row.id,
         question=row.question,
-        answer=row.answer,
+        answers=row.answers,
         answer_type=row.answer_type,
         choices=row.choices,
         images=hashes,
         source=source,
         split="",
-        metadata=row.metadata,
         columns=row.columns,
+        targets=row.targets,
     )
 
 

@@ -1,4 +1,5 @@
-"""Which groups are held out, and which samples are taken: by keyed hashes, so that more data changes little of either."""
+"""Which groups are held out, and which samples are taken: by keyed hashes, so that more data changes little of
+either."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
@@ -19,7 +20,8 @@ def ranked(names: Iterable[str], seed: int, purpose: str) -> list[str]:
 
 
 def held_out(groups: Iterable[str], share: float, seed: int) -> set[str]:
-    """The groups that are held out: the share of them, at least one, and not all. UserError for fewer than two groups."""
+    """The groups that are held out: the share of them, at least one, and not all. UserError for fewer than two
+    groups."""
     order = ranked(groups, seed, "held out")
     if len(order) < 2:
         raise UserError(

@@ -4,12 +4,3 @@ Nothing here keeps state between calls but the servers themselves. Prompts are c
 pictures a prompt shows is told by uuid, the hash of the pixels that the model sees. What weights a server holds is
 told by a version string that only `EngineClient.load_weights` changes, or by the name of an adapter.
 """
-
-
-class EngineError(RuntimeError):
-    """A server did not start, died, refused a request or answered nonsense; `hint` says what to try."""
-
-    def __init__(self, message: str, *, hint: str = ""):
-        super().__init__(f"{message}\nHint: {hint}" if hint else message)
-        self.message = message
-        self.hint = hint

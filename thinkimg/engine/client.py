@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 import aiohttp
 
-from thinkimg.engine import EngineError
+from thinkimg.engine.errors import EngineError
 from thinkimg.engine.request import Generation, ImageRef, Sampling
 
 __all__ = ["EngineClient", "EngineUnavailable", "Generation", "ImageRef", "Sampling"]
@@ -49,6 +49,7 @@ class EngineClient:
         self.media = media
         self._outstanding = dict.fromkeys(self.urls, 0)
         self._dead: set[str] = set()  # not used again: one that comes back may hold other weights
+        self.concurrency = concurrency
         self._slots = asyncio.Semaphore(concurrency)
         # httpx looks at all of its connections for every request: with 128 of them that took most of this process' time.
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30.0)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from thinkimg import closure
-from thinkimg.engine import EngineError
+from thinkimg.engine.errors import EngineError
 from thinkimg.errors import UserError
 from thinkimg.process import Child, free_port, spawn
 
@@ -89,6 +90,7 @@ class Server:
         self.url = ""
         self._child: Child | None = None
         self._asleep = False
+        self._stopping = threading.Lock()
 
     def __enter__(self) -> Self:
         self.start()
@@ -107,19 +109,20 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         argv = server_command(self.model, port, self.settings, self.media_dir)
         env = server_environment(os.environ, self.model, self.settings)
-        self._child = spawn(argv, name=self.name, env=env, log_path=self.log_path)
+        self._child = child = spawn(argv, name=self.name, env=env, log_path=self.log_path)
         try:
-            self._wait(timeout)
+            self._wait(child, timeout)
             post(f"{self.url}/update_weight_version", {"new_version": self.version})
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """End the server and all its processes; does nothing if it isn't running."""
-        if self._child is not None:
-            self._child.terminate(timeout=5)
-            self._child, self._asleep = None, False
+        """End the server and all its processes; does nothing if it isn't running. For several threads."""
+        with self._stopping:
+            if self._child is not None:
+                self._child.terminate(timeout=5)
+                self._child, self._asleep = None, False
 
     def sleep(self) -> None:
         """Free the GPU's memory: the weights wait in the machine's memory, the KV cache is gone.
@@ -136,26 +139,24 @@ class Server:
             post(f"{self.url}/wake_up", {})
             self._asleep = False
 
-    def _wait(self, timeout: float) -> None:
-        assert self._child is not None
+    def _wait(self, child: Child, timeout: float) -> None:
         started, told = time.monotonic(), 0.0
         while not answers(f"{self.url}/health"):
             elapsed = time.monotonic() - started
-            if not self._child.alive:
-                raise self._error(f"ended with status {self._child.returncode} after {elapsed:.0f} s")
+            if not child.alive:
+                raise self._error(child, f"ended with status {child.returncode} after {elapsed:.0f} s")
             if elapsed > timeout:
-                raise self._error(f"was not ready after {timeout:.0f} s")
+                raise self._error(child, f"was not ready after {timeout:.0f} s")
             if self.progress is not None and elapsed - told >= 5:
                 told = elapsed
-                words = last_words(self._child.log_tail(1))
+                words = last_words(child.log_tail(1))
                 self.progress(f"{self.name}: starting, {elapsed:.0f} s{words and ': '}{words}")
             time.sleep(0.1)
         if self.progress is not None:
             self.progress(f"{self.name}: ready after {time.monotonic() - started:.0f} s at {self.url}")
 
-    def _error(self, what: str) -> EngineError:
-        assert self._child is not None
-        log = self._child.log_tail(1000)
+    def _error(self, child: Child, what: str) -> EngineError:
+        log = child.log_tail(1000)
         # The first exception is the cause, those behind it are processes that lost each other.
         cause = CAUSE.search(log)
         told = f": {cause[1]}" if cause else ""

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import numpy as np
 
 from thinkimg.errors import UserError
-from thinkimg.grpo.loss_config import ScaleRewards
+from thinkimg.grpo.settings import ScaleRewards
+
+K = TypeVar("K", str, tuple[str, str])
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation, as in TRL 1.16."""
@@ -40,8 +43,8 @@ class AdvantageResult:
 
 
 def mix_rewards(
-    components: Mapping[str, np.ndarray],
-    weights: Mapping[str, float],
+    components: Mapping[K, np.ndarray],
+    weights: Mapping[K, float],
     groups: np.ndarray,
     valid: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -58,8 +61,8 @@ def mix_rewards(
     unknown = sorted(set(weights) - set(components))
     if unknown:
         raise UserError(
-            f"the mix names components that have no scores: {', '.join(unknown)}",
-            hint=f"scored components are: {', '.join(sorted(components)) or 'none'}",
+            f"the mix names components that have no scores: {', '.join(map(str, unknown))}",
+            hint=f"scored components are: {', '.join(sorted(map(str, components))) or 'none'}",
         )
     ids, index = np.unique(groups, return_inverse=True)
     valid = np.ones(len(index), dtype=bool) if valid is None else valid

@@ -9,15 +9,12 @@ How it departs from TRL, where a step is more than one micro-batch or a position
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from thinkimg.grpo.loss_config import LossConfig
-from thinkimg.grpo.losses._common import Loss, Normaliser, Terms
-
-__all__ = ["LossOutput", "Normaliser", "grpo_loss", "step_normaliser"]
+from thinkimg.grpo.settings import LOSSES, LossConfig
+from thinkimg.grpo.terms import Loss, Normaliser, Terms
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def grpo_loss(
         observed["sampling/importance_sampling_ratio/mean"] = values
         observed["sampling/importance_sampling_ratio/zero"] = values == 0
 
-    loss_type: Loss = import_module(f"thinkimg.grpo.losses.{cfg.loss_type}").LOSS
+    loss_type: Loss = LOSSES.member(cfg.loss_type, "LOSS")
     terms = Terms(logps, log_ratio, ratio, advantages, mask, importance)
     per_token, loss_metrics = loss_type.per_token(cfg, terms)
     observed |= loss_metrics
@@ -163,6 +160,7 @@ def grpo_loss(
     if cfg.entropy_coef != 0.0:
         assert entropies is not None, "entropy_coef != 0 needs entropies"
         tokens = normaliser.tokens if cfg.top_entropy_quantile == 1.0 else normaliser.entropy_tokens
+        assert tokens is not None, "use step_normaliser with entropies"
         loss = loss - cfg.entropy_coef * (entropies * high_entropy).sum() / max(tokens, 1)
     if entropies is not None:
         observed["entropy"] = entropies

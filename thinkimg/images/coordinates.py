@@ -1,9 +1,7 @@
 """The coordinate contract: from the pixels that the model sees to those of the full-resolution image, and back."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 Box = tuple[float, float, float, float]
 """Edges (left, top, right, bottom) in pixels, right and bottom exclusive; (0, 0, width, height) is the whole image."""
@@ -51,13 +49,8 @@ def _clamp(edge: int, size: int) -> int:
     return min(max(edge, 0), size)
 
 
-def taken_box(tool: str | None, args: Mapping[str, Any], view: tuple[int, int]) -> Box | None:
-    """(left, top, right, bottom), in pixels of the view, of what a crop or a zoom took; None for the other tools."""
-    if tool == "crop_image":
-        return args["x"], args["y"], args["x"] + args["width"], args["y"] + args["height"]
-    if tool == "zoom_image":
-        width, height = view[0] / args["factor"], view[1] / args["factor"]
-        left = min(max(args["center_x"] - width / 2, 0), view[0] - width)
-        top = min(max(args["center_y"] - height / 2, 0), view[1] - height)
-        return left, top, left + width, top + height
-    return None
+def within(region: Box, box: Box, view: tuple[int, int]) -> Box:
+    """Return the part of a picture that `box` takes, in pixels of a view of it that shows `region` of the picture."""
+    left, top, right, bottom = region
+    wide, high = (right - left) / view[0], (bottom - top) / view[1]
+    return left + box[0] * wide, top + box[1] * high, left + box[2] * wide, top + box[3] * high

@@ -5,6 +5,7 @@ import io
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from thinkimg.images.view import MAX_ASPECT
@@ -128,8 +129,6 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _reduce_to_8_bit(image: Image.Image) -> Image.Image:
     """16-bit grey to L or LA by dropping the low byte, as Pillow does for 16-bit colour; convert("L") clips."""
-    import numpy as np
-
     levels_HW = np.asarray(image)
     grey = Image.fromarray((levels_HW >> 8).astype(np.uint8))
     if "transparency" in image.info:

@@ -1,21 +1,17 @@
 """CLIP models through open_clip: loading, encoding, and a small one that is trained on the puzzles where there is no hub."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from thinkimg.errors import UserError
-from thinkimg.settings import Settings
 from thinkimg.store import files
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from thinkimg.store.artifacts import Artifact
+from thinkimg.store.artifacts import Artifact
 
 OWN = "warmstart"
 BATCH = 64  # images per forward: more gains nothing on a CPU, and 64 of ViT-B-32 are half a GB on a GPU
@@ -31,11 +27,13 @@ SCALE = 20.0  # CLIP's 100 would leave a tiny model with values of 0 and 1 only
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
-class EmbeddingConfig(Settings):
-    model: str = "ViT-B-32"
-    """A model of open_clip, `hf-hub:…`, `local-dir:…`; "warmstart": a small one that the warm start trains on the puzzles."""
-    pretrained: str | None = "laion2b_s34b_b79k"
-    """Tag or file of its weights; null where the model's name says it all."""
+class ClipName(Protocol):
+    """Names of a CLIP model and of its weights, as `image.embedding` has them."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def pretrained(self) -> str | None: ...
 
 
 class Encoder:
@@ -46,9 +44,7 @@ class Encoder:
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.encoded = 0  # pictures and texts that went through the model
 
-    def images(
-        self, names: Sequence[str], open_image: Callable[[str], "Image.Image"], run: Callable = map
-    ) -> np.ndarray:
+    def images(self, names: Sequence[str], open_image: Callable[[str], Image.Image], run: Callable = map) -> np.ndarray:
         """The images of these names, BATCH at a time; `run` maps the preprocessing, in threads say."""
 
         def prepare(name: str):
@@ -74,17 +70,13 @@ def batches(items: Sequence) -> Iterator[Sequence]:
     return (items[i : i + BATCH] for i in range(0, len(items), BATCH))
 
 
-def load(settings: EmbeddingConfig, own: "Artifact | None") -> Encoder:
-    """The encoder of a model by name, or of the artifact `own`; kept until another one is asked for.
-
-    Raises UserError if there is no such model or its weights can't be had.
-    """
-    directory = own and str(own.checked("clip"))
-    return _load(*((f"local-dir:{directory}", None) if directory else (settings.model, settings.pretrained)))
+def source(settings: ClipName, own: Artifact | None) -> tuple[str, str | None]:
+    """(name, pretrained) of the configured model, or of the artifact `own`, as `load` takes them."""
+    return (f"local-dir:{own.checked('clip')}", None) if own else (settings.model, settings.pretrained)
 
 
-@lru_cache(maxsize=1)
-def _load(name: str, pretrained: str | None) -> Encoder:
+def load(name: str, pretrained: str | None) -> Encoder:
+    """The encoder of a model. Raises UserError if there is none or its weights can't be had."""
     import open_clip
     import torch
 
@@ -101,16 +93,7 @@ def _load(name: str, pretrained: str | None) -> Encoder:
     return Encoder(model.eval(), preprocess, tokenizer, device)
 
 
-def forget() -> None:
-    """Let go of the kept encoder, and of its memory on a GPU."""
-    if _load.cache_info().currsize:
-        import torch
-
-        _load.cache_clear()
-        torch.cuda.empty_cache()
-
-
-def weights_digest(settings: EmbeddingConfig, own: "Artifact | None") -> str:
+def weights_digest(settings: ClipName, own: Artifact | None) -> str:
     """What the weights are: the artifact's digest, the hash of local files, or the name by which they are downloaded."""
     if own is not None:
         return own.digest
@@ -128,7 +111,7 @@ def weights_digest(settings: EmbeddingConfig, own: "Artifact | None") -> str:
 
 
 def train_tiny(
-    directory: Path, triples: Sequence[tuple[str, "Image.Image", "Image.Image", "Image.Image"]], *, seed: int, steps: int,
+    directory: Path, triples: Sequence[tuple[str, Image.Image, Image.Image, Image.Image]], *, seed: int, steps: int,
     threads: int, batch: int = 32, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:  # fmt: skip
     """Train TINY on (question, right, original, wrong) and write it as open_clip's local-dir; returns metrics.
@@ -173,16 +156,14 @@ def train_tiny(
     return {"loss": float(np.mean(losses[-10:])), "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def small(image: "Image.Image"):
+def small(image: Image.Image):
     """(3, SIDE, SIDE) uint8, as the saved preprocessing makes it."""
     import torch
-    from PIL import Image
 
     return torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))).permute(2, 0, 1)
 
 
 def save(model, directory: Path) -> None:
-    import json
 
     from safetensors.torch import save_file
 

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from thinkimg.models.settings import TinyModel
+
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
 
-    from thinkimg.config import TinyModel
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -29,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def create_tiny(directory: Path, tiny: "TinyModel", corpus: Iterable[str], *, seed: int) -> None:
+def create_tiny(directory: Path, tiny: TinyModel, corpus: Iterable[str], *, seed: int) -> None:
     """Write config, weights (float32 safetensors), tokenizer, processor and chat template of a tiny Qwen2.5-VL.
 
     corpus: the texts on which the byte-level BPE vocabulary (tiny.vocab_size entries) is trained.
@@ -42,8 +45,6 @@ def create_tiny(directory: Path, tiny: "TinyModel", corpus: Iterable[str], *, se
 
 
 def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> None:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -77,7 +78,7 @@ def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> 
     write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def write_processor(directory: Path, tiny: "TinyModel") -> None:
+def write_processor(directory: Path, tiny: TinyModel) -> None:
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
@@ -98,7 +99,7 @@ def write_processor(directory: Path, tiny: "TinyModel") -> None:
     write_json(directory / "preprocessor_config.json", settings)
 
 
-def geometry(tiny: "TinyModel", ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
+def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
     """Its config. ids: of the vocabulary, or of the special tokens, of which the highest is the last."""
     from transformers import Qwen2_5_VLConfig
 
@@ -146,7 +147,7 @@ def geometry(tiny: "TinyModel", ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
     )
 
 
-def write_model(directory: Path, tiny: "TinyModel", seed: int) -> None:
+def write_model(directory: Path, tiny: TinyModel, seed: int) -> None:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar

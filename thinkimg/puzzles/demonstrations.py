@@ -2,18 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+from numpy.random import Generator
 
 from thinkimg.conversation.protocol import Answer, Protocol, ToolCall
-from thinkimg.images.coordinates import taken_box
-from thinkimg.images.patches import PATCH
+from thinkimg.conversation.regions import tool_images
+from thinkimg.images.coordinates import Box
 from thinkimg.puzzles.scenes import CELL, SCALE, SIZE, Family
+from thinkimg.puzzles.settings import Flaws
 from thinkimg.records import Sample, Trajectory, Turn
-
-if TYPE_CHECKING:
-    from numpy.random import Generator
-
-    from thinkimg.config import Flaws
 
 # Haste goes with the wrong calls: one choice at the start of a turn, which a policy gradient can find, and not noise on
 # every coordinate, from which a small model learns neither the right nor the wrong way.
@@ -25,9 +22,10 @@ THOUGHTS = {
     "rotate_image": "I turn it.",
     "flip_image": "I mirror it.",
 }
+LIGHTS = ("adjust_brightness", "adjust_contrast")
 
 
-def script(sample: Sample, protocol: Protocol, flaws: "Flaws", rng: "Generator", *, tools: bool) -> list[str]:
+def script(sample: Sample, protocol: Protocol, flaws: Flaws, rng: Generator, *, tools: bool) -> list[str]:
     """The model's turns, one text each: the right calls and answer, or one of the flaws.
 
     A flawed demonstration ends with a random choice: nothing that it saw tells the answer. Without tools the right answer
@@ -62,16 +60,14 @@ def wrong_calls(family: Family, calls: list[ToolCall]) -> list[ToolCall]:
             return [first]
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the sample's picture
-
-
-def right_calls(sample: Sample, row: Trajectory) -> bool:
+def right_calls(sample: Sample, row: Trajectory, tools: tuple[str, ...] | None = None) -> bool:
     """Whether the puzzle could be read from what the tools showed: the marked cell large enough, bright enough, upright.
 
     The thresholds are those at which the pattern stands out by 20 grey levels or is seen at full resolution.
+    tools: `conversation.tools` of the row.
     """
-    family, target = Family(sample.metadata["family"]), sample.metadata["target"]
-    shown = list(seen(row))
+    family, target = Family(sample.metadata["family"]), sample.targets[0] if sample.targets else None
+    shown = list(seen(row, tools=tools))
     lit = [light for _, light, _ in shown]
     close = [target is not None and holds(box, target) for box, _, _ in shown]
     match family:
@@ -88,33 +84,20 @@ def right_calls(sample: Sample, row: Trajectory) -> bool:
             )
 
 
-def seen(row: Trajectory, size: tuple[int, int] = (SIZE, SIZE)) -> Iterator[tuple[Box | None, bool, Turn]]:
-    """(part of the picture, brightened, turn) of each image that a tool made; None where pixels have no simple place.
+def seen(
+    row: Trajectory, size: tuple[int, int] = (SIZE, SIZE), tools: tuple[str, ...] | None = None
+) -> Iterator[tuple[Box | None, bool, Turn]]:
+    """Yield (part of the picture, brightened, turn) of each image that a tool made; None where no box tells the part.
 
-    size: width and height of the sample's picture in pixels.
+    size: width and height of the sample's picture in pixels. tools: `conversation.tools` of the row.
     """
-    known: list[tuple[Box | None, bool]] = [((0, 0, *size), False)] * (
-        len(row.images) - sum(1 for t in row.turns if t.image)
-    )
-    for turn in row.turns:
-        if turn.image is None:
-            continue
-        box, light = known[turn.source]
-        args, (_, rows, columns) = json.loads(turn.args), row.grids[turn.source]
-        if turn.tool in ("crop_image", "zoom_image"):
-            box = box and inside(box, turn.tool, args, columns * PATCH, rows * PATCH)
-        elif turn.tool in ("rotate_image", "flip_image"):
-            box = None
-        light = light or (turn.tool in ("adjust_brightness", "adjust_contrast") and args["factor"] >= 80)
-        known.append((box, light))
-        yield box, light, turn
-
-
-def inside(box: Box, tool: str, args: dict, width: int, height: int) -> Box:
-    """The box that a crop or zoom takes out of an image that shows `box` at width x height view pixels."""
-    left, top, right, bottom = taken_box(tool, args, (width, height))
-    x, y = (box[2] - box[0]) / width, (box[3] - box[1]) / height
-    return box[0] + left * x, box[1] + top * y, box[0] + right * x, box[1] + bottom * y
+    images = list(tool_images(row, tools, (0, 0, *size)))
+    lit = [False] * (len(row.images) - len(images))
+    for image in images:
+        turn = image.turn
+        light = turn.tool in LIGHTS and json.loads(turn.args)["factor"] >= 80
+        lit.append(lit[turn.source] or light)
+        yield image.region, lit[-1], turn
 
 
 def undoes(args: dict, right: dict) -> bool:

@@ -2,20 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image
 
 from thinkimg.conversation.protocol import ToolCall
-from thinkimg.images import tools
+from thinkimg.images import toolbox
 from thinkimg.images.view import view_size
 from thinkimg.puzzles.demonstrations import wrong_calls
 from thinkimg.puzzles.scenes import CELL, SCALE, SIZE, VIEW, Family
 from thinkimg.records import Sample
-
-if TYPE_CHECKING:
-    from numpy.random import Generator
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,13 @@ def known_pairs(samples: Sequence[Sample], picture: Callable[[str], Image.Image]
 def processed(image: Image.Image, calls: Sequence[ToolCall]) -> Image.Image:
     """The last image of a chain of calls."""
     for call in calls:
-        result = tools.run(call.name, call.args, [image], size_seen)
+        result = toolbox.run(call.name, call.args, [image], size_seen)
         assert result.image is not None, result.error
         image = result.image
     return image
 
 
-def wrong(sample: Sample, original: Image.Image, solution: list[ToolCall], rng: "Generator") -> Image.Image:
+def wrong(sample: Sample, original: Image.Image, solution: list[ToolCall], rng: Generator) -> Image.Image:
     family = Family(sample.metadata["family"])
     kinds = ["mistake", "noise"] if family in (Family.DARK, Family.TURNED) else ["mistake", "elsewhere", "elsewhere"]
     match kinds[rng.integers(len(kinds))]:
@@ -67,9 +64,9 @@ def wrong(sample: Sample, original: Image.Image, solution: list[ToolCall], rng: 
             return processed(original, [elsewhere(sample, rng), *solution[1:]])
 
 
-def elsewhere(sample: Sample, rng: "Generator") -> ToolCall:
+def elsewhere(sample: Sample, rng: Generator) -> ToolCall:
     """A crop of the right size at a random place that shows none of the marked cell's middle."""
-    x, y, *_ = (value // SCALE for value in sample.metadata["target"])
+    x, y, *_ = (value // SCALE for value in sample.targets[0])
     side = CELL // SCALE
     while True:
         left, top = (int(value) for value in rng.integers(0, (SIZE - CELL) // SCALE + 1, 2))

@@ -2,22 +2,19 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from thinkimg.data import split
 from thinkimg.data.prepared import Job, Prepared
+from thinkimg.data.sources.puzzles import Settings
 from thinkimg.images.decode import pixel_hash
 from thinkimg.puzzles import scenes
 from thinkimg.records import PUZZLES, AnswerType, Sample
 from thinkimg.store.image_table import encode
 
-if TYPE_CHECKING:
-    from thinkimg.config import DataConfig
 
-
-def puzzle_jobs(data: "DataConfig") -> Iterator[Job]:
+def puzzle_jobs(data: Settings) -> Iterator[Job]:
     """Training puzzles, then held-out ones; families in turn; no photograph is on both sides."""
     names = scenes.split_photographs(list(scenes.photographs()), data.held_out_share, data.seed)
     families = [scenes.Family(name) for name in data.puzzles.families]
@@ -34,7 +31,7 @@ def _puzzle(families: list[scenes.Family], names: list[str], i: int, seed: int, 
     sample = Sample(
         sample_id=f"{place}-{i:06}-{puzzle.family}",
         question=puzzle.question,
-        answer=puzzle.answer,
+        answers=(puzzle.answer,),
         answer_type=AnswerType.CHOICE,
         choices=puzzle.choices,
         images=(sha256,),
@@ -44,7 +41,7 @@ def _puzzle(families: list[scenes.Family], names: list[str], i: int, seed: int, 
             "family": puzzle.family.value,
             "photograph": puzzle.photograph,
             "solution": [{"name": call.name, "args": call.args} for call in puzzle.solution],
-            "target": puzzle.target and list(puzzle.target),
         },
+        targets=(puzzle.target,) if puzzle.target else (),
     )
     return Prepared(sample, ((sha256, encode(image), image.width, image.height),))

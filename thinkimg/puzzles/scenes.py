@@ -16,16 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image
 
 from thinkimg.data import split
-
-if TYPE_CHECKING:
-    from numpy.random import Generator
 
 SIZE = 448  # side of a picture in pixels
 VIEW = {"min_pixels": 28 * 28, "max_pixels": 112 * 112}  # limits under which a picture is seen at 112 x 112
@@ -76,17 +74,13 @@ class Puzzle:
 @cache
 def photographs() -> dict[str, Image.Image]:
     """Real photographs that installed packages ship, by name, in a fixed order."""
-    import matplotlib
-    import skimage
-    import sklearn.datasets
-
     folders = {
-        Path(skimage.__file__).parent / "data": (
+        package("skimage") / "data": (
             "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
             "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg",
         ),
-        Path(sklearn.datasets.__file__).parent / "images": ("china.jpg", "flower.jpg"),
-        Path(matplotlib.__file__).parent / "mpl-data" / "sample_data": ("grace_hopper.jpg",),
+        package("sklearn") / "datasets" / "images": ("china.jpg", "flower.jpg"),
+        package("matplotlib") / "mpl-data" / "sample_data": ("grace_hopper.jpg",),
     }  # fmt: skip
     found = {}
     for folder, names in folders.items():
@@ -94,6 +88,13 @@ def photographs() -> dict[str, Image.Image]:
             with Image.open(folder / name) as image:
                 found[Path(name).stem] = image.convert("RGB")
     return found
+
+
+def package(name: str) -> Path:
+    """Return the folder of an installed package, which is not imported."""
+    spec = find_spec(name)
+    assert spec is not None and spec.origin is not None, name
+    return Path(spec.origin).parent
 
 
 def split_photographs(names: list[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
@@ -114,7 +115,7 @@ def puzzle(families: Sequence[Family], names: list[str], i: int, *, seed: int) -
     return MAKERS[family](names[rng.integers(len(names))], rng)
 
 
-def background(name: str, rng: "Generator") -> np.ndarray:
+def background(name: str, rng: Generator) -> np.ndarray:
     """(448, 448, 3) uint8: a random square of the photograph, no sharper than the view shows it (so that it packs well)."""
     photo = photographs()[name]
     side = int(min(photo.size) * rng.uniform(0.6, 1.0))
@@ -139,7 +140,7 @@ def taper() -> np.ndarray:
     return line[:, None] * line
 
 
-def detail(name: str, rng: "Generator") -> Puzzle:
+def detail(name: str, rng: Generator) -> Puzzle:
     picture = background(name, rng).copy()
     cells = rng.permutation(16)[:4]
     kinds = [STRIPES[k] for k in rng.integers(4, size=4)]
@@ -152,7 +153,7 @@ def detail(name: str, rng: "Generator") -> Puzzle:
     )  # fmt: skip
 
 
-def both(name: str, rng: "Generator") -> Puzzle:
+def both(name: str, rng: Generator) -> Puzzle:
     picture = background(name, rng) // 64
     cells = rng.permutation(16)[:4]
     kinds = [STRIPES[k] for k in rng.integers(4, size=4)]
@@ -165,7 +166,7 @@ def both(name: str, rng: "Generator") -> Puzzle:
     )  # fmt: skip
 
 
-def dark(name: str, rng: "Generator") -> Puzzle:
+def dark(name: str, rng: Generator) -> Puzzle:
     answer = STRIPES[rng.integers(4)]
     flat = bool(rng.integers(2))
     picture = background(name, rng) // 64
@@ -181,7 +182,7 @@ def dark(name: str, rng: "Generator") -> Puzzle:
     return Puzzle(Family.DARK, name, picture, question, answer, STRIPES, (call,), None)
 
 
-def turned(name: str, rng: "Generator") -> Puzzle:
+def turned(name: str, rng: Generator) -> Puzzle:
     answer = LETTERS[rng.integers(4)]
     picture = background(name, rng).copy()
     picture[96:-96, 96:-96] = np.where(letter(answer)[..., None], np.uint8(20), np.uint8(235))

@@ -1,7 +1,11 @@
-"""The rewards: every module of rules/ and judges/ is one component, named like its file.
+"""The rewards: raw components of each trajectory in [0, 1], and the mix that weighs them when advantages are computed.
 
-Such a module defines NAME and `score(batch) -> list[Score]`: one for each trajectory, in order, pure, with values in
-[0, 1]. A rule reads the trajectory. A judge looks at processed images, and defines `identity` and `judge` besides (see
-context.Judge): what models find, by content, from which `score` then only reads. A user's own functions join them by
-import path.
+    rollouts ──► judging ──► judges/: what models find, by content ──► ledger ─┐
+        │                                                                      ▼
+        └──────► rules/: pure functions of the trajectory ──────────► scores, one column per component ──► mix ──► totals
+
+Every module of rules/ and judges/ is one component, named like its file, with its own `Settings`. A rule defines
+`score(batch) -> list[Score]`: one for each trajectory, in order. A judge looks at processed images and defines
+`judge(pairs, context)` (see judge.Judge). A user's own join them by import path or entry point (`thinkimg.rules`,
+`thinkimg.judges`), as do functions with the signature of TRL's.
 """

@@ -4,16 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from thinkimg.records import Sample, Trajectory
+from thinkimg.rewards.judgement import Judgements
+from thinkimg.rewards.settings import ImageConfig, RewardsConfig
+from thinkimg.store.image_table import ImageTable
 from thinkimg.store.manifest import canonical
-
-if TYPE_CHECKING:
-    from thinkimg.config import RewardsConfig
-    from thinkimg.rewards.judgement import Judgements
-    from thinkimg.rewards.settings import ImageConfig
-    from thinkimg.store.image_table import ImageTable
 
 
 class Status(StrEnum):
@@ -67,14 +64,16 @@ class Batch:
 
     samples: by sample_id, at least those of the trajectories. images: those of the data set and of the rollouts by hash;
     None where no component needs one. image, judgements: what the image components need, which the judges have made.
+    tools: `conversation.tools` of the rollouts.
     """
 
     trajectories: Sequence[Trajectory]
     samples: Mapping[str, Sample]
-    config: "RewardsConfig"
-    images: "ImageTable | None" = None
-    image: "ImageConfig | None" = None
-    judgements: "Judgements" = field(default_factory=dict)
+    config: RewardsConfig
+    images: ImageTable | None = None
+    image: ImageConfig | None = None
+    judgements: Judgements = field(default_factory=dict)
+    tools: tuple[str, ...] | None = None
 
     def sample(self, trajectory: Trajectory) -> Sample:
         return self.samples[trajectory.sample_id]

@@ -1,66 +1,89 @@
-"""What a judge finds at its place of work: the pictures, the policy whose rollouts these are, and its machines."""
+"""Context handed to image judges: their settings, the policies, the images, and the engine and trainer."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from math import ceil
+from typing import TypeVar
 
-from thinkimg.config import Config
+from pydantic import Field
+
+from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.picture import Picture, picture
-from thinkimg.rewards.judgement import Identity, Judgement, Pair
+from thinkimg.engine.settings import EngineSettings
+from thinkimg.images.patches import MERGE, PATCH
+from thinkimg.images.settings import ViewLimits
+from thinkimg.models.base import BaseSource
+from thinkimg.models.settings import ModelConfig
+from thinkimg.resources import Resources
+from thinkimg.rewards.settings import ImageConfig
+from thinkimg.settings import Settings
+from thinkimg.store.image_table import ImageTable
+from thinkimg.store.kinds import Clip, Policy
+from thinkimg.store.manifest import Artifact
 
-if TYPE_CHECKING:
-    from thinkimg.conversation.codec import Codec
-    from thinkimg.resources import Machines
-    from thinkimg.store.artifacts import Artifact
-    from thinkimg.store.image_table import ImageTable
+T = TypeVar("T")
+R = TypeVar("R")
+
+ROOM = 512  # tokens: a server's limit is a multiple, so that the next prompt fits as well
 
 
-class Judge(Protocol):
-    """What a module of an image component defines besides NAME and score."""
+class JudgeSettings(Settings):
+    """All settings that a judgement depends on."""
 
-    def identity(self, bench: "Bench") -> Identity: ...
+    image: ImageConfig
+    view: ViewLimits
+    """Limits under which a judge that is shown views sees the images."""
+    model: ModelConfig
+    token_budget: int
+    """Tokens per micro-batch of the trainer, which reads attention."""
+    base: BaseSource = Field(exclude=True)
 
-    def judge(self, pairs: Sequence[Pair], bench: "Bench") -> list[Judgement]:
-        """One judgement per pair, in order; a pair that can't be judged has one without a value."""
+    def engine(self, prompts: Iterable[Sequence[int]]) -> EngineSettings:
+        """What a server has to allow for prompts with two images each, and one token more."""
+        image = self.view.max_pixels // (MERGE * PATCH) ** 2 + 1
+        tokens = max(map(len, prompts)) + 2 * image + 1
+        return EngineSettings(
+            dtype=self.model.dtype, max_tokens=ROOM * ceil(tokens / ROOM), max_images=2, max_pixels=self.view.max_pixels
+        )
+
+    def hashed(self, *asked: object) -> str:
+        """sha256 of how a judge asks: what it says, and the limits under which it sees the pictures."""
+        content = [*asked, self.view.min_pixels, self.view.max_pixels]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-@dataclass
-class Bench:
-    """policy: who made the rollouts. founder: the first policy, which a "warmstart" teacher is. clip: the artifact of the
-    small CLIP, if config.image.embedding asks for it. tables: artifacts that hold the images."""
+@dataclass(frozen=True)
+class JudgeContext:
+    """policy: the one that made the rollouts. first: the first policy, which a "warmstart" teacher is. clip: the artifact of
+    the small CLIP, if image.embedding asks for it. tables: artifacts that hold the images.
 
-    config: Config
-    crew: "Machines"
-    policy: "Artifact"
-    founder: "Artifact | None"
-    clip: "Artifact | None"
-    tables: "Sequence[Artifact]"
-    images: "ImageTable"
+    expect, judged: called with how many pairs are to be judged, and how many more have been; from whatever thread.
+    """
+
+    settings: JudgeSettings
+    resources: Resources
+    policy: Policy | None
+    first: Policy | None
+    clip: Clip | None
+    tables: Sequence[Artifact]
+    images: ImageTable
     expect: Callable[[int], None] = lambda count: None
     judged: Callable[[int], None] = lambda count: None
-    """Told how many pairs are to be judged, and how many more have been; from whatever thread."""
 
     @cached_property
-    def codec(self) -> "Codec":
-        from thinkimg.conversation.codec import Codec
-
-        return Codec.load(self.crew.vocabulary(self.policy))
-
-    def hashed(self, *settings: object) -> str:
-        """sha256 of how a judge asks: its settings, and the limits under which it sees the pictures."""
-        images = self.config.images
-        asked = [*settings, images.min_pixels, images.max_pixels]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    def codec(self) -> Codec:
+        assert self.policy is not None
+        return Codec.load(self.policy.vocabulary)
 
     def picture(self, sha256: str) -> Picture:
         """An image and what the model sees of it."""
-        return picture(self.images.decoded(sha256), self.config.images)
+        return picture(self.images.decoded(sha256), self.settings.view)
 
-    def map(self, function: Callable, items: Sequence) -> list:
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """In threads: decoding, resizing and hashing let go of the interpreter."""
-        with ThreadPoolExecutor(self.config.where.workers) as pool:
+        with ThreadPoolExecutor(self.resources.where.workers) as pool:
             return list(pool.map(function, items))

@@ -5,119 +5,79 @@ trainer_state=, log_extra=, log_metric=) -> one float or None for each completio
 """
 
 import asyncio
-import functools
-import importlib
 import inspect
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from thinkimg.errors import UserError
 from thinkimg.records import Role, StopReason, Trajectory, TurnKind
 from thinkimg.rewards.batch import Batch, Score, Status
+from thinkimg.rewards.user_function import UserFunction
 
 log = logging.getLogger(__name__)
 
-FORM = "Write it as def name(completions, **columns) -> list[float]."
 SAMPLED = list(Role).index(Role.SAMPLED)
 
 
-@dataclass(frozen=True)
-class UserFunction:
-    """A loaded reward function; source is the file that defines it."""
+def score(own: UserFunction, batch: Batch) -> list[Score]:
+    """One score per trajectory. None, NaN and infinities are missing, as are failed conversations, which the function
+    is not shown. Values outside [0, 1] are kept, and the reason says so.
 
-    path: str
-    name: str
-    function: Callable[..., Any]
-    source: bytes
-
-    def score(self, batch: Batch) -> list[Score]:
-        """One score per trajectory. None, NaN and infinities are missing, as are failed conversations, which the function
-        is not shown. Values outside [0, 1] are kept, and the reason says so.
-
-        Raises UserError, naming the function, if it raises or gives back something else than one number or None each.
-        """
-        shown = [t for t in batch.trajectories if t.stop is not StopReason.FAILED]
-        extra: dict[str, list] = {}
-        values = iter(self._call(shown, batch, extra) if shown else [])
-        evidence = iter({name: column[i] for name, column in extra.items()} or None for i in range(len(shown)))
-        failed = Score.missing("The conversation failed.")
-        return [
-            failed if t.stop is StopReason.FAILED else _score(next(values), next(evidence)) for t in batch.trajectories
-        ]
-
-    def _call(self, shown: list[Trajectory], batch: Batch, extra: dict[str, list]) -> list[float | None]:
-        def log_extra(column: str, values: list) -> None:
-            extra.setdefault(column, []).extend(map(_plain, values))
-
-        def log_metric(name: str, value: float) -> None:
-            log.info("%s: %s = %s", self.name, name, value)
-
-        arguments = columns(shown, batch, images="images" in inspect.signature(self.function).parameters)
-        trainer = {"trainer_state": None, "log_extra": log_extra, "log_metric": log_metric}
-        try:
-            result = self.function(**arguments | trainer)
-            if inspect.isawaitable(result):
-                result = asyncio.run(_finish(result))
-            values = [None if value is None else _number(value) for value in result]
-        except Exception as error:
-            raise UserError(f"The reward function {self.path} failed: {type(error).__name__}: {error}") from error
-        for what, column in [("values", values), *((f"values of {name}", column) for name, column in extra.items())]:
-            if len(column) != len(shown):
-                raise UserError(
-                    f"The reward function {self.path} gave {len(column)} {what} for {len(shown)} completions.",
-                    hint="Give one per completion, None where there is none.",
-                )
-        return values
-
-
-@functools.cache
-def load(path: str) -> UserFunction:
-    """The function at `package.module:function`. Raises UserError with what is wrong with it.
-
-    Cached as the import is: a file that is changed later is neither run nor recorded by this process.
+    Raises UserError, naming the function, if it raises or gives back something else than one number or None each.
     """
-    module_name, _, name = path.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise UserError(f"The reward '{path}' is no import path.", hint="Write it as package.module:function.")
+    shown = [t for t in batch.trajectories if t.stop is not StopReason.FAILED]
+    extra: dict[str, list[Any]] = {}
+    values = iter(_call(own, shown, batch, extra) if shown else [])
+    evidence = iter({name: column[i] for name, column in extra.items()} or None for i in range(len(shown)))
+    failed = Score.missing("The conversation failed.")
+    return [failed if t.stop is StopReason.FAILED else _score(next(values), next(evidence)) for t in batch.trajectories]
+
+
+def _call(own: UserFunction, shown: list[Trajectory], batch: Batch, extra: dict[str, list[Any]]) -> list[float | None]:
+    def log_extra(column: str, values: list[Any]) -> None:
+        extra.setdefault(column, []).extend(map(_plain, values))
+
+    def log_metric(name: str, value: float) -> None:
+        log.info("%s: %s = %s", own.name, name, value)
+
+    arguments = columns(shown, batch, images="images" in inspect.signature(own.function).parameters)
+    trainer = {"trainer_state": None, "log_extra": log_extra, "log_metric": log_metric}
     try:
-        module = importlib.import_module(module_name)
+        result = own.function(**arguments | trainer)
+        if inspect.isawaitable(result):
+            result = asyncio.run(_finish(result))
+        values = [None if value is None else _number(value) for value in result]
     except Exception as error:
-        message = f"The module of the reward function {path} cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(message, hint="It must be installed, or its folder be on PYTHONPATH.") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"There is no function '{name}' in {module_name}.")
-    parameters = inspect.signature(function).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        raise UserError(f"The reward function {path} does not take all columns.", hint=FORM)
-    try:
-        source = Path(inspect.getsourcefile(inspect.unwrap(function))).read_bytes()
-    except (TypeError, OSError):
-        raise UserError(f"The reward function {path} has no source that could be recorded.", hint=FORM) from None
-    return UserFunction(path, name, function, source)
+        raise UserError(f"The reward function {own.path} failed: {type(error).__name__}: {error}") from error
+    for what, column in [("values", values), *((f"values of {name}", column) for name, column in extra.items())]:
+        if len(column) != len(shown):
+            raise UserError(
+                f"The reward function {own.path} gave {len(column)} {what} for {len(shown)} completions.",
+                hint="Give one per completion, None where there is none.",
+            )
+    return values
 
 
-def columns(shown: list[Trajectory], batch: Batch, *, images: bool) -> dict[str, list]:
+def columns(shown: list[Trajectory], batch: Batch, *, images: bool) -> dict[str, list[Any]]:
     """The arguments, each a list with one entry per trajectory.
 
     prompts and completions in TRL's conversational form; completion_ids: compact token ids after the first prompt; the
-    sample's own fields (`answer` is the right one, `final_answer` the model's or None); with `images`, the sample's images in
+    sample's own fields (`answers` are the right ones, `answer` the first, `final_answer` the model's or None; `targets`: x, y, width, height); with `images`, the sample's images in
     RGB at full resolution; the user's columns, and a puzzle's metadata, None where a sample has none of that name. A user's
     column with one of our names is in `columns` only, which has all of them: a dict per trajectory.
     """
     samples = [batch.sample(trajectory) for trajectory in shown]
     named = [sample.columns | sample.metadata for sample in samples]
     keys = dict.fromkeys(key for values in named for key in values)
-    found: dict[str, list] = {key: [values.get(key) for values in named] for key in keys}
+    found: dict[str, list[Any]] = {key: [values.get(key) for values in named] for key in keys}
     found["columns"] = [sample.columns for sample in samples]
     found |= {
         name: [getattr(sample, name) for sample in samples] for name in ("sample_id", "question", "answer", "source")
     }
+    found["answers"] = [list(sample.answers) for sample in samples]
+    found["targets"] = [[list(box) for box in sample.targets] for sample in samples]
     found["answer_type"] = [str(sample.answer_type) for sample in samples]
     found["choices"] = [list(sample.choices) for sample in samples]
     found["final_answer"] = [trajectory.answer for trajectory in shown]
@@ -137,6 +97,7 @@ def messages(trajectory: Trajectory) -> list[dict[str, Any]]:
         message: dict[str, Any] = {"role": "assistant", "content": turn.text}
         reply: dict[str, Any] = {"role": "user", "content": turn.observation}
         if turn.kind is TurnKind.TOOL:
+            assert turn.args is not None
             call = {"name": turn.tool, "arguments": json.loads(turn.args)}
             message["tool_calls"] = [{"type": "function", "function": call}]
             reply = {"role": "tool", "name": turn.tool, "content": turn.observation}

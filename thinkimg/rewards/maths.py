@@ -67,6 +67,7 @@ class Checker:
 
     def ask(self, answer: str, right: str) -> Verdict:
         process = self._process or self._start()
+        assert process.stdin and process.stdout
         process.stdin.write(json.dumps([right, answer]) + "\n")
         process.stdin.flush()
         reply = process.stdout.readline()
@@ -88,11 +89,13 @@ class Checker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, encoding="utf-8"
         )
+        assert self._process.stdout
         if not self._process.stdout.readline():
             raise RuntimeError(f"{' '.join(command)} did not start (status {self._forget()})")
         return self._process
 
     def _forget(self) -> int:
         process, self._process = self._process, None
+        assert process
         with process:
             return process.wait()

@@ -5,6 +5,7 @@ parse_expr, which is eval; the grammar uses it as well, but for nothing else tha
 """
 
 import json
+import logging
 import os
 import re
 import resource
@@ -23,7 +24,7 @@ def close_eval() -> None:
     from sympy import Float, Integer
     from sympy.parsing import sympy_parser
 
-    def eval_expr(code: str, local_dict: dict, global_dict: dict) -> Integer | Float:
+    def eval_expr(code: str, local_dict: dict[str, object], global_dict: dict[str, object]) -> Integer | Float:
         integer = re.fullmatch(r"Integer \(([0-9]+) \)", code)
         if integer:
             return Integer(int(integer[1]))
@@ -35,7 +36,7 @@ def close_eval() -> None:
     sympy_parser.eval_expr = eval_expr
 
 
-def read(text: str) -> list:
+def read(text: str) -> list[object]:
     """The formulas in a text: what stands between LaTeX's delimiters, or all of it; Python's ** is a power as well."""
     from math_verify import LatexExtractionConfig, parse
 
@@ -60,8 +61,6 @@ def compare(right: str, answer: str) -> tuple[bool, str | None]:
 
 
 def main() -> None:
-    import logging
-
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no reply
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -2,14 +2,14 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import numpy as np
 
 from thinkimg.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from thinkimg.config import Config
+from thinkimg.grpo.advantages import mix_rewards
+from thinkimg.registry import short_name
+from thinkimg.rewards.settings import ImageConfig
 
 IMAGE = "image"
 """In a mix: the weighted mean of the columns that config.image.types names. No component has this name."""
@@ -35,13 +35,13 @@ class Mix:
         """From plain JSON with `mix` and, where that names it, `image`: a config, a train stage's recipe, a user's file."""
         image = tree.get("image") or {}
         weights = image.get("weights", {})
-        types = {name: weights.get(name, 0.0) for name in image.get("types", ())}
+        types = {name: weights.get(name, 0.0) for name in map(short_name, image.get("types", ()))}
         return cls(tree["mix"], types, image.get("only_if_right", False))
 
     @classmethod
-    def of_config(cls, config: "Config") -> Self:
-        image = config.image
-        return cls(config.mix, {name: image.weights.get(name, 0.0) for name in image.types}, image.only_if_right)
+    def of_settings(cls, mix: Mapping[str, float], image: ImageConfig) -> Self:
+        """From `mix` and `image` of a config."""
+        return cls(mix, {name: image.weights[name] for name in image.columns}, image.only_if_right)
 
     def slice(self) -> dict[str, Any]:
         """What of it defines a train stage's output. Without `image` in the mix its settings are no part of it."""
@@ -88,13 +88,11 @@ class Mix:
         conditional = self.only_if_right and self.weights.get(IMAGE, 0) > 0
         return list(dict.fromkeys([*names, *([CONDITION] if conditional else [])]))
 
-    def values(self, components: Mapping[str, "np.ndarray"]) -> "dict[tuple[str, str], np.ndarray]":
+    def values(self, components: Mapping[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
         """(name in the mix, raw column) -> (N,) float64: the column, under the condition where there is one; NaN where missing.
 
         A wrong row's image reward is 0 whether or not it could be judged. One whose answer could not be judged is missing.
         """
-        import numpy as np
-
         found = {}
         for name, column, _ in self.parts():
             values = components[column]
@@ -105,14 +103,12 @@ class Mix:
         return found
 
     def totals(
-        self, components: Mapping[str, "np.ndarray"], groups: "np.ndarray", valid: "np.ndarray | None" = None
-    ) -> "np.ndarray":
+        self, components: Mapping[str, np.ndarray], groups: np.ndarray, valid: np.ndarray | None = None
+    ) -> np.ndarray:
         """(N,) float64: the weighted sum, missing values replaced by their group's mean; see mix_rewards for the shapes.
 
         Raises UserError if a column was not scored.
         """
-        from thinkimg.grpo.advantages import mix_rewards
-
         self.check(components)
         weights = {(name, column): weight for name, column, weight in self.parts()}
         return mix_rewards(self.values(components), weights, groups, valid)
@@ -153,7 +149,7 @@ def read_mix(tree: Any, where: str, default: Mix, known: Collection[str]) -> Mix
     for name, weight in [*tree["mix"].items(), *weights.items()]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise UserError(f"{where} has the weight {weight!r} for '{name}', which is no number from 0 on.")
-    found = {name: float(weights.get(name, default.types.get(name, 0.0))) for name in types}
+    found = {name: float(weights.get(name, default.types.get(name, 0.0))) for name in map(short_name, types)}
     mix = Mix({name: float(weight) for name, weight in tree["mix"].items()}, found, conditional)
     try:
         mix.check(known)

@@ -1,63 +1,44 @@
 """What the image rewards judge: a processed image beside the original that it comes from, and what was found."""
 
-import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import cast
 
-from thinkimg.images.coordinates import Box, taken_box
-from thinkimg.images.patches import PATCH
+from PIL import Image
+
+from thinkimg.conversation.regions import tool_images
 from thinkimg.records import CallStatus, Sample, StopReason, Trajectory
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.judgement import Pair
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 WHOLE = 0.95  # a crop of this share of its source or more is no crop
 SLIVER_PIXELS, SLIVER_ASPECT = 8, 20  # a shorter side below, or an aspect above: nothing can be seen in it
 
 
-def processed(row: Trajectory, sample: Sample) -> "list[Pair | str]":
-    """Every image that came back from a tool, in order: a pair to be judged, or the reason why it is worth nothing."""
-    count = len(sample.images)
-    roots: list[tuple[str, Box | None]] = [(sha, (0.0, 0.0, 1.0, 1.0)) for sha in sample.images]
-    found: list[Pair | str] = []
-    for turn in row.turns:
-        if turn.image is None:
-            continue
-        original, region = roots[turn.source]
-        _, high, wide = row.grids[turn.source]
-        view = wide * PATCH, high * PATCH
-        box = taken_box(turn.tool, json.loads(turn.args), view)
-        if box is not None:
-            area = (box[2] - box[0]) * (box[3] - box[1]) / (view[0] * view[1])
-            region = region and within(region, box, view)
-        elif turn.tool in ("rotate_image", "flip_image"):
-            region = None
-        roots.append((original, region))
+def processed(row: Trajectory, sample: Sample, tools: tuple[str, ...] | None = None) -> list[Pair | str]:
+    """Return for each image that came back from a tool, in order, a pair to be judged, or why it is worth nothing.
+
+    tools: `conversation.tools` of the row.
+    """
+    pairs: list[Pair | str] = []
+    for image in tool_images(row, tools):
+        turn = image.turn
         if turn.status is CallStatus.DUPLICATE:
-            found.append("The image is the same as one before.")
-        elif box is not None and area >= WHOLE:
-            found.append(f"The {'crop' if turn.tool == 'crop_image' else 'zoom'} took the whole image.")
+            pairs.append("The image is the same as one before.")
+        elif image.cut is not None and image.cut >= WHOLE:
+            assert turn.tool is not None
+            pairs.append(f"The {turn.tool.removesuffix('_image')} took the whole image.")
         else:
-            found.append(Pair(sample.question, original, turn.image, region))
-    assert len(roots) <= max(count, len(row.images)), "an image for each placeholder"
-    return found
+            assert turn.image is not None
+            pairs.append(Pair(sample.question, sample.images[image.root], turn.image, image.region))
+    return pairs
 
 
-def within(region: Box, box: Box, view: tuple[int, int]) -> Box:
-    """The part of the original that `box` (pixels of a view that shows `region` of it) takes."""
-    left, top, right, bottom = region
-    wide, high = (right - left) / view[0], (bottom - top) / view[1]
-    return left + box[0] * wide, top + box[1] * high, left + box[2] * wide, top + box[3] * high
-
-
-def degenerate(image: "Image.Image") -> str | None:
+def degenerate(image: Image.Image) -> str | None:
     """Why nothing can be seen in an RGB image, None if something can."""
     short, long = sorted(image.size)
     if short < SLIVER_PIXELS or long > SLIVER_ASPECT * short:
         return f"The image is a sliver of {image.width}x{image.height} pixels."
-    if all(low == high for low, high in image.getextrema()):
+    if all(low == high for low, high in cast("list[tuple[int, int]]", image.getextrema())):
         return "The image has one colour only."
     return None
 
@@ -70,15 +51,16 @@ def score_images(name: str, batch: Batch) -> list[Score]:
 def _score(name: str, row: Trajectory, batch: Batch) -> Score:
     if row.stop is StopReason.FAILED:
         return Score.missing("The conversation failed.")
-    images = processed(row, batch.sample(row))
+    images = processed(row, batch.sample(row), batch.tools)
     if not images:
         return Score.zero("No image was processed.")
+    assert batch.image is not None
     which = batch.image.which
     counted = [_value(name, image, batch) for image in (images[-1:] if which == "final" else images)]
     evidence = {"which": which, "judgements": [key for *_, key in counted if key]}
     known = [(value, reason) for value, reason, _ in counted if value is not None]
     if not known:
-        return Score.missing(counted[-1][1], evidence)
+        return Score.missing(counted[-1][1] or "It was not judged.", evidence)
     if which == "mean":
         value, reason = sum(value for value, _ in known) / len(known), known[-1][1]
     else:
@@ -86,12 +68,12 @@ def _score(name: str, row: Trajectory, batch: Batch) -> Score:
     return Score.of(value, reason or "The judge gave 0.", evidence)
 
 
-def _value(name: str, image: "Pair | str", batch: Batch) -> tuple[float | None, str | None, str | None]:
+def _value(name: str, image: Pair | str, batch: Batch) -> tuple[float | None, str | None, str | None]:
     """(value, reason, key of the judgement) of one processed image."""
     if isinstance(image, str):
         return 0.0, image, None
     found = batch.judgements[name, image]
-    return found.value, found.reason, found.by and found.by.key(image)
+    return found.value, found.reason, found.by.key(image) if found.by else None
 
 
 def by_group(rows: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:

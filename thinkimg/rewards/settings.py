@@ -1,60 +1,76 @@
-"""Settings of the image reward: who judges, and how. Part of the tree in config.py."""
+"""Settings of the rewards: rules, a user's own functions, and the judges of the processed image.
 
+A rule's and a judge's own settings lie beside it.
+"""
+
+import hashlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from thinkimg.models.clip import EmbeddingConfig
-from thinkimg.settings import Settings
+from thinkimg.registry import Registry, short_name
+from thinkimg.rewards.user_function import load
+from thinkimg.settings import Composite, EntryName
+
+RULES = Registry("rules", "thinkimg.rewards.rules")
+"""Each defines `score(batch)`, and `Settings` where it has some."""
+JUDGES = Registry("judges", "thinkimg.rewards.judges")
+"""Each defines `judge(pairs, context)`, and what else `judge.Judge` asks of it."""
 
 
-class TeacherConfig(Settings):
-    """A larger model that judges, behind the OpenAI-compatible endpoint `where.teacher.url`."""
+class RewardsConfig(Composite):
+    registry = RULES
+    chooser = "rules"
+    always = RULES.shipped
 
-    model: str = "Qwen/Qwen2.5-VL-72B-Instruct"
-    """Its name at the endpoint; "warmstart": the frozen first policy, which a loop serves on a second server of its own."""
-    prefix: bool = True
-    """Begin the reply for the model, so that its next token is the rating: vLLM and SGLang can, OpenAI's own API can't."""
-    fallback: Literal["error", "self", "skip"] = "self"
-    """Where the endpoint can't be reached: fail, take the policy's own judgement for whole groups, or have no value."""
+    rules: tuple[Annotated[str, EntryName(RULES, "score")], ...] = ()
+    """Rules beside those in thinkimg/rewards/rules, which always score: import paths of modules of your own, such as
+    my_project.rules.brevity. Each is a raw column of the scores."""
+    functions: tuple[str, ...] = ()
+    """A user's own rewards by import path, `package.module:function`, as fn(completions, **columns) -> list[float]."""
 
-
-class AttentionConfig(Settings):
-    """Where attention is read; `thinkimg calibrate attention` finds both for a model."""
-
-    layer: int = Field(22, ge=0)
-    """Layer of the language model, from 0."""
-    rows: Literal["text", "last"] = "text"
-    """The query rows: all tokens of the text, or the last token of the prompt."""
+    def sources(self) -> dict[str, str]:
+        """The whole file of a function counts, so that a changed helper beside it does as well."""
+        functions = {path: hashlib.sha256(load(path).source).hexdigest() for path in self.functions}
+        return super().sources() | functions
 
 
-ImageReward = Literal["self", "teacher", "attention", "embedding"]
-
-
-class ImageConfig(Settings):
+class ImageConfig(Composite):
     """The reward of the processed image itself."""
 
-    types: tuple[ImageReward, ...] = ("embedding",)
-    """Who judges; each is a raw column of the scores. Without any there is no image reward."""
-    weights: dict[ImageReward, Annotated[float, Field(ge=0)]] = {
+    registry = JUDGES
+    chooser = "types"
+
+    types: tuple[Annotated[str, EntryName(JUDGES, "judge")], ...] = ("embedding",)
+    """Who judges: files in thinkimg/rewards/judges, or import paths of modules of your own, such as
+    my_project.judges.sharpness. Each is a raw column of the scores. Without any there is no image reward."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {
         "self": 0.3, "teacher": 0.3, "attention": 0.2, "embedding": 0.2,
     }  # fmt: skip
-    """Weight of each type in `image`, the part of the mix: those of `types` are divided by their sum. Applied with the mix."""
+    """Weight of each column in `image`, the part of the mix: those of `types` are divided by their sum. Applied with
+    the mix."""
     which: Literal["final", "best", "mean"] = "final"
     """Which of a conversation's processed images counts."""
     only_if_right: bool = False
     """Count the image reward only where the answer is right; applied with the mix."""
-    teacher: TeacherConfig = TeacherConfig()
-    attention: AttentionConfig = AttentionConfig()
-    embedding: EmbeddingConfig = EmbeddingConfig()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the raw columns of `types`."""
+        return tuple(map(short_name, self.types))
 
     @model_validator(mode="after")
     def _weighted(self) -> Self:
-        if not set(self.types) <= set(self.weights):
-            raise ValueError("image.weights must have a weight for each of image.types")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"image.types has two judges of one name: {', '.join(self.types)}")
+        if missing := set(self.columns) - set(self.weights):
+            raise ValueError(
+                f"image.weights must have a weight for each of image.types, and has none for {min(missing)}"
+            )
+        if unknown := set(self.weights) - {*JUDGES, *self.columns}:
+            raise ValueError(f"image.weights has '{min(unknown)}', which is no judge of image.types")
         return self
 
     def scored(self) -> dict[str, Any]:
         """What of this defines scores; the rest defines the mix."""
-        tree = self.model_dump(mode="json", exclude={"weights", "only_if_right"})
-        return {name: value for name, value in tree.items() if name in ("types", "which") or name in self.types}
+        return self.model_dump(mode="json", exclude={"weights", "only_if_right"})

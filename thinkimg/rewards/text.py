@@ -4,6 +4,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from rapidfuzz.distance import Levenshtein
+
 MAX_WRAPPED = 1000  # characters; longer answers are compared as they are
 PAIRS = ("()", "[]", "{}", '""', "''", "``", "“”", "‘’", "«»", "**", "__", "$$")
 
@@ -58,7 +60,5 @@ def anls(answer: str, right: str, threshold: float = 0.5) -> tuple[float, float]
 
     Scene Text Visual Question Answering (arXiv 1905.13648), eq. 1, for one right answer; case and white space don't count.
     """
-    from rapidfuzz.distance import Levenshtein
-
     distance = Levenshtein.normalized_distance(fold(answer), fold(right))
     return (1 - distance if distance < threshold else 0.0), 1 - distance

@@ -1,87 +1,79 @@
-"""The evaluate stage: held-out accuracy, greedy and sampled, with intervals, and what it is made of."""
+"""Measure held-out accuracy of a policy, greedy and sampled."""
 
 import asyncio
-from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from thinkimg.closure import engine_package
-from thinkimg.config import Config
+from thinkimg.config.tree import Config
+from thinkimg.engine.play import SamplingMode
 from thinkimg.errors import UserError
 from thinkimg.puzzles.demonstrations import right_calls
-from thinkimg.records import SCHEMA_VERSION, Sample, Trajectory
-from thinkimg.resources import Machines, machines
+from thinkimg.records import Sample, Trajectory
 from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.mix import RIGHT
 from thinkimg.rewards.rules.answer import score as score_answers
-from thinkimg.rollout import Play, view_limits
-from thinkimg.stages.rollout import play_parts, precision, read_rows, summary
-from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
-from thinkimg.store.image_table import ImageTable, load_samples
+from thinkimg.rewards.settings import RewardsConfig
+from thinkimg.stages.rollout import PlaySettings, closed_rows, play_parts, play_settings, summary
+from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Stage
+from thinkimg.store.image_table import ImageTable
+from thinkimg.store.kinds import Dataset, Evaluation, Policy
 
-STAGE, VERSION, KIND = "evaluate", 1, "evaluation"
 GREEDY = 0  # index of the greedy trajectory; 1 to k are the sampled ones
-JUDGES = ("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy")  # decide what is right
+ANSWERS = ("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy")  # decide what is right
 
 
-def recipe(config: Config, dataset: Artifact, policy: Artifact, samples: int, blind: bool) -> Recipe:
-    return Recipe(
-        STAGE, VERSION, SCHEMA_VERSION,
-        config={
-            "conversation": config.conversation.model_dump(mode="json"),
-            "images": view_limits(config),
-            "k": config.evaluate.k,
-            "temperature": config.evaluate.temperature,
-            "number_tolerance": config.rewards.number_tolerance,
-            "precision": precision(config),
-            "samples": samples,
-            "blind": blind,
-        },
-        inputs={"dataset": dataset.reference, "policy": policy.reference},
-        packages=package_versions("pillow", "transformers", "tokenizers", engine_package(), *JUDGES),
-    )  # fmt: skip
+class EvaluateSettings(PlaySettings):
+    k: int
+    temperature: float
+    number_tolerance: float
+    samples: int
+    blind: bool
 
 
-def evaluate(
-    config: Config, dataset: Artifact, policy: Artifact, store: Store, *, samples: int | None = None, blind: bool = False,
-    force: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Artifact, bool]:  # fmt: skip
-    """Answer the first `samples` held-out questions once greedily and k times sampled.
-
-    samples: None takes config.evaluate.samples. blind: every image that a tool makes is replaced by a grey one of the same
-    size, which shows how much of the accuracy comes through these images. Metrics: accuracy with its Wilson interval,
-    avg_at_k with a bootstrap interval over questions, tool figures, and the same per family of puzzles.
-    """
+def settings_of(config: Config, samples: int | None = None, blind: bool = False) -> EvaluateSettings:
+    """samples: None takes config.evaluate.samples."""
     samples = config.evaluate.samples if samples is None else samples
     if samples < 1:
         raise UserError(f"an evaluation of {samples} samples says nothing", hint="set --samples to 1 or more")
-
-    def produce(work: Work) -> None:
-        with machines(config) as crew:
-            asyncio.run(fill(work, config, dataset, policy, crew, samples, blind, progress))
-
-    where = config.where.public()
-    return store.build(
-        KIND, recipe(config, dataset, policy, samples, blind), produce, seed=config.seed, where=where, force=force
+    return EvaluateSettings(
+        **play_settings(config),
+        k=config.evaluate.k,
+        temperature=config.evaluate.temperature,
+        number_tolerance=config.rewards.answer.number_tolerance,
+        samples=samples,
+        blind=blind,
     )
 
 
-async def fill(
-    work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, count: int, blind: bool, progress
-):
-    samples = load_samples(dataset, "held_out")[:count]
-    plays = [Play(0.0, blind)] + [Play(config.evaluate.temperature, blind)] * config.evaluate.k
-    await play_parts(work, config, dataset, policy, crew, samples, plays, progress, keep_images=False)
-    rows = read_rows(work)
+def run(job: Job[EvaluateSettings]) -> None:
+    """Answer the first `samples` held-out questions once greedily and k times sampled.
+
+    blind: every image that a tool makes is replaced by a grey one of the same size, which shows how much of the accuracy
+    comes through these images. Metrics: accuracy with its Wilson interval, avg_at_k with a bootstrap interval over questions,
+    tool figures, and the same per family of puzzles.
+    """
+    settings, dataset = job.settings, job.inputs["dataset"]
+    samples = dataset.split("held_out")[: settings.samples]
+    modes = [SamplingMode(0.0, settings.blind)] + [SamplingMode(settings.temperature, settings.blind)] * settings.k
+    asyncio.run(play_parts(job, samples, modes, keep_images=False))
+    rows = list(closed_rows(job.work))
     by_id = {sample.sample_id: sample for sample in samples}
-    batch = Batch(trajectories=rows, samples=by_id, config=config.rewards, images=ImageTable([dataset]))
-    values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(plays))
-    work.metrics |= report(samples, np.array(rows, dtype=object).reshape(values.shape), values)
+    rewards = RewardsConfig(answer={"number_tolerance": settings.number_tolerance})
+    batch = Batch(trajectories=rows, samples=by_id, config=rewards, images=ImageTable([dataset]))
+    values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(modes))
+    job.work.metrics |= report(
+        samples, np.array(rows, dtype=object).reshape(values.shape), values, settings.conversation.tools
+    )
 
 
-def report(samples: list[Sample], rows: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
+def report(
+    samples: list[Sample], rows: np.ndarray, values: np.ndarray, tools: tuple[str, ...] | None = None
+) -> dict[str, float | None]:
     """Metrics of (N, 1 + k) trajectories and their answer rewards; column GREEDY is the greedy one."""
-    metrics = figures(samples, rows, values) | {
+    metrics = figures(samples, rows, values, tools) | {
         name: value
         for name, value in summary(rows[:, GREEDY]).items()
         if not name.startswith("stop/") or "failed" in name
@@ -89,12 +81,14 @@ def report(samples: list[Sample], rows: np.ndarray, values: np.ndarray) -> dict[
     families = np.array([sample.metadata.get("family", "") for sample in samples])
     for family in sorted(set(families) - {""}):
         chosen = np.flatnonzero(families == family)
-        part = figures([samples[i] for i in chosen], rows[chosen], values[chosen])
+        part = figures([samples[i] for i in chosen], rows[chosen], values[chosen], tools)
         metrics |= {f"{family}/{name}": value for name, value in part.items()}
     return metrics
 
 
-def figures(samples: list[Sample], rows: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
+def figures(
+    samples: list[Sample], rows: np.ndarray, values: np.ndarray, tools: tuple[str, ...] | None
+) -> dict[str, float | None]:
     right = values[:, GREEDY] >= RIGHT
     low, high = wilson(int(right.sum()), len(right))
     found = {
@@ -111,7 +105,9 @@ def figures(samples: list[Sample], rows: np.ndarray, values: np.ndarray) -> dict
         found["avg_at_k"] = float(means.mean())
         found["avg_at_k_low"], found["avg_at_k_high"] = bootstrap(means)
     if all("solution" in sample.metadata for sample in samples):
-        called = np.array([right_calls(sample, row) for sample, row in zip(samples, rows[:, GREEDY], strict=True)])
+        called = np.array(
+            [right_calls(sample, row, tools) for sample, row in zip(samples, rows[:, GREEDY], strict=True)]
+        )
         found["right_arguments"] = float(called.mean())
         found["right_reading"] = float(right[called].mean()) if called.any() else None
     return found
@@ -136,3 +132,25 @@ def bootstrap(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+Samples = Annotated[int, Field(ge=1, le=10_000_000)]
+
+evaluate = Stage(
+    name="evaluate",
+    version=1,
+    makes=Evaluation,
+    settings=settings_of,
+    run=run,
+    reads={
+        "policy": Input(Policy),
+        "dataset": Input(Dataset, origin=Lineage("policy", "dataset"), shown=True),
+    },
+    parameters={
+        "samples": Parameter(Samples | None, None, "Held-out samples; left out, as the preset says."),
+        "blind": Parameter(bool, False, "Show grey images in place of those that tools make."),
+    },
+    packages=lambda settings: ("pillow", "transformers", "tokenizers", engine_package(), *ANSWERS),
+    uses=lambda config: frozenset({"engine"}),
+    player="policy",
+)

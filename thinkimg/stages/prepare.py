@@ -1,104 +1,118 @@
-"""The prepare stage: from puzzles, a folder, JSONL, Parquet or the Hub to samples, images and a list of what was refused."""
+"""Turn a source of questions and pictures into a data set."""
 
 import json
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
 
 from thinkimg import records
-from thinkimg.config import Config
-from thinkimg.data.prepared import Job, Surveyed, in_order, row_jobs, survey
-from thinkimg.data.sources import Source, open_source
+from thinkimg.config.tree import Config
+from thinkimg.data.prepared import Job as SampleJob
+from thinkimg.data.prepared import Surveyed, in_order, row_jobs, survey
+from thinkimg.data.settings import DataConfig
+from thinkimg.data.source import Source, open_source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 from thinkimg.images.view import view_size
 from thinkimg.puzzles.samples import puzzle_jobs
 from thinkimg.puzzles.scenes import SCALE, SIZE, VIEW
-from thinkimg.records import SCHEMA_VERSION, to_row
-from thinkimg.store.artifacts import Artifact, Recipe, Reference, Store, Work, package_versions
+from thinkimg.records import to_row
+from thinkimg.stages.stage import Job, Slice, Stage
+from thinkimg.store.artifacts import Reference, Work
 from thinkimg.store.image_table import image_writer
+from thinkimg.store.kinds import Dataset
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-STAGE, VERSION, KIND = "prepare", 2, "dataset"
 CHUNK = 512  # samples per closed part
-PUZZLE_FIELDS = {"source", "train", "held_out", "held_out_share", "puzzles", "seed"}
-HUB_FIELDS = {"hub_config", "hub_split", "revision"}
+PUZZLES = 600  # made for the sake of pairs alone, where the data are not puzzles
 
 
-def recipe(config: Config, source: Source | None) -> Recipe:
-    """source: None for the built-in puzzles. The place of a user's files does not count, their content does."""
-    data, packages = config.data, package_versions("pillow", "numpy", "pyarrow")
-    if source is None:
-        # These packages ship the photographs.
-        packages |= package_versions("scikit-image", "scikit-learn", "matplotlib")
-        settings: dict[str, Any] = {"data": data.model_dump(mode="json", include=PUZZLE_FIELDS)}
-        return Recipe(STAGE, VERSION, SCHEMA_VERSION, settings, packages=packages)
-    others = {"puzzles", "path"} | (set() if data.source == "hub" else HUB_FIELDS)
-    settings = {
-        "data": data.model_dump(mode="json", exclude=others) | {"name": source.name},
-        "images": config.images.model_dump(mode="json", include={"max_bytes", "max_decoded_pixels"}),
-    }
-    return Recipe(
-        STAGE, VERSION, SCHEMA_VERSION, settings, {"source": Reference("source", source.digest)}, packages=packages
+class PrepareSettings(Slice):
+    """source: name and digest of what `data` names; None for the built-in puzzles. The place of a user's files does not
+    count, their content does."""
+
+    data: DataConfig
+    max_bytes: int
+    max_decoded_pixels: int
+    source: tuple[str, str] | None = Field(exclude=True)
+
+    @property
+    def seed(self) -> int:
+        return self.data.seed
+
+    @property
+    def limits(self) -> ImageLimits:
+        return ImageLimits(max_bytes=self.max_bytes, max_pixels=self.max_decoded_pixels)
+
+    def fingerprinted(self) -> dict[str, Any]:
+        if self.source is None:
+            return {"data": self.data.model_dump(mode="json")}
+        return {
+            "data": self.data.model_dump(mode="json", exclude={"path"}) | {"name": self.source[0]},
+            "images": {"max_bytes": self.max_bytes, "max_decoded_pixels": self.max_decoded_pixels},
+        }
+
+
+def settings_of(config: Config) -> PrepareSettings:
+    """Raises UserError where the source can't be read."""
+    images = config.images
+    settings = PrepareSettings(
+        data=config.data, max_bytes=images.max_bytes, max_decoded_pixels=images.max_decoded_pixels, source=None
     )
-
-
-def limits_of(config: Config) -> ImageLimits:
-    return ImageLimits(max_bytes=config.images.max_bytes, max_pixels=config.images.max_decoded_pixels)
-
-
-def source_of(config: Config) -> Source | None:
-    """The opened source; None for the built-in puzzles. Raises UserError where it cannot be read."""
     if config.data.source != "puzzles":
-        return open_source(config.data, limits_of(config))
-    limits = {"min_pixels": config.images.min_pixels, "max_pixels": config.images.max_pixels}
-    if view_size(SIZE, SIZE, **limits) != (SIZE // SCALE, SIZE // SCALE):
+        source = open_source(config.data, settings.limits)
+        return settings.model_copy(update={"source": (source.name, source.digest)})
+    view = view_size(SIZE, SIZE, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
+    if view != (SIZE // SCALE, SIZE // SCALE):
         hint = f"name your own data with data.source and data.path, or set images.min_pixels={VIEW['min_pixels']} and images.max_pixels={VIEW['max_pixels']}"
         raise UserError(
             f"The built-in puzzles are made to be seen at {SIZE // SCALE} x {SIZE // SCALE} pixels.", hint=hint
         )
-    return None
+    return settings
 
 
-def prepare(
-    config: Config, store: Store, *, force: bool = False, progress: Callable[[int, int], None] | None = None,
-) -> tuple[Artifact, bool]:  # fmt: skip
-    """Make or find the data set of config.data; returns the artifact, and whether it was there.
+def puzzle_settings(config: Config) -> PrepareSettings:
+    """The same with the built-in puzzles for data: who judges other data learns from these as well."""
+    if config.data.source == "puzzles":
+        return settings_of(config)
+    data = DataConfig(seed=config.data.seed, train=PUZZLES)
+    return settings_of(config.model_copy(update={"data": data, "images": config.images.model_copy(update=VIEW)}))
 
-    Content: samples-*.parquet, images-*.parquet, refused.parquet (where, reason, detail), summary.json.
-    progress(done, total) counts stored samples. Raises UserError where the source can't be read, too many of its rows are
-    refused, or it can't be split.
+
+def run(job: Job[PrepareSettings]) -> None:
+    """Content: samples-*.parquet, images-*.parquet, refused.parquet (where, reason, detail), summary.json.
+
+    Progress counts stored samples. Raises UserError where too many of the source's rows are refused, or it can't be split.
     """
-    limits, source = limits_of(config), source_of(config)
-
-    def produce(work: Work) -> None:
-        with ThreadPoolExecutor(config.where.workers, "prepare") as pool:
-            make(work, config, source, limits, pool, progress or (lambda done, total: None))
-
-    where = {"path": config.data.path, "workers": config.where.workers}
-    return store.build(KIND, recipe(config, source), produce, seed=config.data.seed, where=where, force=force)
+    settings, workers = job.settings, job.resources.where.workers
+    source = None if settings.source is None else open_source(settings.data, settings.limits)
+    job.work.where["path"] = getattr(settings.data, "path", None)
+    with ThreadPoolExecutor(workers, "prepare") as pool:
+        make(job.work, settings, source, pool, 2 * workers, job.progress)
 
 
 def make(
     work: Work,
-    config: Config,
+    settings: PrepareSettings,
     source: Source | None,
-    limits: ImageLimits,
     pool: Executor,
+    window: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    window = 2 * config.where.workers
+    data, limits = settings.data, settings.limits
     if source is None:
-        surveyed, jobs, total = None, puzzle_jobs(config.data), config.data.train + config.data.held_out
+        surveyed, jobs, total = None, puzzle_jobs(data), data.train + data.held_out
     else:
         # A resumed run surveys again: what it would need of the first survey is no smaller than the source's texts.
-        surveyed = survey(source, config.data, limits, pool, window)
+        surveyed = survey(source, data, limits, pool, window)
         jobs, total = row_jobs(source, surveyed.taken, limits), len(surveyed.taken)
     chunks = math.ceil(total / CHUNK)
     stored: set[str] = set()
@@ -118,10 +132,10 @@ def make(
     }
 
 
-def write_chunk(work: Work, number: int, jobs: Iterator[Job], stored: set[str], pool: Executor, window: int) -> None:
+def write_chunk(
+    work: Work, number: int, jobs: Iterator[SampleJob], stored: set[str], pool: Executor, window: int
+) -> None:
     """Store the samples of `jobs` and those of their images that are not in `stored` yet, which they are added to."""
-    import pyarrow as pa
-
     images, samples = f"images-{number:05}.parquet", f"samples-{number:05}.parquet"
     if work.has(images):
         stored.update(_column(work.path(images), "sha256"))
@@ -141,9 +155,7 @@ def write_chunk(work: Work, number: int, jobs: Iterator[Job], stored: set[str], 
     work.table(samples, pa.Table.from_pylist(rows, records.samples()))
 
 
-def refused_table(surveyed: Surveyed | None) -> "pa.Table":
-    import pyarrow as pa
-
+def refused_table(surveyed: Surveyed | None) -> pa.Table:
     names = ("where", "reason", "detail")
     rows = [{name: str(getattr(row, name)) for name in names} for row in surveyed.refused] if surveyed else []
     return pa.Table.from_pylist(rows, pa.schema([pa.field(name, pa.string(), nullable=False) for name in names]))
@@ -172,11 +184,31 @@ def summarise(work: Work, chunks: int, surveyed: Surveyed | None, images: int) -
     return summary
 
 
-def _call(job: Job) -> Any:
+def _call(job: SampleJob) -> Any:
     return job()
 
 
 def _column(path: Path, name: str) -> list[str]:
-    import pyarrow.parquet as pq
-
     return pq.ParquetFile(path).read([name]).column(0).to_pylist()
+
+
+prepare = Stage(
+    name="prepare",
+    version=2,
+    makes=Dataset,
+    settings=settings_of,
+    run=run,
+    packages=lambda settings: (
+        # The last three ship the photographs of the puzzles.
+        ("pillow", "numpy", "pyarrow")
+        + (("scikit-image", "scikit-learn", "matplotlib") if settings.source is None else ())
+    ),
+    outside=lambda settings: {"source": Reference("source", settings.source[1])} if settings.source else {},
+)
+
+puzzles = replace(
+    prepare,
+    label="puzzles",
+    settings=puzzle_settings,
+    wanted=lambda config: config.has_own_clip and config.data.source != "puzzles",
+)

@@ -1,71 +1,98 @@
-"""The rollout stage: groups of trajectories for this iteration's samples, published in parts as they finish."""
+"""Let a policy play an iteration's samples."""
 
 import asyncio
 import logging
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from typing import Self
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Self
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
+from pydantic import Field
 
 from thinkimg import records
 from thinkimg.closure import engine_package
-from thinkimg.config import Config
+from thinkimg.config.tree import Config
+from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.episode import Episode
+from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.engine.media import Media
+from thinkimg.engine.play import ConversationSpec, EpisodeSpec, Sampler, SamplingMode
+from thinkimg.engine.settings import EngineSettings, RolloutConfig
 from thinkimg.errors import UserError
-from thinkimg.records import SCHEMA_VERSION, CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
-from thinkimg.resources import Machines, machines
-from thinkimg.rollout import Job, Play, Players, view_limits
-from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
-from thinkimg.store.image_table import encode, image_writer, load_samples
+from thinkimg.images.settings import ViewLimits
+from thinkimg.models.base import BaseSource
+from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
+from thinkimg.resources import Resources
+from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage
+from thinkimg.store.artifacts import Work
+from thinkimg.store.image_table import ImageTable, encode, image_writer
+from thinkimg.store.kinds import Dataset, Policy, Rollouts, read_columns, read_trajectories
 
 log = logging.getLogger(__name__)
 
-STAGE, VERSION, KIND = "rollout", 1, "rollouts"
 PARTS = 8  # an iteration is published in this many parts
 
 
-def recipe(config: Config, dataset: Artifact, policy: Artifact, iteration: int) -> Recipe:
-    return Recipe(
-        STAGE, VERSION, SCHEMA_VERSION,
-        config={
-            "conversation": config.conversation.model_dump(mode="json"),
-            "images": view_limits(config),
-            "precision": precision(config),
-            "rollout": config.rollout.model_dump(mode="json"),
-            "iteration": iteration,
-            "seed": config.seed,
-        },
-        inputs={"dataset": dataset.reference, "policy": policy.reference},
-        packages=package_versions("pillow", "transformers", "tokenizers", engine_package()),
-    )  # fmt: skip
+class PlaySettings(Slice):
+    """What decides how a policy plays."""
 
-
-def precision(config: Config) -> str:
+    conversation: ConversationConfig
+    images: ViewLimits
+    precision: str
     """Of the weights in the engine."""
-    return config.model.dtype
+    base: BaseSource = Field(exclude=True)
+
+    @property
+    def engine(self) -> EngineSettings:
+        return EngineSettings(
+            dtype=self.precision,
+            max_tokens=self.conversation.max_tokens,
+            max_images=self.conversation.max_images,
+            max_pixels=self.images.max_pixels,
+        )
 
 
-def rollout(
-    config: Config, dataset: Artifact, policy: Artifact, store: Store, *, iteration: int = 1, force: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Artifact, bool]:  # fmt: skip
-    """Play `rollout.samples` x `rollout.group_size` conversations with `policy`; returns the artifact, and if it was there.
+class RolloutSettings(PlaySettings):
+    rollout: RolloutConfig
+    iteration: int
+    seed: int
 
-    Raises UserError where every conversation failed, EngineError where the engine cannot be reached. force: play them anew.
+
+def play_settings(config: Config) -> dict:
+    """The fields of PlaySettings."""
+    return {
+        "conversation": config.conversation,
+        "images": ViewLimits.of(config.images),
+        "precision": config.model.dtype,
+        "base": BaseSource.of(config.model),
+    }
+
+
+def settings_of(config: Config, iteration: int = 1) -> RolloutSettings:
+    return RolloutSettings(**play_settings(config), rollout=config.rollout, iteration=iteration, seed=config.seed)
+
+
+def run(job: Job[RolloutSettings]) -> None:
+    """Play `rollout.samples` x `rollout.group_size` conversations; a part holds whole groups, in the order of the samples.
+
+    Raises UserError where every conversation failed, EngineError where the engine cannot be reached.
     """
-
-    def produce(work: Work) -> None:
-        with machines(config) as crew:
-            asyncio.run(fill(work, config, dataset, policy, crew, iteration, progress))
-
-    where = config.where.public()
-    return store.build(
-        KIND, recipe(config, dataset, policy, iteration), produce, seed=config.seed, where=where, force=force
-    )
+    settings, work = job.settings, job.work
+    samples = job.inputs["dataset"].split("train")
+    samples = draw(samples, settings.rollout.samples, settings.iteration, settings.seed)
+    modes = [SamplingMode(settings.rollout.temperature)] * settings.rollout.group_size
+    started = time.perf_counter()
+    tokens = asyncio.run(play_parts(job, samples, modes))
+    work.metrics |= summary(closed_rows(work))
+    if tokens:
+        work.where["tokens_per_s"] = round(tokens / (time.perf_counter() - started), 1)
 
 
 def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
@@ -86,54 +113,62 @@ def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[S
     return [samples[i] for i in drawn]
 
 
-async def fill(
-    work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, iteration: int, progress
-):
-    """Play what is missing and close part after part; a part holds whole groups, in the order of the samples."""
-    samples = draw(load_samples(dataset, "train"), config.rollout.samples, iteration, config.seed)
-    plays = [Play(config.rollout.temperature)] * config.rollout.group_size
-    started = time.perf_counter()
-    played = await play_parts(work, config, dataset, policy, crew, samples, plays, progress)
-    rows = read_rows(work)
-    work.metrics |= summary(rows)
-    if played:
-        work.where["tokens_per_s"] = round(played / (time.perf_counter() - started), 1)
+@asynccontextmanager
+async def open_sampler(settings: PlaySettings, dataset: Dataset, policy: Policy, resources: Resources):
+    """Yield a Sampler whose engine holds the policy."""
+    spec = ConversationSpec(settings.conversation, settings.images, Codec.load(policy.vocabulary))
+    engine, adapter = await resources.engine(policy, settings.engine, settings.base)
+    pool = ThreadPoolExecutor(resources.where.workers, thread_name_prefix="tools")
+    async with engine:
+        with tempfile.TemporaryDirectory(dir=resources.media) as scratch:
+            media = Media(Path(scratch) if engine.media == "file" else None)
+            try:
+                yield Sampler(spec, ImageTable([dataset]), policy.digest, engine, adapter, media, pool)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 async def play_parts(
-    work: Work, config: Config, dataset: Artifact, policy: Artifact, crew: Machines, samples: list[Sample],
-    plays: list[Play], progress: Callable[[int, int], None], *, keep_images: bool = True,
-) -> int:  # fmt: skip
-    """Play each sample once per entry of `plays` (its index), and close the parts that are not closed yet.
+    job: Job[PlaySettings], samples: list[Sample], modes: list[SamplingMode], *, keep_images: bool = True
+) -> int:
+    """Play each sample once per entry of `modes` (its index), and close the parts that are not closed yet.
 
     keep_images: store what the tools made, too; it can be made again from the data set and the calls.
     Returns the number of tokens sampled now. Raises UserError where every conversation of the artifact failed, or the engine
     refused most of them. Until all are played no part with a refusal is closed: only then it is known whose fault that is, and
     whatever ends the run before leaves nothing behind that the next run would take for finished work.
     """
+    work = job.work
     size = -(-len(samples) // PARTS)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     part_of = {sample.sample_id: number for number, part in enumerate(parts) for sample in part}
-    discard(work, [number for number, rows in closed(work) if all_failed(rows)])  # of a run that knew no better
+    discard(
+        work, [number for number in range(len(parts)) if all_failed(work, [number])]
+    )  # of a run that knew no better
     missing = [number for number in range(len(parts)) if not work.has(f"trajectories-{number:05}.parquet")]
-    jobs = [Job(sample, i, how) for number in missing for sample in parts[number] for i, how in enumerate(plays)]
-    total = len(samples) * len(plays)
+    specs = [
+        EpisodeSpec(sample, i, mode) for number in missing for sample in parts[number] for i, mode in enumerate(modes)
+    ]
+    total = len(samples) * len(modes)
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
     pending: dict[int, list[Episode]] = {}  # parts with a refusal
     tokens = 0
-    if jobs:
-        async with Players(config, dataset, policy, crew) as players, Writer() as writer:
-            async for job, episode in players.play(jobs, lambda done: progress(total - len(jobs) + done, total)):
-                number = part_of[job.sample.sample_id]
-                ended[number][job.sample.sample_id, job.index] = episode
-                if len(ended[number]) == len(parts[number]) * len(plays):
+    if specs:
+        opened = open_sampler(job.settings, job.inputs["dataset"], job.inputs["policy"], job.resources)
+        async with opened as sampler, Writer() as writer:
+            async for spec, episode in sampler.sample(
+                specs, lambda done: job.progress(total - len(specs) + done, total)
+            ):
+                number = part_of[spec.sample.sample_id]
+                ended[number][spec.sample.sample_id, spec.index] = episode
+                if len(ended[number]) == len(parts[number]) * len(modes):
                     whole = ended.pop(number)
-                    episodes = [whole[sample.sample_id, i] for sample in parts[number] for i in range(len(plays))]
+                    episodes = [whole[sample.sample_id, i] for sample in parts[number] for i in range(len(modes))]
                     tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
                     if any(episode.refused for episode in episodes):
                         pending[number] = episodes
                     else:
-                        await writer.write(work, number, episodes, players.pool if keep_images else None)
+                        await writer.write(work, number, episodes, sampler.pool if keep_images else None)
             refused = [episode for episodes in pending.values() for episode in episodes if episode.refused]
             if 2 * len(refused) > total:
                 raise UserError(
@@ -141,18 +176,25 @@ async def play_parts(
                     hint="Mend that and run this again: parts without a refusal are kept, the others are played again.",
                 )
             for number, episodes in sorted(pending.items()):
-                await writer.write(work, number, episodes, players.pool if keep_images else None)
-    if all_failed(rows := read_rows(work)):
+                await writer.write(work, number, episodes, sampler.pool if keep_images else None)
+    if error := all_failed(work, range(len(parts))):
         discard(work, range(len(parts)))
         raise UserError(
-            f"Every conversation failed, the first with: {rows[0].error}",
+            f"Every conversation failed, the first with: {error}",
             hint="Mend that and run this again: everything is played again.",
         )
     return tokens
 
 
-def all_failed(rows: Sequence[Trajectory]) -> bool:
-    return all(row.stop is StopReason.FAILED for row in rows)
+def all_failed(work: Work, numbers: Iterable[int]) -> str | None:
+    """The first error of closed parts in which every conversation failed; None where one did not, or none is closed."""
+    names = [name for name in (f"trajectories-{number:05}.parquet" for number in numbers) if work.has(name)]
+    error = None
+    for row in read_columns([work.path(name) for name in names], ["stop", "error"]):
+        if row["stop"] != StopReason.FAILED:
+            return None
+        error = error or row["error"] or "?"
+    return error
 
 
 def discard(work: Work, numbers: Iterable[int]) -> None:
@@ -198,8 +240,6 @@ class Writer:
 
 def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor | None) -> None:
     """Close the images that the tools made, each once (encoded in `pool`; none are kept without), and the trajectories."""
-    import pyarrow as pa
-
     if pool is not None and not work.has(f"images-{number:05}.parquet"):
         made = {sha: image for episode in episodes for sha, image in episode.made_images.items()}
         write_images(work, f"images-{number:05}.parquet", made, pool)
@@ -215,39 +255,56 @@ def write_images(work: Work, name: str, made: dict[str, Image.Image], pool: Exec
             add(sha, data, *made[sha].size)
 
 
-def read_rows(work: Work) -> list[Trajectory]:
-    """All trajectories of the closed parts, in order."""
-    return [row for _, rows in closed(work) for row in rows]
-
-
-def closed(work: Work) -> Iterator[tuple[int, list[Trajectory]]]:
-    """(number, trajectories) of each closed part, in order."""
-    import pyarrow.parquet as pq
-
+def closed_rows(work: Work) -> Iterator[Trajectory]:
+    """The trajectories of the closed parts, in order; one batch is in memory."""
     for number in range(PARTS):
         if work.has(name := f"trajectories-{number:05}.parquet"):
-            rows = pq.read_table(work.path(name)).to_pylist()
-            yield number, [records.from_row(Trajectory, row) for row in rows]
+            yield from read_trajectories([work.path(name)])
 
 
 def summary(rows: Iterable[Trajectory]) -> dict[str, float]:
     """Headline figures of some trajectories: shares of the calls, of the ends, means per trajectory."""
-    rows = list(rows)
-    turns = [turn for row in rows for turn in row.turns]
-    calls = [turn for turn in turns if turn.kind is TurnKind.TOOL]
-    using = [row for row in rows if any(turn.image is not None for turn in row.turns)]
+    counts: Counter[str] = Counter()
+    tools: Counter[str | None] = Counter()
+    for row in rows:
+        counts["rows"] += 1
+        counts["shown"] += any(turn.image is not None for turn in row.turns)
+        counts[f"stop/{row.stop}"] += 1
+        counts["turns"] += len(row.turns)
+        for turn in row.turns:
+            counts["tokens"] += turn.tokens
+            counts["malformed"] += turn.kind is TurnKind.MALFORMED
+            if turn.kind is TurnKind.TOOL:
+                tools[turn.tool] += 1
+                counts[f"tool/{turn.status}"] += 1
+    total, calls = counts["rows"], tools.total()
     metrics = {
-        "trajectories": len(rows),
-        "tool/rate": len(using) / len(rows),
-        "tool/calls": len(calls) / len(rows),
-        "turns": len(turns) / len(rows),
-        "tokens": sum(turn.tokens for turn in turns) / len(rows),
-        "malformed": sum(turn.kind is TurnKind.MALFORMED for turn in turns) / max(1, len(turns)),
+        "trajectories": total,
+        "tool/rate": counts["shown"] / total,
+        "tool/calls": calls / total,
+        "turns": counts["turns"] / total,
+        "tokens": counts["tokens"] / total,
+        "malformed": counts["malformed"] / max(1, counts["turns"]),
     }
-    for status in CallStatus:
-        metrics[f"tool/{status}"] = sum(turn.status is status for turn in calls) / max(1, len(calls))
-    for reason in StopReason:
-        metrics[f"stop/{reason}"] = sum(row.stop is reason for row in rows) / len(rows)
-    for name, count in Counter(turn.tool for turn in calls).items():
-        metrics[f"tool/share/{name}"] = count / len(calls)
-    return metrics
+    metrics |= {f"tool/{status}": counts[f"tool/{status}"] / max(1, calls) for status in CallStatus}
+    metrics |= {f"stop/{reason}": counts[f"stop/{reason}"] / total for reason in StopReason}
+    return metrics | {f"tool/share/{name}": count / calls for name, count in tools.items()}
+
+
+Iteration = Annotated[int, Field(ge=1, le=1_000_000)]
+
+rollout = Stage(
+    name="rollout",
+    version=1,
+    makes=Rollouts,
+    settings=settings_of,
+    run=run,
+    reads={
+        "policy": Input(Policy),
+        "dataset": Input(Dataset, origin=Lineage("policy", "dataset"), shown=True),
+    },
+    parameters={"iteration": Parameter(Iteration, 1, "Number of the iteration, from 1.")},
+    packages=lambda settings: ("pillow", "transformers", "tokenizers", engine_package()),
+    uses=lambda config: frozenset({"engine"}),
+    player="policy",
+)

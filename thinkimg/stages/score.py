@@ -1,154 +1,150 @@
-"""The score stage: what each reward component makes of each trajectory, raw and unweighted.
+"""Score stored rollouts: one raw column per reward component.
 
-Some parts of the rollouts at a time: first the judges of processed images, side by side, whose findings are the ledgers
+Some parts of the rollouts at a time: first the judges of processed images, side by side, whose judgements are the ledgers
 (judgements-<judge>-*), then the components, part by part, which are pure functions of rows and ledgers.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
 
 from thinkimg import records
-from thinkimg.config import Config, RewardsConfig
+from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
-from thinkimg.models.clip import forget as forget_clip
-from thinkimg.records import SCHEMA_VERSION, Sample, Trajectory
-from thinkimg.resources import machines
+from thinkimg.images.settings import ViewLimits
+from thinkimg.models.base import BaseSource
+from thinkimg.models.clip import weights_digest
 from thinkimg.rewards import judging
 from thinkimg.rewards.batch import Batch, Score
-from thinkimg.rewards.context import Bench
-from thinkimg.rewards.judgement import Pair
-from thinkimg.rewards.judges.teacher import FROZEN
-from thinkimg.rewards.registry import JUDGES, components, sources
-from thinkimg.rewards.settings import ImageConfig
-from thinkimg.stages import clip, warmstart
-from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.rewards.context import JudgeContext, JudgeSettings
+from thinkimg.rewards.judge import load_judges
+from thinkimg.rewards.judgement import Judgements, Pair
+from thinkimg.rewards.judges.teacher import FROZEN, check_teacher
+from thinkimg.rewards.registry import components
+from thinkimg.rewards.settings import RewardsConfig
+from thinkimg.stages.stage import Input, Job, Lineage, Slice, Stage
+from thinkimg.stages.train_clip import train_clip
+from thinkimg.store.artifacts import Artifact, Reference, Work
+from thinkimg.store.image_table import ImageTable
+from thinkimg.store.kinds import IDENTITY, Clip, Dataset, Policy, Rollouts, Scores
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-
-    from thinkimg.rewards.judgement import Judgements
-    from thinkimg.store.image_table import ImageTable
-
-STAGE, VERSION, KIND = "score", 3, "scores"
 AT_ONCE = 4096  # trajectories whose images are judged together, at least
-IDENTITY = ("trajectory_id", "sample_id", "group_id")
+
+
+class ScoreSettings(Slice):
+    rewards: RewardsConfig
+    components: tuple[str, ...]
+    judges: JudgeSettings | None
+    """None without judges of images."""
+    prompts: dict[str, str]
+    """Judge -> hash of how it asks."""
+    own_clip: bool = Field(exclude=True)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The judges."""
+        return self.judges.image.columns if self.judges else ()
+
+    def fingerprinted(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {"rewards": self.rewards.model_dump(mode="json"), "components": list(self.components)}
+        if self.judges:
+            tree |= {"image": self.judges.image.scored(), "prompts": self.prompts}
+        return tree
+
+    def outside(self) -> dict[str, Reference]:
+        """Return the weights of a CLIP that is no artifact."""
+        if "embedding" not in self.types or self.own_clip:
+            return {}
+        return {"clip": Reference("clip", weights_digest(self.judges.image.embedding, None))}
+
+
+def judge_settings(config: Config) -> JudgeSettings:
+    return JudgeSettings(
+        image=config.image,
+        view=ViewLimits.of(config.images),
+        model=config.model,
+        token_budget=config.train.token_budget,
+        base=BaseSource.of(config.model),
+    )
+
+
+def settings_of(config: Config) -> ScoreSettings:
+    """Raises UserError for a user's function that is not as it must be."""
+    judges, asked = judge_settings(config), load_judges(config.image)
+    return ScoreSettings(
+        rewards=config.rewards,
+        components=tuple(components(config.rewards, config.image)),
+        judges=judges if config.image.types else None,
+        prompts={name: asked[name].prompt(judges) for name in config.image.columns},
+        own_clip=config.has_own_clip,
+    )
 
 
 @dataclass(frozen=True)
-class Job:
-    """One component on one part of the rollouts: small, and complete wherever the artifacts can be read."""
+class PartJob:
+    """One part of the rollouts to be scored: small, and complete wherever the artifacts can be read."""
 
-    component: str
     part: str
-    rewards: RewardsConfig
-    image: ImageConfig
+    settings: ScoreSettings
     dataset: Path
     rollouts: Path
     judgements: tuple[Path, ...]
 
 
-Mapper = Callable[[Callable[[Job], list[Score]], list[Job]], Iterable[list[Score]]]
-"""Runs a function on jobs, results in order: `map`, an executor's, or one that submits tasks to a Prefect task runner."""
+def run(job: Job[ScoreSettings]) -> None:
+    """Score chunk after chunk, and close a part of the same number for each of the rollouts; one part is in memory at a time.
 
-
-def recipe(config: Config, dataset: Artifact, rollouts: Artifact, bench: Bench) -> Recipe:
-    inputs = {"dataset": dataset.reference, "rollouts": rollouts.reference}
-    if bench.clip is not None:
-        inputs["clip"] = bench.clip.reference
-    if bench.founder is not None:
-        inputs["teacher"] = bench.founder.reference
-    settings = {
-        "rewards": config.rewards.model_dump(mode="json"),
-        "components": list(components(config.rewards, config.image)),
-    }
-    packages = ["rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy"]
-    if config.image.types:
-        settings["image"] = config.image.scored()
-        settings["judges"] = {name: asdict(JUDGES[name].identity(bench)) for name in config.image.types}
-        packages += ["torch", "open-clip-torch", "transformers"]
-    return Recipe(
-        STAGE, VERSION, SCHEMA_VERSION,
-        config=settings, inputs=inputs, sources=sources(config.rewards), packages=package_versions(*packages),
-    )  # fmt: skip
-
-
-def bench_of(
-    config: Config, dataset: Artifact, rollouts: Artifact, store: Store, crew, small_clip: Artifact | None
-) -> Bench:
-    """Where the judges work; nothing is started or loaded yet."""
-    policy = founder = None
-    if set(config.image.types) - {"embedding"}:
-        policy = store.origin(rollouts, "policy")
-    if "teacher" in config.image.types and config.image.teacher.model == FROZEN:
-        founder = policy
-        while founder.manifest["recipe"]["stage"] != warmstart.STAGE:
-            founder = store.origin(founder, "policy")
-    return Bench(config, crew, policy, founder, small_clip, (dataset, rollouts), None)
-
-
-def score(
-    config: Config, dataset: Artifact, rollouts: Artifact, store: Store, *, force: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None, mapper: Mapper | None = None,
-) -> tuple[Artifact, bool]:  # fmt: skip
-    """Score every trajectory; returns the artifact, and if it was there. One part of the rollouts is in memory at a time.
-
-    mapper: who runs the components of a part; None is a pool of `where.workers` threads. progress counts trajectories.
-    Raises UserError for rollouts of another data set and for a user's function that is not as it must be.
+    Progress counts trajectories, and pairs that judges look at. Raises UserError for rollouts of another data set.
     """
+    settings, work, rollouts = job.settings, job.work, job.inputs["rollouts"]
+    dataset = job.inputs["dataset"]
     played = rollouts.manifest["recipe"]["inputs"]["dataset"]
     if played["digest"] != dataset.digest:
         raise UserError(
             f"{rollouts.reference} was not made from {dataset.reference}.",
             hint=f"Its data set is dataset/{played['fingerprint']}/{played['attempt']}.",
         )
-    small_clip = clip.train_clip(config, store)[0] if clip.wanted(config) else None
-    bench = bench_of(config, dataset, rollouts, store, None, small_clip)
-    plan = recipe(config, dataset, rollouts, bench)
-
-    def produce(work: Work) -> None:
-        with ExitStack() as stack:
-            stack.callback(forget)
-            if not config.where.engine.keep:
-                stack.callback(forget_clip)  # the engine wants the memory next
-            run = mapper or stack.enter_context(ThreadPoolExecutor(config.where.workers)).map
-            if config.image.types:  # else nobody needs the device, which a loop may hold
-                bench.crew = stack.enter_context(machines(config))
-            known = judging.earlier(store, rollouts.digest) if config.image.types else None
-            fill(work, config, bench, dataset, rollouts, run, known, progress)
-
-    return store.build(KIND, plan, produce, where=config.where.public(), force=force)
-
-
-def fill(
-    work: Work, config: Config, bench: Bench, dataset: Artifact, rollouts: Artifact, run: Mapper, known, progress
-) -> None:
-    """Score chunk after chunk, and close a part of the same number for each of the rollouts."""
-    names = list(components(config.rewards, config.image))
-    parts = [path.name for path in rollouts.table_files("trajectories")]
-    tally = Tally(progress, sum(rollouts.files[part]["rows"] for part in parts))
-    bench.expect, bench.judged = tally.expect, tally.add
+    parts = list(rollouts.parts())
+    tally = Tally(job.progress, sum(rollouts.files[part]["rows"] for part in parts))
+    earlier = judging.earlier(job.store, rollouts.digest) if settings.judges else None
+    asked = load_judges(settings.judges.image) if settings.judges else ()
     for number, chunk in enumerate(chunks(rollouts, parts)):
-        if config.image.types and not all(work.has(scores_name(part)) for part in chunk):
-            fill_ledgers(work, bench, dataset, rollouts, number, chunk, known)
-        ledgers = [ledger_name(number, name) for name in JUDGES]
-        judged = tuple(work.path(name) for name in ledgers if work.has(name))
-        for part in chunk:
-            if not work.has(scores_name(part)):
-                jobs = [
-                    Job(name, part, config.rewards, config.image, dataset.directory, rollouts.directory, judged)
-                    for name in names
-                ]
-                columns = dict(zip(names, run(run_job, jobs), strict=True))
-                work.table(scores_name(part), table_of(rollouts, part, columns))
+        if settings.judges and not all(work.has(scores_name(part)) for part in chunk):
+            fill_ledgers(job, context_of(job, tally), number, chunk, earlier)
+        judged = tuple(work.path(name) for name in (ledger_name(number, judge) for judge in asked) if work.has(name))
+        missing = [part for part in chunk if not work.has(scores_name(part))]
+        tally.add(sum(rollouts.files[part]["rows"] for part in chunk if part not in missing))
+        jobs = [PartJob(part, settings, dataset.directory, rollouts.directory, judged) for part in missing]
+        for part, columns in zip(missing, job.map(score_part, jobs), strict=True):
+            work.table(scores_name(part), table_of(rollouts, part, columns))
             tally.add(rollouts.files[part]["rows"])
-    work.metrics |= summary([work.path(scores_name(part)) for part in parts], names)
+    job.resources.release_encoder()
+    work.metrics |= summary([work.path(scores_name(part)) for part in parts], list(settings.components))
+
+
+def context_of(job: Job[ScoreSettings], tally: "Tally") -> JudgeContext:
+    assert job.settings.judges is not None
+    tables = (job.inputs["dataset"], job.inputs["rollouts"])
+    return JudgeContext(
+        job.settings.judges,
+        job.resources,
+        job.inputs.get("player"),
+        job.inputs.get("first"),
+        job.inputs.get("clip"),
+        tables,
+        ImageTable(tables),
+        tally.expect,
+        tally.add,
+    )
 
 
 class Tally:
@@ -177,33 +173,50 @@ def chunks(rollouts: Artifact, parts: list[str]) -> Iterator[list[str]]:
             chunk = []
 
 
-def fill_ledgers(
-    work: Work, bench: Bench, dataset: Artifact, rollouts: Artifact, number: int, chunk: list[str], known
-) -> None:
+def fill_ledgers(job: Job[ScoreSettings], context: JudgeContext, number: int, chunk: list[str], earlier) -> None:
     """Close a chunk's ledgers, one per judge; those that an earlier try has closed stay."""
     pairs: set[Pair] = set()
     for part in chunk:
-        batch = _batch(rollouts.directory, dataset.directory, part)
-        bench.images = batch.images
-        pairs |= judging.pairs_of(batch.trajectories, batch.samples)
-    judge_pairs(work, bench, number, pairs, known)
+        rows = list(job.inputs["rollouts"].trajectories(part))
+        samples = job.inputs["dataset"].samples_of(rows)
+        pairs |= judging.pairs_of(rows, samples, job.inputs["rollouts"].tools)
+    judge_pairs(job.work, context, number, pairs, earlier)
 
 
-def judge_pairs(work: Work, bench: Bench, number: int, pairs: set[Pair], known) -> None:
-    def close(name: str, found: "Judgements") -> None:
-        work.table(ledger_name(number, name), judging.table(found))
+def judge_pairs(work: Work, context: JudgeContext, number: int, pairs: set[Pair], earlier) -> None:
+    def close(name: str, judgements: Judgements) -> None:
+        work.table(ledger_name(number, name), judging.table(judgements))
 
     def ask(names: Iterable[str]) -> None:
         missing = [name for name in names if not work.has(ledger_name(number, name))]
         if missing:
-            judging.judge(missing, pairs, bench, known, close)
+            judging.judge(missing, pairs, context, earlier, close)
 
-    settings = bench.config.image
-    ask(settings.types)
-    if "teacher" in settings.types and settings.teacher.fallback == "self":
-        told = judging.read(work.path(ledger_name(number, "teacher")))
-        if any(one.unreachable for one in told.values()):
+    image = context.settings.image
+    ask(image.columns)
+    if "teacher" in image.types and image.teacher.fallback == "self":
+        judged = judging.read(work.path(ledger_name(number, "teacher")))
+        if any(one.unreachable for one in judged.values()):
             ask(["self"])  # about all: whole groups fall back
+
+
+def score_part(job: PartJob) -> dict[str, list[Score]]:
+    """Component -> one score per trajectory of the part, in order; the components in threads beside each other."""
+    dataset, rollouts = Dataset.open(job.dataset), Rollouts.open(job.rollouts)
+    image, rows = job.settings.judges and job.settings.judges.image, list(rollouts.trajectories(job.part))
+    batch = Batch(
+        rows,
+        dataset.samples_of(rows),
+        job.settings.rewards,
+        ImageTable([dataset, rollouts]),
+        image,
+        {key: one for path in job.judgements for key, one in judging.read(path).items()},
+        rollouts.tools,
+    )
+    scorers = components(job.settings.rewards, image)
+    with ThreadPoolExecutor(len(scorers)) as pool:
+        scores = {name: pool.submit(scorers[name], batch) for name in job.settings.components}
+        return {name: future.result() for name, future in scores.items()}
 
 
 def ledger_name(number: int, component: str) -> str:
@@ -214,10 +227,7 @@ def scores_name(part: str) -> str:
     return part.replace("trajectories", "scores", 1)
 
 
-def table_of(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> "pa.Table":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def table_of(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> pa.Table:
     table = pq.read_table(rollouts.checked(part), columns=list(IDENTITY)).to_pydict()
     for name, found in columns.items():
         assert len(found) == len(table["trajectory_id"]), f"{name} has {len(found)} scores"
@@ -225,52 +235,8 @@ def table_of(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> 
     return pa.Table.from_pydict(table, records.scores(list(columns)))
 
 
-def run_job(job: Job) -> list[Score]:
-    """One score per trajectory of the part, in order."""
-    with _lock:  # the components of a part share it: who comes first reads it
-        batch = _batch(job.rollouts, job.dataset, job.part)
-        judged = _judgements(job.judgements)
-    batch = replace(batch, config=job.rewards, image=job.image, judgements=judged)
-    return components(job.rewards, job.image)[job.component](batch)
-
-
-_lock = threading.Lock()
-
-
-@lru_cache(maxsize=1)
-def _batch(rollouts: Path, dataset: Path, part: str) -> Batch:
-    import pyarrow.parquet as pq
-
-    samples, images = _inputs(rollouts, dataset)
-    rows = pq.read_table(Artifact.open(rollouts).checked(part)).to_pylist()
-    return Batch([records.from_row(Trajectory, row) for row in rows], samples, RewardsConfig(), images)
-
-
-@lru_cache(maxsize=1)
-def _judgements(paths: tuple[Path, ...]) -> "Judgements":
-    return {key: one for path in paths for key, one in judging.read(path).items()}
-
-
-@lru_cache(maxsize=1)
-def _inputs(rollouts: Path, dataset: Path) -> "tuple[dict[str, Sample], ImageTable]":
-    from thinkimg.store.image_table import ImageTable, load_samples
-
-    artifacts = [Artifact.open(dataset), Artifact.open(rollouts)]
-    return {sample.sample_id: sample for sample in load_samples(artifacts[0])}, ImageTable(artifacts)
-
-
-def forget() -> None:
-    """Let go of what the last jobs have read."""
-    _batch.cache_clear()
-    _judgements.cache_clear()
-    _inputs.cache_clear()
-
-
 def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
     """reward/<component>: mean over the present values (None without one); missing/<component>: how many there are not."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     metrics: dict[str, float | None] = {}
     for name in names:
         total, present, missing, fallen = 0.0, 0, 0, 0
@@ -289,17 +255,44 @@ def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
     return metrics
 
 
-def read_scores(artifact: Artifact) -> "tuple[dict[str, np.ndarray], list[str], list[str]]":
-    """component -> (N,) float64 with NaN where a value is missing; trajectory ids; group ids; all in order of the rollouts."""
-    table = artifact.table("scores")
-    names = [name for name in table.column_names if name not in IDENTITY]
-    ids, groups = (table.column(name).to_pylist() for name in ("trajectory_id", "group_id"))
-    return {name: _values(table, name) for name in names}, ids, groups
-
-
-def _values(table: "pa.Table", name: str) -> "np.ndarray":
-    import numpy as np
-    import pyarrow.compute as pc
-
+def _values(table: pa.Table, name: str) -> np.ndarray:
     found = pc.struct_field(table.column(name), "value").to_pylist()
     return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+
+
+def asks_policy(config: Config) -> bool:
+    """Whether a judge is a policy."""
+    return bool(set(config.image.types) - {"embedding"})
+
+
+def uses(config: Config) -> frozenset[str]:
+    """What the judges occupy: the engine for `self`, the trainer for `attention`."""
+    return frozenset().union(*(judge.uses for judge in load_judges(config.image).values()))
+
+
+score = Stage(
+    name="score",
+    version=4,
+    makes=Scores,
+    settings=settings_of,
+    run=run,
+    reads={
+        "rollouts": Input(Rollouts),
+        "dataset": Input(Dataset, origin=Lineage("rollouts", "dataset")),
+        "player": Input(Policy, origin=Lineage("rollouts", "policy"), counts=asks_policy, implied=True),
+        "clip": Input(Clip, origin=train_clip, counts=lambda config: config.has_own_clip),
+        "first": Input(
+            Policy,
+            origin=Lineage("player", "policy", first=True),
+            counts=lambda config: "teacher" in config.image.types and config.image.teacher.model == FROZEN,
+        ),
+    },
+    packages=lambda settings: (
+        ("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy")
+        + (("torch", "open-clip-torch", "transformers") if settings.judges else ())
+    ),
+    outside=ScoreSettings.outside,
+    check=lambda config: check_teacher(config.image, config.where.teacher),
+    uses=uses,
+    player="player",
+)

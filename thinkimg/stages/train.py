@@ -1,82 +1,144 @@
-"""The train stage: a mix of the raw scores, group-relative advantages, and GRPO steps from one policy to the next."""
+"""Take GRPO steps from scored rollouts to the next policy."""
 
 import logging
 import shutil
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
+from pydantic import Field
 
-from thinkimg.config import Config
+from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows
-from thinkimg.models.base import base_entry
-from thinkimg.records import SCHEMA_VERSION, StopReason
-from thinkimg.resources import Machines, machines
-from thinkimg.rewards.judges.teacher import check_teacher
+from thinkimg.images.settings import ViewLimits
+from thinkimg.models.base import BaseSource
+from thinkimg.models.settings import ModelConfig
+from thinkimg.records import StopReason
+from thinkimg.rewards.joined import Joined, join
 from thinkimg.rewards.mix import Mix
 from thinkimg.rewards.registry import components
-from thinkimg.rollout import view_limits
-from thinkimg.stages.score import read_scores
-from thinkimg.stages.warmstart import model_slice
+from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage
 from thinkimg.store import files
-from thinkimg.store.artifacts import Artifact, Recipe, Store, Work, package_versions
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.kinds import Dataset, Policy, Rollouts, Scores, open_artifact
 from thinkimg.store.manifest import MANIFEST, OPTIMIZER, TRIMMED, Reference
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from thinkimg.trainer.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # policies of a loop that keep their optimizer's state
-STAGE, VERSION, KIND = "train", 2, "policy"
-OVER = (StopReason.MAX_TURNS, StopReason.MAX_TOKENS)
 
 
-def recipe(config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifact, scores: Artifact,
-           reference: Artifact | None) -> Recipe:  # fmt: skip
-    inputs = {"dataset": dataset, "policy": policy, "rollouts": rollouts, "scores": scores}
-    if reference is not None:
-        inputs["reference"] = reference
-    return Recipe(
-        STAGE, VERSION, SCHEMA_VERSION,
-        config={
-            "images": view_limits(config),
-            **Mix.of_config(config).slice(),
-            "model": model_slice(config),
-            "temperature": config.rollout.temperature,
-            "max_tokens": config.conversation.max_tokens,
-            "train": config.train.model_dump(mode="json", exclude={"parity"}),
-            "seed": config.seed,
-        },
-        inputs={name: artifact.reference for name, artifact in inputs.items()},
-        packages=package_versions("torch", "transformers", "peft", "pillow"),
-    )  # fmt: skip
+class TrainSettings(Slice):
+    mix: Mapping[str, Any]
+    """As Mix.slice has it: `mix`, and `image` where that names it."""
+    images: ViewLimits
+    model: ModelConfig
+    temperature: float
+    max_tokens: int
+    train: TrainConfig
+    """`parity` decides whether there is an output, not which."""
+    seed: int
+    base: BaseSource = Field(exclude=True)
+
+    def fingerprinted(self) -> dict[str, Any]:
+        tree = self.model_dump(mode="json", exclude={"mix": True, "train": {"parity"}})
+        return tree | {"model": self.model.defining()} | dict(self.mix)
 
 
-def train(
-    config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifact, scores: Artifact, store: Store, *,
-    reference: Artifact | None = None, force: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Artifact, bool]:  # fmt: skip
-    """The policy after this iteration. reference: the policy that the KL term is measured against (loss.beta > 0).
+def check_mix(config: Config) -> None:
+    """Raise UserError where the mix names a component that is never scored."""
+    Mix.of_settings(config.mix, config.image).check(components(config.rewards, config.image))
 
-    Raises UserError where the parity gate refuses. Where no group is left to learn from, no step is taken and the next
+
+def settings_of(config: Config) -> TrainSettings:
+    return TrainSettings(
+        mix=Mix.of_settings(config.mix, config.image).slice(),
+        images=ViewLimits.of(config.images),
+        model=config.model,
+        temperature=config.rollout.temperature,
+        max_tokens=config.conversation.max_tokens,
+        train=config.train,
+        seed=config.seed,
+        base=BaseSource.of(config.model),
+    )
+
+
+def run(job: Job[TrainSettings]) -> None:
+    """Raises UserError where the parity gate refuses. Where no group is left to learn from, no step is taken and the next
     policy has the same weights; the metric train/no_step is 1, and a warning says why.
     """
-    check_mix(config)
-    reference = reference_of(config, reference)
+    settings, work = job.settings, job.work
+    dataset, policy, rollouts, scores = (job.inputs[role] for role in ("dataset", "policy", "rollouts", "scores"))
+    reference = job.inputs.get("reference")
+    check_optimizer(policy)
+    joined = join(rollouts, scores)
+    ids, valid = joined.ids, joined.counted
+    totals, result = weigh(Mix.of(settings.mix), settings.train, joined)
+    rows = included_rows(
+        result.included, joined.stops == StopReason.TRUNCATED,
+        mask_truncated_completions=settings.train.loss.mask_truncated_completions,
+    )  # fmt: skip
+    if not work.has("advantages.parquet"):
+        work.table("advantages.parquet", advantages_table(joined, totals, result))
+    chosen = job.resources.scratch / "advantages.parquet"  # the job's own copy: included rows only
+    pa.parquet.write_table(
+        pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), chosen
+    )
+    codec = Codec.load(policy.vocabulary)
+    order = {
+        "kind": "train",
+        "policy": {"directory": str((policy.directory / "policy").resolve()), "digest": policy.digest},
+        "base": settings.base.entry(),
+        "model": settings.model.model_dump(mode="json"),
+        "train": settings.train.model_dump(mode="json"),
+        "rollouts": str(rollouts.directory.resolve()),
+        "images": {"tables": [str(a.directory.resolve()) for a in (dataset, rollouts)], **settings.images.model_dump()},
+        "advantages": str(chosen),
+        "conversation": {
+            "temperature": settings.temperature,
+            "banned": list(codec.banned),
+            "max_tokens": settings.max_tokens,
+        },
+        "reference": reference and str((reference.directory / "policy").resolve()),
+        "seed": settings.seed,
+    }
+    work.discard("policy")  # of a killed run: its figures are lost, so that it is trained again
+    with work.part("policy") as output:
+        if len(rows):
+            order["output"] = str(output.resolve())
+            done = job.resources.trainer.submit(order, progress=lambda line: job.progress(line["step"], line["steps"]))
+            work.metrics |= done["metrics"]
+        else:
+            log.warning(
+                "no group is left to learn from: no step is taken (%d of %d groups are silent, %d of %d rows don't count)",
+                len(result.silent_groups), len(set(joined.groups.tolist())), int((~valid).sum()), len(ids),
+            )  # fmt: skip
+            shutil.copytree(policy.checked("policy"), output)
+    work.metrics |= {
+        "reward/total": float(totals[valid].mean()) if valid.any() else None,
+        "train/rows": len(rows),
+        "train/no_step": float(len(rows) == 0),
+        "train/silent_groups": len(result.silent_groups) / len(set(joined.groups.tolist())),
+    }
+    for reason in Inclusion:
+        work.metrics[f"train/rows_{reason}"] = int((result.reasons == reason).sum())
 
-    def produce(work: Work) -> None:
-        check_optimizer(policy)
-        with machines(config) as crew:
-            step(work, config, dataset, policy, rollouts, scores, reference, crew, progress)
 
-    where = config.where.public()
-    plan = recipe(config, dataset, policy, rollouts, scores, reference)
-    made, cached = store.build(KIND, plan, produce, seed=config.seed, where=where, force=force)
-    trim_optimizers(store, made)
-    return made, cached
+def advantages_table(joined: Joined, totals: np.ndarray, result: AdvantageResult) -> pa.Table:
+    """What each row was worth, and whether it entered the loss; in order of the rollouts."""
+    columns = {
+        "trajectory_id": joined.ids,
+        "group_id": joined.groups,
+        "total": totals,
+        "advantage": result.advantages,
+        "included": result.included,
+        "reason": [str(reason) for reason in result.reasons],
+    }
+    return pa.table(columns)
 
 
 def check_optimizer(policy: Artifact) -> None:
@@ -97,7 +159,7 @@ def trim_optimizers(store: Store, newest: Artifact) -> None:
     Such a policy still serves, is evaluated, merged and exported; training does not go on from it.
     """
     policy, age = newest, 0
-    while policy.manifest["recipe"]["stage"] == STAGE:
+    while policy.manifest["recipe"]["stage"] == train.name:
         name = f"policy/{OPTIMIZER}"
         if age >= KEPT and name in policy.files and not policy.dropped:
             if policy.trimmed(policy.files[name]):
@@ -107,114 +169,45 @@ def trim_optimizers(store: Store, newest: Artifact) -> None:
         directory = store.root / str(Reference(**policy.manifest["recipe"]["inputs"]["policy"]))
         if not (directory / MANIFEST).is_file():
             return  # kept elsewhere
-        policy, age = Artifact.open(directory), age + 1
+        policy, age = open_artifact(directory), age + 1
 
 
-def reference_of(config: Config, first: Artifact | None) -> Artifact | None:
-    """The policy of the KL term; with LoRA that is the base model, which needs no artifact."""
-    return first if config.train.loss.beta > 0 and config.model.adaptation == "full" else None
-
-
-def step(work: Work, config: Config, dataset: Artifact, policy: Artifact, rollouts: Artifact, scores: Artifact,
-         reference: Artifact | None, crew: Machines, progress) -> None:  # fmt: skip
-    import pyarrow as pa
-
-    ends = rollouts.table("trajectories", ["trajectory_id", "stop", "turns"]).to_pydict()
-    components, ids, groups = read_scores(scores)
-    assert ids == ends["trajectory_id"], "scores are in the order of their rollouts"
-    stops = np.array(ends["stop"])
-    valid = counted(ends["stop"], ends["turns"])
-    totals, result = weigh(config, components, np.array(groups), valid)
-    rows = included_rows(
-        result.included, stops == StopReason.TRUNCATED,
-        mask_truncated_completions=config.train.loss.mask_truncated_completions,
-    )  # fmt: skip
-    if not work.has("advantages.parquet"):
-        work.table("advantages.parquet", advantages_table(ids, groups, totals, result))
-    chosen = crew.scratch / "advantages.parquet"  # the job's own copy: included rows only
-    pa.parquet.write_table(
-        pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), chosen
-    )
-    codec = Codec.load(crew.vocabulary(policy))
-    job = {
-        "kind": "train",
-        "policy": {"directory": str((policy.directory / "policy").resolve()), "digest": policy.digest},
-        "base": base_entry(config),
-        "model": config.model.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json"),
-        "rollouts": str(rollouts.directory.resolve()),
-        "images": {"tables": [str(a.directory.resolve()) for a in (dataset, rollouts)], **view_limits(config)},
-        "advantages": str(chosen),
-        "conversation": {
-            "temperature": config.rollout.temperature,
-            "banned": list(codec.banned),
-            "max_tokens": config.conversation.max_tokens,
-        },
-        "reference": reference and str((reference.directory / "policy").resolve()),
-        "seed": config.seed,
-    }
-    work.discard("policy")  # of a killed run: its figures are lost, so that it is trained again
-    with work.part("policy") as output:
-        if len(rows):
-            job["output"] = str(output.resolve())
-            done = crew.trainer.submit(job, progress=lambda line: progress(line["step"], line["steps"]))
-            work.metrics |= done["metrics"]
-        else:
-            log.warning(
-                "no group is left to learn from: no step is taken (%d of %d groups are silent, %d of %d rows don't count)",
-                len(result.silent_groups), len(set(groups)), int((~valid).sum()), len(ids),
-            )  # fmt: skip
-            shutil.copytree(policy.checked("policy"), output)
-    work.metrics |= {
-        "reward/total": float(totals[valid].mean()) if valid.any() else None,
-        "train/rows": len(rows),
-        "train/no_step": float(len(rows) == 0),
-        "train/silent_groups": len(result.silent_groups) / len(set(groups)),
-    }
-    for reason in Inclusion:
-        work.metrics[f"train/rows_{reason}"] = int((result.reasons == reason).sum())
-
-
-def advantages_table(ids: list[str], groups: list[str], totals: np.ndarray, result: AdvantageResult) -> "pa.Table":
-    """What each row was worth, and whether it entered the loss; in order of the rollouts."""
-    import pyarrow as pa
-
-    columns = {
-        "trajectory_id": ids,
-        "group_id": groups,
-        "total": totals,
-        "advantage": result.advantages,
-        "included": result.included,
-        "reason": [str(reason) for reason in result.reasons],
-    }
-    return pa.table(columns)
-
-
-def check_mix(config: Config) -> None:
-    """Raise UserError where the mix names a component that is never scored, or a teacher who lives nowhere: before hours
-    are spent, not after."""
-    check_teacher(config)
-    Mix.of_config(config).check(components(config.rewards, config.image))
-
-
-def counted(stops: list[str], turns: list[list[dict]]) -> np.ndarray:
-    """(N,) bool: the rows that count in the loss and in the statistics of their groups.
-
-    A failed row does not. Nor does one that ran out of turns or tokens while every turn of it was in order: with more of
-    them it might have been right (over-turn masking, Mini-o3, arXiv 2509.07969). One that spent its turns on malformed text or
-    refused calls does count: where such rows were left out nothing held them back, and on the puzzles the share of
-    malformed turns rose from 5 to 28 % within four iterations.
-    """
-    return np.array([
-        stop != StopReason.FAILED and (stop not in OVER or any(turn["error"] for turn in row))
-        for stop, row in zip(stops, turns, strict=True)
-    ])  # fmt: skip
-
-
-def weigh(
-    config: Config, components: dict[str, np.ndarray], groups: np.ndarray, valid: np.ndarray
-) -> tuple[np.ndarray, AdvantageResult]:
+def weigh(mix: Mix, train: TrainConfig, joined: Joined) -> tuple[np.ndarray, AdvantageResult]:
     """Totals of the mix and the advantages within groups, over the rows that count."""
-    totals = Mix.of_config(config).totals(components, groups, valid)
-    scale = config.train.loss.scale_rewards
-    return totals, advantages(totals, groups, valid, scale_rewards=scale, min_std=config.train.min_std)
+    totals, scale = joined.totals(mix), train.loss.scale_rewards
+    return totals, advantages(totals, joined.groups, joined.counted, scale_rewards=scale, min_std=train.min_std)
+
+
+Weight = Annotated[float, Field(ge=0, le=1000)]
+
+train = Stage(
+    name="train",
+    version=2,
+    makes=Policy,
+    settings=settings_of,
+    run=run,
+    reads={
+        "scores": Input(Scores),
+        "rollouts": Input(Rollouts, origin=Lineage("scores", "rollouts")),
+        "dataset": Input(Dataset, origin=Lineage("rollouts", "dataset")),
+        "policy": Input(Policy, origin=Lineage("rollouts", "policy")),
+        # What the KL term is measured against; with LoRA that is the base model, which needs no artifact.
+        "reference": Input(
+            Policy,
+            origin=Lineage("policy", "policy", first=True),
+            counts=lambda config: config.train.loss.beta > 0 and config.model.adaptation == "full",
+            shown=True,
+        ),
+    },
+    offers={
+        "mix": Parameter(
+            dict[str, Weight] | None,
+            None,
+            "Weight of each reward component, all of them; left out, as the preset says.",
+        )
+    },
+    packages=lambda settings: ("torch", "transformers", "peft", "pillow"),
+    uses=lambda config: frozenset({"trainer"}),
+    check=check_mix,
+    tidy=trim_optimizers,
+)

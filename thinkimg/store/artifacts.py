@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from thinkimg.errors import UserError
 from thinkimg.store import files
+from thinkimg.store.kinds import open_artifact, typed
 from thinkimg.store.manifest import (
     DROPPED,
     MANIFEST,
@@ -40,9 +43,7 @@ from thinkimg.store.manifest import (
     read_manifest,
     sealed,
 )
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from thinkimg.store.tables import write_table
 
 __all__ = [
     "Artifact",
@@ -54,14 +55,12 @@ __all__ = [
     "directory_digest",
     "fingerprint",
     "package_versions",
-    "write_table",
 ]
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 ATTEMPT = re.compile(r"\d{4,}")
-ROWS_PER_GROUP, IMAGES_PER_GROUP = 4096, 16  # what a reader holds; binary rows are megabytes each
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Work:
         kind: str,
         recipe: Recipe,
         seed: int | None,
-        where: Mapping,
+        where: Mapping[str, Any],
         done: Artifact | None,
         anew: bool = False,
     ):
@@ -98,7 +97,7 @@ class Work:
         self.metrics: dict[str, Any] = {}
         self.where: dict[str, Any] = dict(where)
         self._home, self._started = home, now()
-        self._parts: dict[str, list[dict]] = {}
+        self._parts: dict[str, list[dict[str, Any]]] = {}
         if done is None:
             left = [int(path.stem) for path in home.glob("*.work")]
             taken = [int(path.name) for path in home.iterdir() if ATTEMPT.fullmatch(path.name)]
@@ -137,7 +136,7 @@ class Work:
             path.mkdir()
             write(path)
 
-    def table(self, name: str, table: "pa.Table") -> None:
+    def table(self, name: str, table: pa.Table) -> None:
         """Close a Parquet part; equal tables give equal bytes, however they are chunked."""
         with self.part(name) as path:
             write_table(path, table)
@@ -181,7 +180,7 @@ class Work:
         final = self._home / self.attempt
         files.rename(self.directory, final)
         files.remove(self._journal)
-        self.artifact = Artifact.open(final)
+        self.artifact = open_artifact(final)
         return self.artifact
 
     def _recover(self) -> None:
@@ -220,14 +219,20 @@ class Store:
         attempts = self._attempts(self.root / kind / fingerprint)
         if not attempts:
             return None
-        artifact = Artifact.open(attempts[-1])
+        artifact = open_artifact(attempts[-1])
         if (artifact.kind, artifact.fingerprint) != (kind, fingerprint):
             raise UserError(f"{artifact.directory} holds {artifact.reference}", hint="move it back to its place")
         return artifact
 
     @contextmanager
     def create(
-        self, kind: str, recipe: Recipe, *, seed: int | None = None, where: Mapping | None = None, force: bool = False
+        self,
+        kind: str,
+        recipe: Recipe,
+        *,
+        seed: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        force: bool = False,
     ) -> Iterator[Work]:
         """Yield the work on a new attempt, alone on this fingerprint; `work.artifact` is set if there is one already.
 
@@ -257,7 +262,7 @@ class Store:
         produce: Callable[[Work], object],
         *,
         seed: int | None = None,
-        where: Mapping | None = None,
+        where: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> tuple[Artifact, bool]:
         """Find the artifact or make it with `produce(work)`; returns it, and whether it was there (*Cached*)."""
@@ -276,7 +281,7 @@ class Store:
         for place in (Path(reference), self.root / reference):
             attempts = [place] if (place / MANIFEST).is_file() else self._attempts(place)
             if reference and attempts:
-                artifact = Artifact.open(attempts[-1])
+                artifact = open_artifact(attempts[-1])
                 if kind not in (None, artifact.kind):
                     raise UserError(f"{reference} is of kind {artifact.kind}, not {kind}")
                 return artifact
@@ -286,11 +291,11 @@ class Store:
             for home in homes
             if reference and str(home.relative_to(self.root if "/" in reference else home.parent)).startswith(reference)
         ]
-        if len(matches) == 1:
-            return self.find(matches[0].parent.name, matches[0].name)
+        if len(matches) == 1 and (newest := self.find(matches[0].parent.name, matches[0].name)) is not None:
+            return newest
         names = [f"{home.parent.name}/{home.name[:12]}" for home in matches or homes]
         listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        what = "several artifacts begin" if matches else f"no {kind or 'artifact'} under {self.root} begins"
+        what = "several artifacts begin" if len(matches) > 1 else f"no {kind or 'artifact'} under {self.root} begins"
         raise UserError(f"{what} with {reference!r}", hint=f"there are {listed}" if names else "there are none yet")
 
     def origin(self, artifact: Artifact, name: str) -> Artifact:
@@ -373,7 +378,7 @@ class Store:
         for home in self._homes(kind):
             for directory in self._attempts(home):
                 try:
-                    yield Artifact(directory, read_manifest(directory))
+                    yield typed(directory, read_manifest(directory))
                 except UserError as error:
                     log.warning("%s", error)
 
@@ -381,21 +386,3 @@ class Store:
 def _journal(attempt: Path) -> Path:
     """The journal beside an attempt or its work; it goes last, when the rename is safe on disk."""
     return attempt.with_suffix(".jsonl")
-
-
-def write_table(path: Path, table: "pa.Table") -> None:
-    """Write Parquet with fixed options: the bytes depend on schema, values and pyarrow's version alone."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    heavy = any(pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) for column in table.schema)
-    # Arrow ends pages and dictionaries where a chunk ends: combined, the bytes don't tell where those were.
-    pq.write_table(
-        table.combine_chunks(),
-        path,
-        row_group_size=IMAGES_PER_GROUP if heavy else ROWS_PER_GROUP,
-        version="2.6",
-        data_page_version="1.0",
-        compression="zstd",
-        compression_level=1,
-    )

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from thinkimg.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -126,8 +128,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
     It is a kernel lock (flock): it ends with the process that holds it, however that ends.
     """
-    from filelock import FileLock, Timeout
-
     lock = FileLock(path)
     try:
         with op("lock", path):

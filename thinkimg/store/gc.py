@@ -11,10 +11,11 @@ from pathlib import Path
 from thinkimg.errors import UserError
 from thinkimg.store import files
 from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.kinds import KINDS
 from thinkimg.store.lineage import Graph
 from thinkimg.store.manifest import DROPPED, MANIFEST, TRIMMED, now
 
-NEVER_DROPPED = ("dataset", "pairs", "clip")  # every later stage reads them
+NEVER_DROPPED = {name for name, kind in KINDS.items() if kind.LASTING}
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,8 @@ def old(graph: Graph, policies: Sequence[str], keep_last: int) -> set[str]:
             fresh |= {str(reference) for reference in graph.inputs(entry).values() if reference.kind != "policy"}
             # A frozen teacher, who judges the next rollouts as well.
             scores = graph.inputs(entry).get("scores")
-            fresh |= {
-                str(ref) for role, ref in (graph.inputs(str(scores)) if scores else {}).items() if role == "teacher"
-            }
+            judges = graph.inputs(str(scores)) if scores else {}
+            fresh |= {str(reference) for reference in judges.values() if reference.kind == "policy"}
         # What the KL term is measured against is read again with every step.
         fresh |= {str(ref) for role, ref in graph.inputs(name).items() if role == "reference"}
     return {

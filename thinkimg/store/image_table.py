@@ -1,4 +1,4 @@
-"""The images and samples of artifacts: images are written so that one is read without its neighbours, and read by hash."""
+"""The images of artifacts, written so that one is read without its neighbours, and read by hash."""
 
 import io
 import threading
@@ -6,18 +6,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from thinkimg import records
-from thinkimg.errors import UserError
 from thinkimg.images.decode import FORMATS, ImageLimits, decode, encode_png
-from thinkimg.records import Sample
-from thinkimg.store.artifacts import IMAGES_PER_GROUP, Artifact
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
+from thinkimg.store.manifest import Artifact
+from thinkimg.store.tables import IMAGES_PER_GROUP
 
 GROUP_BYTES = 4 * 2**20
 """A row group ends when it holds this much: what a reader of one image reads at most, but for the image itself."""
@@ -48,10 +46,7 @@ def image_writer(path: Path) -> Iterator[Callable[[str, bytes, int, int], None]]
 
     Equal rows give equal bytes.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
 
     def flush() -> None:
         if rows:
@@ -94,8 +89,6 @@ class ImageTable:
 
     @property
     def _index(self) -> dict[bytes, tuple[int, int, int]]:
-        import pyarrow.parquet as pq
-
         with self._lock:
             for path in self._unread:
                 file = pq.ParquetFile(path, pre_buffer=False)
@@ -142,14 +135,3 @@ class ImageTable:
 
 def _size(image: Image.Image) -> int:
     return 3 * image.width * image.height
-
-
-def load_samples(artifact: Artifact, split: str | None = None) -> list[Sample]:
-    """The samples of a data set artifact in their order, all or those of "train" or "held_out". UserError if none."""
-    rows = (row for batch in artifact.batches("samples") for row in batch.to_pylist())
-    samples = [records.from_row(Sample, row) for row in rows if split in (None, row["split"])]
-    if not samples:
-        raise UserError(
-            f"{artifact.reference} has no samples in the split {split}.", hint="The splits are train and held_out."
-        )
-    return samples

@@ -4,22 +4,16 @@ A node is an artifact's reference, kind/fingerprint/attempt, or kind/digest for 
 of a base model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from thinkimg.console import decimal
 from thinkimg.store.artifacts import Artifact, Reference, Store
+from thinkimg.store.kinds import KINDS
 
 # What an artifact goes on from, first to last: the line that is drawn straight down. Other inputs are named beside it.
-TRUNK = ("scores", "rollouts", "policy", "demonstrations", "dataset")
-FIGURES = {
-    "dataset": ("train", "held_out"),
-    "rollouts": ("trajectories", "tool/rate"),
-    "policy": ("train/rows", "parity/mean_abs"),
-    "evaluation": ("accuracy", "avg_at_k"),
-}
-"""Kind -> the metrics that tell one from another; of scores the rewards."""
+TRUNK = tuple(reversed(KINDS))
 
 
 @dataclass(frozen=True)
@@ -63,14 +57,15 @@ class Graph:
 
     def line(self, name: str) -> list[str]:
         """The trunk above `name`, nearest first, up to the data."""
-        found = []
+        found: list[str] = []
         while (above := self.trunk(found[-1] if found else name)) is not None:
             found.append(above)
         return found
 
 
-def _reach(names: Iterable[str], step) -> set[str]:
-    found, todo = set(), list(names)
+def _reach(names: Iterable[str], step: Callable[[str], Iterable[str]]) -> set[str]:
+    found: set[str] = set()
+    todo = list(names)
     while todo:
         name = todo.pop()
         if name not in found:
@@ -108,7 +103,16 @@ def _post_order(children: dict[str | None, list[str]]) -> Iterator[str]:
     return reversed(order)
 
 
-def _branch(graph: Graph, node: str, marked: str, children, depth, margin: str, lead: str, rest: str) -> Iterator[str]:
+def _branch(
+    graph: Graph,
+    node: str,
+    marked: str,
+    children: Mapping[str | None, list[str]],
+    depth: Mapping[str, int],
+    margin: str,
+    lead: str,
+    rest: str,
+) -> Iterator[str]:
     """One line of descent: `lead` before its first node, `rest` before the others; branches a level deeper."""
     first = True
     while True:
@@ -153,6 +157,8 @@ def what(artifact: Artifact) -> str:
         said.append("mix " + " ".join(f"{name}={weight:g}" for name, weight in recipe["config"]["mix"].items()))
     elif artifact.kind == "policy":
         said.append(recipe["stage"])
-    keys = FIGURES.get(artifact.kind, [name for name in metrics if name.startswith("reward/")])
-    said += [f"{key.removeprefix('reward/')} {decimal(metrics[key])}" for key in keys if metrics.get(key) is not None]
+    headline = KINDS[artifact.kind].FIGURES if artifact.kind in KINDS else ()
+    keys = headline or [name for name in metrics if name.startswith("reward/")]
+    figures = ((key.removeprefix("reward/"), metrics.get(key)) for key in keys)
+    said += [f"{key} {decimal(value)}" for key, value in figures if value is not None]
     return ", ".join(said)

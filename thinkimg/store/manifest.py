@@ -12,14 +12,16 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from thinkimg.errors import UserError
 from thinkimg.store import files
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from thinkimg.store.tables import read_batches
 
 MANIFEST = "manifest.json"
 TRIMMED = ".trimmed"  # a mark beside an attempt: its optimizer state has been removed
@@ -41,7 +43,7 @@ def fingerprint(
     stage: str,
     stage_version: int,
     schema_version: int,
-    config: Mapping,
+    config: Mapping[str, Any],
     inputs: Mapping[str, str],
     sources: Mapping[str, str] | None = None,
     packages: Mapping[str, str] | None = None,
@@ -63,7 +65,7 @@ def fingerprint(
     return hashlib.sha256(canonical(body).encode()).hexdigest()
 
 
-def content_digest(entries: Iterable[Mapping]) -> str:
+def content_digest(entries: Iterable[Mapping[str, Any]]) -> str:
     """64 hex digits over the sorted [name, size, sha256] of the entries that are content."""
     rows = sorted([entry["name"], entry["size"], entry["sha256"]] for entry in entries if entry["content"])
     return hashlib.sha256(canonical(rows).encode()).hexdigest()
@@ -117,20 +119,23 @@ class Artifact:
     manifest: dict[str, Any] = field(repr=False, compare=False)
 
     @classmethod
-    def open(cls, directory: Path) -> "Artifact":
+    def open(cls, directory: Path) -> Self:
         """Raises UserError where the manifest is damaged, or a file is missing or of another size (and was not dropped)."""
-        artifact = cls(directory, read_manifest(directory))
-        for name, entry in () if artifact.dropped else artifact.files.items():
-            if not artifact.trimmed(entry):
-                artifact.path(name)
-        return artifact
+        return cls(directory, read_manifest(directory)).compared()
+
+    def compared(self) -> Self:
+        """Itself; raises as `open`."""
+        for name, entry in () if self.dropped else self.files.items():
+            if not self.trimmed(entry):
+                self.path(name)
+        return self
 
     @property
     def dropped(self) -> bool:
         """Whether `gc` has dropped the files: the manifest still says what they were, and what was made from them."""
         return self.directory.with_suffix(DROPPED).is_file()
 
-    def trimmed(self, entry: Mapping) -> bool:
+    def trimmed(self, entry: Mapping[str, Any]) -> bool:
         """Whether this file is an optimizer state that has been removed: only the last policies of a loop keep theirs."""
         return is_trimmed(self.directory, entry["name"])
 
@@ -193,6 +198,10 @@ class Artifact:
     def json(self, name: str) -> Any:
         return json.loads(self.checked(name).read_bytes())
 
+    def has_table(self, table: str) -> bool:
+        """Whether it has files of a table."""
+        return any(name.startswith(table) for name in self.files)
+
     def table_files(self, table: str) -> list[Path]:
         """`<table>.parquet` and its parts `<table>[-<name>]-00000.parquet`, checked, in order; UserError if there is none."""
         pattern = re.compile(re.escape(table) + r"(-[a-z]+)?(-\d{5})?\.parquet")
@@ -201,21 +210,13 @@ class Artifact:
             raise UserError(f"{self.reference} has no table {table!r}", hint=f"it has {', '.join(self.files)}")
         return [self.checked(name) for name in names]
 
-    def table(self, table: str, columns: list[str] | None = None) -> "pa.Table":
+    def table(self, table: str, columns: list[str] | None = None) -> pa.Table:
         """The whole table, parts one after the other."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         return pa.concat_tables(pq.ParquetFile(path).read(columns) for path in self.table_files(table))
 
-    def batches(self, table: str, columns: list[str] | None = None, rows: int = 1024) -> Iterator["pa.RecordBatch"]:
+    def batches(self, table: str, columns: list[str] | None = None, rows: int = 1024) -> Iterator[pa.RecordBatch]:
         """The table in batches of at most `rows`, in order, with one row group in memory at a time."""
-        import pyarrow.parquet as pq
-
-        for path in self.table_files(table):
-            with pq.ParquetFile(path, pre_buffer=False) as file:
-                for group in range(file.num_row_groups):  # else a batch would gather rows of many groups
-                    yield from file.iter_batches(rows, row_groups=[group], columns=columns)
+        return read_batches(self.table_files(table), columns, rows)
 
     def _entries(self, name: str) -> list[dict[str, Any]]:
         inside = (
@@ -240,8 +241,6 @@ class Artifact:
 
 def package_versions(*names: str) -> dict[str, str]:
     """name -> installed version, for `Recipe.packages`."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in names}
 
 
@@ -271,8 +270,6 @@ def file_entry(directory: Path, name: str, sha256: str) -> dict[str, Any]:
     path = directory / name
     rows = None
     if name.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
         rows = pq.read_metadata(path).num_rows
     # Clock times, hosts and cache hits differ between two identical runs: hashed, but no content.
     content = not re.fullmatch(r"timings(-\d{5})?\.parquet", name)
@@ -284,13 +281,13 @@ def is_trimmed(directory: Path, name: str) -> bool:
     return mine and not (directory / name).exists()
 
 
-def is_intact(directory: Path, entry: Mapping) -> bool:
+def is_intact(directory: Path, entry: Mapping[str, Any]) -> bool:
     """Whether the file is there with the size and hash of its entry."""
     path = directory / entry["name"]
     return path.is_file() and path.stat().st_size == entry["size"] and files.sha256(path) == entry["sha256"]
 
 
-def sealed(body: Mapping) -> str:
+def sealed(body: Mapping[str, Any]) -> str:
     """The manifest's text: it ends with the hash of all before, so that one flipped bit in it shows."""
     text = json.dumps(body, indent=1, sort_keys=True, allow_nan=False, default=str)
     return json.dumps({**json.loads(text), "seal": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"

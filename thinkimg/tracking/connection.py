@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from thinkimg.config import TrackingConfig
 from thinkimg.errors import UserError
 from thinkimg.store import files
 from thinkimg.tracking.records import without_password
+from thinkimg.tracking.settings import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -9,20 +9,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from thinkimg.config import Config, TrackingConfig
+from thinkimg.conversation.episode import system_prompt
+from thinkimg.settings import without_password
 from thinkimg.store.artifacts import Artifact, Reference, Store
 from thinkimg.store.manifest import now
 from thinkimg.tracking.connection import Connection, artifact_root, first_line, uri_of
 from thinkimg.tracking.projection import LoopRun, open_run, project_loop, project_policies, project_stage, readable_mix
 from thinkimg.tracking.records import (
     LoopRecord,
+    LoopSettings,
     load_record,
     loop_id,
     records,
     resolved,
     save_record,
-    without_password,
 )
+from thinkimg.tracking.settings import TrackingConfig
 from thinkimg.tracking.stored import has_traces, stored
 from thinkimg.tracking.traces import log_traces, trace_key, trace_keys
 from thinkimg.tracking.view import QUERY
@@ -141,7 +143,7 @@ class LoopTracker:
 
 
 def open_loop(
-    config: Config, store: Store, record: LoopRecord | None = None, *, name: str | None = None
+    config: LoopSettings, store: Store, record: LoopRecord | None = None, *, name: str | None = None
 ) -> LoopTracker:
     """The tracker of a loop, new or continued: the same config but for `iterations` and `where` is the same loop.
 
@@ -151,7 +153,7 @@ def open_loop(
     record = record or load_record(store, identity)
     if record is None:
         name = name or f"{readable_mix(config.mix)} seed={config.seed} {identity[:6]}"
-        record = LoopRecord(identity, resolved(config), name, system=system_prompt(config))
+        record = LoopRecord(identity, resolved(config), name, system=system_prompt(config.conversation))
     assert record.loop_id == identity, f"the record of loop {record.loop_id} for loop {identity}"
     record.config, record.status, record.finished = resolved(config), "RUNNING", None
     tracking = config.where.tracking
@@ -179,18 +181,6 @@ def watch_machine(connection: Connection, run_id: str) -> "SystemMetricsMonitor"
     return monitor
 
 
-def system_prompt(config: Config) -> str:
-    """As the conversations have it."""
-    from thinkimg.conversation.episode import default_system, offered_tools
-
-    conversation = config.conversation
-    return (
-        default_system(conversation.protocol, offered_tools(conversation.tools))
-        if conversation.system is None
-        else conversation.system
-    )
-
-
 def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> str | None:
     """The short run of a stage that was executed by itself, and where a browser finds it; a failure is a warning."""
     if tracking.enabled:
@@ -210,9 +200,9 @@ def run_link(connection: Connection, experiment: str, run_id: str) -> str:
     return f"{address(connection)}/#/experiments/{experiment}/runs/{run_id}"
 
 
-def compare_link(config: Config) -> str:
-    """The page on which all loops overlay, raw rewards and held-out evaluation first (see `view`)."""
-    connection = Connection(Path(config.where.store), config.where.tracking)
+def compare_link(store: str, tracking: TrackingConfig) -> str:
+    """The page on which all loops overlay, raw rewards and held-out evaluation first (see `view`). store: its root."""
+    connection = Connection(Path(store), tracking)
     return f"{address(connection)}/#/experiments/{connection.loops}/runs?{QUERY}"
 
 
@@ -229,19 +219,19 @@ def log_missing_traces(connection: Connection, store: Store, record: LoopRecord,
     for step in left:
         done.add(step)  # even if it fails: a damaged artifact would be read again with every call
         if sum(key.startswith(trace_key(run_id, step, "")) for key in known) < count:
-            found = stored(store, record, step)
+            found = stored(store, record, step, count)
             added += log_traces(
                 connection,
                 run_id,
                 step,
-                found.trajectories,
+                found.chosen,
                 found.images,
                 found.scores,
                 found.samples,
-                count=count,
                 system=record.system,
                 reasons=found.reasons,
                 known=known,
+                tools=found.tools,
             )
     return added
 
@@ -287,9 +277,9 @@ def sync(store: Store, tracking: TrackingConfig | None = None) -> SyncReport:
     return report
 
 
-def ui_command(config: Config) -> str:
+def ui_command(store: str, tracking: TrackingConfig) -> str:
     """The command that shows the runs in a browser, at http://127.0.0.1:5000 or where the tracking server is."""
-    root, tracking = Path(config.where.store), config.where.tracking
+    root = Path(store)
     uri = uri_of(root, tracking)
     if uri.startswith(("http:", "https:")):
         return shlex.join([sys.executable, "-m", "webbrowser", uri])

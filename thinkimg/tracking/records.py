@@ -7,25 +7,39 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
-from thinkimg.config import Config, without_password
+from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError
+from thinkimg.settings import without_password
 from thinkimg.store import files
 from thinkimg.store.artifacts import Artifact, Reference, Store
+from thinkimg.store.kinds import KINDS
 from thinkimg.store.manifest import canonical, git_revision, now
+from thinkimg.tracking.settings import TrackingConfig
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-SPACES = {
-    "dataset": ("data",),
-    "rollouts": ("rollout", "tool"),
-    "scores": ("reward",),
-    "policy": ("train", "parity", "reward", "time"),
-    "evaluation": ("eval",),
-}
-"""Kind -> what the keys of its metrics may begin with; the first is put before names that don't."""
+
+
+class WhereSettings(Protocol):
+    @property
+    def tracking(self) -> TrackingConfig: ...
+
+
+class LoopSettings(Protocol):
+    """What tracking reads of the config of a loop."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def mix(self) -> Mapping[str, float]: ...
+    @property
+    def conversation(self) -> ConversationConfig: ...
+    @property
+    def where(self) -> WhereSettings: ...
+    def model_dump(self, *, mode: str, exclude: Any = None) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -92,12 +106,12 @@ class LoopRecord:
         iteration.time = now()
 
 
-def loop_id(config: Config) -> str:
+def loop_id(config: LoopSettings) -> str:
     """16 hex digits over the config but `iterations`, `where` and `on_alarm`: resumed or extended it stays the same."""
     return hashlib.sha256(canonical(resolved(config, identity=True)).encode()).hexdigest()[:16]
 
 
-def resolved(config: Config, identity: bool = False) -> dict[str, Any]:
+def resolved(config: LoopSettings, identity: bool = False) -> dict[str, Any]:
     """The config as JSON, without a password in the tracking URI; for identity without what may change."""
     tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset", "on_alarm"} if identity else None)
     if not identity and tree["where"]["tracking"]["uri"]:
@@ -109,9 +123,9 @@ def headline(artifact: Artifact) -> dict[str, float]:
     """The manifest's metrics under the keys of a loop's run, and the stage's seconds as `time/<stage>_s`.
 
     Of an evaluation `accuracy` becomes `eval/accuracy`, `detail/accuracy` becomes `eval/detail/accuracy`; of rollouts
-    `tool/rate` stays as it is (see SPACES), and of scores `tool` becomes `reward/tool`.
+    `tool/rate` stays as it is (see SPACES in store/kinds.py), and of scores `tool` becomes `reward/tool`.
     """
-    spaces = SPACES.get(artifact.kind, (artifact.kind,))
+    spaces = KINDS[artifact.kind].SPACES if artifact.kind in KINDS else (artifact.kind,)
     keys = {
         name: name if name.startswith(tuple(f"{space}/" for space in spaces)) else f"{spaces[0]}/{name}"
         for name in artifact.metrics

@@ -1,30 +1,35 @@
 """What traces need, read back from the artifacts of an iteration."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
-from thinkimg.records import Sample, Trajectory, from_row
+import numpy as np
+from PIL.Image import Image
+
+from thinkimg.errors import UserError
+from thinkimg.images.toolbox import load_tools
+from thinkimg.records import Sample, StopReason, Trajectory
+from thinkimg.rewards.joined import Joined, join
 from thinkimg.rewards.mix import Mix
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.kinds import IDENTITY, Rollouts
 from thinkimg.store.manifest import DROPPED, MANIFEST, Reference
 from thinkimg.tracking.records import LoopRecord
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from thinkimg.tracking.traces import Candidate, select
 
 
 @dataclass(frozen=True)
 class Stored:
     """The arguments of `log_traces` for one step."""
 
-    trajectories: list[Trajectory]
-    images: "Callable[[str], Image]"
+    chosen: list[tuple[Trajectory, str]]
+    images: Callable[[str], Image]
     scores: dict[str, dict[str, float | None]]
     samples: dict[str, Sample]
     reasons: dict[tuple[str, str], str]
+    tools: tuple[str, ...] | None
 
 
 def sources(record: LoopRecord, step: int) -> list[Reference | None]:
@@ -40,64 +45,49 @@ def has_traces(store: Store, record: LoopRecord, step: int) -> bool:
     return all(place and (place / MANIFEST).is_file() and not place.with_suffix(DROPPED).exists() for place in places)
 
 
-def stored(store: Store, record: LoopRecord, step: int) -> Stored:
-    """Read a step that `has_traces`."""
-    rollouts, scored, dataset = (store.resolve(reference) for reference in sources(record, step))
-    trajectories = [from_row(Trajectory, row) for row in rollouts.table("trajectories").to_pylist()]
-    wanted = {row.sample_id for row in trajectories}
-    samples = {
-        row["sample_id"]: from_row(Sample, row)
-        for batch in dataset.batches("samples")
-        for row in batch.to_pylist()
-        if row["sample_id"] in wanted
-    }
-    scores, reasons = read_scores(scored, Mix.of(record.config))
-    return Stored(trajectories, image_reader(rollouts, dataset), scores, samples, reasons)
+def stored(store: Store, record: LoopRecord, step: int, count: int) -> Stored:
+    """Read `count` trajectories of a step that `has_traces`."""
+    rollouts, scores, dataset = (store.resolve(reference) for reference in sources(record, step))
+    joined = join(rollouts, scores)
+    totals = Mix.of(record.config).totals(joined.components, joined.groups)
+    chosen = select(candidates(joined, totals), count)
+    rows = {row.trajectory_id: row for row in rollouts.trajectories(ids=[name for name, _ in chosen])}
+    values: dict[str, dict[str, float | None]] = {}
+    reasons = {}
+    for row in scores.rows(ids=rows):
+        columns = {name: row[name] for name in row if name not in IDENTITY}
+        values[row["trajectory_id"]] = {name: column["value"] for name, column in columns.items()}
+        reasons |= {(row["trajectory_id"], name): explain(column) for name, column in columns.items()}
+    return Stored(
+        [(rows[name], why) for name, why in chosen],
+        rollouts.images(dataset).decoded,
+        {name: {"total": float(totals[joined.ids.index(name)])} | values[name] for name in rows},
+        dataset.samples_of(rows.values()),
+        {key: text for key, text in reasons.items() if text},
+        tools_of(rollouts),
+    )
 
 
-def read_scores(artifact: Artifact, mix: Mix) -> tuple[dict, dict]:
-    """Trajectory id -> component -> value, with the `total` of the mix; (trajectory id, component) -> reason."""
-    import numpy as np
+def candidates(joined: Joined, totals: np.ndarray) -> list[Candidate]:
+    """All trajectories, as `select` wants them."""
+    columns = np.array(list(joined.components.values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a row without any value
+        spreads = np.nan_to_num(np.nanmax(columns, axis=0) - np.nanmin(columns, axis=0)) if len(columns) else totals * 0
+    failed = joined.stops == StopReason.FAILED
+    return list(map(Candidate, joined.ids, failed.tolist(), totals.tolist(), spreads.tolist()))
 
-    rows = artifact.table("scores").to_pylist()
-    components = [name for name, value in rows[0].items() if isinstance(value, dict)] if rows else []
-    values = {
-        name: np.array([np.nan if row[name]["value"] is None else row[name]["value"] for row in rows])
-        for name in components
-    }
-    totals = mix.totals(values, np.array([row["group_id"] for row in rows])) if rows else []
-    scores = {
-        row["trajectory_id"]: {"total": float(total)} | {name: row[name]["value"] for name in components}
-        for row, total in zip(rows, totals, strict=True)
-    }
-    reasons = {(row["trajectory_id"], name): explain(row[name]) for row in rows for name in components}
-    return scores, {key: text for key, text in reasons.items() if text}
+
+def tools_of(rollouts: Rollouts) -> tuple[str, ...] | None:
+    """Return the tools that the rollouts were played with; none where a user's own is not on this machine: no boxes then."""
+    try:
+        load_tools(rollouts.tools)
+    except UserError:
+        return ()
+    return rollouts.tools
 
 
 def explain(score: dict[str, str | None]) -> str:
     """Why a score is what it is: its reason, and its evidence in readable JSON."""
     evidence = json.dumps(json.loads(score["evidence"]), ensure_ascii=False) if score["evidence"] else None
     return "; ".join(filter(None, (score["reason"], evidence)))[:2000]
-
-
-def image_reader(*artifacts: Artifact) -> "Callable[[str], Image]":
-    """Pixel hash -> image, from the `images` tables of artifacts; reads only the row group that holds it."""
-    import pyarrow.parquet as pq
-
-    from thinkimg.images.decode import decode
-
-    places: dict[str, tuple] = {}
-    tables = [artifact for artifact in artifacts if any(name.startswith("images") for name in artifact.files)]
-    for path in (path for artifact in tables for path in artifact.table_files("images")):
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                for row, value in enumerate(file.read_row_group(group, ["sha256"])["sha256"].to_pylist()):
-                    places.setdefault(value, (path, group, row))
-
-    @lru_cache(maxsize=32)  # the trajectories of a group share their images
-    def image(sha256: str) -> "Image":
-        path, group, row = places[sha256]
-        with pq.ParquetFile(path) as file:
-            return decode(file.read_row_group(group, ["data"])["data"][row].as_py())
-
-    return image

@@ -3,18 +3,18 @@
 import base64
 import hashlib
 import io
-import json
+import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from thinkimg.images.coordinates import Frame, taken_box
-from thinkimg.images.patches import PATCH
-from thinkimg.records import Sample, StopReason, Trajectory, Turn, TurnKind
+from PIL import ImageDraw
+from PIL.Image import Image
+
+from thinkimg.conversation.regions import cut_box, seen_size
+from thinkimg.images.coordinates import Frame
+from thinkimg.records import Sample, Trajectory, Turn, TurnKind
 from thinkimg.tracking.connection import Connection, load_mlflow
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 LONGEST_SIDE = 1024  # of a shown image, in pixels
 LOSSLESS_PIXELS = 512 * 512  # up to here PNG, above JPEG
@@ -25,64 +25,61 @@ Scores = Mapping[str, Mapping[str, float | None]]
 """Trajectory id -> component -> value in [0, 1], None where missing; `total` is the mix."""
 
 
-def select(trajectories: Sequence[Trajectory], scores: Scores, count: int) -> list[tuple[Trajectory, str]]:
-    """(trajectory, why) of at most `count`: best and worst total, the largest spread of components, then random ones.
+class Candidate(NamedTuple):
+    """A trajectory that may be shown. total: its mix; spread: largest minus smallest component; NaN where there is none."""
+
+    trajectory_id: str
+    failed: bool
+    total: float
+    spread: float
+
+
+def select(candidates: Iterable[Candidate], count: int) -> list[tuple[str, str]]:
+    """(trajectory id, why) of at most `count`: best and worst total, the largest spread of components, then random ones.
 
     Equal input gives equal choices (random is by hash of the id), so that a later sync adds nothing else.
     """
-
-    def draw(row: Trajectory) -> str:
-        return hashlib.sha256(row.trajectory_id.encode()).hexdigest()
-
-    def total(row: Trajectory) -> float:
-        return scores[row.trajectory_id]["total"]
-
-    def spread(row: Trajectory) -> float:
-        values = [v for name, v in scores[row.trajectory_id].items() if name != "total" and v is not None]
-        return max(values) - min(values) if values else 0.0
-
-    rows = sorted(trajectories, key=draw)
-    scored = [
-        row
-        for row in rows
-        if row.stop != StopReason.FAILED and scores.get(row.trajectory_id, {}).get("total") is not None
-    ]
-    chosen: dict[str, tuple[Trajectory, str]] = {}
-    for why, order in (("best", lambda row: -total(row)), ("worst", total), ("disagreeing", lambda row: -spread(row))):
+    rows = sorted(candidates, key=lambda row: hashlib.sha256(row.trajectory_id.encode()).digest())
+    scored = [row for row in rows if not row.failed and not math.isnan(row.total)]
+    chosen: dict[str, str] = {}
+    orders = (
+        ("best", lambda row: -row.total),
+        ("worst", lambda row: row.total),
+        ("disagreeing", lambda row: -row.spread),
+    )
+    for why, order in orders:
         left = [row for row in scored if row.trajectory_id not in chosen]
         if left:
-            row = min(left, key=order)
-            chosen[row.trajectory_id] = row, why
-    for row in rows:
-        chosen.setdefault(row.trajectory_id, (row, "random"))
-    return list(chosen.values())[:count]
+            chosen[min(left, key=order).trajectory_id] = why
+    for row in rows[: count + len(chosen)]:
+        chosen.setdefault(row.trajectory_id, "random")
+    return list(chosen.items())[:count]
 
 
 def log_traces(
     connection: Connection,
     run_id: str,
     step: int,
-    trajectories: Sequence[Trajectory],
-    images: Callable[[str], "Image"],
+    chosen: Sequence[tuple[Trajectory, str]],
+    images: Callable[[str], Image],
     scores: Scores,
     samples: Mapping[str, Sample],
     *,
-    count: int,
     system: str | None = None,
     reasons: Mapping[tuple[str, str], str] | None = None,
     known: Collection[str] | None = None,
+    tools: tuple[str, ...] | None = None,
 ) -> int:
-    """Log `count` of the trajectories of one step under a run; returns how many were missing.
+    """Log trajectories of one step under a run; returns how many were missing.
 
-    images: pixel hash -> RGB image, called for chosen trajectories only. samples: by id. system: the system prompt.
+    chosen: (trajectory, why). images: pixel hash -> RGB image. samples: by id. system: the system prompt.
     reasons: (trajectory id, component) -> why the value is what it is. known: keys of the traces that the run has, if
-    they have been looked up. Raises RuntimeError if traces did not arrive, which MLflow itself only logs.
+    they have been looked up. tools: `conversation.tools` of the trajectories. Raises RuntimeError if traces did not arrive,
+    which MLflow itself only logs.
     """
     known = trace_keys(connection, run_id, step) if known is None else known
-    chosen = {
-        trace_key(run_id, step, row.trajectory_id): (row, why) for row, why in select(trajectories, scores, count)
-    }
-    missing = {key: entry for key, entry in chosen.items() if key not in known}
+    keys = {trace_key(run_id, step, row.trajectory_id): (row, why) for row, why in chosen}
+    missing = {key: entry for key, entry in keys.items() if key not in known}
     for key, (row, why) in missing.items():
         log_trace(
             connection,
@@ -101,6 +98,7 @@ def log_traces(
             samples[row.sample_id],
             system,
             reasons or {},
+            tools,
         )
     if missing:
         load_mlflow().flush_trace_async_logging()  # nothing waits unless someone has turned it on before we came
@@ -137,18 +135,19 @@ def log_trace(
     run_id: str,
     tags: Mapping[str, str],
     row: Trajectory,
-    images: Callable[[str], "Image"],
+    images: Callable[[str], Image],
     values: Mapping[str, float | None],
     sample: Sample,
     system: str | None,
     reasons: Mapping[tuple[str, str], str],
+    tools: tuple[str, ...] | None,
 ) -> None:
     """One trace, with its feedback in it from the start."""
     mlflow = load_mlflow()
     from mlflow.entities import AssessmentSource, SpanType
     from mlflow.entities.trace_location import MlflowExperimentLocation
 
-    messages = conversation(row, sample, images, system)
+    messages = conversation(row, sample, images, system, tools)
     last = messages.pop() if messages[-1]["role"] == "assistant" else None
     mlflow.set_tracking_uri(connection.uri)  # global state: another connection may have been opened since
     with mlflow.start_span(
@@ -186,16 +185,18 @@ def log_trace(
 
 
 def conversation(
-    row: Trajectory, sample: Sample, images: Callable[[str], "Image"], system: str | None
+    row: Trajectory,
+    sample: Sample,
+    images: Callable[[str], Image],
+    system: str | None,
+    tools: tuple[str, ...] | None = None,
 ) -> list[dict[str, Any]]:
     """The trajectory as chat messages in OpenAI's form, images as data URIs in the order of the conversation.
 
     Before the image of a successful crop or zoom comes the image that it was taken from, with the box drawn on it.
     """
-    sizes = [
-        f"Image {number}: {wide * PATCH}x{high * PATCH} pixels."
-        for number, (_, high, wide) in enumerate(row.grids[: len(sample.images)])
-    ]
+    views = [seen_size(row, number) for number in range(len(row.grids))[: len(sample.images)]]
+    sizes = [f"Image {number}: {wide}x{high} pixels." for number, (wide, high) in enumerate(views)]
     choices = [f"Choices: {', '.join(sample.choices)}."] if sample.choices else []
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append(
@@ -221,31 +222,30 @@ def conversation(
         messages.append({"role": "assistant", "content": CALL.sub("", turn.text).strip(), "tool_calls": [call]})
         said = turn.observation or turn.error or ""
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})
-        came = pictures(row, turn, images)
+        came = pictures(row, turn, images, tools)
         if came:  # MLflow's chat view shows no images in a tool's message; to the model it is one user turn anyway
             messages.append({"role": "user", "content": came})
     return messages
 
 
-def pictures(row: Trajectory, turn: Turn, images: Callable[[str], "Image"]) -> list[dict[str, Any]]:
+def pictures(
+    row: Trajectory, turn: Turn, images: Callable[[str], Image], tools: tuple[str, ...] | None
+) -> list[dict[str, Any]]:
     """The image that came back from a tool call, after the one that it was taken from, as parts of a message."""
     if turn.image is None:
         return []
-    _, high, wide = row.grids[turn.source]
-    source, view, result = images(row.images[turn.source]), (wide * PATCH, high * PATCH), images(turn.image)
+    source, result = images(row.images[turn.source]), images(turn.image)
     parts = [text_part(f"Result, {result.width}x{result.height} pixels:"), shown(result)]
-    box = taken_box(turn.tool, json.loads(turn.args), view)
-    if box is None:
+    cut = cut_box(row, turn, tools)
+    if cut is None:
         return parts
-    box = Frame(source.size, view).box_to_full(box)
+    box = Frame(source.size, seen_size(row, turn.source)).box_to_full(cut)
     where = f"Taken from image {turn.source}, {source.width}x{source.height} pixels, at {box}:"
     return [text_part(where), shown(with_box(source, box)), *parts]
 
 
-def with_box(image: "Image", box: tuple[int, int, int, int]) -> "Image":
+def with_box(image: Image, box: tuple[int, int, int, int]) -> Image:
     """A copy with a white-rimmed red frame around the box (right and bottom exclusive), outside of what was taken."""
-    from PIL import ImageDraw
-
     copy = image.convert("RGB")
     draw, width = ImageDraw.Draw(copy), max(1, max(copy.size) // 250)
     for ring in range(3 * width):
@@ -254,7 +254,7 @@ def with_box(image: "Image", box: tuple[int, int, int, int]) -> "Image":
     return copy
 
 
-def shown(image: "Image") -> dict[str, Any]:
+def shown(image: Image) -> dict[str, Any]:
     """An image part of a message: at most LONGEST_SIDE pixels, small ones without loss."""
     if max(image.size) > LONGEST_SIDE:
         image = image.copy()

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thinkimg.config import ModelConfig
 from thinkimg.errors import UserError
+from thinkimg.models.base import Base
+from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.fsdp import is_shard, like, wholes
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.vision import batch_equal_chunks
@@ -30,35 +31,6 @@ if TYPE_CHECKING:
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 COPIED = (".json", ".txt", ".jinja", ".model")  # tokenizer, processor and template beside the weights
 NOT_COPIED = ("config.json", "generation_config.json", "adapter_config.json", "state.json", "manifest.json")
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model from outside: `name` is a Hub id, or says what lies in `directory`."""
-
-    name: str
-    revision: str | None = None
-    directory: str | None = None
-
-    def locate(self) -> Path:
-        """Its directory, downloaded if it has none. Raises UserError if it can't be had."""
-        if self.directory is not None:
-            if not Path(self.directory, "config.json").is_file():
-                raise UserError(f"{self.directory} is no model: it has no config.json.")
-            return Path(self.directory)
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(
-                snapshot_download(self.name, revision=self.revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"])
-            )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            detail = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"The base model {self.name} can't be loaded: {detail}",
-                hint="Is it a Hub id, and is the Hub reachable?",
-            ) from error
 
 
 @dataclass

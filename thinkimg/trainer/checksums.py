@@ -9,18 +9,17 @@ several processes compare each parameter's number of elements, sum and sum of sq
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from thinkimg.errors import UserError
+from thinkimg.trainer.checkpoint import Policy
 from thinkimg.trainer.forward.fsdp import is_shard, local
 from thinkimg.trainer.forward.logprobs import unwrap
-
-if TYPE_CHECKING:
-    from thinkimg.trainer.checkpoint import Policy
-    from thinkimg.trainer.optimise import Ranks
+from thinkimg.trainer.optimise import Ranks
 
 CHUNK = 2**24  # elements that are widened to float64 at a time: 128 MiB
 TOLERANCE = 1e-9  # relative; sums in another order differ by less than 1e-12, one row of zeros in 152,064 by some 1e-5
@@ -51,7 +50,7 @@ class Source(NamedTuple):
     key: str
 
 
-def expected(policy: "Policy", ranks: "Ranks") -> dict[str, Checksum]:
+def expected(policy: Policy, ranks: Ranks) -> dict[str, Checksum]:
     """Return the checksum that each parameter has to have, by its name in the model below peft's wrappers.
 
     All processes call it, before layers are sharded. Each reads every n-th tensor and casts it to the parameter's dtype.
@@ -73,7 +72,7 @@ def expected(policy: "Policy", ranks: "Ranks") -> dict[str, Checksum]:
     return result | ranks.gather(own)[0]
 
 
-def verify(policy: "Policy", references: Mapping[str, Checksum], ranks: "Ranks") -> None:
+def verify(policy: Policy, references: Mapping[str, Checksum], ranks: Ranks) -> None:
     """Compare the parameters in memory with `expected`'s result. All processes call it, after sharding.
 
     Raises UserError in every process if one's parameters are others.
@@ -89,7 +88,7 @@ def verify(policy: "Policy", references: Mapping[str, Checksum], ranks: "Ranks")
             )
 
 
-def measure(parameters: Mapping[str, Tensor], ranks: "Ranks") -> dict[str, Checksum]:
+def measure(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Checksum]:
     """Return the checksums of parameters in memory; those of DTensors are summed over all processes, which all call it."""
     values = {name: sums(local(parameter)) for name, parameter in parameters.items()}
     parts = [name for name, parameter in parameters.items() if is_shard(parameter)]
@@ -100,12 +99,12 @@ def measure(parameters: Mapping[str, Tensor], ranks: "Ranks") -> dict[str, Check
     return to_checksums(values)
 
 
-def floating(policy: "Policy") -> dict[str, Tensor]:
+def floating(policy: Policy) -> dict[str, Tensor]:
     """Return the parameters by name, each once; without those in 4 bits, which are held as integers."""
     return {name: p for name, p in unwrap(policy.model).named_parameters() if p.is_floating_point()}
 
 
-def locate(policy: "Policy") -> dict[str, Source]:
+def locate(policy: Policy) -> dict[str, Source]:
     """Return the source of each parameter of `floating`, except a new adapter's.
 
     Keys are renamed as transformers does it when it loads. A tied parameter may be in the file by any of its names.
@@ -166,8 +165,6 @@ def weight_files(directory: Path) -> list[Path]:
 
 def tensors(paths: Iterable[Path]) -> list[Source]:
     """Return all tensors in safetensors files."""
-    from safetensors import safe_open
-
     sources = []
     for path in paths:
         with safe_open(path, framework="pt") as file:
@@ -177,8 +174,6 @@ def tensors(paths: Iterable[Path]) -> list[Source]:
 
 def read_sums(source: Source, parameter: Tensor) -> Tensor:
     """Return the `sums` of a tensor in a file, in the parameter's dtype and on its device."""
-    from safetensors import safe_open
-
     with safe_open(source.path, framework="pt") as file:
         return sums(file.get_tensor(source.key), like=parameter)
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thinkimg.config import ModelConfig, TrainConfig
 from thinkimg.errors import UserError
 from thinkimg.grpo.loss import grpo_loss, step_normaliser
-from thinkimg.store.artifacts import Artifact
-from thinkimg.trainer import checkpoint, checksums, memory, parity, parity_diagnosis
+from thinkimg.models.settings import ModelConfig
+from thinkimg.store.kinds import Rollouts
+from thinkimg.trainer import checkpoint, checksums, memory, packing_check, parity, parity_diagnosis
 from thinkimg.trainer.checkpoint import Policy
-from thinkimg.trainer.forward import packing_check, shared_prompts
+from thinkimg.trainer.forward import shared_prompts
 from thinkimg.trainer.forward.logprobs import Scorer, base_model, unwrap
 from thinkimg.trainer.optimise import (
     Clock,
@@ -28,6 +28,7 @@ from thinkimg.trainer.optimise import (
     split,
 )
 from thinkimg.trainer.rows import Patches, Row, read_advantages, read_rows
+from thinkimg.trainer.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class TrainJob:
         if not advantages:
             raise UserError("No row is left to train on: every group is silent or excluded.", hint="See train.min_std.")
         image_token = unwrap(self.policy.model).config.image_token_id
-        self.rows = read_rows(Artifact.open(Path(job["rollouts"])), image_token, advantages)
+        self.rows = read_rows(Rollouts.open(Path(job["rollouts"])), image_token, advantages)
         self.batches = deal(self.rows, self.config.steps, self.config.epochs, job["seed"])
         images = job["images"]
         self.pixels = Patches(images["tables"], min_pixels=images["min_pixels"], max_pixels=images["max_pixels"])

@@ -2,7 +2,7 @@
 
 Each operation of the forward and backward pass runs on fake tensors, under transformers' own code for the model that its
 config.json describes, and the storages that are alive are added up: LoRA or full, checkpointed or not, packed or padded,
-nothing is fitted or guessed. No weights are needed, so that it can be asked before anything runs (forecast.py).
+nothing is fitted or guessed. No weights are needed, so that it can be asked before anything runs (analysis/forecast.py).
 
     weights       what the loaded model takes; known to be there in a job, so not part of the total
     trained       gradients and AdamW's two moments of what is trained: 3 x 4 bytes a parameter
@@ -16,20 +16,23 @@ nothing is fitted or guessed. No weights are needed, so that it can be asked bef
 """
 
 import copy
+import ctypes
 import logging
+import platform
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from thinkimg.config import ModelConfig
 from thinkimg.errors import UserError
+from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.checkpoint import Policy, adapt, train_only
 from thinkimg.trainer.forward.flex import bucket
 from thinkimg.trainer.forward.fsdp import local
@@ -43,6 +46,7 @@ from thinkimg.trainer.forward.logprobs import (
     token_logps,
     unwrap,
 )
+from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.forward.shared_prompts import Unit, pack, pad
 from thinkimg.trainer.forward.vision import attend_several
@@ -162,8 +166,6 @@ def shapes(config: "Qwen2_5_VLConfig", model: ModelConfig) -> "PreTrainedModel":
     """The model that would be loaded and adapted, within a FakeTensorMode: its parameters take no memory."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
-
-    from thinkimg.trainer.forward.packed_attention import use_packed_attention
 
     dtype = torch.float32 if model.adaptation == "full" else getattr(torch, model.dtype)
     with unset_fake_temporarily(), torch.device("meta"):
@@ -374,7 +376,6 @@ def free_bytes(policy: Policy) -> int:
         free, _ = torch.cuda.mem_get_info(policy.device)
         cached = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
         return free + cached + own
-    import psutil
 
     return psutil.virtual_memory().available + own
 
@@ -386,8 +387,5 @@ def return_memory() -> None:
     holes: a step whose tensors took 340 MB held 760 to 800 MB. It is for where memory is short: pages that come and go
     made elementwise operations on 4 MB 2.3 times slower.
     """
-    import ctypes
-    import platform
-
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").mallopt(MMAP_THRESHOLD, LARGE)

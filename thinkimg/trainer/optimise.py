@@ -1,5 +1,6 @@
 """One optimizer step over any number of micro-batches and processes; what GRPO and the warm start share."""
 
+import resource
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -231,7 +232,6 @@ def peak_memory_mb(device: torch.device) -> float:
     """Of the device since the job began, or of this process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from thinkimg.errors import UserError
 from thinkimg.images.patches import image_tokens
@@ -140,8 +141,6 @@ def check_numbers(
 
 def context(row: Row, position: int, files: Mapping[str, bytes]) -> str:
     """The token and what stands before it, as text."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
     tokens = row.conversation.tokens[: position + 1]
     before = tokenizer.decode(tokens[max(0, position - 12) : position].tolist(), skip_special_tokens=False)

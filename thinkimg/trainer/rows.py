@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from thinkimg.conversation.tokens import ROLES, expansion
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.images.patches import patches
 from thinkimg.images.view import grid, view
-from thinkimg.records import Role, Trajectory, from_row
-from thinkimg.store.artifacts import Artifact
+from thinkimg.records import Role, Trajectory
 from thinkimg.store.image_table import ImageTable
+from thinkimg.store.kinds import Episodes, open_artifact
 from thinkimg.trainer.forward.packing import Conversation
 
 CACHE_BYTES = 2 * 2**30  # patches, float32: an image of 1,000 tokens is 19 MB
@@ -38,27 +39,21 @@ class Row:
 
 def read_advantages(path: Path | str) -> dict[str, float]:
     """trajectory_id -> advantage of the included rows."""
-    import pyarrow.parquet as pq
-
     columns = pq.read_table(path, columns=["trajectory_id", "advantage"]).to_pydict()
     return dict(zip(columns["trajectory_id"], columns["advantage"], strict=True))
 
 
 def read_rows(
-    artifact: Artifact, image_token: int, advantages: Mapping[str, float] | None = None, table: str = "trajectories"
+    artifact: Episodes, image_token: int, advantages: Mapping[str, float] | None = None, table: str = "trajectories"
 ) -> list[Row]:
     """The rows with an advantage (all with sampled tokens if None) in the artifact's order.
 
     Raises UserError if an advantage belongs to none of them, or a row has another number of placeholders than of grids.
     """
     rows = []
-    for batch in artifact.batches(table):
-        for record in batch.to_pylist():
-            if advantages is not None and record["trajectory_id"] not in advantages:
-                continue
-            trajectory = from_row(Trajectory, record)
-            if trajectory.logprobs:
-                rows.append(read_row(trajectory, image_token, (advantages or {}).get(trajectory.trajectory_id, 0.0)))
+    for trajectory in artifact.trajectories(ids=advantages, table=table):
+        if trajectory.logprobs:
+            rows.append(read_row(trajectory, image_token, (advantages or {}).get(trajectory.trajectory_id, 0.0)))
     if advantages is not None and len(rows) < len(advantages):
         unknown = sorted(set(advantages) - {row.trajectory_id for row in rows})
         raise UserError(
@@ -92,7 +87,7 @@ class Patches:
         self, tables: Iterable[Path | str], *, min_pixels: int, max_pixels: int, cache_bytes: int = CACHE_BYTES
     ):
         """tables: artifacts with an `images` table. The limits are those under which the engine saw the images."""
-        self._images = ImageTable([Artifact.open(Path(table)) for table in tables], PIXEL_CACHE_BYTES)
+        self._images = ImageTable([open_artifact(Path(table)) for table in tables], PIXEL_CACHE_BYTES)
         self._limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self._grids: dict[str, tuple[int, ...]] = {}
         self._made: OrderedDict[str, Future[np.ndarray]] = OrderedDict()
@@ -123,7 +118,7 @@ class Patches:
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
 
-    def _request(self, key: str) -> "Future[np.ndarray]":
+    def _request(self, key: str) -> Future[np.ndarray]:
         if key not in self._made:
             self._made[key] = self._readers.submit(self._make, key, self._grids[key])
             self._room -= self._bytes(key)

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from thinkimg.config import WarmstartConfig
 from thinkimg.errors import UserError
-from thinkimg.store.artifacts import Artifact
+from thinkimg.store.kinds import Demonstrations
 from thinkimg.trainer import checkpoint, memory
 from thinkimg.trainer.checkpoint import Policy
 from thinkimg.trainer.forward.logprobs import Scorer, unwrap
@@ -24,6 +23,7 @@ from thinkimg.trainer.optimise import (
     split,
 )
 from thinkimg.trainer.rows import Patches, Row, read_rows
+from thinkimg.trainer.settings import WarmstartConfig
 
 MAX_GRAD_NORM = 1.0
 # Of the rows of a step, as many as this share of the conversations are comparisons of images; each is one token, and
@@ -130,7 +130,7 @@ def _learn(
 
 def _read(job: dict, policy: Policy) -> tuple[list[Row], list[Row]]:
     """(conversations, comparisons)"""
-    artifact, image_token = Artifact.open(Path(job["rollouts"])), unwrap(policy.model).config.image_token_id
+    artifact, image_token = Demonstrations.open(Path(job["rollouts"])), unwrap(policy.model).config.image_token_id
     rows = read_rows(artifact, image_token)
     if not rows:
         raise UserError("There are no demonstrations to start from.")

@@ -1,21 +1,11 @@
-"""The data sources: every module of this package is one, named like `config.data.source`, with `open_source(data, limits)`.
+"""The data sources: one file per source, named like the value of `data.source`.
 
-A source yields its rows lazily and in order, as often as it is asked; an image is read only when its reader is called, so
-that memory holds the images in work and no more. A row that cannot be used is a Refused, in its place.
+Such a file defines `class Settings(RowsConfig)`, with the settings that only this source has, and `open_source`, which
+gives a `source.Source`. The rows come lazily and in order, as often as they are asked for. An image is read when its
+reader is called, so that memory holds the images in work. A row that cannot be used is a Refused, in its place.
+
+    data ──► Settings          prepare ──► source.open_source ──► rows ──► prepared.survey ──► samples, images
+
+The samples of `puzzles` are made by thinkimg/puzzles, above this package. A user's own is such a module elsewhere:
+`data.source: my_project.sources.mine`, or an entry point of the group `thinkimg.sources`.
 """
-
-import importlib
-from typing import TYPE_CHECKING
-
-from thinkimg.data.sources._rows import RawRow, Reader, Reason, Refused, RowRefused, Source
-
-if TYPE_CHECKING:
-    from thinkimg.config import DataConfig
-    from thinkimg.images.decode import ImageLimits
-
-__all__ = ["RawRow", "Reader", "Reason", "Refused", "RowRefused", "Source", "open_source"]
-
-
-def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
-    """The source that `data` names. Raises UserError where it is not there, unreadable, or lacks a mapped column."""
-    return importlib.import_module(f"{__name__}.{data.source}").open_source(data, limits)

@@ -4,11 +4,11 @@ import csv
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from thinkimg.data.sources import jsonl
-from thinkimg.data.sources._files import ImageFiles, scheme_of
-from thinkimg.data.sources._rows import (
+from thinkimg.data.image_files import ImageFiles, scheme_of
+from thinkimg.data.settings import RowsConfig
+from thinkimg.data.source import (
     RawRow,
     Reason,
     Refused,
@@ -18,17 +18,21 @@ from thinkimg.data.sources._rows import (
     require_path,
     short,
 )
+from thinkimg.data.sources import jsonl
 from thinkimg.errors import UserError
-
-if TYPE_CHECKING:
-    from thinkimg.config import DataConfig
-    from thinkimg.images.decode import ImageLimits
+from thinkimg.images.decode import ImageLimits
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 
 
-def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
-    root = require_path(data, f"a folder of images with a {' or '.join(TABLES)}").resolve()
+class Settings(RowsConfig):
+    source: Literal["folder"] = "folder"
+    path: str
+    """A folder of images with a metadata.jsonl or metadata.csv."""
+
+
+def open_source(data: Settings, limits: ImageLimits) -> Source:
+    root = require_path(data.path, f"a folder of images with a {' or '.join(TABLES)}").resolve()
     images = ImageFiles(root, limits, data.url_hosts)
     tables = sorted(path for name in TABLES for path in root.rglob(name) if path.is_file() and not path.is_symlink())
     if not tables:
@@ -62,7 +66,7 @@ def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
     return Source("folder", images.digest(tables, names), rows)
 
 
-def _records(table: Path, root: Path, data: "DataConfig") -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _records(table: Path, root: Path, data: Settings) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """As jsonl.records, with file_name under the name of the image column and relative to the root."""
     column, place = data.columns.image, table.parent.relative_to(root)
     for number, record in jsonl.records(table) if table.suffix == ".jsonl" else _csv_records(table):

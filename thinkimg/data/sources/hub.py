@@ -1,27 +1,36 @@
-"""A data set of the Hugging Face Hub, or a local copy of one, through `datasets`; images stay encoded for our own decoder."""
+"""A data set of the Hugging Face Hub, or a local copy of one, through `datasets`; images stay encoded for our own
+decoder."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from thinkimg.data.sources._files import ImageFiles
-from thinkimg.data.sources._rows import RawRow, Refused, Source, raw_row, require_columns
+from thinkimg.data.image_files import ImageFiles
+from thinkimg.data.settings import RowsConfig
+from thinkimg.data.source import RawRow, Refused, Source, raw_row, require_columns
 from thinkimg.errors import UserError
+from thinkimg.images.decode import ImageLimits
 from thinkimg.store.manifest import directory_digest
 
 if TYPE_CHECKING:
     import datasets
 
-    from thinkimg.config import DataConfig
-    from thinkimg.images.decode import ImageLimits
+
+class Settings(RowsConfig):
+    source: Literal["hub"] = "hub"
+    path: str
+    """Id of the data set on the Hub, or a local copy of one."""
+    hub_config: str | None = None
+    """Name of its configuration."""
+    hub_split: str = "train"
+    revision: str | None = None
+    """Commit or tag."""
 
 
-def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
+def open_source(data: Settings, limits: ImageLimits) -> Source:
     """The data set's Arrow file is mapped, not read. Its digest is the library's fingerprint, which follows the commit;
     for a local directory it is the hash of its files. Raises UserError where it can't be loaded."""
-    if data.path is None:
-        raise UserError("The source hub needs data.path.", hint="Set it to the id of a data set, such as user/name.")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
 
@@ -43,7 +52,7 @@ def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
     return Source("hub" if local else data.path, digest, lambda: _rows(encoded, data, images))
 
 
-def _rows(dataset: "datasets.Dataset", data: "DataConfig", images: ImageFiles) -> Iterator[RawRow | Refused]:
+def _rows(dataset: "datasets.Dataset", data: Settings, images: ImageFiles) -> Iterator[RawRow | Refused]:
     answers = dataset.features[data.columns.answer]
     for number, record in enumerate(dataset, 1):
         if hasattr(answers, "int2str") and record[data.columns.answer] is not None:

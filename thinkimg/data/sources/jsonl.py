@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from thinkimg.data.sources._files import ImageFiles
-from thinkimg.data.sources._rows import (
+from thinkimg.data.image_files import ImageFiles
+from thinkimg.data.settings import RowsConfig
+from thinkimg.data.source import (
     RawRow,
     Reason,
     Refused,
@@ -18,10 +19,7 @@ from thinkimg.data.sources._rows import (
     short,
 )
 from thinkimg.errors import UserError
-
-if TYPE_CHECKING:
-    from thinkimg.config import DataConfig
-    from thinkimg.images.decode import ImageLimits
+from thinkimg.images.decode import ImageLimits
 
 LINE = 256 * 2**20
 """Bytes of a line, at most: some images as data: URIs have room."""
@@ -29,8 +27,14 @@ PEEK = 100
 """Lines whose keys say which columns there are."""
 
 
-def open_source(data: "DataConfig", limits: "ImageLimits") -> Source:
-    path = require_path(data, "a JSONL file")
+class Settings(RowsConfig):
+    source: Literal["jsonl"] = "jsonl"
+    path: str
+    """A JSONL file."""
+
+
+def open_source(data: Settings, limits: ImageLimits) -> Source:
+    path = require_path(data.path, "a JSONL file")
     if not path.is_file():
         raise UserError(
             f"{path} is no file.", hint="data.path must be a JSONL file; see data.source: folder for a folder."
@@ -62,7 +66,8 @@ def listed(value: Any) -> list[Any]:
 
 
 def records(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number from 1, object) of each line that is not blank; instead of an object, a text that says what is wrong."""
+    """(line number from 1, object) of each line that is not blank; instead of an object, a text that says what is
+    wrong."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LINE):

@@ -1,5 +1,13 @@
 """TRL's BNPO: the mean over all tokens, in TRL of a micro-batch, here of the whole step (which makes it DAPO)."""
 
-from thinkimg.grpo.losses._common import Loss, clipped_surrogate, token_mean
+from typing import Literal
+
+from thinkimg.grpo.settings import LossConfig
+from thinkimg.grpo.terms import Loss, clipped_surrogate, token_mean
+
+
+class Settings(LossConfig):
+    loss_type: Literal["bnpo"] = "bnpo"
+
 
 LOSS = Loss(clipped_surrogate, token_mean)

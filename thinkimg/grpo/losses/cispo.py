@@ -1,15 +1,21 @@
 """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a capped importance weight; no token loses its gradient."""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
-from thinkimg.grpo.loss_config import LossConfig
-from thinkimg.grpo.losses._common import Loss, Terms, by_level, token_mean
+from thinkimg.grpo.settings import LossConfig
+from thinkimg.grpo.terms import Loss, Terms, by_level, token_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def per_token(cfg: LossConfig, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+class Settings(LossConfig):
+    loss_type: Literal["cispo"] = "cispo"
+
+
+def per_token(cfg: Settings, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]":
     """-min(ratio, epsilon_high) A log pi. The cap is epsilon_high itself, not 1 + epsilon_high (recommended: 5.0)."""
-    weight = torch.clamp(terms.ratio, max=cfg.upper_epsilon).detach()
+    weight = terms.ratio.clamp(max=cfg.upper_epsilon).detach()
     is_clipped = (terms.ratio > cfg.upper_epsilon) & (terms.advantages > 0)
     return -weight * terms.advantages * terms.logps, {"cispo_clip_ratio": by_level(cfg, is_clipped)}
 

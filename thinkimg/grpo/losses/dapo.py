@@ -1,5 +1,13 @@
 """DAPO (arXiv 2503.14476): every token of the step weighs the same."""
 
-from thinkimg.grpo.losses._common import Loss, clipped_surrogate, token_mean
+from typing import Literal
+
+from thinkimg.grpo.settings import LossConfig
+from thinkimg.grpo.terms import Loss, clipped_surrogate, token_mean
+
+
+class Settings(LossConfig):
+    loss_type: Literal["dapo"] = "dapo"
+
 
 LOSS = Loss(clipped_surrogate, token_mean)

@@ -1,5 +1,13 @@
 """LUSPO (arXiv 2602.05261): each row's loss times its length; meant for `importance_sampling_level` "sequence"."""
 
-from thinkimg.grpo.losses._common import Loss, clipped_surrogate, row_sum
+from typing import Literal
+
+from thinkimg.grpo.settings import LossConfig
+from thinkimg.grpo.terms import Loss, clipped_surrogate, row_sum
+
+
+class Settings(LossConfig):
+    loss_type: Literal["luspo"] = "luspo"
+
 
 LOSS = Loss(clipped_surrogate, row_sum)

@@ -4,13 +4,16 @@ from PIL import Image, ImageEnhance
 from pydantic import Field
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import Number, ToolArgs
+from thinkimg.images.tool import Number, ToolArgs, in_place
 
 
 class Args(ToolArgs):
     """Factor on the distance from the image's mean grey."""
 
     factor: Number = Field(ge=0, le=256)
+
+
+region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:

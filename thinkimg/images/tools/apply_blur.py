@@ -4,13 +4,16 @@ from PIL import Image, ImageFilter
 from pydantic import Field
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import Number, ToolArgs
+from thinkimg.images.tool import Number, ToolArgs, in_place
 
 
 class Args(ToolArgs):
     """Standard deviation in pixels of the image as the model sees it."""
 
     radius: Number = Field(ge=0, le=256)
+
+
+region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:

@@ -3,11 +3,14 @@
 from PIL import Image
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import ToolArgs
+from thinkimg.images.tool import ToolArgs, in_place
 
 
 class Args(ToolArgs):
     """Nothing to choose."""
+
+
+region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:

@@ -3,8 +3,8 @@
 from PIL import Image
 from pydantic import Field
 
-from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import ToolArgs, ToolError, Whole
+from thinkimg.images.coordinates import Box, Frame
+from thinkimg.images.tool import ToolArgs, ToolError, Whole
 
 
 class Args(ToolArgs):
@@ -16,10 +16,15 @@ class Args(ToolArgs):
     height: Whole = Field(ge=1)
 
 
+def region(args: Args, view: tuple[int, int]) -> Box:
+    """The rectangle."""
+    return args.x, args.y, args.x + args.width, args.y + args.height
+
+
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
     """All full-resolution pixels that the rectangle touches."""
-    right, bottom = args.x + args.width, args.y + args.height
+    left, top, right, bottom = region(args, frame.view)
     if right > frame.view[0] or bottom > frame.view[1]:
         seen = f"{frame.view[0]}x{frame.view[1]}"
         raise ToolError(f"the rectangle ends at x={right}, y={bottom}, but the image is {seen} pixels as you see it")
-    return image.crop(frame.box_to_full((args.x, args.y, right, bottom)))
+    return image.crop(frame.box_to_full((left, top, right, bottom)))

@@ -5,13 +5,17 @@ from typing import Literal
 from PIL import Image
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import ToolArgs
+from thinkimg.images.tool import ToolArgs
 
 
 class Args(ToolArgs):
     """The direction in which pixels move."""
 
     direction: Literal["horizontal", "vertical"]
+
+
+def region(args: Args, view: tuple[int, int]) -> None:
+    """None: left is right, or top is bottom."""
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import ToolArgs
+from thinkimg.images.tool import ToolArgs
 
 
 class Args(ToolArgs):

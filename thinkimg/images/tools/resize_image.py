@@ -4,7 +4,7 @@ from PIL import Image
 from pydantic import Field
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import ToolArgs, Whole
+from thinkimg.images.tool import ToolArgs, Whole, in_place
 
 
 class Args(ToolArgs):
@@ -13,6 +13,9 @@ class Args(ToolArgs):
     width: Whole = Field(ge=1, le=4096)
     height: Whole = Field(ge=1, le=4096)
     keep_aspect: bool = True
+
+
+region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:

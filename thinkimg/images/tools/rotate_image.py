@@ -6,7 +6,7 @@ from PIL import Image
 from pydantic import Field
 
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import Number, ToolArgs, require_acceptable
+from thinkimg.images.tool import Number, ToolArgs, require_acceptable
 
 
 class Args(ToolArgs):
@@ -14,6 +14,10 @@ class Args(ToolArgs):
 
     angle: Number = Field(ge=-360, le=360)
     expand: bool = True
+
+
+def region(args: Args, view: tuple[int, int]) -> None:
+    """None: what was a box lies askew, or on its side."""
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:

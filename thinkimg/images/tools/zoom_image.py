@@ -5,8 +5,8 @@ import math
 from PIL import Image
 from pydantic import Field
 
-from thinkimg.images.coordinates import Frame
-from thinkimg.images.tools._base import Number, ToolArgs, ToolError
+from thinkimg.images.coordinates import Box, Frame
+from thinkimg.images.tool import Number, ToolArgs, ToolError
 
 
 class Args(ToolArgs):
@@ -15,6 +15,13 @@ class Args(ToolArgs):
     factor: Number = Field(ge=1, le=64)
     center_x: Number = Field(ge=0)
     center_y: Number = Field(ge=0)
+
+
+def region(args: Args, view: tuple[int, int]) -> Box:
+    """1/factor of the frame around the centre, moved inside if it would cross the border."""
+    left, _ = _window(args.center_x, view[0], args.factor)
+    top, _ = _window(args.center_y, view[1], args.factor)
+    return left, top, left + view[0] / args.factor, top + view[1] / args.factor
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:

@@ -1,58 +1,78 @@
 """What the question looks at: relative attention of the policy on the processed image.
 
-One forward in transformers over one user turn [original][processed] text, read in one layer. a(text) is the attention mass
-on the processed image's tokens, mean over heads and over the query rows; rel = a(question) / a(generic instruction), the
-relative attention of arXiv 2502.17422; value = rel / (1 + rel), 0.5 where the question looks no more than any text does.
+One forward in transformers over one user turn [original][processed] text, read in one layer. a(text) is the attention
+mass on the processed image's tokens, mean over heads and over the query rows; rel = a(question) / a(generic
+instruction), the relative attention of arXiv 2502.17422; value = rel / (1 + rel), 0.5 where the question looks no more
+than any text does.
 """
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
+from pydantic import Field
+
+import thinkimg.settings
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.protocol import IMAGE, text
-from thinkimg.rewards.context import Bench
+from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judgement import Identity, Judgement, Pair
-from thinkimg.rewards.pairs import image_component
 
-NAME = "attention"
+NAME, USES = "attention", ("trainer",)
 GENERIC = "Write a general description of the image."  # arXiv 2502.17422, section 4
-score = image_component(NAME)
 
 
-def identity(bench: Bench) -> Identity:
-    settings = bench.config.image.attention
-    return Identity(NAME, "policy", bench.policy.digest, bench.hashed(GENERIC, settings.layer, settings.rows))
+class Settings(thinkimg.settings.Settings):
+    """Where attention is read; `thinkimg calibrate attention` finds both for a model."""
+
+    layer: int = Field(22, ge=0)
+    """Layer of the language model, from 0."""
+    rows: Literal["text", "last"] = "text"
+    """The query rows: all tokens of the text, or the last token of the prompt."""
 
 
-def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
-    settings = bench.config.image.attention
+def prompt(settings: JudgeSettings) -> str:
+    where, model = settings.image.attention, settings.model
+    asked = (GENERIC, where.layer, where.rows, model.dtype, model.load_in_4bit, settings.token_budget)
+    return settings.hashed(*asked)
+
+
+def identity(context: JudgeContext) -> Identity:
+    assert context.policy is not None
+    return Identity(NAME, "policy", context.policy.digest, prompt(context.settings))
+
+
+def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
+    settings = context.settings.image.attention
     place = f"{settings.layer}/{settings.rows}"
-    return [verdict(found[place], place) for found in look(pairs, bench, [settings.layer])]
+    return [verdict(found[place], place) for found in look(pairs, context, [settings.layer])]
 
 
-def verdict(found: dict, place: str) -> Judgement:
+def verdict(found: dict[str, float], place: str) -> Judgement:
     if not (found["generic"] > 0 and found["question"] >= 0):  # NaN is neither: a question without words, say
         return Judgement(None, "Question or generic instruction look at no part of the processed image.", {})
     relative = found["question"] / found["generic"]
     return Judgement(relative / (1 + relative), None, found | {"relative": relative, "at": place})
 
 
-def look(pairs: Sequence[Pair], bench: Bench, layers: Sequence[int]) -> list[dict]:
-    """Per pair "<layer>/<rows>" -> attention masses, as trainer/attention_job.py measures them in the kept trainer worker."""
-    from thinkimg.models.base import base_entry
-    from thinkimg.rollout import view_limits
-
-    config, trainer = bench.config, bench.crew.trainer  # it gets up while pictures are measured
+def look(pairs: Sequence[Pair], context: JudgeContext, layers: Sequence[int]) -> list[dict[str, dict[str, float]]]:
+    """Per pair "<layer>/<rows>" -> attention masses, as trainer/attention_job.py measures them in the kept trainer
+    worker."""
+    assert context.policy is not None
+    settings, trainer = context.settings, context.resources.trainer  # it gets up while pictures are measured
     hashes = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
-    grids = dict(zip(hashes, bench.map(lambda sha: bench.picture(sha).grid, hashes), strict=True))
-    prompts = {words: prompt(bench.codec, words) for words in {GENERIC, *(pair.question for pair in pairs)}}
+    grids = dict(zip(hashes, context.map(lambda sha: context.picture(sha).grid, hashes), strict=True))
+    prompts = {words: encode_prompt(context.codec, words) for words in {GENERIC, *(pair.question for pair in pairs)}}
     job = {
         "kind": "attention",
-        "policy": {"directory": str((bench.policy.directory / "policy").resolve()), "digest": bench.policy.digest},
-        "base": base_entry(config),
-        "model": config.model.model_dump(mode="json"),
+        "policy": {"directory": str((context.policy.directory / "policy").resolve()), "digest": context.policy.digest},
+        "base": settings.base.entry(),
+        "model": settings.model.model_dump(mode="json"),
         "layers": list(layers),
-        "images": {"tables": [str(table.directory.resolve()) for table in bench.tables], **view_limits(config)},
-        "token_budget": config.train.token_budget,
+        "images": {
+            "tables": [str(table.directory.resolve()) for table in context.tables],
+            **settings.view.model_dump(),
+        },
+        "token_budget": settings.token_budget,
         "pairs": [
             {
                 "images": [pair.original, pair.processed],
@@ -65,15 +85,15 @@ def look(pairs: Sequence[Pair], bench: Bench, layers: Sequence[int]) -> list[dic
     }
     done = 0
 
-    def progress(line: dict) -> None:  # of forwards, two to a pair; with several processes it is the first one's
+    def progress(line: dict[str, Any]) -> None:  # of forwards, two to a pair; of several processes the first one's
         nonlocal done
-        bench.judged(line["step"] * len(pairs) // line["steps"] - done)
+        context.judged(line["step"] * len(pairs) // line["steps"] - done)
         done = line["step"] * len(pairs) // line["steps"]
 
     return trainer.submit(job, progress)["pairs"]
 
 
-def prompt(codec: Codec, words: str) -> dict:
+def encode_prompt(codec: Codec, words: str) -> dict[str, Any]:
     """Compact ids of the user turn, and [first, end) of the text's tokens in it."""
     tokens = codec.prompt("", [IMAGE, IMAGE, text(words)])
     length = len(codec.encode(words))

@@ -1,8 +1,8 @@
 """The policy's own judgement: shown the original and the processed image, with which is the question easier to answer?
 
-Judged by the weights that made the rollouts. The reply is read from the distribution of one forward step, in both orders,
-so that a habit of saying 1 or 2 cancels out: value = ½ [P(2 | original, processed) + P(1 | processed, original)], with P
-normalised over the two ratings; 0.5 is no preference.
+Judged by the weights that made the rollouts. The reply is read from the distribution of one forward step, in both
+orders, so that a habit of saying 1 or 2 cancels out: value = ½ [P(2 | original, processed) + P(1 | processed,
+original)], with P normalised over the two ratings; 0.5 is no preference.
 """
 
 import asyncio
@@ -12,55 +12,60 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinkimg.conversation import compare
-from thinkimg.engine import EngineError
 from thinkimg.engine.client import EngineClient, EngineUnavailable, ImageRef
-from thinkimg.rewards.context import Bench
+from thinkimg.engine.errors import EngineError
+from thinkimg.engine.media import Media
+from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judgement import Identity, Judgement, Pair
-from thinkimg.rewards.pairs import image_component
 
-NAME = "self"
-score = image_component(NAME)
+NAME, USES = "self", ("engine",)
 
 
-def identity(bench: Bench) -> Identity:
-    return Identity(NAME, "policy", bench.policy.digest, bench.hashed(compare.prompt_hash()))
+def prompt(settings: JudgeSettings) -> str:
+    return settings.hashed(compare.prompt_hash(), settings.model.dtype)
 
 
-def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
-    """Raises EngineUnavailable where no server answers: then the stage stops, and goes on later from its closed parts."""
-    return asyncio.run(_judge(pairs, bench))
+def identity(context: JudgeContext) -> Identity:
+    assert context.policy is not None
+    return Identity(NAME, "policy", context.policy.digest, prompt(context.settings))
 
 
-async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
-    engine, adapter = await bench.crew.engine(bench.policy)
+def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
+    """Raises EngineUnavailable where no server answers: then the stage stops, and goes on later from its closed
+    parts."""
+    return asyncio.run(_judge(pairs, context))
+
+
+async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
+    assert context.policy is not None
+    settings = context.settings
+    prompts = {question: compare.prompt(context.codec, question) for question in {pair.question for pair in pairs}}
+    engine, adapter = await context.resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
     async with engine:
-        with tempfile.TemporaryDirectory(dir=bench.crew.media) as scratch:
-            refs = await asyncio.to_thread(references, pairs, bench, Path(scratch) if engine.media == "file" else None)
-            prompts = {
-                question: compare.prompt(bench.codec, question) for question in {pair.question for pair in pairs}
-            }
-            ratings = compare.rating_tokens(bench.codec)
+        with tempfile.TemporaryDirectory(dir=context.resources.media) as scratch:
+            refs = await asyncio.to_thread(
+                references, pairs, context, Path(scratch) if engine.media == "file" else None
+            )
+            ratings = compare.rating_tokens(context.codec)
 
             async def one(pair: Pair) -> Judgement:
                 found = await _compare(pair, engine, adapter, refs, prompts[pair.question], ratings)
-                bench.judged(1)
+                context.judged(1)
                 return found
 
             return await asyncio.gather(*(one(pair) for pair in pairs))
 
 
-def references(pairs: Sequence[Pair], bench: Bench, folder: Path | None) -> dict[str, ImageRef]:
+def references(pairs: Sequence[Pair], context: JudgeContext, folder: Path | None) -> dict[str, ImageRef]:
     """What the engine is sent for each image: its view, encoded once."""
-    from thinkimg.rollout import Media
-
     media = Media(folder)
 
     def refer(sha256: str) -> ImageRef:
-        seen = bench.picture(sha256)
+        seen = context.picture(sha256)
         return media.ref(seen.uuid, seen.view)
 
     hashes = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
-    return dict(zip(hashes, bench.map(refer, hashes), strict=True))
+    return dict(zip(hashes, context.map(refer, hashes), strict=True))
 
 
 async def _compare(

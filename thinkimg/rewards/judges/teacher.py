@@ -1,7 +1,7 @@
 """A larger model's judgement, by the same question as `self`, behind an OpenAI-compatible endpoint.
 
-Needs no more than the endpoint's top log-probabilities. Where it can't be reached, config.image.teacher.fallback decides,
-for whole groups: rows of one group are only comparable by one judge.
+Needs no more than the endpoint's top log-probabilities. Where it can't be reached, config.image.teacher.fallback
+decides, for whole groups: rows of one group are only comparable by one judge.
 """
 
 import asyncio
@@ -10,27 +10,34 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 
-from thinkimg.config import Config, TeacherEndpoint
+import thinkimg.settings
 from thinkimg.conversation import compare
-from thinkimg.engine import EngineError
+from thinkimg.engine.errors import EngineError
+from thinkimg.engine.server import SERVED_NAME
+from thinkimg.engine.settings import TeacherEndpoint
 from thinkimg.errors import UserError
+from thinkimg.records import Trajectory
 from thinkimg.rewards.batch import Batch, Score
-from thinkimg.rewards.context import Bench
+from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judgement import Identity, Judgement, Pair
 from thinkimg.rewards.judges.self import verdict
 from thinkimg.rewards.pairs import by_group, processed, score_images
+from thinkimg.rewards.settings import ImageConfig
+from thinkimg.store.image_table import encode
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+    from openai.types.chat import ChatCompletion
 
 log = logging.getLogger(__name__)
 
-NAME = "teacher"
+NAME, USES = "teacher", ("teacher", "engine")
 FROZEN = "warmstart"
 TOP = 20  # the most that OpenAI's API and vLLM's default give
 PROBE_S = 5.0
@@ -41,6 +48,19 @@ LOCKED = (401, 403)
 REFUSED = (400, 413, 422)  # this request (a picture too large, say), and not whoever asks
 
 
+class Settings(thinkimg.settings.Settings):
+    """A larger model that judges, behind the OpenAI-compatible endpoint `where.teacher.url`."""
+
+    model: str = "Qwen/Qwen2.5-VL-72B-Instruct"
+    """Its name at the endpoint; "warmstart": the frozen first policy, which a loop serves on a second server of its
+    own."""
+    prefix: bool = True
+    """Begin the reply for the model, so that its next token is the rating: vLLM and SGLang can, OpenAI's own API
+    can't."""
+    fallback: Literal["error", "self", "skip"] = "self"
+    """Where the endpoint can't be reached: fail, take the policy's own judgement for whole groups, or have no value."""
+
+
 def score(batch: Batch) -> list[Score]:
     """One score per trajectory; a group with a pair that the teacher could not be asked about falls back as a whole."""
     scores = dict(zip([row.trajectory_id for row in batch.trajectories], score_images(NAME, batch), strict=True))
@@ -48,6 +68,7 @@ def score(batch: Batch) -> list[Score]:
         unreached = [pair for row in rows for pair in pairs_of(row, batch) if batch.judgements[NAME, pair].unreachable]
         if not unreached:
             continue
+        assert batch.image is not None
         reason = batch.judgements[NAME, unreached[0]].reason
         fallback = (
             score_images("self", replace(batch, trajectories=rows)) if batch.image.teacher.fallback == "self" else []
@@ -63,25 +84,34 @@ def score(batch: Batch) -> list[Score]:
     return [scores[row.trajectory_id] for row in batch.trajectories]
 
 
-def pairs_of(row, batch: Batch) -> list[Pair]:
-    return [pair for pair in processed(row, batch.sample(row)) if isinstance(pair, Pair)]
+def pairs_of(row: Trajectory, batch: Batch) -> list[Pair]:
+    return [pair for pair in processed(row, batch.sample(row), batch.tools) if isinstance(pair, Pair)]
 
 
-def identity(bench: Bench) -> Identity:
-    teacher = bench.config.image.teacher
-    weights = bench.founder.digest if teacher.model == FROZEN else ""
-    return Identity(NAME, teacher.model, weights, bench.hashed(compare.prompt_hash(), teacher.prefix))
+def prompt(settings: JudgeSettings) -> str:
+    teacher = settings.image.teacher
+    precision = settings.model.dtype if teacher.model == FROZEN else None
+    return settings.hashed(compare.prompt_hash(), teacher.prefix, precision)
 
 
-def judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
+def identity(context: JudgeContext) -> Identity:
+    teacher = context.settings.image.teacher
+    weights = ""
+    if teacher.model == FROZEN:
+        assert context.first is not None
+        weights = context.first.digest
+    return Identity(NAME, teacher.model, weights, prompt(context.settings))
+
+
+def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
     """Raises UserError where the endpoint can't be reached and the fallback is "error"."""
-    return asyncio.run(_judge(pairs, bench))
+    return asyncio.run(_judge(pairs, context))
 
 
-async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
-    where, teacher = bench.config.where.teacher, bench.config.image.teacher
+async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
+    where, teacher = context.resources.where.teacher, context.settings.image.teacher
     try:
-        url, model = await asyncio.to_thread(locate, bench)
+        url, model = await asyncio.to_thread(locate, context, {pair.question for pair in pairs})
     except EngineError as error:  # the loop's own second server does not come up
         if teacher.fallback == "error":
             raise
@@ -92,12 +122,12 @@ async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
         asker = Asker(client, model, teacher.prefix, asyncio.Semaphore(where.concurrency))
         shas = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
         images = dict(
-            zip(shas, await asyncio.to_thread(bench.map, lambda sha: data_url(bench, sha), shas), strict=True)
+            zip(shas, await asyncio.to_thread(context.map, lambda sha: data_url(context, sha), shas), strict=True)
         )
 
         async def one(pair: Pair) -> Judgement:
             judgement = await asker.compare(pair, images)
-            bench.judged(1)
+            context.judged(1)
             return judgement
 
         found = await asyncio.gather(*(one(pair) for pair in pairs))
@@ -110,25 +140,27 @@ async def _judge(pairs: Sequence[Pair], bench: Bench) -> list[Judgement]:
     return list(found)
 
 
-def locate(bench: Bench) -> tuple[str, str]:
+def locate(context: JudgeContext, questions: set[str]) -> tuple[str, str]:
     """(base URL, name of the model there)."""
-    check_teacher(bench.config)
-    url, model = bench.config.where.teacher.url, bench.config.image.teacher.model
+    settings, where = context.settings, context.resources.where.teacher
+    check_teacher(settings.image, where)
+    url, model = where.url, settings.image.teacher.model
     if url is not None:
         return url.rstrip("/"), model
-    from thinkimg.engine.server import SERVED_NAME
 
-    return f"{bench.crew.teacher(bench.founder).url}/v1", SERVED_NAME
+    assert context.first is not None
+    engine = settings.engine(compare.prompt(context.codec, question) for question in questions)
+    return f"{context.resources.teacher(context.first, engine, settings.base).url}/v1", SERVED_NAME
 
 
 def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
     """A client that sends the key of `where` to the host of `url`, and nothing of the user's environment to anyone.
 
-    openai takes keys, organisation, project and further headers from the environment, whoever it talks to. So each request
-    is left with the headers of HEADERS and, unless a redirect leads to another host, what belongs to that: the key, or the
-    name and password in `url`; organisation and project where it is OpenAI's own. Raises UserError as api_key.
+    openai takes keys, organisation, project and further headers from the environment, whoever it talks to. So each
+    request is left with the headers of HEADERS and, unless a redirect leads to another host, what belongs to that: the
+    key, or the name and password in `url`; organisation and project where it is OpenAI's own. Raises UserError as
+    api_key.
     """
-    import httpx
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     key, origin = api_key(where), httpx.URL(url)
@@ -152,8 +184,8 @@ def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
 
 
 def api_key(where: TeacherEndpoint) -> str | None:
-    """The key for `where.url`: that of the variable that where.api_key_env names, by default OPENAI_API_KEY for OpenAI's API
-    alone. Raises UserError if the named variable is not set."""
+    """The key for `where.url`: that of the variable that where.api_key_env names, by default OPENAI_API_KEY for
+    OpenAI's API alone. Raises UserError if the named variable is not set."""
     if where.url is None:  # our own server
         return None
     variable = where.api_key_env or (OPENAI_KEY if is_openai(where.url) else None)
@@ -175,30 +207,28 @@ def is_openai(url: str) -> bool:
     return (parts.scheme, parts.hostname, parts.port or 443) == ("https", "api.openai.com", 443)
 
 
-def check_teacher(config: Config) -> None:
+def check_teacher(image: ImageConfig, where: TeacherEndpoint) -> None:
     """Raise UserError where the teacher is to judge and it is not known where, or its key is not there."""
-    teacher = config.image.teacher
-    if "teacher" not in config.image.types:
+    if NAME not in image.types:
         return
-    api_key(config.where.teacher)
-    if config.where.teacher.url is None and teacher.model != FROZEN:
+    teacher = image.teacher
+    api_key(where)
+    if where.url is None and teacher.model != FROZEN:
         raise UserError(
             f"It is not known where the teacher {teacher.model} answers.",
             hint="Set where.teacher.url=http://…/v1, or take 'teacher' out of image.types.",
         )
 
 
-def data_url(bench: Bench, sha256: str) -> str:
+def data_url(context: JudgeContext, sha256: str) -> str:
     """What the policy sees of an image: the question is what it makes of it."""
-    from thinkimg.store.image_table import encode
-
-    return f"data:image/webp;base64,{base64.b64encode(encode(bench.picture(sha256).view)).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(encode(context.picture(sha256).view)).decode()}"
 
 
 class Asker:
     """Asks about pairs until the endpoint turns out to be gone; from then on every pair is unreachable at once."""
 
-    def __init__(self, client, model: str, prefix: bool, slots: asyncio.Semaphore):
+    def __init__(self, client: "AsyncOpenAI", model: str, prefix: bool, slots: asyncio.Semaphore):
         self.client, self.model, self.prefix, self.slots = client, model, prefix, slots
         self.gone: str | None = None
 
@@ -238,7 +268,7 @@ class Asker:
             return Judgement(None, f"A rating is not among the {TOP} likeliest tokens.", {})
         return verdict(forward, backward)
 
-    async def _ask(self, question: str, images: Sequence[str]):
+    async def _ask(self, question: str, images: Sequence[str]) -> "ChatCompletion":
         return await self.client.chat.completions.create(
             model=self.model, max_tokens=1, temperature=0, logprobs=True, top_logprobs=TOP,
             **request(question, images, prefix=self.prefix),
@@ -252,8 +282,9 @@ class Asker:
             self.gone = self.gone or reason
 
 
-def request(question: str, images: Sequence[str], *, prefix: bool) -> dict:
-    """The prompt of `self` as a chat completion's messages; with `prefix` the reply is begun, which vLLM and SGLang go on."""
+def request(question: str, images: Sequence[str], *, prefix: bool) -> dict[str, Any]:
+    """The prompt of `self` as a chat completion's messages; with `prefix` the reply is begun, which vLLM and SGLang go
+    on."""
     content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     asked = {"role": "user", "content": [*content, {"type": "text", "text": compare.instruction(question)}]}
     if not prefix:
@@ -265,9 +296,12 @@ def request(question: str, images: Sequence[str], *, prefix: bool) -> dict:
     }
 
 
-def ratings(answer) -> list[float] | None:
+def ratings(answer: "ChatCompletion") -> list[float] | None:
     """Log-probabilities of (1, 2) as first token; None if one is not among those that came."""
-    first = answer.choices[0].logprobs.content[0].top_logprobs
+    logprobs = answer.choices[0].logprobs
+    if logprobs is None or not logprobs.content:
+        raise ValueError("it has no log-probabilities")
+    first = logprobs.content[0].top_logprobs
     found: dict[str, float] = {}
     for entry in first:  # " 1" and "1" are one rating
         token = entry.token.strip()

@@ -1,39 +1,42 @@
-"""Answer: how right the final answer is, compared according to its type. It is the model's text: parsed, never evaluated."""
+"""Answer: how right the final answer is, compared according to its type. It is the model's text: parsed, never
+evaluated."""
 
 from fractions import Fraction
 
+from pydantic import Field
+
+import thinkimg.settings
 from thinkimg.images.coordinates import Frame
-from thinkimg.images.patches import PATCH
-from thinkimg.records import AnswerType, Sample, StopReason, Trajectory
+from thinkimg.records import AnswerType, StopReason, Trajectory
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.boxes import Box, iou, read_box
 from thinkimg.rewards.maths import Verdict, check
 from thinkimg.rewards.numbers import read_number
 from thinkimg.rewards.text import anls, choose, plain
 
-NAME = "answer"
 WRONG = "The answer is not the right one."
+
+
+class Settings(thinkimg.settings.Settings):
+    number_tolerance: float = Field(0.01, ge=0)
+    """Relative tolerance of numeric answers."""
 
 
 def score(batch: Batch) -> list[Score]:
     """Choices, numbers and maths: 1 or 0. Texts: ANLS. Boxes: IoU; the answer in pixels of the first image as the model
     saw it, the right answer in those of the full-resolution image.
 
-    The further answers in sample.metadata["answers"] are right as well, and the best counts. A right answer
+    Of several right answers the best counts. A right answer
     that is no number or no formula is compared as text; one that is no box leaves the score missing.
     """
     pairs = [
         (trajectory.answer, right)
         for trajectory in batch.trajectories
         if batch.sample(trajectory).answer_type is AnswerType.MATHS and trajectory.answer is not None
-        for right in right_answers(batch.sample(trajectory))
+        for right in batch.sample(trajectory).answers
     ]
     verdicts = check(pairs)
     return [_score(trajectory, batch, verdicts) for trajectory in batch.trajectories]
-
-
-def right_answers(sample: Sample) -> list[str]:
-    return [sample.answer, *sample.metadata.get("answers", [])]
 
 
 def _score(trajectory: Trajectory, batch: Batch, verdicts: dict[tuple[str, str], Verdict]) -> Score:
@@ -42,13 +45,13 @@ def _score(trajectory: Trajectory, batch: Batch, verdicts: dict[tuple[str, str],
         return Score.zero("The conversation failed.")
     if answer is None:
         return Score.zero(f"There is no answer ({trajectory.stop}).")
-    rights = right_answers(sample)
+    rights = sample.answers
     match sample.answer_type:
         case AnswerType.CHOICE:
             scores = [_choice(answer, right, sample.choices) for right in rights]
         case AnswerType.NUMBER:
             # From its decimal form: a tolerance of 0.01 is 1/100, and 101 is within it of 100.
-            tolerance = Fraction(str(batch.config.number_tolerance))
+            tolerance = Fraction(str(batch.config.answer.number_tolerance))
             scores = [_number(answer, right, tolerance) for right in rights]
         case AnswerType.TEXT:
             scores = [_text(answer, right) for right in rights]
@@ -91,8 +94,7 @@ def _in_full(answer: str, trajectory: Trajectory, batch: Batch) -> Box | None:
     if box is None:
         return None
     assert batch.images is not None, "boxes need the images: the model saw them at another size"
-    _, rows, columns = trajectory.grids[0]
-    frame = Frame(batch.images.decoded(trajectory.images[0]).size, (columns * PATCH, rows * PATCH))
+    frame = Frame(batch.images.decoded(trajectory.images[0]).size, trajectory.sizes[0])
     return *frame.to_full(*box[:2]), *frame.to_full(*box[2:])
 
 

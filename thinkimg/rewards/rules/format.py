@@ -3,8 +3,6 @@
 from thinkimg.records import StopReason, Trajectory, TurnKind
 from thinkimg.rewards.batch import Batch, Score
 
-NAME = "format"
-
 
 def score(batch: Batch) -> list[Score]:
     """(turns that parse / turns) if exactly one answer ends the trajectory, else 0."""

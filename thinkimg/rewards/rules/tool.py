@@ -5,13 +5,12 @@ import json
 from thinkimg.records import CallStatus, Trajectory, Turn, TurnKind
 from thinkimg.rewards.batch import Batch, Score
 
-NAME = "tool"
-
 
 def score(batch: Batch) -> list[Score]:
     """Successful, non-duplicate calls / calls; 0 without a call.
 
-    A call is a duplicate if the image that it made was there before, or if the same call on the same image succeeded before.
+    A call is a duplicate if the image that it made was there before, or if the same call on the same image succeeded
+    before.
     """
     return [_score(trajectory) for trajectory in batch.trajectories]
 
@@ -20,7 +19,7 @@ def _score(trajectory: Trajectory) -> Score:
     calls = [turn for turn in trajectory.turns if turn.kind is TurnKind.TOOL]
     if not calls:
         return Score.zero("No tool was called.")
-    succeeded: set[tuple] = set()
+    succeeded: set[tuple[str, str, int]] = set()
     duplicates = 0
     for turn in calls:
         if turn.status is CallStatus.OK and _identity(turn) not in succeeded:
@@ -34,6 +33,7 @@ def _score(trajectory: Trajectory) -> Score:
 
 def _identity(turn: Turn) -> tuple[str, str, int]:
     """What the call does: "current" and 0 may name one image, and the source is its index either way."""
+    assert turn.tool is not None and turn.args is not None and turn.source is not None
     args = json.loads(turn.args)
     args.pop("image", None)
     return turn.tool, json.dumps(args, sort_keys=True), turn.source

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from thinkimg.trainer.forward.logprobs import base_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -18,8 +20,6 @@ def shard(model: "PreTrainedModel", device: torch.device) -> None:
     """Shard the decoder layers in place over all processes; parameters keep their names and become DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    from thinkimg.trainer.forward.logprobs import base_model
 
     language = base_model(model).language_model
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thinkimg.trainer.forward.flex import block_mask, flex
 from thinkimg.trainer.forward.shared_prompts import Span
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ class Layout:
 
     @cached_property
     def block_mask(self):
-        from thinkimg.trainer.forward.flex import block_mask
-
         return block_mask(self.spans, self.device)
 
 
@@ -108,8 +107,6 @@ def packed_attention(
     assert len(query) == 1 and not rest.get("dropout"), "a packed batch is one sequence, without dropout"
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions make float32 of them
     if value.device.type == "cuda":
-        from thinkimg.trainer.forward.flex import flex
-
         return flex(query, key, value, layout.block_mask, scaling).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and not layout.grouped:

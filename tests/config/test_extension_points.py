@@ -1,0 +1,361 @@
+"""A user's own loss, protocol, source, rule and judge outside of the clone: configured, run, fingerprinted."""
+
+import ast
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fingerprints import fingerprints
+from PIL import Image
+from rewards_rows import call, final, trajectory
+from rewards_rows import sample as sample_of
+
+import thinkimg
+from thinkimg.config.load import load
+from thinkimg.config.tree import Config
+from thinkimg.conversation.episode import system_prompt
+from thinkimg.conversation.protocol import PROTOCOLS, Answer, ToolCall, load_protocol
+from thinkimg.data.settings import SOURCES
+from thinkimg.errors import UserError
+from thinkimg.grpo.loss import grpo_loss, step_normaliser
+from thinkimg.grpo.settings import LOSSES
+from thinkimg.images.decode import pixel_hash
+from thinkimg.registry import source_digest
+from thinkimg.rewards import judging
+from thinkimg.rewards.batch import Batch
+from thinkimg.rewards.context import JudgeContext
+from thinkimg.rewards.judgement import Pair
+from thinkimg.rewards.mix import Mix
+from thinkimg.rewards.registry import components
+from thinkimg.rewards.settings import JUDGES, RULES
+from thinkimg.stages.score import judge_settings
+from thinkimg.store.artifacts import Store
+
+REINFORCE = '''"""REINFORCE without a ratio."""
+
+from thinkimg.grpo.settings import LossConfig
+from thinkimg.grpo.terms import Loss, token_mean
+
+
+class Settings(LossConfig):
+    strength: float = 1.0
+
+
+def per_token(cfg, terms):
+    return -cfg.strength * terms.advantages * terms.logps, {}
+
+
+LOSS = Loss(per_token, token_mean)
+'''
+BRACKETS = '''"""A call in square brackets."""
+
+from thinkimg.conversation.protocol import IMAGE, Protocol, call_json, text
+
+
+class Brackets(Protocol):
+    open_call, close_call, args_key = "[[", "]]", "args"
+    call_form = '[[{"name": "…", "args": {…}}]]'
+    turn_form = "your thoughts, a blank line\\n\\n"
+
+    def split(self, turn):
+        thought, _, rest = turn.partition("\\n\\n")
+        return thought, rest
+
+    def render_thought(self, thought):
+        return thought + "\\n\\n"
+
+    def render_call(self, name, args):
+        return f"[[{call_json(name, self.args_key, args)}]]"
+
+    def observation(self, value, *, image):
+        return [IMAGE] * image + [text(value)]
+
+
+PROTOCOL = Brackets()
+'''
+COLOURS = '''"""Pictures of one colour, made on the spot."""
+
+import hashlib
+import io
+
+from PIL import Image
+
+from thinkimg.data.settings import RowsConfig
+from thinkimg.data.source import Source, raw_row
+
+
+class Settings(RowsConfig):
+    count: int = 4
+
+
+def png(number):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def open_source(data, limits):
+    def rows():
+        for number in range(data.count):
+            record = {"image": number, "question": "How red?", "answer": str(number), "mood": "calm"}
+            yield raw_row(record, data, lambda value: lambda: png(value), id=f"c{number}", where=f"colour {number}")
+
+    return Source("colours", hashlib.sha256(str(data.count).encode()).hexdigest(), rows)
+'''
+BREVITY = '''"""Short conversations are worth more."""
+
+import thinkimg.settings
+from thinkimg.rewards.batch import Score
+
+
+class Settings(thinkimg.settings.Settings):
+    most: int = 4
+
+
+def score(batch):
+    most = batch.config.brevity.most
+    return [Score.of(max(0.0, 1 - len(row.turns) / most), "It is too long.") for row in batch.trajectories]
+'''
+REDNESS = '''"""How red the processed image is."""
+
+import thinkimg.settings
+from thinkimg.rewards.judgement import Judgement
+
+
+class Settings(thinkimg.settings.Settings):
+    gain: float = 1.0
+
+
+def judge(pairs, context):
+    gain = context.settings.image.redness.gain
+    reds = [context.images.decoded(pair.processed).getpixel((0, 0))[0] for pair in pairs]
+    context.judged(len(pairs))
+    return [Judgement(gain * red / 255, None, {"red": red}) for red in reds]
+'''
+FILES = {
+    "losses/reinforce.py": REINFORCE,
+    "protocols/brackets.py": BRACKETS,
+    "sources/colours.py": COLOURS,
+    "rules/brevity.py": BREVITY,
+    "rules/tool.py": BREVITY,
+    "judges/redness.py": REDNESS,
+    "judges/self.py": REDNESS,
+    "losses/broken.py": "1 / 0",
+    "losses/empty.py": '"""No loss."""',
+    "losses/alien.py": "class Settings: pass",
+}
+KINDS = {"losses": LOSSES, "protocols": PROTOCOLS, "sources": SOURCES, "rules": RULES, "judges": JUDGES}
+LOSS, PROTOCOL, SOURCE, RULE, JUDGE = (
+    f"users_own.{name}"
+    for name in ("losses.reinforce", "protocols.brackets", "sources.colours", "rules.brevity", "judges.redness")
+)
+JUDGED = [f"image.types=[embedding, {JUDGE}]", "image.weights.redness=0.5"]
+TINY_IMAGES = "images: {min_pixels: 784, max_pixels: 12544}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def project(tmp_path_factory):
+    """A project of the user's, on the path and with entry points; not under this repository."""
+    root = tmp_path_factory.mktemp("user")
+    for name, source in FILES.items():
+        (path := root / "users_own" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    (info := root / "users_own-1.0.dist-info").mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: users-own\nVersion: 1.0\n")
+    modules = {kind: next(name for name in FILES if name.startswith(kind)).split("/")[1][:-3] for kind in KINDS}
+    points = [f"[thinkimg.{kind}]\ninstalled_{kind} = users_own.{kind}.{name}\n" for kind, name in modules.items()]
+    (info / "entry_points.txt").write_text("\n".join(points))
+    sys.path.insert(0, str(root))
+    for registry in KINDS.values():
+        vars(registry).pop("_installed", None)  # looked up once
+    yield root
+    sys.path.remove(str(root))
+    for registry in KINDS.values():
+        vars(registry).pop("_installed", None)
+
+
+def test_a_loss_with_a_setting_of_its_own():
+    cfg = load("tiny", [f"train.loss.loss_type={LOSS}", "train.loss.strength=3", "train.loss.epsilon=0.1"]).train.loss
+    cfg = cfg.model_copy(update={"vllm_importance_sampling_correction": False})
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    normaliser = step_normaliser(cfg, [mask], max_completion_length=2)
+    inputs = {"logps": logps, "old_logps": logps.detach(), "ref_logps": None, "engine_logps": None, "entropies": None}
+    out = grpo_loss(cfg, advantages=torch.tensor([1.0, -1.0]), mask=mask, normaliser=normaliser, **inputs)
+    assert out.loss.item() == pytest.approx(3 * (1 + 2 - 3) / 3)
+    out.loss.backward()
+    assert logps.grad.tolist() == [[-1, -1], [1, 0]]
+
+
+def test_a_protocol():
+    config = load("tiny", [f"conversation.protocol={PROTOCOL}", "conversation.system=null"])
+    protocol = load_protocol(config.conversation.protocol)
+    action = ToolCall("crop_image", {"x": 1})
+    assert protocol.parse(protocol.render_turn("So.", action)) == action
+    assert protocol.parse("So.\n\n<answer>red</answer>") == Answer("red")
+    assert '[[{"name"' in system_prompt(config.conversation)
+
+
+def test_a_source_through_the_command_line(project):
+    """In a process that is started in the user's folder, which is on no path."""
+    data = f"data: {{source: {SOURCE}, count: 5, train: 3, held_out: 2}}"
+    (project / "mine.yaml").write_text(f"extends: tiny\n{data}\n{TINY_IMAGES}\nwhere: {{store: made}}\n")
+
+    def prepare(*more):
+        command = [sys.executable, "-m", "thinkimg", "prepare", "--preset", "mine.yaml", *more]
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+
+    assert (done := prepare()).returncode == 0, done.stderr
+    (dataset,) = Store(project / "made").list("dataset")
+    recipe = dataset.manifest["recipe"]
+    assert recipe["config"]["data"]["count"] == 5 and recipe["sources"].keys() == {SOURCE}
+    assert "path" not in recipe["config"]["data"] and "puzzles" not in recipe["config"]["data"]
+    assert {"train": 3, "held_out": 2}.items() <= dataset.metrics.items()
+    assert "Cached" in prepare("--dry-run").stdout
+    assert "missing" in prepare("--dry-run", "--set", "data.count=6").stdout
+    refused = prepare("--set", "data.cuont=6")
+    assert "Did you mean data.count?" in refused.stderr and refused.returncode
+
+
+def test_a_rule_with_a_setting_of_its_own():
+    config = load("tiny", [f"rewards.rules=[{RULE}]", "rewards.brevity.most=2", "mix.brevity=0.5"])
+    scored = components(config.rewards, config.image)
+    assert list(scored)[-1] == "brevity"
+    Mix.of_settings(config.mix, config.image).check(scored)
+    rows = [trajectory(final(), answer="red"), trajectory(call(), final(), answer="red")]
+    found = scored["brevity"](Batch(rows, {"s0": sample_of()}, config.rewards))
+    assert [one.value for one in found] == [0.5, 0.0]
+
+
+class Pictures(dict):
+    decoded = dict.__getitem__
+
+
+def test_a_judge_with_a_setting_of_its_own_and_its_weight():
+    config = load("tiny", [*JUDGED, "image.redness.gain=0.5"])
+    settings, pictures = judge_settings(config), Pictures()
+    shown = [Image.new("RGB", (64, 64), (red, 0, 0)) for red in (0, 255)]
+    for picture in shown:
+        picture.putpixel((9, 9), (1, 2, 3))  # something can be seen
+        pictures[pixel_hash(picture)] = picture
+    original, processed = map(pixel_hash, shown)
+    resources = SimpleNamespace(exclusive=False, where=SimpleNamespace(workers=1))
+    context = JudgeContext(settings, resources, None, None, None, (), pictures)
+    pair, judgements = Pair("Which colour?", original, processed), {}
+    judging.judge(["redness"], {pair}, context, lambda *_: {}, lambda name, found: judgements.update(found))
+    (judgement,) = judgements.values()
+    assert judgement.value == 0.5 and judgement.by.judge == "redness"
+    assert judging.table(judgements).to_pylist()[0]["component"] == "redness"
+
+    turn = call("crop_image", x=0, y=0, width=14, height=14)
+    turn = type(turn)(**{**vars(turn), "image": processed})
+    row = trajectory(turn, final(), answer="red", images=(original, processed), grids=((1, 4, 4),) * 2)
+    sample = sample_of()
+    sample = type(sample)(**{**vars(sample), "images": (original,)})
+    batch = Batch([row], {"s0": sample}, config.rewards, image=config.image, judgements=judgements)
+    assert [one.value for one in components(config.rewards, config.image)["redness"](batch)] == [0.5]
+
+    assert Mix.of_settings(config.mix, config.image).types == {"embedding": 0.2, "redness": 0.5}
+    assert Mix.of(json.loads(config.model_dump_json())).types == {"embedding": 0.2, "redness": 0.5}
+    assert config.image.scored()["redness"] == {"gain": 0.5}
+
+
+OWN = {
+    "train": ("losses/reinforce.py", [f"train.loss.loss_type={LOSS}"], "train.loss.strength=2"),
+    "prepare": ("sources/colours.py", [f"data.source={SOURCE}"], "data.count=9"),
+    "score": ("rules/brevity.py", [f"rewards.rules=[{RULE}]"], "rewards.brevity.most=9"),
+    "score of a judge": ("judges/redness.py", JUDGED, "image.redness.gain=2"),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_its_settings_and_its_file_enter_the_fingerprint(project, kind):
+    name, overrides, more = OWN[kind]
+    stage, path = kind.split()[0], project / "users_own" / name
+    plain = fingerprints(load("tiny", overrides))
+    changed = fingerprints(load("tiny", [*overrides, more]))
+    assert {name for name in plain if plain[name] != changed[name]} == {stage}
+    text = path.read_text()
+    path.write_text(text + "# another version\n")
+    source_digest.cache_clear()
+    edited = fingerprints(load("tiny", overrides))
+    path.write_text(text)
+    source_digest.cache_clear()
+    assert {name for name in plain if plain[name] != edited[name]} == {stage}
+    assert fingerprints(load("tiny", overrides)) == plain
+
+
+def test_a_protocols_file_enters_the_fingerprint_of_what_is_played():
+    plain, own = (fingerprints(load("tiny", more)) for more in ([], [f"conversation.protocol={PROTOCOL}"]))
+    assert {"rollout", "evaluate", "demonstrate"} <= {name for name in plain if plain[name] != own[name]}
+    assert load("tiny", [f"conversation.protocol={PROTOCOL}"]).sources().keys() == {PROTOCOL}
+
+
+def test_an_installed_entry_goes_by_its_name_and_is_in_the_schema():
+    assert all(f"installed_{kind}" in registry for kind, registry in KINDS.items())
+    config = load("tiny", ["train.loss.loss_type=installed_losses", "train.loss.strength=2"])
+    assert config.train.loss.strength == 2 and config.sources().keys() == {"installed_losses"}
+    schema = json.dumps(Config.model_json_schema())
+    assert all(f'"{name}"' in schema for name in ("strength", "count", "installed_protocols", "installed_judges"))
+
+
+def test_the_resolved_config_survives_its_own_json():
+    overrides = [f"train.loss.loss_type={LOSS}", f"data.source={SOURCE}", f"rewards.rules=[{RULE}]", *JUDGED]
+    config = load("tiny", [*overrides, "train.loss.strength=2", "image.redness.gain=2"])
+    assert Config.model_validate(json.loads(config.model_dump_json())) == config
+    assert pickle.loads(pickle.dumps(config)) == config  # as Dask sends it
+    assert config.sources().keys() == {LOSS, SOURCE, RULE, JUDGE}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.loss.loss_type=users_own.losses.nothing"], "There is no 'users_own.losses.nothing' among the losses"),
+        (["train.loss.loss_type=users_own.losses.broken"], "can't be imported: ZeroDivisionError"),
+        (["train.loss.loss_type=users_own.losses.empty"], "it defines no Settings"),
+        (["train.loss.loss_type=users_own.losses.alien"], "is no subclass of LossConfig"),
+        ([f"train.loss.loss_type={LOSS}", "train.loss.strenght=2"], "Did you mean train.loss.strength?"),
+        ([f"train.loss.loss_type={LOSS}", "train.loss.strength=much"], "train.loss.strength"),
+        (["train.loss.strength=2"], "belongs to loss_type installed_losses"),
+        ([f"conversation.protocol={LOSS}"], "none of the protocols: it defines no PROTOCOL"),
+        (["data.source=nowhere.at.all"], "among the sources"),
+        ([f"image.types=[{JUDGE}]"], "a weight for each of image.types, and has none for redness"),
+        ([*JUDGED, "image.redness.gian=2"], "Did you mean image.redness.gain?"),
+        ([f"image.types=[{RULE}]"], "it defines no judge"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(overrides, said):
+    with pytest.raises(UserError) as error:
+        load("tiny", overrides)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["rewards.rules=[users_own.rules.tool]"], ["image.types=[users_own.judges.self]"]]
+)
+def test_no_entry_takes_the_name_of_another(overrides):
+    config = load("tiny", overrides)
+    with pytest.raises(UserError, match="the name is taken"):
+        components(config.rewards, config.image)
+
+
+def test_a_registry_looks_in_its_own_package_only():
+    """A discovery by name is an import that the import-linter does not see: one that went up would be a hole."""
+    folder = Path(thinkimg.__file__).parent
+    found = {}
+    for path in folder.rglob("*.py"):
+        for kind, package in re.findall(r'= Registry\("(\w+)", "([\w.]+)"\)', path.read_text()):
+            found[kind] = package
+            assert package.split(".")[1] == path.relative_to(folder).parts[0], path
+            entries = folder.parent / package.replace(".", "/")
+            assert ast.get_docstring(ast.parse((entries / "__init__.py").read_text())), f"{package} says nothing"
+            assert len(ast.parse((entries / "__init__.py").read_text()).body) == 1, f"{package} holds more than entries"
+    assert found.keys() == {*KINDS, "tools"}
+    for registry in KINDS.values():
+        assert all(registry[name] for name in registry.shipped)

@@ -1,0 +1,264 @@
+"""The answer's reward: each type of answer, and what a hostile model may write."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rewards_rows import batch, failed, sample, trajectory
+
+from thinkimg.records import AnswerType
+from thinkimg.rewards.batch import Score, Status
+from thinkimg.rewards.boxes import iou, read_box
+from thinkimg.rewards.maths import WORKER, check
+from thinkimg.rewards.maths_worker import SECONDS
+from thinkimg.rewards.numbers import read_number
+from thinkimg.rewards.rules.answer import score
+from thinkimg.rewards.text import anls, choose, plain
+
+HOSTILE = [
+    "", " ", "\x00", "(" * 50_000 + ")" * 50_000, "x" * 200_000, " " * 200_000 + "x", "1" * 100_000, "1e999999999", "\ud7ff\U0010ffff",
+    "á̖" * 2_000, "__import__('os').system('touch pwned')", "{{7*7}}${7*7}", "[" * 5_000, "nan", "inf", "-inf", "1/0", "0/0",
+    "[1, 2, 3]", "[1,2,3,1e999]", "1 2 3 4 5", "null", '{"x": 1}', "٣", "½", "九",
+]  # fmt: skip
+IMAGE = Image.new("RGB", (112, 56))  # trajectories see it as 56 x 56
+
+
+class Images:
+    def decoded(self, sha256: str) -> Image.Image:
+        return IMAGE
+
+
+def answered(
+    answer: str, right: str, kind: AnswerType, choices: tuple[str, ...] = (), others=(), tolerance: float = 0.01
+) -> Score:
+    one = sample(right, kind, choices, answers=(right, *others))
+    return score(batch([trajectory(answer=answer)], one, Images(), answer={"number_tolerance": tolerance}))[0]
+
+
+def test_no_answer_is_zero_with_a_reason():
+    assert score(batch([failed(), trajectory()])) == [
+        Score(0.0, Status.ZERO, "The conversation failed."),
+        Score(0.0, Status.ZERO, "There is no answer (max_turns)."),
+    ]
+
+
+@pytest.mark.parametrize("kind", AnswerType)
+def test_hostile_answers_are_judged_quickly_and_earn_nothing(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    right = {"number": "7", "box": "[1, 2, 3, 4]", "maths": "x+1"}.get(kind, "red")
+    rows = [trajectory(answer=answer) for answer in HOSTILE]
+    started = time.process_time()
+    scores = score(batch(rows, sample(right, kind, ("red", "blue")), Images()))
+    assert time.process_time() - started < 3
+    assert [one.value for one in scores] == [0] * len(HOSTILE)
+    assert all(one.reason and len(one.reason) < 100 for one in scores)
+    assert os.listdir() == []
+
+
+# Choices
+
+
+@pytest.mark.parametrize(
+    "answer", ["Red", " red. ", "A", "a", "(A)", "a)", "A.", "[a]", "A. red", "(a) Red!", "**RED**", '"red"']
+)
+def test_a_choice_is_named_by_text_or_letter(answer):
+    assert answered(answer, "red", AnswerType.CHOICE, ("red", "blue")).value == 1
+    assert answered(answer, "A", AnswerType.CHOICE, ("red", "blue")).value == 1
+    assert answered(answer, "blue", AnswerType.CHOICE, ("red", "blue")).value == 0
+
+
+@pytest.mark.parametrize("answer", ["C", "B. red", "A or B", "red blue", "A red", "not red", "(a) or (b)", "ab", "-"])
+def test_what_names_no_choice_is_none(answer):
+    found = answered(answer, "red", AnswerType.CHOICE, ("red", "blue"))
+    assert found == Score(0.0, Status.ZERO, "The answer is none of the choices.")
+
+
+def test_text_comes_before_letter_and_the_closer_reading_before_the_freer():
+    assert choose("A", ("B", "A")) == 1 and choose("(a)", ("B", "A")) == 1
+    assert choose("m2", ("m²", "m2")) == 1
+    assert choose("(0, 1]", ("[0, 1]", "(0, 1]")) == 1
+    assert choose("X", ("x", "X")) == 1 and choose("(X)", ("x", "X")) is None
+    assert choose("-5", ("5", "-5")) == 1 and choose(".5", ("5", ".5")) == 1
+
+
+words = st.text(st.characters(codec="utf-8", categories=["L", "N"]), min_size=1, max_size=8)
+
+
+@given(st.lists(words, min_size=2, max_size=6, unique_by=plain), st.data())
+def test_every_choice_is_found_by_its_text_however_it_is_dressed(choices, data):
+    index = data.draw(st.integers(0, len(choices) - 1))
+    dress = data.draw(st.sampled_from(["{}", " {}\n", "({})", "{}.", "**{}**", '"{}".', "[({})]"]))
+    assert choose(dress.format(choices[index]), choices) == index
+
+
+@given(words, words)
+def test_comparing_texts_is_symmetric(a, b):
+    for dress in ("{}", "({}).", " {} "):
+        assert (plain(dress.format(a)) == plain(b)) == (plain(a) == plain(dress.format(b)))
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1,234.5", "1234.5"), ("50%", "0.5"), ("50 percent", "0.5"), ("1e3", "1000"), ("3/4", "0.75"), ("-3 / 4", "-0.75"), ("−5", "-5"),
+     ("2 million", "2000000"), ("$1.5 million", "1500000"), ("12 cm.", "12"), ("(5)", "5"), ("**5**", "5"), (".5", "0.5"), ("5.", "5")],
+)  # fmt: skip
+def test_numbers_as_people_write_them(text, value):
+    assert read_number(text).value == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5 or 6", "1,5", "12,34", "1.2.3", "5²", "5⅓", "1_000", "0x10", "five", "x5", "1 234", "$5 cm", "--5", "3/0"],
+)
+def test_what_is_no_plain_number_is_not_guessed_at(text):
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    "answer, right, value",
+    [("101", "100", 1), ("101.01", "100", 0), ("99", "100", 1), ("98.99", "100", 0), ("-100", "100", 0), ("0", "0", 1), ("0.001", "0", 0),
+     ("50", "50%", 0), ("0.5", "50%", 1), ("12", "12 cm", 1), ("12 cm", "12", 1), ("12 cm", "12 mm", 0), ("5k", "5", 0), ("5x", "5", 0),
+     ("5k", "5k", 1), ("none", "None.", 1), ("5", "none", 0), ("1e999", "5", 0)],
+)  # fmt: skip
+def test_numbers_are_compared_within_the_tolerance(answer, right, value):
+    assert answered(answer, right, AnswerType.NUMBER).value == value
+
+
+def test_the_tolerance_is_a_setting():
+    assert answered("101", "100", AnswerType.NUMBER, tolerance=0).value == 0
+    assert answered("1/3", "2/6", AnswerType.NUMBER, tolerance=0).value == 1
+    assert answered("149", "100", AnswerType.NUMBER, tolerance=0.5).value == 1
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
+def test_every_decimal_is_read_exactly_with_and_without_commas(number):
+    assert read_number(str(number)).value == read_number(f"{number:,}").value == Fraction(number)
+
+
+# Texts
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_anls_is_bounded_symmetric_and_cut_off(a, b):
+    value, similarity = anls(a, b)
+    assert anls(b, a) == (value, similarity)
+    assert value == 0 or 0.5 < value == similarity <= 1
+    assert anls(a, a) == (1, 1) == anls(a, f"  {a.upper().lower()} ") or a.casefold() != a.upper().lower().casefold()
+
+
+def test_anls_of_known_texts():
+    assert answered("kitten", "sitting", AnswerType.TEXT).value == pytest.approx(1 - 3 / 7)
+    assert answered("abXX", "abcd", AnswerType.TEXT).value == 0  # exactly half of it is wrong
+    assert answered("Coca  cola", "coca cola", AnswerType.TEXT).value == 1
+
+
+def test_the_best_of_several_right_answers_counts():
+    for answer in ("red", "crimson", "scarlet"):
+        assert answered(answer, "red", AnswerType.TEXT, others=("crimson", "scarlet")).value == 1
+
+
+# Boxes
+
+
+boxes = st.tuples(*[st.integers(0, 50)] * 2, *[st.integers(1, 50)] * 2)
+
+
+@given(boxes, boxes, st.integers(-9, 9))
+def test_iou_is_symmetric_bounded_and_moves_with_its_boxes(a, b, shift):
+    def moved(box):
+        return box[0] + shift, box[1], *box[2:]
+
+    assert iou(a, b) == iou(b, a) == iou(moved(a), moved(b))
+    assert 0 <= iou(a, b) <= 1
+    assert (iou(a, b) == 1) == (a == b)
+
+
+@given(boxes, boxes)
+def test_iou_counts_pixels(a, b):
+    def pixels(box):
+        return {(x, y) for x in range(box[0], box[0] + box[2]) for y in range(box[1], box[1] + box[3])}
+
+    assert iou(a, b) == pytest.approx(len(pixels(a) & pixels(b)) / len(pixels(a) | pixels(b)))
+
+
+@pytest.mark.parametrize(
+    "text", ["1, 2, 3, 4", "[1, 2, 3, 4]", "(1.0,2.0,3.0,4.0)", " 1 2 3 4 ", json.dumps([1.0, 2, 3, 4e0])]
+)
+def test_boxes_are_read_in_several_forms(text):
+    assert read_box(text) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["1, 2, 3", "1, 2, 0, 4", "1, 2, -3, 4", "1, 2, 3, 4, 5", "a, b, c, d", "1e99, 2, 3, nan"]
+)
+def test_what_is_no_box_is_none(text):
+    assert read_box(text) is None
+
+
+def test_a_box_is_answered_in_pixels_as_the_model_sees_them():
+    # The view is half as wide as the image and as high.
+    found = answered("10, 20, 5, 10", "[20.0, 20.0, 10.0, 10.0]", AnswerType.BOX)
+    assert found == Score(1.0, Status.OK, None, {"box": [20, 20, 10, 10], "right": [20, 20, 10, 10]})
+    assert answered("20, 20, 10, 10", "[20.0, 20.0, 10.0, 10.0]", AnswerType.BOX).value == 0
+    assert answered("1, 2, 3, 4", "somewhere", AnswerType.BOX).status is Status.MISSING
+
+
+# Maths
+
+
+def test_maths_answers_are_compared_as_formulas():
+    equal = [("0.5", r"\frac{1}{2}"), (r"$2\sqrt{2}$", r"\sqrt{8}"), ("(x-1)*(x+1)", "x^2-1"), ("x**2", "x^2"), (r"\boxed{3}", "x=3"),
+             (r"\{2, 1\}", r"\{1, 2\}"), ("0.333333", "1/3"), ("1.50", r"\frac32"), ("50\\%", "0.5"), ("Blue.", "blue"), ("1 + x", "x+1")]  # fmt: skip
+    different = [("0.51", r"\frac{1}{2}"), ("x^2+1", "x^2-1"), ("lube", "blue"), ("", "3"), ("x=", "3"), ("3", "]")]
+    verdicts = check(equal + different)
+    assert [pair for pair in different if verdicts[pair].equal] == []
+    assert [pair for pair in equal if not verdicts[pair].equal] == []
+
+
+def test_a_formula_without_end_costs_two_seconds_and_not_its_neighbours():
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    endless = r"9^{9^{9^{9}}}"
+    verdicts = check([(endless, "3"), (endless, "3"), ("4/2", "2"), ("(" * 240 + ")" * 240, "3"), ("x" * 501, "3")])
+    assert [pair for pair, verdict in verdicts.items() if verdict.equal] == [("4/2", "2")]
+    assert verdicts[endless, "3"].reason == f"Comparing the formulas took more than {SECONDS:g} s of CPU time."
+    assert "too long" in verdicts["x" * 501, "3"].reason
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started < 15
+
+
+def test_the_worker_ends_with_its_parent_even_while_it_computes():
+    with subprocess.Popen(
+        [sys.executable, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        process.stdin.write(json.dumps(["3", "9^{9^{9^{9}}}"]).encode() + b"\n")
+        process.stdin.close()
+        assert process.wait(60) < 0
+
+
+def test_no_text_of_the_model_is_ever_compiled():
+    code = """
+import sys
+from thinkimg.rewards.maths_worker import close_eval, compare
+close_eval()
+compiled = []
+sys.addaudithook(lambda event, args: compiled.append(str(args[0])) if event == "compile" else None)
+sys.addaudithook(lambda event, args: sys.exit(event) if event in ("os.system", "subprocess.Popen") else None)
+for text in ["__import__('os').system('id')", "4242+1", "1.4242", "4242.5", "4242\\\\%", "(4242)*(2)", "4242", "\\\\operatorname{eval}(4242)", "\\\\text{4242}", "$4242$"]:
+    compare("1/2", text)
+    compare(text, "1/2")
+sources = [source for source in compiled if "4242" in source or "system" in source]
+assert not sources, sources
+assert compare("8484.0", "4242 \\\\times 2.0") == (True, None)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,154 @@
+"""What an evaluation says of known trajectories, and which samples an iteration draws."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinkimg.puzzles.scenes import Family, generate, photographs
+from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.stages.evaluate import bootstrap, report, wilson
+from thinkimg.stages.rollout import draw, summary
+
+
+def sample(number: int, answer: str = "a", metadata: dict | None = None) -> Sample:
+    return Sample(
+        f"s{number}", "?", (answer,), AnswerType.CHOICE, ("a", "b", "c", "d"), (), "test", "train", metadata or {}
+    )
+
+
+def trajectory(
+    turns: tuple[Turn, ...] = (), answer: str | None = "a", stop: StopReason = StopReason.ANSWER
+) -> Trajectory:
+    return Trajectory("t", "s", "g", 0, "p", (), (), (), (), (), turns, answer, stop, None, "w", ())
+
+
+def call(name: str, args: str, status: CallStatus = CallStatus.OK, source: int = 0) -> Turn:
+    image = None if status is CallStatus.ERROR else "i"
+    return Turn("", TurnKind.TOOL, name, args, status, source=source, image=image, tokens=3)
+
+
+@given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 5))
+def test_every_sample_is_drawn_once_before_any_is_drawn_again(count, per_iteration, seed):
+    samples = [sample(i) for i in range(count)]
+    iterations = [[s.sample_id for s in draw(samples, per_iteration, i, seed)] for i in range(1, 9)]
+    times = Counter(s.sample_id for s in samples)
+    for drawn in iterations:
+        assert len(drawn) == len(set(drawn)) == min(count, per_iteration)
+        times.update(drawn)
+        assert max(times.values()) - min(times.values()) <= 1
+    assert [s.sample_id for s in draw(samples, per_iteration, 3, seed)] == iterations[2]
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_wilson_holds_the_share_and_stays_within_bounds(right, count):
+    right = min(right, count)
+    low, high = wilson(right, count)
+    assert 0 <= low <= right / count + 1e-12 and right / count - 1e-12 <= high <= 1
+    assert wilson(2 * right, 2 * count)[1] - wilson(2 * right, 2 * count)[0] < high - low
+
+
+def test_wilson_is_the_published_interval():
+    assert wilson(15, 50) == pytest.approx(
+        (0.191, 0.4375), abs=5e-4
+    )  # statsmodels proportion_confint(15, 50, method="wilson")
+
+
+def test_bootstrap_is_repeatable_and_holds_the_mean():
+    values = np.random.default_rng(1).uniform(size=80)
+    low, high = bootstrap(values)
+    assert low < values.mean() < high and (low, high) == bootstrap(values)
+
+
+def solved(puzzle, answer: str) -> tuple[Sample, Trajectory]:
+    import json
+
+    solution = [{"name": c.name, "args": c.args} for c in puzzle.solution]
+    metadata = {"family": str(puzzle.family), "solution": solution}
+    targets = () if puzzle.target is None else (puzzle.target,)
+    turns = tuple(call(c.name, json.dumps(c.args), source=i) for i, c in enumerate(puzzle.solution))
+    asked = replace(sample(0, puzzle.answer, metadata), choices=puzzle.choices, targets=targets)
+    images = ("o", *("i" for _ in turns))
+    row = trajectory((*turns, Turn("", TurnKind.ANSWER)), answer)
+    return asked, replace(row, images=images, grids=((1, 8, 8),) * len(images), sizes=((112, 112),) * len(images))
+
+
+def test_accuracy_is_broken_down_into_arguments_and_reading():
+    puzzles = list(generate(list(Family), sorted(photographs())[:3], 8, seed=3))
+    pairs = [solved(puzzle, puzzle.answer) for puzzle in puzzles]
+    wrong = next(choice for choice in puzzles[0].choices if choice != puzzles[0].answer)
+    asked, row = pairs[0]
+    pairs[0] = asked, replace(row, answer=wrong)  # right calls, wrong reading
+    asked, row = pairs[1]
+    # The right answer by luck.
+    pairs[1] = asked, replace(row, turns=(row.turns[-1],), images=("o",), grids=((1, 8, 8),), sizes=((112, 112),))
+    rows = np.array([[row, row] for _, row in pairs], dtype=object)
+    values = np.array([[float(row.answer == asked.answer)] * 2 for asked, row in pairs])
+    found = report([asked for asked, _ in pairs], rows, values)
+    assert found["accuracy"] == found["avg_at_k"] == 7 / 8
+    assert found["tool_rate"] == found["right_arguments"] == 7 / 8
+    assert found["right_reading"] == pytest.approx(6 / 7)
+    assert found["chance"] == 0.25
+    assert found["detail/accuracy"] == 0.5 and found["both/accuracy"] == 1.0
+    assert found["dark/right_arguments"] == 0.5
+
+
+def test_a_failed_call_is_no_use_of_a_tool():
+    failed = call("crop_image", "{}", CallStatus.ERROR)
+    asked = sample(0, metadata={"family": "dark", "solution": []})
+    rows = np.array([[trajectory((failed, Turn("", TurnKind.ANSWER)))]], dtype=object)
+    assert report([asked], rows, np.array([[1.0]]))["tool_rate"] == 0
+
+
+def test_summary_counts_calls_ends_and_tokens():
+    rows = [
+        trajectory(
+            (
+                call("flip_image", "{}"),
+                call("flip_image", "{}", CallStatus.DUPLICATE),
+                Turn("", TurnKind.ANSWER, tokens=4),
+            )
+        ),
+        trajectory((Turn("", TurnKind.MALFORMED, tokens=2),), None, StopReason.MAX_TURNS),
+    ]
+    found = summary(rows)
+    assert found["tool/rate"] == 0.5 and found["tool/calls"] == 1.0
+    assert found["tool/ok"] == found["tool/duplicate"] == 0.5
+    assert found["stop/answer"] == found["stop/max_turns"] == 0.5
+    assert found["malformed"] == 0.25 and found["turns"] == 2.0 and found["tokens"] == 6.0
+
+
+@pytest.mark.parametrize(
+    ("calls", "right"),
+    [
+        ([("crop_image", {"x": 28, "y": 56, "width": 28, "height": 28}, 0)], True),
+        ([("crop_image", {"x": 56, "y": 56, "width": 28, "height": 28}, 0)], False),  # the neighbouring cell
+        ([("crop_image", {"x": 0, "y": 28, "width": 84, "height": 84}, 0)], False),  # holds it, too small to be read
+        ([("zoom_image", {"factor": 4, "center_x": 42, "center_y": 70}, 0)], True),
+        (
+            [
+                ("crop_image", {"x": 0, "y": 56, "width": 56, "height": 56}, 0),
+                ("crop_image", {"x": 56, "y": 0, "width": 56, "height": 56}, 1),
+            ],
+            True,
+        ),
+        ([("rotate_image", {"angle": 90}, 0), ("crop_image", {"x": 28, "y": 56, "width": 28, "height": 28}, 1)], False),
+        (
+            [("adjust_brightness", {"factor": 2}, 0), ("crop_image", {"x": 28, "y": 56, "width": 28, "height": 28}, 1)],
+            True,
+        ),
+    ],
+)
+def test_right_calls_follow_the_coordinates_through_the_images(calls, right):
+    import json
+
+    from thinkimg.puzzles.demonstrations import right_calls
+
+    asked = replace(sample(0, metadata={"family": "detail", "solution": []}), targets=((112, 224, 112, 112),))
+    turns = tuple(call(name, json.dumps(args), source=source) for name, args, source in calls)
+    images = ("o", *("i" for _ in turns))
+    row = replace(trajectory(turns), images=images, sizes=((112, 112),) * len(images))
+    assert right_calls(asked, row) is right

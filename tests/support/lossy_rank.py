@@ -1,0 +1,45 @@
+"""A process of a trainer that loses a part of its weights; a module of its own, as a spawned process imports it by name."""
+
+import json
+import os
+from pathlib import Path
+
+from grpo_world import FULL
+
+from thinkimg.models.base import Base
+from thinkimg.trainer import checksums
+from thinkimg.trainer.worker import Worker
+
+LOST = "model.language_model.layers.1.mlp.up_proj.weight"
+
+
+def lossy_rank(rank: int, port: int, spool: str, job: dict) -> None:
+    """A worker of two whose second process loses its part of one parameter; see the test."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    from thinkimg.trainer.forward import fsdp as shards
+
+    worker = Worker(Path(spool), 2)
+    policy = worker._load(job, FULL, Base(**job["base"]))
+    references = checksums.expected(policy, worker.ranks)
+    shards.shard(policy.model, worker.accelerator.device)
+    values = {"expected": references, "actual": checksums.measure(checksums.floating(policy), worker.ranks)}
+    (Path(spool) / f"sums-{rank}.json").write_text(json.dumps(values))
+    shard = shards.shard
+
+    def lossy(model, device) -> None:
+        shard(model, device)
+        if rank == 1:
+            shards.local(model.get_parameter(LOST)).data.zero_()
+
+    shards.shard = lossy
+    answer = worker._answer
+
+    def kept(job: dict, lines: Path) -> dict:
+        result = answer(job, lines)
+        (Path(spool) / f"answer-{rank}.json").write_text(json.dumps(result))
+        return result
+
+    worker._answer = kept
+    worker.serve()

@@ -1,0 +1,121 @@
+"""One training step in a process of its own: the memory that preflight.py predicts and what the kernel then says."""
+
+import argparse
+import ctypes
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from thinkimg.images.patches import image_tokens
+from thinkimg.models.base import Base
+from thinkimg.models.settings import ModelConfig, TinyModel
+from thinkimg.models.tiny import create_tiny
+from thinkimg.trainer import memory
+from thinkimg.trainer.checkpoint import from_base
+from thinkimg.trainer.forward.logprobs import Scorer, unwrap
+from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.optimise import checkpointing, split
+
+TINY = TinyModel(hidden_size=256, layers=6, heads=4)
+
+
+def group(
+    image_token: int, *, images: int, turns: int, size: int, words: int = 60, seed: int = 0
+) -> list[Conversation]:
+    """Rows of one prompt with `images` pictures of 12 x 12 tokens, and `turns` turns of so many words with a tool's picture
+    each; without images the tools have none either."""
+    rng = np.random.default_rng(seed)
+    grid, tool = (1, 24, 24), (1, 16, 20)
+    rows = []
+    for number in range(size):
+        tokens, scored, keys, grids = list(range(20, 60)), [False] * 40, [], []
+        for k in range(images):
+            tokens += [image_token] * image_tokens(grid)
+            keys.append(f"prompt {k}")
+            grids.append(grid)
+        scored += [False] * (len(tokens) - len(scored))
+        for turn in range(turns):
+            tokens += rng.integers(20, 200, words).tolist()
+            scored += [True] * words
+            if images:
+                tokens += [image_token] * image_tokens(tool)
+                scored += [False] * image_tokens(tool)
+                keys.append(f"tool {number} {turn}")
+                grids.append(tool)
+        tokens += rng.integers(20, 200, words).tolist()
+        scored += [True] * words
+        found = np.array(grids, dtype=np.int64).reshape(-1, 3)
+        rows.append(Conversation(np.array(tokens), np.array(scored), tuple(keys), found))
+    return rows
+
+
+def status(field: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("images", "turns", "size", "words"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--adaptation")
+    for name in ("checkpointing", "padded", "train-vision"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--model", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    memory.return_memory()
+    create_tiny(args.model, TINY, [f"word{i * i}" for i in range(2000)], seed=0)
+    config = ModelConfig(
+        dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16, train_vision=args.train_vision
+    )
+    policy = from_base(Base("tiny", directory=str(args.model)), config, "cpu", seed=0)
+    parameters = policy.train_only(vision=args.train_vision)
+    geometry = unwrap(policy.model).config
+    made: dict[str, np.ndarray] = {}
+
+    def pixels(key: str) -> np.ndarray:
+        if key not in made:
+            made[key] = np.zeros((24 * 24 if key.startswith("prompt") else 16 * 20, 1176), dtype=np.float32)
+            made[key] += 0.5
+        return made[key]
+
+    def one_batch(rows: list[Conversation]) -> tuple[list[Conversation], list | None]:
+        batch = split(rows, None if args.padded else [0] * len(rows), 10**9, geometry.image_token_id)[0]
+        return [rows[i] for i in batch.rows], batch.units
+
+    def step(rows: list[Conversation], optimizer) -> None:
+        features = None if args.train_vision else {}
+        scorer = Scorer(policy.model, pixels, temperature=0.9, banned=(3,), features=features)
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        if args.checkpointing:
+            checkpointing(policy, True)
+        logps, _ = scorer(*one_batch(rows), entropy=True)
+        logps.sum().backward()
+        checkpointing(policy, False)
+        optimizer.step()
+
+    shape = {"images": args.images, "turns": args.turns, "size": args.size, "words": args.words}
+    small = {"images": args.images, "turns": 1, "size": 1}
+    step(group(geometry.image_token_id, **small), torch.optim.SGD(list(parameters.values()), lr=0.0))
+    rows = group(geometry.image_token_id, **shape, seed=1)
+    how = memory.How(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
+    need = memory.need(geometry, config, *one_batch(rows), how)
+    made.clear()
+    for parameter in parameters.values():
+        parameter.grad = None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    optimizer = torch.optim.AdamW(list(parameters.values()), fused=True)
+    for _ in range(2):  # the second has the moments of the first
+        step(rows, optimizer)
+    measured = status("VmHWM") - before
+    print(json.dumps({"predicted": need.total, "measured": measured, "parts": vars(need)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The stages without an engine or a trainer, of which nothing but the outputs is recorded.
+
+Conversations are scripted, and a policy is copied. All else is the stages' own code.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from thinkimg.config.load import load
+from thinkimg.config.tree import Config
+from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.episode import Episode, scripted
+from thinkimg.conversation.picture import picture
+from thinkimg.conversation.protocol import load_protocol
+from thinkimg.puzzles.demonstrations import script
+from thinkimg.resources import Resources
+from thinkimg.stages import rollout
+from thinkimg.stages.stage import build, complete, open_stage
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.image_table import ImageTable
+
+SETTINGS = [
+    "data.train=4", "data.held_out=2", "rollout.samples=2", "rollout.group_size=2", "evaluate.samples=2", "evaluate.k=1",
+    "where.workers=2", "where.tracking.enabled=false", "mix={answer: 1.0}", "image.types=[]", "warmstart.pairs=0",
+]  # fmt: skip
+STAGES = ("prepare", "demonstrate", "warmstart", "rollout", "score", "train", "evaluate")
+ROLES = {
+    "prepare": "dataset", "demonstrate": "demonstrations", "warmstart": "policy", "rollout": "rollouts", "score": "scores",
+}  # fmt: skip
+
+
+class CopyingTrainer:
+    """A trainer whose policies have the weights that they start from."""
+
+    def submit(self, order, progress=None):
+        start = order["base"]["directory"] if order["kind"] == "warmstart" else f"{order['policy']['directory']}/model"
+        output = Path(order["output"])
+        shutil.copytree(start, output / "model", dirs_exist_ok=True)
+        (output / "state.json").write_text("{}")
+        return {"metrics": {"loss": 0.5}}
+
+
+class RecordedResources(Resources):
+    """Resources without an engine, and with a trainer that copies."""
+
+    trainer = CopyingTrainer()
+
+
+class Recorded:
+    """A sampler whose conversations are written, and `rollout.open_sampler`, which yields it."""
+
+    def __init__(self, settings, dataset, policy, resources):
+        self.settings, self.policy, self.codec = settings, policy, Codec.load(policy.vocabulary)
+        self.images, self.flaws = ImageTable([dataset]), load("tiny", SETTINGS).warmstart.flaws
+        self.pool = ThreadPoolExecutor(1)  # as one thread's operations have an order
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *error):
+        self.pool.shutdown()
+
+    async def sample(self, specs, progress):
+        for spec in specs:
+            yield spec, self.episode(spec)
+
+    def episode(self, spec):
+        sample, view, conversation = spec.sample, self.settings.images, self.settings.conversation
+        episode = Episode(
+            sample, [picture(self.images.decoded(sha), view) for sha in sample.images], conversation, view, self.codec,
+            trajectory_id=f"{sample.sample_id}-{spec.index}", group_id=sample.sample_id, index=spec.index,
+            policy=self.policy.digest,
+        )  # fmt: skip
+        form = load_protocol(conversation.protocol)
+        scripted(episode, script(sample, form, self.flaws, np.random.default_rng(spec.index), tools=True))
+        return episode
+
+
+class Stages:
+    """The stages by name, each on the recorded outputs of those before it."""
+
+    def __init__(self, root: Path, resources: Resources):
+        self.config, self.store, self.resources = load("tiny", SETTINGS), Store(root / "whole"), resources
+        self.made: dict[str, Artifact] = {}
+        for name in STAGES:
+            self.made[name] = self.run(name, self.store)
+
+    def run(self, name: str, store: Store, *, config: Config | None = None, force: bool = False) -> Artifact:
+        stage, config = open_stage(name), config or self.config
+        given = {role: self.made[made] for made, role in ROLES.items() if made in self.made}
+        inputs = complete(stage, config, given, self.store)
+        return build(stage, stage.settings(config), inputs, store, self.resources, force=force)[0]
+
+
+@contextlib.contextmanager
+def recorded(root: Path) -> Iterator[Stages]:
+    """The stages under a root; their conversations are recorded for as long."""
+    where = load("tiny", SETTINGS).where
+    with pytest.MonkeyPatch.context() as patch, RecordedResources(where) as resources:
+        patch.setattr(rollout, "open_sampler", Recorded)
+        patch.setattr(Recorded, "episode", cached(Recorded.episode))
+        yield Stages(root, resources)
+
+
+def cached(make):
+    """Conversations are the same every time, and the pictures take most of a run."""
+    known = {}
+
+    def episode(self, spec):
+        key = (spec.sample.sample_id, spec.index)
+        if key not in known:
+            known[key] = make(self, spec)
+        return known[key]
+
+    return episode

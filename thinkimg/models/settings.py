@@ -1,0 +1,63 @@
+"""Settings of the model: the base, its precision, and what of it is trained."""
+
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from thinkimg.settings import Positive, Settings
+
+
+class TinyModel(Settings):
+    """Shape of a Qwen2.5-VL made from nothing, for machines without a GPU and without a hub."""
+
+    vocab_size: Positive = 2048
+    """Upper limit of the tokenizer's vocabulary, special tokens included."""
+    hidden_size: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+    rope_theta: float = 20.0
+    """Base of the rotary frequencies; Qwen's 1e6 leaves a tiny model blind to columns."""
+    vision_layers: Positive = 4
+    vision_hidden_size: Positive = 64
+    vision_heads: Positive = 2
+
+
+class ModelConfig(Settings):
+    path: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Hub id or directory of the base model. Not read where `tiny` is set."""
+    revision: str | None = None
+    """Commit or tag on the Hub."""
+    tiny: TinyModel | None = None
+    """Make a tiny model instead of loading one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the base weights in engine and trainer; trained weights and optimizer are float32."""
+    load_in_4bit: bool = False
+    """Keep the frozen base weights of the trainer's language model in 4 bits (NF4; needs the package bitsandbytes).
+    vLLM 0.32 has no such weights, so that the engine's differ: raise train.parity.max_kl to what the gate then
+    measures."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model repository."""
+    adaptation: Literal["lora", "full"] = "lora"
+    lora_rank: Positive = 64
+    lora_alpha: Positive = 128
+    train_vision: bool = False
+    """Train the vision tower, too (only with adaptation: full)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.adaptation == "lora" and self.tiny:
+            raise ValueError(
+                "model.tiny needs model.adaptation: full: an adapter needs a base model that is kept somewhere"
+            )
+        if self.adaptation == "lora" and self.train_vision:
+            raise ValueError("model.train_vision needs model.adaptation: full")
+        if self.adaptation == "full" and self.load_in_4bit:
+            raise ValueError("model.load_in_4bit needs model.adaptation: lora")
+        return self
+
+    def defining(self) -> dict[str, Any]:
+        """Return what defines how weights are trained; which weights these are is said by a digest, not by a path."""
+        fields = {"tiny", "dtype", "load_in_4bit", "adaptation", "train_vision"}
+        if self.adaptation == "lora":
+            fields |= {"lora_rank", "lora_alpha"}
+        return self.model_dump(mode="json", include=fields)

@@ -1,0 +1,13 @@
+"""Settings of the scripted demonstrations."""
+
+from thinkimg.settings import Settings, Share
+
+
+class Flaws(Settings):
+    """How the scripted demonstrations are wrong on purpose, so that something is left for reinforcement learning."""
+
+    guess: Share = 0.25
+    """Answers at once with a random choice, no tool."""
+    wrong_call: Share = 0.4
+    """Makes one systematically wrong call (the neighbouring cell, too little light, the wrong way round), then
+    guesses."""

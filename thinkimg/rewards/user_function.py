@@ -1,0 +1,50 @@
+"""A user's own reward function by import path, and the file that defines it."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkimg.errors import UserError
+
+FORM = "Write it as def name(completions, **columns) -> list[float]."
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """A loaded reward function; source is the file that defines it."""
+
+    path: str
+    name: str
+    function: Callable[..., Any]
+    source: bytes
+
+
+@functools.cache
+def load(path: str) -> UserFunction:
+    """The function at `package.module:function`. Raises UserError with what is wrong with it.
+
+    Cached as the import is: a file that is changed later is neither run nor recorded by this process.
+    """
+    module_name, _, name = path.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"The reward '{path}' is no import path.", hint="Write it as package.module:function.")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        message = f"The module of the reward function {path} cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(message, hint="It must be installed, or its folder be on PYTHONPATH.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"There is no function '{name}' in {module_name}.")
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise UserError(f"The reward function {path} does not take all columns.", hint=FORM)
+    try:
+        source = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_bytes()
+    except (TypeError, OSError):
+        raise UserError(f"The reward function {path} has no source that could be recorded.", hint=FORM) from None
+    return UserFunction(path, name, function, source)

@@ -1,0 +1,100 @@
+"""Settings of the training process: warm start, GRPO steps, parity gate, and where the worker runs."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from thinkimg.grpo.settings import LossConfig
+from thinkimg.puzzles.settings import Flaws
+from thinkimg.settings import Positive, Settings
+
+
+class WarmstartConfig(Settings):
+    demonstrations: str | None = None
+    """JSONL of conversations {sample_id, turns: [text, …]}; null: scripted ones for the built-in puzzles.
+    Without either the base model is taken as it is."""
+    steps: int = Field(100, ge=0)
+    batch: Positive = 16
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+    flaws: Flaws = Flaws()
+    pairs: int = Field(0, ge=0)
+    """Puzzles from which a tiny policy also learns to compare images, as the image reward `self` asks it to."""
+    checkpoint: str | None = None
+    """Directory of a warm-started model to take instead of training one; with LoRA set model.path to it."""
+
+
+class ParityConfig(Settings):
+    trajectories: Positive = 16
+    """How many are compared before the first step of an iteration."""
+    max_kl: float = Field(0.05, gt=0)
+    """Mean of |log p(engine) - log p(trainer)| over sampled tokens, above which the stage refuses to train."""
+
+
+class TrainConfig(Settings):
+    loss: LossConfig = LossConfig()
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps from the first iteration on over which the rate rises to learning_rate; constant afterwards."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    steps: Positive = 1
+    """Optimizer steps per iteration and epoch: the groups are dealt into this many batches."""
+    epochs: Positive = 1
+    min_std: float = Field(0.02, ge=0)
+    """Groups whose total reward varies less are silent."""
+    token_budget: Positive = 16384
+    """Tokens per micro-batch; a prompt that rows share counts once."""
+    shared_prompts: bool = True
+    """Pack micro-batches and compute the common prompt of a group once; off: padded batches. Where the model does not
+    allow it (sliding windows, attention dropout, positions that depend on the length) it is off by itself, with a
+    warning."""
+    gradient_checkpointing: bool = False
+    parity: ParityConfig = ParityConfig()
+
+
+class TrainerConfig(Settings):
+    """Where and how the trainer runs."""
+
+    processes: Positive = 1
+    """In all, over all nodes."""
+    accelerate_config: str | None = None
+    """Several GPUs by `accelerate launch`: ddp (each holds the model), fsdp2 (each holds a part of every layer), or the
+    path of a file of your own as `accelerate config` writes it, whose number of processes `processes` replaces."""
+    nodes: Positive = 1
+    """Machines with as many processes each: on every other than the loop's own `thinkimg trainer --rank 1` (2, …) has
+    to run with the same settings, and they must see the store under the same path."""
+    address: str | None = None
+    """host:port of the loop's machine, where the other nodes find it; the port must be free."""
+    threads: Positive = 2
+    """Threads of a trainer on a CPU: results are bit-equal at a fixed number."""
+    keep: bool = True
+    """Keep the worker between iterations; off where memory does not hold engine and trainer both."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.nodes > 1 and (self.address is None or self.processes % self.nodes):
+            raise ValueError("several trainer.nodes need trainer.address, and trainer.processes in equal parts")
+        if self.accelerate_file is not None and not self.accelerate_file.is_file():
+            shipped = sorted(path.stem for path in self._accelerate_presets().glob("*.yaml"))
+            raise ValueError(
+                f"trainer.accelerate_config has to be {' or '.join(shipped)} or the path of a file, "
+                f"and '{self.accelerate_config}' is none of these"
+            )
+        return self
+
+    @property
+    def accelerate_file(self) -> Path | None:
+        """The file that accelerate_config names: a bare name is one of the package's."""
+        if self.accelerate_config is None:
+            return None
+        path = Path(self.accelerate_config)
+        if path.name == self.accelerate_config and path.suffix not in (".yaml", ".yml", ".json"):
+            return self._accelerate_presets() / f"{path}.yaml"
+        return path
+
+    @staticmethod
+    def _accelerate_presets() -> Path:
+        return Path(str(resources.files("thinkimg.presets"))) / "accelerate"
