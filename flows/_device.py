@@ -29,7 +29,8 @@ LEASE_S = 60  # the shortest that Prefect allows: so long the device stays taken
 def device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold this machine's device, waiting for whoever has it; without a shared server there is nobody to share with.
 
-    check: called while it waits; what it raises ends the waiting. A server that does not answer later on does not end the run: what it does is worth more than the order of a queue.
+    check: called while it waits; what it raises ends the waiting. A server that does not answer later on does not end the
+    run: what it does is worth more than the order of a queue.
     """
     if is_embedded():
         yield

@@ -118,6 +118,8 @@ class Resources:
         """
         where = self.where.engine
         adapter = None if policy.is_full or closure.on_cpu() else policy.digest
+        if adapter is not None:
+            Base(**base.entry()).checked(policy.json("policy/state.json"))
         with self._lock:
             urls = where.urls or [self.server(policy, adapter, settings, base).url]
         # Our own server reads the pictures of our scratch folder; others may neither share the disk nor admit the folder.

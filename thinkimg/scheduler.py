@@ -160,7 +160,11 @@ class Scheduler(Plan):
         chosen: list[Handle] = []
         for handle in self.handles:
             # What ended a moment ago still has its resources: what waits for it begins with what waits for these.
-            ready = handle.future is None and not handle.waits_for and not any(one in running for one in handle.given.values())
+            ready = (
+                handle.future is None
+                and not handle.waits_for
+                and not any(one in running for one in handle.given.values())
+            )
             if ready and not any(self._conflict(handle, other) for other in [*running, *chosen]):
                 chosen.append(handle)
         return chosen
@@ -170,7 +174,9 @@ class Scheduler(Plan):
         if not all(uses):
             return False
         if uses == [{"engine"}, {"engine"}]:
-            return _player(one) is not _player(other)
+            # One that asks for wider limits would have the engine started again under the other.
+            settings = [getattr(handle.settings, "engine", None) for handle in (one, other)]
+            return _player(one) is not _player(other) or settings[0] != settings[1]
         return self.exclusive or bool(uses[0] & uses[1])
 
 

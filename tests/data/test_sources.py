@@ -38,7 +38,9 @@ def rows_of(source, path, **settings):
 
 
 def accepted(rows):
-    return [(row.question, row.answers[0], tuple(read() for read in row.images)) for row in rows if isinstance(row, RawRow)]
+    return [
+        (row.question, row.answers[0], tuple(read() for read in row.images)) for row in rows if isinstance(row, RawRow)
+    ]
 
 
 def reasons(rows):

@@ -22,6 +22,7 @@ from thinkimg.rewards import functions
 from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.rewards.settings import RewardsConfig
+from thinkimg.rewards.user_function import UserFunction
 from thinkimg.stages.evaluate import report
 from thinkimg.stages.prepare import prepare
 from thinkimg.store.artifacts import Store
@@ -77,8 +78,8 @@ def test_a_reward_function_is_given_ours_by_name_and_all_of_theirs_together(colu
         seen.update(given, completions=completions)
         return [0.5] * len(completions)
 
-    function = functions.UserFunction("own:mine", "mine", mine, b"")
-    (one,) = function.score(Batch([ROW], {"s": sample(columns)}, config=RewardsConfig(), images=None))
+    function = UserFunction("own:mine", "mine", mine, b"")
+    (one,) = functions.score(function, Batch([ROW], {"s": sample(columns)}, config=RewardsConfig(), images=None))
     assert one.value == 0.5 and seen["columns"] == [columns]
     assert seen["answer"] == ["a"] and seen["final_answer"] == ["b"] and seen["question"] == ["?"]
     assert inspect.isfunction(seen["log_extra"]) and inspect.isfunction(seen["log_metric"])

@@ -17,9 +17,9 @@ from fake_engine import PLAIN, generate_many, image
 from PIL import Image
 from processes import title
 
-from thinkimg.engine.errors import EngineError
 from thinkimg.engine import server as server_module
 from thinkimg.engine.client import EngineClient, EngineUnavailable, ImageRef, Sampling
+from thinkimg.engine.errors import EngineError
 from thinkimg.engine.server import Server, ServerSettings
 from thinkimg.errors import UserError
 

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -21,10 +22,7 @@ class Run:
     """A pipeline's run (sub_flows.py), ended; `children`: its sub-flow runs by name."""
 
     def __init__(self, prefect: PrefectServer, store: Path, happens: str):
-        command = [sys.executable, str(SUPPORT / "sub_flows.py"), str(store), happens]
-        with subprocess.Popen(
-            command, env=prefect.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        with start(prefect, store, happens) as process:
             self.id = process.stdout.readline().strip()
             if happens == "interrupt":
                 assert process.stdout.readline() == "under way\n"
@@ -39,6 +37,11 @@ class Run:
 
     def span(self, name: str) -> tuple[datetime, datetime]:
         return tuple(datetime.fromisoformat(self.children[name][key]) for key in ("start_time", "end_time"))
+
+
+def start(prefect: PrefectServer, store: Path, happens: str) -> subprocess.Popen:
+    command = [sys.executable, str(SUPPORT / "sub_flows.py"), str(store), happens]
+    return subprocess.Popen(command, env=prefect.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,47 @@ def test_what_ends_the_pipeline_ends_the_stages_under_way(prefect, tmp_path, hap
         assert run.state(name)[0] == "FAILED" and "was ended" in run.children[name]["state"]["message"]
     tasks = [prefect.ask(f"/task_runs/{child['parent_task_run_id']}") for child in run.children.values()]
     assert all(task["state_type"] in ENDED for task in tasks)
+
+
+HOLD = """
+import time
+from flows._device import device
+from flows._flow import flow
+
+@flow("hold")
+def hold():
+    with device():
+        print("held", flush=True)
+        time.sleep(600)
+
+hold()
+"""
+
+
+@pytest.fixture
+def started():
+    """Processes that a test starts; those that are left are killed."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_who_waits_for_the_device_can_be_interrupted_and_gets_it_when_it_is_free(prefect, tmp_path, started):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], env=prefect.environment, stdout=subprocess.PIPE, text=True)
+    started.append(holder)
+    assert holder.stdout.readline() == "held\n"
+    interrupted, patient = (start(prefect, tmp_path / name, "device") for name in ("interrupted", "patient"))
+    started += [interrupted, patient]
+    for process in (interrupted, patient):
+        assert (process.stdout.readline(), process.stdout.readline())[1] == "under way\n"
+    time.sleep(1)
+    interrupted.send_signal(signal.SIGINT)
+    _, errors = interrupted.communicate(timeout=30)
+    assert interrupted.returncode != 0 and "KeyboardInterrupt" in errors, errors
+    assert patient.poll() is None and not [*tmp_path.glob("patient/dataset/*/0001")]
+    holder.send_signal(signal.SIGINT)
+    output, errors = patient.communicate(timeout=120)
+    assert patient.returncode == 0 and output.endswith("ran only\n"), errors
+    assert prefect.limit()["active_slots"] == 0

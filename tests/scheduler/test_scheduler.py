@@ -25,14 +25,15 @@ SOON_S = 20.0  # a test that waits for longer has found a fault
 ENGINE, TRAINER = frozenset({"engine"}), frozenset({"trainer"})
 
 
-class Nothing(Slice):
-    """No settings."""
+class Settings(Slice):
+    engine: int = 0
+    """Stands for the limits that an engine is asked for."""
 
 
-def invent(name: str, run: Callable, reads=(), uses=frozenset(), player=None, **options) -> Stage:
+def invent(name: str, run: Callable, reads=(), uses=frozenset(), player=None, engine=0, **options) -> Stage:
     """A stage; `run` is handed its handle, and returns what stands for its artifact."""
     inputs = {role: Input(Dataset) for role in reads}
-    options = {"settings": lambda config: Nothing(), "uses": lambda config: uses} | options
+    options = {"settings": lambda config: Settings(engine=engine), "uses": lambda config: uses} | options
     return Stage(name=name, version=1, makes=Dataset, run=run, reads=inputs, player=player, **options)
 
 
@@ -57,6 +58,8 @@ class Node:
     inputs: frozenset[int]
     uses: frozenset[str]
     player: int | str | None
+    engine: int
+    """Stands for the limits that an engine is asked for."""
     report: int | None
 
     @property
@@ -72,13 +75,13 @@ def graphs(draw) -> list[Node]:
         inputs = draw(st.frozensets(st.integers(0, i - 1), max_size=2)) if i else frozenset()
         uses = draw(st.frozensets(st.sampled_from(["engine", "trainer", "teacher"]), max_size=2))
         player = draw(st.sampled_from(["policy", "other policy", *sorted(inputs)])) if "engine" in uses else None
-        nodes.append(Node(inputs, uses, player, draw(st.sampled_from([None, 0, 1, 2]))))
+        nodes.append(Node(inputs, uses, player, draw(st.integers(0, 1)), draw(st.sampled_from([None, 0, 1, 2]))))
     return nodes
 
 
 def compatible(one: Node, other: Node, exclusive: bool) -> bool:
     """Whether the two may run at a time."""
-    if one.uses == other.uses == ENGINE and one.player == other.player:
+    if one.uses == other.uses == ENGINE and (one.player, one.engine) == (other.player, other.engine):
         return True
     return not one.uses or not other.uses or not (exclusive or one.uses & other.uses)
 
@@ -109,7 +112,8 @@ class Trial:
         self.scheduler = Scheduler(CONFIG, run_stage, exclusive=self.exclusive, on_report=self.report)
         handles: dict[int | str, Any] = {"policy": object(), "other policy": object()}
         for i, node in enumerate(self.nodes):
-            stage = invent(f"stage {i}", self.stage(i), node.roles, node.uses, "player" if node.uses & ENGINE else None)
+            player = "player" if node.uses & ENGINE else None
+            stage = invent(f"stage {i}", self.stage(i), node.roles, node.uses, player, node.engine)
             handles[i] = self.scheduler(stage, **{role: handles[key] for role, key in node.roles.items()})
         self.members = [[i for i, node in enumerate(self.nodes) if node.report == number] for number in range(3)]
         for number, members in enumerate(self.members):
@@ -195,8 +199,9 @@ def test_two_that_may_run_side_by_side_do(one, other, exclusive):
         ((TRAINER, None), (TRAINER, None), False),
         ((ENGINE, "first"), (TRAINER, None), True),
         ((ENGINE, "first"), (ENGINE | {"teacher"}, "first"), False),
+        ((ENGINE, "first"), (ENGINE, "first", 1), False),
     ],
-    ids=["two policies", "one trainer", "exclusive", "engine and teacher"],
+    ids=["two policies", "one trainer", "exclusive", "engine and teacher", "other limits"],
 )
 def test_two_that_may_not_take_turns(one, other, exclusive):
     busy, beside = threading.Lock(), []
@@ -210,9 +215,9 @@ def test_two_that_may_not_take_turns(one, other, exclusive):
         busy.release()
 
     scheduler = Scheduler(CONFIG, run_stage, exclusive=exclusive)
-    for name, (uses, player) in (("one", one), ("other", other)):
+    for name, (uses, player, *engine) in (("one", one), ("other", other)):
         roles = {player: policies[player]} if player else {}
-        scheduler(invent(name, work, roles, uses, player), **roles)
+        scheduler(invent(name, work, roles, uses, player, *engine), **roles)
     scheduler.wait()
     assert beside == []
 

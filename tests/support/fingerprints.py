@@ -37,7 +37,11 @@ TEXTS = {
     "rewards.rules": [],  # there are none but a user's own
     "conversation.tools": [["crop_image"]],  # names are looked up
 }
-ENTRIES: dict[str, Registry] = {"train.loss.loss_type": LOSSES, "data.source": SOURCES, "conversation.protocol": PROTOCOLS}
+ENTRIES: dict[str, Registry] = {
+    "train.loss.loss_type": LOSSES,
+    "data.source": SOURCES,
+    "conversation.protocol": PROTOCOLS,
+}
 DIGITS = 12
 
 

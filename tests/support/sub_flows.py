@@ -1,8 +1,10 @@
 """A pipeline of invented stages on Prefect, in a process of its own: `sub_flows.py STORE HAPPENS`.
 
-Prints the flow run's id, "under way" once two stages are, and at the end whether each stage was found in the store.
+Prints the flow run's id, "under way" once two stages are, and at the end which stages ran.
 
     third ──► first report          left, right ──► last ──► second report
+
+With HAPPENS=device there is one stage, which asks for the device; "under way" is printed before that.
 """
 
 import sys
@@ -11,6 +13,7 @@ import time
 
 from prefect.runtime import flow_run
 
+from flows._device import device
 from flows._flow import flow
 from flows._run import PrefectRun
 from thinkimg.config.load import load
@@ -20,7 +23,7 @@ from thinkimg.stages.stage import Input, Job, Slice, Stage
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset
 
-STORE, HAPPENS = sys.argv[1:]  # nothing, error, alarm, or interrupt: the parent's
+STORE, HAPPENS = sys.argv[1:]  # nothing, error, alarm, device, or interrupt: the parent's
 PATIENCE_S = 60
 under_way = threading.Event()
 
@@ -58,6 +61,12 @@ def side_by_side(job: Job) -> None:
     write(job)
 
 
+def occupy(job: Job) -> None:
+    print("under way", flush=True)
+    assert job.resources.trainer is not None  # which holds the device
+    write(job)
+
+
 def write(job: Job) -> None:
     ran.append(job.settings.name)
     job.work.json("rows.json", [job.settings.name])
@@ -77,8 +86,12 @@ def report(iteration: int, made: dict) -> None:
 def pipeline() -> str:
     config = load("tiny", [f"where.store={STORE}", "where.tracking.enabled=false"])
     print(flow_run.id, flush=True)
-    with Resources(config.where) as resources:
+    with Resources(config.where, device=device) as resources:
         run = PrefectRun(config, Store(STORE), resources, on_report=report)
+        if HAPPENS == "device":
+            only = run(invent("only", occupy))
+            run.wait()
+            return str(only.result().reference)
         run.report(0, third=run(invent("third", third)))
         left, right = (run(invent(name, side_by_side)) for name in ("left", "right"))
         last = run(invent("last", write, "left", "right"), left=left, right=right)

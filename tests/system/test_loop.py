@@ -44,7 +44,7 @@ def start(place: Path, *arguments: str) -> subprocess.Popen:
         "PYTHONPATH": str(SUPPORT / "user"),
         "COLUMNS": "200",
     }
-    environment.pop("PREFECT_LOGGING_LEVEL", None)  # as `import flows` in another test has set it for this process
+    environment.pop("PREFECT_LOGGING_LEVEL", None)  # as flows._environment has set it in another test for this process
     command = [sys.executable, "-m", "thinkimg", *arguments, "--preset", "nano.yaml"]
     return subprocess.Popen(
         command,

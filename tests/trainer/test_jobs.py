@@ -212,8 +212,8 @@ def test_the_worker_is_kept_and_survives_a_failing_job(world, tmp_path):
         assert caught.value.hint
         with pytest.raises(TrainerError, match="KeyError"):
             trainer.submit({"kind": "train"})
-        pid = trainer._child.pid
-        assert trainer.submit(world.job("kept-4"))["reloaded"] and trainer._child.pid == pid
+        pid = trainer._worker.child.pid
+        assert trainer.submit(world.job("kept-4"))["reloaded"] and trainer._worker.child.pid == pid
         for descendant in descendants(pid):
             os.kill(descendant, signal.SIGKILL)
         with pytest.raises(TrainerError, match="ended with status"):
@@ -232,7 +232,7 @@ def test_two_processes_are_one(world, tmp_path):
         two = trainer.submit(world.job("two", train=train))
         with pytest.raises(UserError, match="have the hash"):
             trainer.submit(swapped_pixels(world, world.job("refused", train=train)))
-        assert trainer._child is None
+        assert trainer._worker is None
     for name in ("grad_norm", "loss", "entropy", "parity/mean_abs", "tokens"):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5, abs=1e-6), name
 

@@ -8,7 +8,7 @@ from PIL import Image
 from thinkimg.conversation.codec import Codec
 from thinkimg.images.patches import patches
 from thinkimg.images.view import grid
-from thinkimg.rewards.judges.attention import GENERIC, prompt
+from thinkimg.rewards.judges.attention import GENERIC, encode_prompt
 from thinkimg.trainer import attention_job
 from thinkimg.trainer.attention_job import Reader, attention_rows, conversations, coverage, measure, split
 from thinkimg.trainer.forward.logprobs import Scorer
@@ -37,13 +37,13 @@ def pictures() -> dict[str, np.ndarray]:
 
 def pair(codec: Codec, question: str) -> dict:
     grids = [grid(*size) for size in SIZES]
-    prompts = [prompt(codec, question), prompt(codec, GENERIC)]
+    prompts = [encode_prompt(codec, question), encode_prompt(codec, GENERIC)]
     return {"images": ["a", "b"], "grids": grids, "region": None, "prompts": prompts}
 
 
 def test_the_text_is_what_the_query_rows_say(codec):
     for words in ("Which way do the stripes run?", "x", GENERIC):
-        found = prompt(codec, words)
+        found = encode_prompt(codec, words)
         assert codec.decode(found["tokens"][slice(*found["text"])]) == words
 
 

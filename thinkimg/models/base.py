@@ -1,8 +1,9 @@
 """The model that training starts from: a directory, a Hub id, or a tiny one that is made on the spot."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from thinkimg.errors import UserError
 from thinkimg.models.settings import ModelConfig
@@ -51,6 +52,13 @@ class Base:
     name: str
     revision: str | None = None
     directory: str | None = None
+
+    def checked(self, state: Mapping[str, Any]) -> Self:
+        """Itself. Raises UserError where a policy with this state (state.json) was trained on another base."""
+        recorded = state["base"]
+        if (self.name, self.revision) != (recorded["name"], recorded["revision"]):
+            raise UserError(f"The policy was trained on {recorded['name']}, not on {self.name}.")
+        return self
 
     def locate(self) -> Path:
         """Its directory, downloaded if it has none. Raises UserError if it can't be had."""

@@ -9,7 +9,7 @@ All pictures are 448 x 448 and are meant to be seen at 112 x 112 (a quarter of t
     both     dark stripes in a framed cell: two tools in a row, in either order
 
 For detail, dark and both the view tells nothing: another answer changes it by one level at most, in less than one
-pixel of a hundred (tests/test_data_puzzles.py).
+pixel of a hundred (tests/puzzles/test_scenes.py).
 """
 
 from collections.abc import Iterator, Sequence

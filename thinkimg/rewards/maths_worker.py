@@ -1,4 +1,4 @@
-"""The child of _maths.py: for each line [right answer, answer] one line [equal, reason or null].
+"""The child of maths.py: for each line [right answer, answer] one line [equal, reason or null].
 
 It reads LaTeX with math-verify's own grammar. Its other reader, for plain expressions, is left out, for that is sympy's
 parse_expr, which is eval; the grammar uses it as well, but for nothing else than numbers: see `close_eval`.
@@ -33,6 +33,8 @@ def close_eval() -> None:
             return Float(decimal[1])
         raise ValueError("not a number")
 
+    # By what it does and not by its version: users have several (seen with sympy 1.14).
+    assert "eval_expr" in sympy_parser.parse_expr.__code__.co_names, "this sympy evaluates in another way"
     sympy_parser.eval_expr = eval_expr
 
 

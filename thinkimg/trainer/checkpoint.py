@@ -153,7 +153,7 @@ def load(directory: Path | str, config: ModelConfig, device: torch.device | str,
             f"{directory} holds a policy with model.adaptation {state['adaptation']}, not {config.adaptation}.",
             hint="Start a new loop to change it.",
         )
-    base = check_base(state, base)
+    base = base.checked(state) if base else Base(**state["base"])
     if config.adaptation == "lora":
         from peft import PeftModel
 
@@ -309,15 +309,6 @@ def language_linears(model: "PreTrainedModel") -> str:
     layers = model.model.language_model.named_modules()
     leaves = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear)})
     return rf".*\.language_model\..*\.({'|'.join(leaves)})"
-
-
-def check_base(state: dict, base: Base | None) -> Base:
-    recorded = state["base"]
-    if base is None:
-        return Base(**recorded)
-    if (base.name, base.revision) != (recorded["name"], recorded["revision"]):
-        raise UserError(f"The policy was trained on {recorded['name']}, not on {base.name}.")
-    return base
 
 
 def read_state(directory: Path) -> dict:

@@ -43,6 +43,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -65,6 +66,16 @@ class TrainerError(RuntimeError):
     """The worker died, or a job failed for a reason that is not the user's; the message ends with log or traceback."""
 
 
+@dataclass
+class Running:
+    """A worker process, and the folder that its jobs lie in."""
+
+    child: process.Child
+    spool: Path
+    jobs: int = 0
+    """So many it was given."""
+
+
 class Trainer:
     """Hands jobs to a kept worker. Leaving the context ends it; so does our own death, however it comes.
 
@@ -76,7 +87,7 @@ class Trainer:
         """log_path: where its output is appended."""
         self._config, self._log_path = config, log_path
         self._stack = contextlib.ExitStack()  # while a worker is there: its spool directory, and itself
-        self._child: process.Child | None = None
+        self._worker: Running | None = None
 
     def __enter__(self) -> Self:
         self._start()
@@ -91,15 +102,16 @@ class Trainer:
         Raises UserError for what the user can mend, TrainerError for the rest. After a failed job the worker lives on
         (several processes end, and start again with the next job), but has to read the policy again.
         """
-        if self._child is None or not self._child.alive:
+        worker = self._worker
+        if worker is None or not worker.child.alive:
             self.release()
-            self._start()
-        self._count += 1
-        name = str(self._spool / f"{self._count:06}")
+            worker = self._start()
+        worker.jobs += 1
+        name = str(worker.spool / f"{worker.jobs:06}")
         files.write(Path(f"{name}.job.json"), json.dumps(job))
         try:
             result = self._wait(
-                Path(f"{name}.result.json"), Path(f"{name}.progress.jsonl"), progress or (lambda _: None)
+                worker.child, Path(f"{name}.result.json"), Path(f"{name}.progress.jsonl"), progress or (lambda _: None)
             )
         except BaseException:
             self.release()  # dead, or in the middle of a job that nobody waits for any more
@@ -115,17 +127,19 @@ class Trainer:
 
     def release(self) -> None:
         """End the worker and free its memory; the next job starts another."""
-        self._child = None
+        self._worker = None
         self._stack.close()
 
-    def _start(self) -> None:
-        self._spool, self._count = self._stack.enter_context(process.scratch()), 0
-        self._child = self._stack.enter_context(spawn(self._config, str(self._spool), log_path=self._log_path))
+    def _start(self) -> Running:
+        spool = self._stack.enter_context(process.scratch())
+        child = self._stack.enter_context(spawn(self._config, str(spool), log_path=self._log_path))
+        self._worker = Running(child, spool)
+        return self._worker
 
-    def _wait(self, result: Path, lines: Path, progress: Callable[[dict], None]) -> dict:
+    def _wait(self, child: process.Child, result: Path, lines: Path, progress: Callable[[dict], None]) -> dict:
         seen = 0
         while True:
-            alive, done = self._child.alive, result.exists()
+            alive, done = child.alive, result.exists()
             if lines.exists():
                 with lines.open() as file:
                     file.seek(seen)
@@ -136,8 +150,8 @@ class Trainer:
                 return json.loads(result.read_text())
             if not alive:
                 raise TrainerError(
-                    f"The trainer ended with status {self._child.returncode}; its log is {self._log_path} and ends with\n"
-                    f"{self._child.log_tail(LOG_LINES)}"
+                    f"The trainer ended with status {child.returncode}; its log is {self._log_path} and ends with\n"
+                    f"{child.log_tail(LOG_LINES)}"
                 )
             time.sleep(POLL_S)
 

@@ -213,6 +213,11 @@ def check_teacher(image: ImageConfig, where: TeacherEndpoint) -> None:
         return
     teacher = image.teacher
     api_key(where)
+    if where.url is not None and teacher.model == FROZEN:
+        raise UserError(
+            f"The teacher {FROZEN} is the loop's own second server, and where.teacher.url names another one.",
+            hint="Leave where.teacher.url out, or set image.teacher.model to the model's name there.",
+        )
     if where.url is None and teacher.model != FROZEN:
         raise UserError(
             f"It is not known where the teacher {teacher.model} answers.",
