@@ -22,7 +22,7 @@ def test_a_preset_has_the_recorded_fingerprints(preset):
 def test_each_setting_changes_the_recorded_stages(preset):
     assert list(differences({preset: RECORDED[preset]}, {preset: under(preset)})) == []
     changed = [setting for setting, stages in RECORDED[preset].items() if stages and "refused" not in stages]
-    assert len(changed) > 90
+    assert len(changed) > 80
 
 
 def test_where_things_run_is_in_no_fingerprint():

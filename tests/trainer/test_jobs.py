@@ -217,7 +217,7 @@ def test_the_worker_is_kept_and_survives_a_failing_job(world, tmp_path):
         for descendant in descendants(pid):
             os.kill(descendant, signal.SIGKILL)
         with pytest.raises(TrainerError, match="ended with status"):
-            trainer._wait(tmp_path / "never", tmp_path / "neither", print)
+            trainer._wait(trainer._worker.child, tmp_path / "never", tmp_path / "neither", print)
 
 
 def digest_of_in_process(world) -> dict[str, str]:
