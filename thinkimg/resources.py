@@ -6,6 +6,7 @@ A loop that finds everything cached starts none.
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import threading
@@ -49,8 +50,6 @@ class Resources:
         self._frozen: str | None = None  # digest of the teacher's weights
 
     def __enter__(self) -> "Resources":
-        self._stack.__enter__()
-        self.scratch = self._stack.enter_context(process.scratch())
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -219,6 +218,12 @@ class Resources:
 
             self._encoder = None
             torch.cuda.empty_cache()
+
+    @functools.cached_property
+    def scratch(self) -> Path:
+        """A directory that goes with the resources."""
+        with self._lock:
+            return self._stack.enter_context(process.scratch())
 
     @property
     def media(self) -> Path:
