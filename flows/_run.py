@@ -22,7 +22,7 @@ from flows._runner import mapper
 from thinkimg import console
 from thinkimg.config.tree import Config
 from thinkimg.resources import Resources
-from thinkimg.scheduler import Handle, Interrupted, Scheduler
+from thinkimg.scheduler import Handle, Scheduler
 from thinkimg.stages.stage import Stage, build, complete, shown
 from thinkimg.store.artifacts import Artifact, Store
 from thinkimg.tracking.loop import log_stage
@@ -70,11 +70,6 @@ class PrefectRun(Scheduler):
         self._contexts[handle].run(sub_flow, names, dict(handle.parameters))
         return artifacts[-1]
 
-    def check(self, handle: Handle) -> None:
-        """Raise Interrupted once the rest is to end."""
-        if self.stopped.is_set():
-            raise Interrupted(f"{self.label(handle)} was ended, as the loop ends. What is complete is kept.")
-
     def build(self, handle: Handle, inputs: Mapping[str, Artifact], force: bool = False) -> tuple[Artifact, State]:
         """Find or make the artifact in the flow run that we are in; the state shows whether anything was done.
 
@@ -89,7 +84,7 @@ class PrefectRun(Scheduler):
             self.check(handle)
             artifact, cached = build(
                 handle.stage, handle.settings, inputs, self.store, self.resources,
-                force=force, progress=progress, map=run,
+                force=force, progress=progress, check=lambda: self.check(handle), map=run,
             )  # fmt: skip
         link = self.link
         if link is None and not (cached and _server.is_embedded()):  # else nobody can look

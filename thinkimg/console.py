@@ -1,6 +1,7 @@
 """Progress bars and tables for people; in a pipe or a log file, a line now and then."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,16 +20,39 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
         yield _Lines(label)
         return
-    columns = (
-        TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(label, total=None)
-
-        def show(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
-
+    with _bars.added(label) as show:
         yield show
+
+
+class _Bars:
+    """The bars of all stages that are under way; rich draws one display at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._display: Progress | None = None
+
+    @contextmanager
+    def added(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield progress(done, total) of a bar that is drawn meanwhile."""
+        with self._lock:
+            if self._display is None:
+                columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+                self._display = Progress(
+                    TextColumn("{task.description:<16}"), *columns, console=console, transient=True
+                )
+                self._display.start()
+            display, task = self._display, self._display.add_task(label, total=None)
+        try:
+            yield lambda done, total: display.update(task, completed=done, total=total)
+        finally:
+            with self._lock:
+                display.remove_task(task)
+                if not display.tasks:
+                    display.stop()
+                    self._display = None
+
+
+_bars = _Bars()
 
 
 class _Lines:

@@ -129,7 +129,9 @@ class Resources:
             if adapter is not None:
                 await client.load_adapter(adapter, policy.adapter_directory)
             else:
-                await asyncio.to_thread(self._loading.acquire)  # two stages may ask for one policy at a time
+                while not self._loading.acquire(blocking=False):  # two stages may ask for one policy at a time
+                    self._check()
+                    await asyncio.sleep(0.1)
                 try:
                     if set((await client.versions()).values()) != {policy.digest}:
                         await client.load_weights(self.weights(policy, base), policy.digest)
@@ -169,7 +171,8 @@ class Resources:
             place = self.where.model_copy(update={"engine": engine})
             return server_settings(place, settings, lora_rank=None, sleeps=self._sleeps)
 
-        self._frozen = first.digest
+        with self._lock:
+            self._frozen = first.digest
         return self._serve("teacher", settings, vllm, lambda: self.weights(first, base), first.digest)
 
     def _serve(

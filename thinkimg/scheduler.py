@@ -4,6 +4,7 @@ pipeline(scheduler, config) ──► handles ──► wait() ──► execute
                                               └──────► on_report(iteration, artifacts), in this thread
 """
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,6 +15,8 @@ from thinkimg.config.tree import Config
 from thinkimg.resources import Resources
 from thinkimg.stages.stage import Slice, Stage, build, complete
 from thinkimg.store.artifacts import Artifact, Store
+
+log = logging.getLogger(__name__)
 
 THREADS = 8  # of stages under way; more are never ready at once
 H = TypeVar("H")
@@ -48,6 +51,10 @@ class Handle:
     @property
     def done(self) -> bool:
         return self.future is not None and self.future.done()
+
+    @property
+    def succeeded(self) -> bool:
+        return self.future is not None and self.future.done() and self.future.exception() is None
 
     @property
     def waits_for(self) -> "list[Handle]":
@@ -146,14 +153,23 @@ class Scheduler(Plan):
                     ended, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in ended:
                         del running[future]
-                        future.result()
-                    while reports and all(handle.done for handle in reports[0][1].values()):
+                    while reports and all(handle.succeeded for handle in reports[0][1].values()):
                         iteration, made = reports.pop(0)
                         self.on_report(iteration, {name: handle.result() for name, handle in made.items()})
+                    for future in ended:
+                        future.result()
             except BaseException:
                 self.stopped.set()
-                self.on_stop()
+                try:
+                    self.on_stop()
+                except Exception:  # what has ended the rest is what the user has to hear
+                    log.exception("not everything was ended")
                 raise  # once the pool is left, which waits for what is under way
+
+    def check(self, handle: Handle) -> None:
+        """Raise Interrupted once the rest is to end."""
+        if self.stopped.is_set():
+            raise Interrupted(f"{self.label(handle)} was ended, as the rest ends. What is complete is kept.")
 
     def _ready(self, running: list[Handle]) -> list[Handle]:
         """The handles that can start now."""
@@ -194,7 +210,11 @@ class Builder(Scheduler):
 
     def build(self, handle: Handle) -> Artifact:
         inputs = complete(handle.stage, self.config, handle.inputs(), self.store)
-        return build(handle.stage, handle.settings, inputs, self.store, self.resources)[0]
+
+        def check(*progress: int) -> None:
+            self.check(handle)
+
+        return build(handle.stage, handle.settings, inputs, self.store, self.resources, progress=check, check=check)[0]
 
     def make(self, stage: Stage[Any], /, **inputs_and_parameters: Any) -> Artifact:
         """Find or make an artifact, and what it needs and is not handed in."""

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkimg.config.load import load
+from thinkimg.errors import UserError
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder, Handle, Interrupted, Scheduler
 from thinkimg.stages.stage import Input, Slice, Stage
@@ -371,3 +372,61 @@ def test_a_builder_makes_what_a_stage_needs_and_is_not_handed_in(tmp_path):
 
 class Numbered(Slice):
     number: int
+
+
+def test_an_iteration_that_is_complete_is_told_before_what_failed_beside_it_is_raised():
+    ends = threading.Event()
+
+    def fail(handle):
+        ends.wait(SOON_S)
+        raise UserError("broken")
+
+    def made(handle):
+        ends.wait(SOON_S)
+        return "made"
+
+    told = []
+    scheduler = Scheduler(CONFIG, run_stage, on_report=lambda iteration, made: told.append((iteration, made)))
+    scheduler.report(0, left=scheduler.add(invent("left", made)))
+    scheduler.report(1, right=scheduler.add(invent("right", fail)))
+    threading.Timer(0.2, ends.set).start()
+    with pytest.raises(UserError, match="broken"):
+        scheduler.wait()
+    assert told in ([(0, {"left": "made"})], []), "never the one that failed"
+    assert scheduler.handles[0].result() == "made"
+
+
+def test_what_goes_wrong_while_the_rest_is_ended_hides_no_cause(caplog):
+    def stop():
+        raise OSError("a lease is gone")
+
+    def fail(handle):
+        raise UserError("the cause")
+
+    scheduler = Scheduler(CONFIG, run_stage, on_stop=stop)
+    scheduler.add(invent("broken", fail))
+    with pytest.raises(UserError, match="the cause"):
+        scheduler.wait()
+    assert "not everything was ended" in caplog.text
+
+
+def test_a_builder_ends_what_is_under_way(tmp_path):
+    began = threading.Barrier(2, timeout=SOON_S)
+
+    def fail(job):
+        began.wait()
+        raise UserError("the cause")
+
+    def go_on(job):
+        began.wait()
+        for done in range(int(SOON_S / 0.01)):
+            job.progress(done, 10)
+            time.sleep(0.01)
+        raise AssertionError("it was not ended")
+
+    with Resources(CONFIG.where) as resources:
+        builder = Builder(CONFIG, Store(tmp_path), resources)
+        handles = [builder.add(invent("broken", fail)), builder.add(invent("long", go_on))]
+        with pytest.raises(UserError, match="the cause"):
+            builder.wait()
+    assert isinstance(handles[1].future.exception(), Interrupted)

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from thinkimg.store.artifacts import Store
+import pytest
+
+from thinkimg.store.artifacts import Recipe, Store
 from thinkimg.tracking.records import records
 
 WORKERS, FINGERPRINTS = 4, 8
@@ -78,3 +81,28 @@ def test_two_loops_of_one_config_do_not_tear_each_others_record(tmp_path):
     left = sorted(path.name for path in Path(tmp_path, "loops").iterdir())
     assert left == [".lock", "abababababababab.json"]
     assert json.loads((tmp_path / "loops" / left[1]).read_bytes())["format"] == 1
+
+
+def test_who_waits_for_another_process_can_be_ended(tmp_path):
+    """As a loop that is interrupted: its stage would wait for hours in a thread."""
+    store, recipe = Store(tmp_path), Recipe("stage", 1, 1, {})
+    calls = []
+
+    class Ended(Exception):
+        pass
+
+    def check():
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise Ended
+
+    def wait():
+        with store.create("dataset", recipe, waiting=check):
+            raise AssertionError("it does not have the lock")
+
+    with store.create("dataset", recipe) as work, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(Ended):
+            pool.submit(wait).result(timeout=20)
+        work.text("file", "made meanwhile")
+        work.publish()
+    assert calls == [0, 1, 2]

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from thinkimg.errors import UserError
+from thinkimg.models.seeding import seeded
 from thinkimg.store import files
 from thinkimg.store.artifacts import Artifact
 
@@ -118,14 +119,30 @@ def train_tiny(
 
     Loss: Bradley-Terry by CLIP's own logits, right above original above wrong, which is how the reward reads them.
     """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _train_tiny(directory, triples, seed, steps, batch, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train_tiny(
+    directory: Path,
+    triples: Sequence[tuple[str, Image.Image, Image.Image, Image.Image]],
+    seed: int,
+    steps: int,
+    batch: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, float]:
     import open_clip
     import torch
     from torch.nn.functional import logsigmoid
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    model = open_clip.CLIP(**TINY)
+    with seeded(seed):
+        model = open_clip.CLIP(**TINY)
     with torch.no_grad():
         model.logit_scale.fill_(np.log(SCALE))
     model.logit_scale.requires_grad_(False)
@@ -152,7 +169,6 @@ def train_tiny(
         losses.append(float(loss.detach()))
         progress(step + 1, steps)
     save(model, directory)
-    torch.set_num_threads(before)
     return {"loss": float(np.mean(losses[-10:])), "parameters": sum(p.numel() for p in model.parameters())}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from thinkimg.models.seeding import seeded
 from thinkimg.models.settings import TinyModel
 
 if TYPE_CHECKING:
@@ -148,15 +149,13 @@ def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
 
 
 def write_model(directory: Path, tiny: TinyModel, seed: int) -> None:
-    import torch
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of one shard
     ids = PreTrainedTokenizerFast.from_pretrained(directory).get_vocab()
     config = geometry(tiny, ids)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Qwen2_5_VLForConditionalGeneration(config).float()
         init_fan_in(model)
     model.generation_config.eos_token_id = [ids["<|im_end|>"]]

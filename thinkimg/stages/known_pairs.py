@@ -1,12 +1,13 @@
 """Make pairs of puzzle images of which one is known to help, for teaching, calibrating and measuring the judges."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from thinkimg import records
 from thinkimg.config.tree import Config
+from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.puzzles.known_pairs import known_pairs as make_pairs
 from thinkimg.stages.prepare import puzzles
@@ -26,7 +27,11 @@ class PairsSettings(Slice):
 def settings_of(
     config: Config, split: Literal["train", "held_out"] = "train", count: int | None = None
 ) -> PairsSettings:
-    return PairsSettings(split=split, count=count or config.warmstart.pairs or PAIRS, seed=config.seed)
+    if count is not None and count < 1:
+        raise UserError(f"{count} pairs teach nothing.", hint="Set --count to 1 or more.")
+    return PairsSettings(
+        split=split, count=config.warmstart.pairs or PAIRS if count is None else count, seed=config.seed
+    )
 
 
 def run(job: Job[PairsSettings]) -> None:
@@ -60,7 +65,7 @@ known_pairs = Stage(
     reads={"dataset": Input(Dataset, origin=puzzles, shown=True)},
     parameters={
         "split": Parameter(Literal["train", "held_out"], "train", "Split of the puzzles."),
-        "count": Parameter(int | None, None, "Puzzles, at most; left out, as the preset says."),
+        "count": Parameter(Annotated[int, Field(ge=1)] | None, None, "Puzzles, at most; left out, as the preset says."),
     },
     packages=lambda settings: ("pillow", "numpy"),
     wanted=lambda config: config.compares_pairs or config.has_own_clip,

@@ -146,6 +146,7 @@ async def play_parts(
         work, [number for number in range(len(parts)) if all_failed(work, [number])]
     )  # of a run that knew no better
     missing = [number for number in range(len(parts)) if not work.has(f"trajectories-{number:05}.parquet")]
+    discard(work, missing)  # images of conversations that were never closed: others will be played
     specs = [
         EpisodeSpec(sample, i, mode) for number in missing for sample in parts[number] for i, mode in enumerate(modes)
     ]

@@ -163,8 +163,10 @@ class Stage(Generic[S]):
 
 def trace(lineage: Lineage, given: Mapping[str, Artifact], store: Store) -> Artifact:
     """Return the artifact that the lineage names. Raises UserError where the store has it no more."""
-    artifact = store.origin(given[lineage.input], lineage.role)
-    while lineage.first and lineage.role in artifact.manifest["recipe"]["inputs"]:
+    artifact = given[lineage.input]
+    if not lineage.first:
+        return store.origin(artifact, lineage.role)
+    while lineage.role in artifact.manifest["recipe"]["inputs"]:
         artifact = store.origin(artifact, lineage.role)
     return artifact
 
@@ -194,11 +196,12 @@ def build(
     *,
     force: bool = False,
     progress: Progress = lambda done, total: None,
+    check: Callable[[], None] = lambda: None,
     map: Mapper = builtins.map,
 ) -> tuple[Artifact, bool]:
     """Find or make a stage's artifact; returns it, and whether it was there. inputs: all that count, by role.
 
-    map: runner of jobs on parts (`score`); left out, they run here, one after the other.
+    progress, check: called on the way, and while another process works on it; what they raise ends the stage. map: runner of jobs on parts (`score`); left out, they run here, one after the other.
     """
 
     def produce(work: Work) -> None:
@@ -211,6 +214,7 @@ def build(
         seed=getattr(settings, "seed", None),
         where=resources.where.public(),
         force=force,
+        waiting=check,
     )
     stage.tidy(store, artifact)
     return artifact, cached

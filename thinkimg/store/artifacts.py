@@ -233,10 +233,11 @@ class Store:
         seed: int | None = None,
         where: Mapping[str, Any] | None = None,
         force: bool = False,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Iterator[Work]:
         """Yield the work on a new attempt, alone on this fingerprint; `work.artifact` is set if there is one already.
 
-        A second process waits here, and then finds what the first has made. What a dead one has left is taken over, but
+        A second process waits here (and calls `waiting` meanwhile), and then finds what the first has made. What a dead one has left is taken over, but
         not with `force`: that makes everything anew.
         """
         assert NAME.fullmatch(kind), kind
@@ -248,7 +249,7 @@ class Store:
         files.make_directory(home)
         for parent in (home.parent, self.root):
             files.sync(parent)  # a killed run may have made them and not come this far
-        with files.locked(home / ".lock"):
+        with files.locked(home / ".lock", waiting=waiting):
             done = None if force else self.find(kind, recipe.fingerprint)
             if done and _journal(done.directory).exists():
                 files.sync(home)  # killed between its rename and this
@@ -264,9 +265,10 @@ class Store:
         seed: int | None = None,
         where: Mapping[str, Any] | None = None,
         force: bool = False,
+        waiting: Callable[[], None] = lambda: None,
     ) -> tuple[Artifact, bool]:
         """Find the artifact or make it with `produce(work)`; returns it, and whether it was there (*Cached*)."""
-        with self.create(kind, recipe, seed=seed, where=where, force=force) as work:
+        with self.create(kind, recipe, seed=seed, where=where, force=force, waiting=waiting) as work:
             if work.artifact:
                 return work.artifact, True
             produce(work)

@@ -10,8 +10,8 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -123,10 +123,10 @@ def append(path: Path, line: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
     """Hold the lock file at `path`, which stays; yields False if another process has it and `wait` is False.
 
-    It is a kernel lock (flock): it ends with the process that holds it, however that ends.
+    waiting: called while it waits; what it raises ends the waiting. It is a kernel lock (flock): it ends with the process that holds it, however that ends.
     """
     lock = FileLock(path)
     try:
@@ -137,7 +137,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             yield False
             return
         log.info("waiting for another process that works on %s", path.parent)
-        lock.acquire()
+        while not lock.is_locked:
+            waiting()
+            with suppress(Timeout):
+                lock.acquire(timeout=0.5)
     try:
         yield True
     finally:

@@ -200,15 +200,18 @@ class Artifact:
 
     def has_table(self, table: str) -> bool:
         """Whether it has files of a table."""
-        return any(name.startswith(table) for name in self.files)
+        return bool(self._names(table))
 
     def table_files(self, table: str) -> list[Path]:
         """`<table>.parquet` and its parts `<table>[-<name>]-00000.parquet`, checked, in order; UserError if there is none."""
-        pattern = re.compile(re.escape(table) + r"(-[a-z]+)?(-\d{5})?\.parquet")
-        names = sorted(name for name in self.files if pattern.fullmatch(name))
+        names = self._names(table)
         if not names:
             raise UserError(f"{self.reference} has no table {table!r}", hint=f"it has {', '.join(self.files)}")
         return [self.checked(name) for name in names]
+
+    def _names(self, table: str) -> list[str]:
+        pattern = re.compile(re.escape(table) + r"(-[A-Za-z_]\w*)?(-\d{5})?\.parquet", re.ASCII)
+        return sorted(name for name in self.files if pattern.fullmatch(name))
 
     def table(self, table: str, columns: list[str] | None = None) -> pa.Table:
         """The whole table, parts one after the other."""
