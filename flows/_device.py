@@ -5,6 +5,7 @@ PREFECT_API_URL=… python -m flows._device     creates it, for `make deploy`
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -21,8 +22,10 @@ from thinkimg import console
 log = logging.getLogger(__name__)
 
 LIMIT = f"thinkimg-device-{socket.gethostname()}"
-POLL_S = 5.0  # so often who waits is asked whether he still wants it
-LEASE_S = 60  # the shortest that Prefect allows: so long the device stays taken after a SIGKILL
+POLL_S = 2.0  # between two looks of who waits
+TAKE_S = 30.0  # for taking what is free: on a slow server, or where another run is quicker
+# The shortest that Prefect allows: so long the device stays taken after a SIGKILL.
+LEASE = {"lease_duration": 60, "raise_on_lease_renewal_failure": False}
 
 
 @contextmanager
@@ -35,19 +38,21 @@ def device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
     if is_embedded():
         yield
         return
-    if create().active_slots:
-        console.say(f"waiting for the device: another run holds the concurrency limit {LIMIT}")
+    told = False
     with ExitStack() as stack:
         while True:
             check()
-            held = concurrency(
-                LIMIT, timeout_seconds=POLL_S, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
-            )
-            try:
-                stack.enter_context(held)
-                break
-            except TimeoutError:
-                log.debug("%s is still held", LIMIT)
+            limit = create()
+            if limit.active_slots < limit.limit:  # asked first, as Prefect logs an error for each attempt in vain
+                try:
+                    stack.enter_context(concurrency(LIMIT, timeout_seconds=TAKE_S, strict=True, **LEASE))
+                    break
+                except TimeoutError:
+                    log.debug("another run was quicker to take %s", LIMIT)
+            elif not told:
+                console.say(f"waiting for the device: another run holds the concurrency limit {LIMIT}")
+                told = True
+            time.sleep(POLL_S)
         yield
 
 

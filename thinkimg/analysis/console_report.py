@@ -39,30 +39,29 @@ def table(record: LoopRecord) -> Table:
         - {"reward/teacher_fallback"}
         | {"reward/teacher_fallback" for _, found in rows if found.get("reward/teacher_fallback")}
     )
-    stages = [name.removeprefix("time/").removesuffix("_s") for name in stage_times(record)]
-    caption = (
-        "Mean rewards of the rollouts; held-out accuracy after the iteration (0: before training); seconds per stage."
-    )
+    once, again = stage_times(record)
+    caption = "Mean rewards of the rollouts; held-out accuracy after the iteration (0: before training); seconds per stage (setup: of those that run once)."
     shown = Table(title=record.name, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     names = [name.removeprefix("reward/") for name in rewards]
     headings = ["it.", *names, "tool rate", "accuracy", "95 %", "avg@k"]
-    for heading in [*headings, *stages]:
+    for heading in [*headings, "setup", *(name.removeprefix("time/").removesuffix("_s") for name in again)]:
         shown.add_column(heading, justify="right", no_wrap=True)
     for number, found in rows:
         cells = [str(number), *(decimal(found, name) for name in rewards), percent(found, "eval/tool_rate")]
         cells += [percent(found, "eval/accuracy"), interval(found), percent(found, "eval/avg_at_k")]
-        shown.add_row(*cells, *(decimal(found, f"time/{name}_s", 0) for name in stages))
+        setup = sum(found.get(name, 0.0) for name in once)
+        shown.add_row(*cells, f"{setup:.0f}" if setup else "", *(decimal(found, name, 0) for name in again))
     return shown
 
 
-def stage_times(record: LoopRecord) -> list[str]:
-    """The keys of the stages' seconds, in the order of the pipeline: those of the first iteration alone come first."""
+def stage_times(record: LoopRecord) -> tuple[list[str], list[str]]:
+    """Keys of the stages' seconds, in the order of the pipeline: of those that run once, and of those of every iteration."""
     of_steps = [
         [name for name in step.metrics if name.startswith("time/") and name.count("/") == 1 and name.endswith("_s")]
         for step in record.iterations[:2]
     ]
     again = of_steps[1] if len(of_steps) > 1 else []
-    return [*(name for name in of_steps[0] if name not in again), *again] if of_steps else []
+    return [name for name in (of_steps[0] if of_steps else []) if name not in again], again
 
 
 def calibration(places: list[Place], count: int = 8) -> None:
