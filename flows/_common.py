@@ -1,4 +1,4 @@
-"""What flows share: opening config and store, the types of their parameters, and the command line."""
+"""Parts shared by flows: opening config and store, the types of their parameters, and the command line."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What `thinkimg deployments` prints: prefect.yaml, made from the stages."""
+"""Text of prefect.yaml, made from the stages; `thinkimg deployments` prints it."""
 
 from thinkimg.config.load import load
 from thinkimg.stages.names import stage_names

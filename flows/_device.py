@@ -38,7 +38,7 @@ def device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
     if is_embedded():
         yield
         return
-    told = False
+    announced = False
     with ExitStack() as stack:
         while True:
             check()
@@ -49,9 +49,9 @@ def device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
                     break
                 except TimeoutError:
                     log.debug("another run was quicker to take %s", LIMIT)
-            elif not told:
+            elif not announced:
                 console.say(f"waiting for the device: another run holds the concurrency limit {LIMIT}")
-                told = True
+                announced = True
             time.sleep(POLL_S)
         yield
 

@@ -12,7 +12,7 @@ from flows import _server
 
 
 class Flow(prefect.Flow):
-    """As Prefect's, and works without any configuration.
+    """Prefect's flow, working without any configuration.
 
     It is run once more where Prefect has lost its result, for by then what it makes is found in the store: a server that
     answers too late is told of the end a second time, refuses it, and hands back the state that it has, without the data

@@ -36,7 +36,7 @@ _own: Future | None = None
 
 
 def is_embedded() -> bool:
-    """Whether flows of this process are kept by a server of its own, which nobody else sees."""
+    """Tell whether flows of this process are kept by a server of its own, which nobody else sees."""
     return _own is not None or PREFECT_API_URL.value() is None
 
 

@@ -1,4 +1,4 @@
-"""What a flow run shows in Prefect's UI: headline metrics as a table, a link to its MLflow run, progress.
+"""Display of a flow run in Prefect's UI: headline metrics as a table, a link to its MLflow run, progress.
 
 None of it may stop a run: what the server does not take is a warning. An embedded server has no interface, so nothing is sent.
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from paths import REPOSITORY, SUPPORT
+from users_files import BRACKETS, BREVITY, REINFORCE
 
 from thinkimg.store.artifacts import Store
 
@@ -64,40 +65,6 @@ region = in_place
 def apply(image, args, frame):
     return ImageOps.invert(image)
 '''
-BRACKETS = """
-from thinkimg.conversation.protocol import IMAGE, Protocol, call_json, text
-
-class Brackets(Protocol):
-    open_call, close_call, args_key = "[[", "]]", "args"
-    call_form = '[[{"name": "…", "args": {…}}]]'
-    turn_form = "your thoughts, a blank line\\n\\n"
-
-    def split(self, turn):
-        thought, _, rest = turn.partition("\\n\\n")
-        return thought, rest
-
-    def render_thought(self, thought):
-        return thought + "\\n\\n"
-
-    def render_call(self, name, args):
-        return f"[[{call_json(name, self.args_key, args)}]]"
-
-    def observation(self, value, *, image):
-        return [IMAGE] * image + [text(value)]
-
-PROTOCOL = Brackets()
-"""
-BREVITY = """
-import thinkimg.settings
-from thinkimg.rewards.batch import Score
-
-class Settings(thinkimg.settings.Settings):
-    most: int = 4
-
-def score(batch):
-    most = batch.config.brevity.most
-    return [Score.of(max(0.0, 1 - len(row.turns) / most), "It is too long.") for row in batch.trajectories]
-"""
 WIDTH = """
 import thinkimg.settings
 from thinkimg.rewards.judgement import Judgement
@@ -109,18 +76,6 @@ def judge(pairs, context):
     widths = [context.images.decoded(pair.processed).width for pair in pairs]
     context.judged(len(pairs))
     return [Judgement(width / context.settings.image.width.widest, None, {"width": width}) for width in widths]
-"""
-REINFORCE = """
-from thinkimg.grpo.settings import LossConfig
-from thinkimg.grpo.terms import Loss, token_mean
-
-class Settings(LossConfig):
-    strength: float = 1.0
-
-def per_token(cfg, terms):
-    return -cfg.strength * terms.advantages * terms.logps, {}
-
-LOSS = Loss(per_token, token_mean)
 """
 FILES = {"squares": SQUARES, "negative": NEGATIVE, "brackets": BRACKETS, "brevity": BREVITY, "width": WIDTH,
          "reinforce": REINFORCE}  # fmt: skip

@@ -253,6 +253,6 @@ def watch(tracker: LoopTracker, store: Store, config: Config, step: int) -> list
 
 
 def sentence(findings: Sequence[Finding], step: int) -> str:
-    """What ended the loop."""
+    """End of a loop by an alarm."""
     reasons = [f"{one.alarm}: {one.why}" for one in findings if one.fired]
     return f"Stopped after iteration {step} by an alarm ({'; '.join(reasons)}); go on with on_alarm=warn."

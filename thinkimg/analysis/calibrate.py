@@ -1,4 +1,4 @@
-"""Where is attention to be read? Every layer and kind of query rows on known pairs: chosen on one half, told on the other."""
+"""Calibration of the attention judge: every layer and kind of query rows on known pairs: chosen on one half, told on the other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

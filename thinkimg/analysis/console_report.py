@@ -1,4 +1,4 @@
-"""What a loop tells at its end: one line per iteration as it goes, and the table of all of them."""
+"""Report of a loop on the console: one line per iteration as it goes, and the table of all of them."""
 
 from rich import box
 from rich.table import Table

@@ -129,7 +129,7 @@ def readable(judgement: dict[str, Any]) -> dict[str, Any]:
 
 
 def weighed(scored: Scored, weighing: Weighing, row: Trajectory, place: int) -> dict[str, Any]:
-    """What one mix made of the trajectory and its group. Where a policy was trained: the rows that it was trained with.
+    """Return the terms that one mix made of the trajectory, and its group. Where a policy was trained: the rows that it was trained with.
 
     terms: name in the mix, column, weight, value that was added (None where the column has none), whether it is the
     group's mean, weight x value. group: every row of the group with total, advantage, included and reason.

@@ -61,7 +61,7 @@ FACTS = [
 
 
 def facts(row: Trajectory) -> tuple[int, ...]:
-    """What figures are made of, in the order of FACTS: counts and truth values of one trajectory."""
+    """Return the row of FACTS behind the figures: counts and truth values of one trajectory."""
     idle = list(idle_calls(row))
     tokens = next((turn.tokens for turn in row.turns if turn.kind is TurnKind.ANSWER), None)
     return (
@@ -116,7 +116,7 @@ def target(sample: Sample) -> Box | None:
 
 
 def held(row: Trajectory, box: Box, size: tuple[int, int], tools: tuple[str, ...] | None = None) -> bool:
-    """Whether an image that a crop or zoom led to holds the middle half of a box (x, y, width, height)."""
+    """Tell whether an image that a crop or zoom led to holds the middle half of a box (x, y, width, height)."""
     x, y, width, height = box
     for image in tool_images(row, tools, (0, 0, *size)):
         if image.region is None:

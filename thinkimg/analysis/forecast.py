@@ -1,4 +1,4 @@
-"""What the memory preflight says before anything runs: of a step over rows as long as the config lets them become."""
+"""Forecast of the memory preflight before anything runs: of a step over rows as long as the config lets them become."""
 
 from typing import TYPE_CHECKING
 

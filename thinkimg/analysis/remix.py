@@ -1,4 +1,4 @@
-"""What another mix would have made of stored scores: totals, advantages, silent groups, and who is best in a group."""
+"""Stored scores under another mix: totals, advantages, silent groups, and who is best in a group."""
 
 from dataclasses import replace
 from pathlib import Path

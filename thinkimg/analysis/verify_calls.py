@@ -28,11 +28,11 @@ class Replay:
     images: int = 0
     problems: list[Problem] = field(default_factory=list)
     note: str = ""
-    """Why nothing was replayed."""
+    """The reason where nothing was replayed."""
 
 
 def can_replay(artifact: Artifact) -> bool:
-    """Whether it holds trajectories in which the model saw what the tools made (a blind evaluation shows grey images)."""
+    """Tell whether it holds trajectories in which the model saw what the tools made (a blind evaluation shows grey images)."""
     tables = any(name.startswith("trajectories") for name in artifact.files)
     return tables and not artifact.manifest["recipe"]["config"].get("blind", False)
 
