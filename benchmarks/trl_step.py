@@ -10,6 +10,7 @@ the norms of the gradients must agree: they are printed.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import tempfile
@@ -38,7 +39,6 @@ from thinkimg.models.tiny import create_tiny  # noqa: E402
 from thinkimg.store.artifacts import Recipe, Store  # noqa: E402
 from thinkimg.store.image_table import encode, image_writer  # noqa: E402
 from thinkimg.trainer.checkpoint import language_linears  # noqa: E402
-from thinkimg.trainer.settings import TrainConfig  # noqa: E402
 
 SIZE = 8
 RATE = 1e-5
@@ -152,9 +152,10 @@ def thinkimg(work: Workload, steps: int) -> Laps:
     from thinkimg.models.base import Base
     from thinkimg.models.settings import ModelConfig
     from thinkimg.trainer.checkpoint import Policy
+    from thinkimg.trainer.forward.logprobs import Scorer
     from thinkimg.trainer.forward.packed_attention import use_packed_attention
     from thinkimg.trainer.forward.vision import batch_equal_chunks
-    from thinkimg.trainer.grpo_job import TrainJob
+    from thinkimg.trainer.grpo_job import Objective, Passes
     from thinkimg.trainer.optimise import Ranks, Stepper
     from thinkimg.trainer.rows import Patches, Row
 
@@ -172,33 +173,23 @@ def thinkimg(work: Workload, steps: int) -> Laps:
     settings = ModelConfig(dtype="float32", adaptation="lora", lora_rank=8)
     policy = Policy(model.eval(), settings, Base("tiny"), {})
     loss = LossConfig(vllm_importance_sampling_correction=False)
-    train = TrainConfig(loss=loss, learning_rate=RATE, max_grad_norm=1e9, token_budget=TINY.budget)
     names = np.repeat(np.arange(len(work.groups)), SIZE)
     found = advantages(work.rewards, names, np.ones(len(names), dtype=bool), scale_rewards="group").advantages
-    job = TrainJob(
-        {
-            "train": train.model_dump(mode="json"),
-            "conversation": {"temperature": 1.0, "banned": [], "max_tokens": 4096},
-        },
-        policy,
-        Ranks(),
-    )
-    job.rows = [
+    rows = [
         Row(str(i), str(names[i]), "", row, np.zeros(int(row.scored.sum()), dtype=np.float32), float(found[i]))
         for i, row in enumerate(work.rows)
     ]
     laps, batch = Laps(), list(range(len(work.rows)))
     parameters = policy.train_only(vision=False)
-    stepper = Stepper(policy, parameters, policy.resume_optimizer(parameters, 0.0), job.ranks, 1e9)
-    job.reference, job.entropies, job.packed = {}, {}, True
+    stepper = Stepper(policy, parameters, policy.resume_optimizer(parameters, 0.0), Ranks(), 1e9)
     for _ in range(steps):
         laps.on_step_begin()
         # As at the beginning of a job: no picture is decoded and no feature known.
-        job.pixels = Patches([str(images.directory)], min_pixels=784, max_pixels=10**7)
-        job.scorer, job.old = job._scorer(policy), {}
-        job._accumulate(batch, batch)
-        laps.norms.append(stepper.step(RATE))
-        job.pixels.close()
+        with contextlib.closing(Patches([str(images.directory)], min_pixels=784, max_pixels=10**7)) as pixels:
+            scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
+            passes = Passes(policy, Ranks(), scorer, pixels, rows, TINY.budget, packed=True)
+            Objective(loss, 4096, {}, {}, {}).accumulate(passes, batch, batch)
+            laps.norms.append(stepper.step(RATE))
         laps.on_step_end()
     return laps
 

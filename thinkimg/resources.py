@@ -188,8 +188,9 @@ class Resources:
             self._begin()
             self._make_room(name)
             server = self._servers.get(name)
-            if server is not None and not self._settings[name].covers(settings):
-                server.stop()
+            if server is not None:
+                if not self._settings[name].covers(settings):
+                    server.stop()
                 settings = self._settings[name].widened(settings)
             if server is None or not server.alive:
                 closure.check_closure()

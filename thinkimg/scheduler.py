@@ -153,6 +153,7 @@ class Scheduler(Plan):
                     ended, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in ended:
                         del running[future]
+                    # Before anything new begins: an alarm may stop the rest.
                     while reports and all(handle.succeeded for handle in reports[0][1].values()):
                         iteration, made = reports.pop(0)
                         self.on_report(iteration, {name: handle.result() for name, handle in made.items()})

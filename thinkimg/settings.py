@@ -9,6 +9,7 @@ A setting of an entry that is not in use does not exist.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from urllib.parse import urlsplit
 
@@ -92,6 +93,13 @@ class Variant(Settings):
         return {"oneOf": entries, "discriminator": {"propertyName": cls.chooser}}
 
 
+@cache
+def _model_of(name: str, kinds: tuple[tuple[str, type[Settings]], ...]) -> type[Settings]:
+    """Return a model with a field for each entry's settings; pydantic takes milliseconds to make one."""
+    fields: dict[str, Any] = {entry: (kind, Field(default_factory=kind)) for entry, kind in kinds}
+    return create_model(name, __base__=Settings, **fields)
+
+
 class Composite(Settings):
     """Settings with a further field for each entry in use that has some, under the last part of its name.
 
@@ -135,14 +143,12 @@ class Composite(Settings):
     def _validated(cls, fields: Any) -> Any:
         if not isinstance(fields, Mapping):
             return fields
-        kinds: dict[str, Any] = {
-            name: (kind, Field(default_factory=kind)) for name, kind in cls.entries(fields).items()
-        }
+        kinds = cls.entries(fields)
         if taken := kinds.keys() & cls.model_fields.keys():
             raise UserError(f"One of the {cls.registry.kind} cannot be called '{min(taken)}'.", hint="Rename its file.")
         shared = {name: value for name, value in fields.items() if name in cls.model_fields}
         own = {name: value for name, value in fields.items() if name not in cls.model_fields}
-        return shared | dict(create_model(cls.__name__, __base__=Settings, **kinds).model_validate(own))
+        return shared | dict(_model_of(cls.__name__, tuple(kinds.items())).model_validate(own))
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fingerprints import fingerprints
+from fingerprints import ROLLOUTS, fingerprints
 from PIL import Image
 from rewards_rows import call, final, trajectory
 from rewards_rows import sample as sample_of
@@ -83,7 +83,22 @@ def judge(pairs, context):
     context.judged(len(pairs))
     return [Judgement(gain * red / 255, None, {"red": red}) for red in reds]
 '''
+MAGNIFY = '''"""Magnify the picture."""
+
+from thinkimg.images.tool import ToolArgs, in_place
+
+region = in_place
+
+
+class Args(ToolArgs):
+    pass
+
+
+def apply(image, args):
+    return image.resize((2 * image.width, 2 * image.height))
+'''
 FILES = {
+    "tools/magnify.py": MAGNIFY,
     "losses/reinforce.py": REINFORCE,
     "protocols/brackets.py": BRACKETS,
     "sources/colours.py": COLOURS,
@@ -234,6 +249,24 @@ def test_its_settings_and_its_file_enter_the_fingerprint(project, kind):
     source_digest.cache_clear()
     assert {name for name in plain if plain[name] != edited[name]} == {stage}
     assert fingerprints(load("tiny", overrides)) == plain
+
+
+def test_a_tools_file_enters_the_fingerprint_of_what_it_plays_in_and_of_the_judges_scores(project, monkeypatch):
+    """Which part of a picture an image shows the tool says when the image is judged."""
+    tools, path = ("users_own.tools.magnify",), project / "users_own" / "tools" / "magnify.py"
+    monkeypatch.setattr(ROLLOUTS, "tools", tools)
+    own = [f"conversation.tools=[{tools[0]}]"]
+    plain = [fingerprints(load("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
+    text = path.read_text()
+    path.write_text(text + "# another version\n")
+    source_digest.cache_clear()
+    edited = [fingerprints(load("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
+    path.write_text(text)
+    source_digest.cache_clear()
+    judged, unjudged = (
+        {name for name in old if old[name] != new[name]} for old, new in zip(plain, edited, strict=True)
+    )
+    assert "rollout" in judged and judged - unjudged == {"score"}
 
 
 def test_a_protocols_file_enters_the_fingerprint_of_what_is_played():

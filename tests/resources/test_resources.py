@@ -91,6 +91,18 @@ def test_where_there_is_room_for_all_nobody_leaves(tmp_path, notes):
     assert [note for note in notes if "wakes" not in note] == ["engine starts", "trainer starts", "teacher starts"]
 
 
+def test_a_server_that_made_room_comes_back_as_wide_as_it_was(tmp_path, notes):
+    """Else the next who asks for more has it started once more."""
+    with resources_of(tmp_path, "where.engine.keep=False") as resources:
+        resources.server(POLICY, None, SETTINGS, BASE)
+        resources.trainer  # noqa: B018
+        narrow = SETTINGS.model_copy(update={"max_tokens": 512})
+        assert resources.server(POLICY, None, narrow, BASE).settings.max_model_len == 1024
+        notes.clear()
+        resources.server(POLICY, None, SETTINGS, BASE)
+        assert notes == ["engine wakes"]
+
+
 @pytest.mark.parametrize("server", ["engine", "teacher"])
 def test_a_kept_server_is_started_again_for_what_it_was_not_started_for(tmp_path, notes, server):
     def serve(**changes):

@@ -248,7 +248,7 @@ CONVERSING = {"demonstrate", "warmstart", "rollout", "evaluate"}
 @pytest.mark.parametrize(
     ("overrides", "path", "stages"),
     [
-        (["conversation.tools=[own_code.flip]"], "own_code.flip", CONVERSING),
+        (["conversation.tools=[own_code.flip]"], "own_code.flip", CONVERSING | {"score"}),
         (["conversation.protocol=own_code.protocol"], "own_code.protocol", CONVERSING),
         (["train.loss.loss_type=own_code.loss"], "own_code.loss", {"train"}),
         (["rewards.rules=[own_code.rule]"], "own_code.rule", {"score"}),
@@ -262,7 +262,9 @@ def test_a_users_own_code_is_in_the_fingerprint_of_each_stage_that_may_run_it(ov
     expected = digest((own_code / f"{path.split('.')[1].split(':')[0]}.py").read_bytes())
     with unopened_sources():
         for name, stage in STAGES.items():
-            sources = stage.recipe(stage.settings(config), {}).sources
+            rollouts = Stand("rollouts", "0")
+            rollouts.tools = config.conversation.tools
+            sources = stage.recipe(stage.settings(config), {"rollouts": rollouts}).sources
             assert sources == ({path: expected} if name in stages else {}), name
 
 

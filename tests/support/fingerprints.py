@@ -46,7 +46,9 @@ DIGITS = 12
 
 
 class Stand(Artifact):
-    """An artifact that is nowhere: a reference, and the manifest of a policy."""
+    """An artifact that is nowhere: a reference, the manifest of a policy, and the tools of rollouts."""
+
+    tools: tuple[str, ...] | None = None
 
     def __init__(self, kind: str, digest: str, **inputs: "Stand"):
         recipe = {

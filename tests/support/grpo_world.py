@@ -18,9 +18,8 @@ from thinkimg.models.tiny import create_tiny
 from thinkimg.records import StopReason, Trajectory
 from thinkimg.store.artifacts import Artifact, Recipe, Store
 from thinkimg.store.image_table import encode, image_writer
-from thinkimg.trainer import checkpoint
+from thinkimg.trainer import checkpoint, grpo_job
 from thinkimg.trainer.forward.logprobs import Scorer
-from thinkimg.trainer.grpo_job import TrainJob
 from thinkimg.trainer.optimise import Ranks, score_all
 from thinkimg.trainer.rows import Patches, read_rows
 from thinkimg.trainer.settings import ParityConfig, TrainConfig, WarmstartConfig
@@ -126,4 +125,4 @@ class World:
         if policy is None:
             base = Base(**job["base"]) if job["base"] else None
             policy = checkpoint.load(job["policy"]["directory"], ModelConfig.model_validate(job["model"]), "cpu", base)
-        return TrainJob(job, policy, Ranks()).run(lambda _: None)
+        return grpo_job.run(job, policy, Ranks(), lambda _: None)

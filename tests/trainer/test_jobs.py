@@ -220,6 +220,16 @@ def test_the_worker_is_kept_and_survives_a_failing_job(world, tmp_path):
             trainer._wait(trainer._worker.child, tmp_path / "never", tmp_path / "neither", print)
 
 
+def test_a_trainer_that_was_closed_starts_nothing(tmp_path):
+    """As when a loop ends in one thread while another is about to train."""
+    with Trainer(TrainerConfig(threads=1), log_path=tmp_path / "log") as trainer:
+        pass
+    before = descendants(os.getpid())
+    with pytest.raises(RuntimeError, match="closed"):
+        trainer.submit({"kind": "train"})
+    assert set(descendants(os.getpid())) <= set(before)
+
+
 def digest_of_in_process(world) -> dict[str, str]:
     world.train(world.job("in-process"))
     return digest(world.root / "in-process")

@@ -21,6 +21,7 @@ from thinkimg import records
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
 from thinkimg.images.settings import ViewLimits
+from thinkimg.images.toolbox import user_sources
 from thinkimg.models.base import BaseSource
 from thinkimg.models.clip import weights_digest
 from thinkimg.rewards import judging
@@ -292,6 +293,8 @@ score = Stage(
         + (("torch", "open-clip-torch", "transformers") if settings.judges else ())
     ),
     outside=ScoreSettings.outside,
+    # What part of a picture an image shows, its tool states.
+    loads=lambda settings, inputs: user_sources(inputs["rollouts"].tools) if settings.judges else {},
     check=lambda config: check_teacher(config.image, config.where.teacher),
     uses=uses,
     player="player",

@@ -114,6 +114,8 @@ class Stage(Generic[S]):
     """Those whose versions define the output."""
     outside: Callable[[S], Mapping[str, Reference]] = lambda settings: {}
     """Inputs that are no artifacts: files of a user, weights from the Hub."""
+    loads: Callable[[S, Mapping[str, Artifact]], Mapping[str, str]] = lambda settings, inputs: {}
+    """A user's own modules that an input names and the run calls again -> sha256 of the file."""
     uses: Callable[[Config], frozenset[str]] = lambda config: frozenset()
     """Names of the resources that it occupies: engine, teacher, trainer."""
     player: str | None = None
@@ -156,7 +158,7 @@ class Stage(Generic[S]):
             SCHEMA_VERSION,
             settings.fingerprinted(),
             given | dict(self.outside(settings)),
-            settings.sources(),
+            settings.sources() | dict(self.loads(settings, inputs)),
             package_versions(*self.packages(settings)),
         )
 

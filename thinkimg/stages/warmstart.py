@@ -62,11 +62,7 @@ def run(job: Job[WarmstartSettings]) -> None:
         },
         "token_budget": settings.token_budget,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "conversation": {
-            "temperature": 1.0,
-            "banned": list(Codec.load(start).banned),
-            "max_tokens": settings.conversation.max_tokens,
-        },
+        "conversation": {"temperature": 1.0, "banned": list(Codec.load(start).banned)},
         "seed": settings.seed,
     }
     work.discard("policy")  # of a killed run: its figures are lost, so that it is trained again

@@ -78,8 +78,7 @@ class Work:
     """An attempt in progress: parts that are closed one by one, and survive whatever happens to the next.
 
     A stage asks `has(name)` and skips what an earlier run has closed. `metrics` and `where` (URLs, devices, paths) are
-    plain dictionaries that it fills; they go into the manifest. `artifact` is set once the attempt is published, or
-    from the start if another process has made it meanwhile.
+    plain dictionaries that it fills; they go into the manifest.
     """
 
     def __init__(
@@ -89,24 +88,23 @@ class Work:
         recipe: Recipe,
         seed: int | None,
         where: Mapping[str, Any],
-        done: Artifact | None,
+        *,
         anew: bool = False,
     ):
         """anew: what an earlier run has left of the attempt is removed, not gone on with."""
-        self.kind, self.recipe, self.seed, self.artifact = kind, recipe, seed, done
+        self.kind, self.recipe, self.seed = kind, recipe, seed
         self.metrics: dict[str, Any] = {}
         self.where: dict[str, Any] = dict(where)
         self._home, self._started = home, now()
         self._parts: dict[str, list[dict[str, Any]]] = {}
-        if done is None:
-            left = [int(path.stem) for path in home.glob("*.work")]
-            taken = [int(path.name) for path in home.iterdir() if ATTEMPT.fullmatch(path.name)]
-            self.attempt = f"{max(left) if left else 1 + max(taken, default=0):04}"
-            self.directory = home / f"{self.attempt}.work"
-            self._journal = _journal(self.directory)
-            if anew:
-                files.remove(self._journal)
-            self._recover()
+        left = [int(path.stem) for path in home.glob("*.work")]
+        taken = [int(path.name) for path in home.iterdir() if ATTEMPT.fullmatch(path.name)]
+        self.attempt = f"{max(left) if left else 1 + max(taken, default=0):04}"
+        self.directory = home / f"{self.attempt}.work"
+        self._journal = _journal(self.directory)
+        if anew:
+            files.remove(self._journal)
+        self._recover()
 
     def has(self, name: str) -> bool:
         """Whether the part is closed."""
@@ -121,7 +119,7 @@ class Work:
     def part(self, name: str) -> Iterator[Path]:
         """Yield a path to write one file or one directory at; when the block ends it is the closed part `name`."""
         assert NAME.fullmatch(name) and name != MANIFEST and not self.has(name), f"{name} is no name for a new part"
-        assert self.artifact is None, "published work takes no more parts"
+        assert self.directory.is_dir(), "published work takes no more parts"
         path = self.directory / name
         with files.replacing(path) as temporary:
             yield temporary
@@ -180,8 +178,7 @@ class Work:
         final = self._home / self.attempt
         files.rename(self.directory, final)
         files.remove(self._journal)
-        self.artifact = open_artifact(final)
-        return self.artifact
+        return open_artifact(final)
 
     def _recover(self) -> None:
         """Keep the parts of a killed run whose bytes are those in the journal; remove everything else."""
@@ -234,8 +231,8 @@ class Store:
         where: Mapping[str, Any] | None = None,
         force: bool = False,
         waiting: Callable[[], None] = lambda: None,
-    ) -> Iterator[Work]:
-        """Yield the work on a new attempt, alone on this fingerprint; `work.artifact` is set if there is one already.
+    ) -> Iterator[Artifact | Work]:
+        """Yield the artifact if there is one already, else the work on a new attempt, alone on this fingerprint.
 
         A second process waits here (and calls `waiting` meanwhile), and then finds what the first has made. What a dead one has left is taken over, but
         not with `force`: that makes everything anew.
@@ -244,7 +241,7 @@ class Store:
         home = self.root / kind / recipe.fingerprint
         done = None if force else self.find(kind, recipe.fingerprint)
         if done and not _journal(done.directory).exists():
-            yield Work(home, kind, recipe, seed, where or {}, done)
+            yield done
             return
         files.make_directory(home)
         for parent in (home.parent, self.root):
@@ -254,7 +251,7 @@ class Store:
             if done and _journal(done.directory).exists():
                 files.sync(home)  # killed between its rename and this
                 files.remove(_journal(done.directory))
-            yield Work(home, kind, recipe, seed, where or {}, done, anew=force)
+            yield done or Work(home, kind, recipe, seed, where or {}, anew=force)
 
     def build(
         self,
@@ -268,11 +265,11 @@ class Store:
         waiting: Callable[[], None] = lambda: None,
     ) -> tuple[Artifact, bool]:
         """Find the artifact or make it with `produce(work)`; returns it, and whether it was there (*Cached*)."""
-        with self.create(kind, recipe, seed=seed, where=where, force=force, waiting=waiting) as work:
-            if work.artifact:
-                return work.artifact, True
-            produce(work)
-            return work.publish(), False
+        with self.create(kind, recipe, seed=seed, where=where, force=force, waiting=waiting) as found:
+            if isinstance(found, Artifact):
+                return found, True
+            produce(found)
+            return found.publish(), False
 
     def resolve(self, reference: str | Path | Reference, kind: str | None = None) -> Artifact:
         """The artifact meant by a path, `kind/fingerprint/attempt`, or the beginning of a fingerprint (newest attempt).

@@ -41,6 +41,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,13 +89,16 @@ class Trainer:
         self._config, self._log_path = config, log_path
         self._stack = contextlib.ExitStack()  # while a worker is there: its spool directory, and itself
         self._worker: Running | None = None
+        self._lock, self._closed = threading.RLock(), False
 
     def __enter__(self) -> Self:
         self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        with self._lock:
+            self._closed = True
+            self.release()
 
     def submit(self, job: dict, progress: Callable[[dict], None] | None = None) -> dict:
         """Run a job and return its result; `progress` gets each step's line.
@@ -102,10 +106,13 @@ class Trainer:
         Raises UserError for what the user can mend, TrainerError for the rest. After a failed job the worker lives on
         (several processes end, and start again with the next job), but has to read the policy again.
         """
-        worker = self._worker
-        if worker is None or not worker.child.alive:
-            self.release()
-            worker = self._start()
+        with self._lock:
+            if self._closed:  # by another thread: a worker that started now nobody would end
+                raise RuntimeError("the trainer has been closed")
+            worker = self._worker
+            if worker is None or not worker.child.alive:
+                self.release()
+                worker = self._start()
         worker.jobs += 1
         name = str(worker.spool / f"{worker.jobs:06}")
         files.write(Path(f"{name}.job.json"), json.dumps(job))
@@ -127,8 +134,9 @@ class Trainer:
 
     def release(self) -> None:
         """End the worker and free its memory; the next job starts another."""
-        self._worker = None
-        self._stack.close()
+        with self._lock:
+            self._worker = None
+            self._stack.close()
 
     def _start(self) -> Running:
         spool = self._stack.enter_context(process.scratch())

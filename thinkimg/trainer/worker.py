@@ -142,7 +142,7 @@ class Worker:
             return result | {"reloaded": reloaded}
         policy, self.held = self.policy, None  # until the job is done the weights are those of no directory
         if job["kind"] == "train":
-            result = grpo_job.TrainJob(job, policy, self.ranks).run(progress)
+            result = grpo_job.run(job, policy, self.ranks, progress)
         else:
             assert job["kind"] == "warmstart", job["kind"]
             result = warmstart_job.run(job, policy, self.ranks, progress)
