@@ -21,6 +21,7 @@ from thinkimg.engine.settings import EngineSettings
 from thinkimg.errors import UserError
 from thinkimg.models import clip
 from thinkimg.models.base import Base, BaseSource
+from thinkimg.models.importing import importing
 from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.store.kinds import Clip, Policy
 from thinkimg.trainer.client import Trainer
@@ -240,7 +241,10 @@ class Resources:
         """A complete model directory: the policy's own, or for adapters the base model with them merged in (in scratch)."""
         if policy.is_full:
             return policy.model_directory
-        from thinkimg.trainer.checkpoint import export_merged  # it imports torch
+        with importing:
+            import peft  # noqa: F401  it imports transformers, and export_merged imports it
+
+            from thinkimg.trainer.checkpoint import export_merged
 
         with self._lock:  # judges ask for two policies' at a time
             merged = self.scratch / f"merged-{policy.digest[:16]}"

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from thinkimg.errors import UserError
+from thinkimg.models.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.store import files
 from thinkimg.store.artifacts import Artifact
@@ -78,7 +79,8 @@ def source(settings: ClipName, own: Artifact | None) -> tuple[str, str | None]:
 
 def load(name: str, pretrained: str | None) -> Encoder:
     """The encoder of a model. Raises UserError if there is none or its weights can't be had."""
-    import open_clip
+    with importing:
+        import open_clip
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,7 +139,8 @@ def _train_tiny(
     batch: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
-    import open_clip
+    with importing:
+        import open_clip
     import torch
     from torch.nn.functional import logsigmoid
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from thinkimg.models.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.models.settings import TinyModel
 
@@ -102,7 +103,8 @@ def write_processor(directory: Path, tiny: TinyModel) -> None:
 
 def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
     """Its config. ids: of the vocabulary, or of the special tokens, of which the highest is the last."""
-    from transformers import Qwen2_5_VLConfig
+    with importing:
+        from transformers import Qwen2_5_VLConfig
 
     head_dim = tiny.hidden_size // tiny.heads
     temporal = head_dim // 8  # the shares of Qwen2.5-VL's [16, 24, 24] of 64
@@ -149,8 +151,9 @@ def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
 
 
 def write_model(directory: Path, tiny: TinyModel, seed: int) -> None:
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
-    from transformers.utils.logging import disable_progress_bar
+    with importing:
+        from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+        from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of one shard
     ids = PreTrainedTokenizerFast.from_pretrained(directory).get_vocab()

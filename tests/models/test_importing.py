@@ -1,0 +1,66 @@
+"""Stages run in threads, and the first one of each kind imports its libraries there."""
+
+import subprocess
+import sys
+
+import pytest
+
+RACE = """
+import sys, threading
+from importlib.abc import MetaPathFinder
+
+begun, raised = threading.Event(), []
+
+class Slow(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "transformers.utils" and not begun.is_set():
+            begun.set()  # transformers is half imported
+            threading.Event().wait(1)
+
+sys.meta_path.insert(0, Slow())
+
+def clip():
+    from thinkimg.models.clip import load
+    load("RN50", "nowhere")
+
+def tiny():
+    from thinkimg.models.settings import TinyModel
+    from thinkimg.models.tiny import geometry
+    names = ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    geometry(TinyModel(), {name: number for number, name in enumerate(names)})
+
+def merged():
+    from pathlib import Path
+    from types import SimpleNamespace
+    from thinkimg.config.load import load
+    from thinkimg.models.base import BaseSource
+    from thinkimg.resources import Resources
+    policy = SimpleNamespace(is_full=False, digest="d", directory=Path("nowhere"))
+    with Resources(load("tiny", []).where) as resources:
+        resources.weights(policy, BaseSource(path="x", revision=None, tiny=False))
+
+def run(function):
+    try:
+        function()
+    except ImportError as error:
+        raised.append(error)
+    except Exception:
+        pass  # there is no such CLIP, and no such adapter
+
+first, second = (threading.Thread(target=run, args=[globals()[name]]) for name in sys.argv[1:])
+first.start()
+assert begun.wait(60)
+second.start()
+first.join()
+second.join()
+assert not raised, raised
+if "clip" in sys.argv:
+    import open_clip.hf_model
+    assert open_clip.hf_model.transformers is not None, "open_clip does without it"
+"""
+
+
+@pytest.mark.parametrize("pair", ["clip tiny", "tiny merged", "merged clip"])
+def test_two_threads_that_need_transformers_first_both_get_it(pair):
+    ended = subprocess.run([sys.executable, "-c", RACE, *pair.split()], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
