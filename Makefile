@@ -1,4 +1,4 @@
-# thinkimg: the targets that the README names. Everything happens in .venv; nothing outside the clone is changed.
+# thinkimg: the targets that README and docs name. Everything happens in .venv; nothing outside the clone is changed.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect

@@ -1,8 +1,8 @@
-"""Does the policy learn to use its tools? Runs whole loops and draws what they measured.
+"""Learning to use tools: runs whole loops and draws their measurements.
 
-    python benchmarks/learning.py run --store /tmp/learning --seed 0        a loop: seed of data, warm start and rollouts
+    python benchmarks/learning.py run --store /tmp/learning --seed 0    a loop; seed of data, warm start and rollouts
     python benchmarks/learning.py run --store /tmp/learning --seed 0 --no-tools
-    python benchmarks/learning.py report --store /tmp/learning              tables, and docs/learning.png
+    python benchmarks/learning.py report --store /tmp/learning          tables, and docs/learning.png
 
 Everything is read back from the artifacts; a run that was stopped goes on.
 """
@@ -12,9 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.records import LoopRecord, load_record, loop_id
 
 FAMILIES = ("detail", "dark", "turned", "both")
@@ -30,7 +31,7 @@ def run(store: str, seed: int, tools: bool) -> None:
     overrides = [part for override in settings(store, seed, tools) for part in ("--set", override)]
     subprocess.run([sys.executable, "-m", "thinkimg", "run", "--preset", "tiny", *overrides], check=True)
     if tools:
-        config = load("tiny", settings(store, seed, tools))
+        config = load_config("tiny", settings(store, seed, tools))
         record = record_of(config)
         final = record.iteration(config.iterations).artifacts["train"].fingerprint
         count = str(config.evaluate.samples_ends)
@@ -80,7 +81,7 @@ def report(store: str) -> None:
     print(f"{'':<34}greedy  95 %            avg@k   tool   args  reading")
     curves = {}
     for seed in range(10):
-        config = load("tiny", settings(store, seed, tools=True))
+        config = load_config("tiny", settings(store, seed, tools=True))
         if load_record(Store(store), loop_id(config)) is None:
             continue
         steps = evaluations(config)
@@ -90,7 +91,7 @@ def report(store: str) -> None:
         grey = blind(config, steps[-1])
         if grey is not None:
             print(row("  the same, tool images grey", grey.metrics))
-        without = load("tiny", settings(store, seed, tools=False))
+        without = load_config("tiny", settings(store, seed, tools=False))
         other = load_record(Store(store), loop_id(without)) and evaluations(without)[-1]
         for family in FAMILIES:
             print(row(f"  {family}: warm-started", steps[0].metrics, f"{family}/"))

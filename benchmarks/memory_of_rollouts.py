@@ -2,7 +2,7 @@
 
     python benchmarks/memory_of_rollouts.py [--rollouts 100000]
 
-summary     stages.rollout.summary over all trajectories
+summary     stages.rollout.summarise_rows over all trajectories
 score       stages.score without judges
 advantages  stages.train up to the trainer: mix, advantages, included rows
 tracking    what MLflow's traces of the iteration need
@@ -35,8 +35,9 @@ def generate(root: Path, rollouts: int) -> None:
     from thinkimg import records
     from thinkimg.images.decode import pixel_hash
     from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind, to_row
-    from thinkimg.store.artifacts import Recipe, Store
-    from thinkimg.store.image_table import encode, image_writer
+    from thinkimg.store.artifacts import Store
+    from thinkimg.store.image_table import encode_lossless, image_writer
+    from thinkimg.store.manifest import Recipe
 
     store, picture = Store(root), Image.new("RGB", (56, 56), (10, 20, 30))
     shown = pixel_hash(picture)
@@ -49,9 +50,9 @@ def generate(root: Path, rollouts: int) -> None:
             )
             for i in range(rollouts // GROUP)
         ]
-        work.table("samples-00000.parquet", pa.Table.from_pylist(rows, records.samples()))
+        work.table("samples-00000.parquet", pa.Table.from_pylist(rows, records.sample_schema()))
         with work.part("images-00000.parquet") as path, image_writer(path) as add:
-            add(shown, encode(picture), *picture.size)
+            add(shown, encode_lossless(picture), *picture.size)
 
     def trajectory(number: int) -> dict:
         sample, index = divmod(number, GROUP)
@@ -84,13 +85,13 @@ def generate(root: Path, rollouts: int) -> None:
     def play(work) -> None:
         size = rollouts // PARTS
         for part in range(PARTS):
-            table = pa.Table.from_pylist([], records.trajectories())
+            table = pa.Table.from_pylist([], records.trajectory_schema())
             for start in range(part * size, (part + 1) * size, 2500):
                 rows = [trajectory(number) for number in range(start, min(start + 2500, (part + 1) * size))]
-                table = pa.concat_tables([table, pa.Table.from_pylist(rows, records.trajectories())])
+                table = pa.concat_tables([table, pa.Table.from_pylist(rows, records.trajectory_schema())])
             work.table(f"trajectories-{part:05}.parquet", table)
         with work.part("images-00000.parquet") as path, image_writer(path) as add:
-            add(shown, encode(picture), *picture.size)
+            add(shown, encode_lossless(picture), *picture.size)
 
     store.build("rollouts", Recipe("rollout", 1, 1, {}, {"dataset": made.reference}), play)
 
@@ -98,19 +99,19 @@ def generate(root: Path, rollouts: int) -> None:
 def read(name: str, root: Path) -> None:
     """Run one reader, and print its peak over the process after its imports, in bytes, and its seconds."""
 
-    from thinkimg.config.load import load
+    from thinkimg.config.load import load_config
     from thinkimg.resources import Resources
     from thinkimg.rewards.joined import join
     from thinkimg.rewards.mix import Mix
     from thinkimg.scheduler import Builder
-    from thinkimg.stages.rollout import summary
+    from thinkimg.stages.rollout import summarise_rows
     from thinkimg.stages.score import score
-    from thinkimg.stages.train import advantages_table, weigh
+    from thinkimg.stages.train import advantages_table, compute_advantages
     from thinkimg.store.artifacts import Store
-    from thinkimg.tracking.stored import candidates
-    from thinkimg.tracking.traces import select
+    from thinkimg.tracking.trace_data import trace_candidates
+    from thinkimg.tracking.traces import select_trajectories
 
-    config = load("tiny", ["image.types=[]", "mix={answer: 0.7, tool: 0.3}", f"where.store={root}"])
+    config = load_config("tiny", ["image.types=[]", "mix={answer: 0.7, tool: 0.3}", f"where.store={root}"])
     store = Store(root)
     (rollouts,) = store.list("rollouts")
     scores = next(store.list("scores"), None)
@@ -121,17 +122,19 @@ def read(name: str, root: Path) -> None:
             rows = list(rollouts.trajectories("trajectories-00000.parquet"))
             assert len(rows) == rollouts.parts()["trajectories-00000.parquet"]
         case "summary":
-            summary(rollouts.trajectories())
+            summarise_rows(rollouts.trajectories())
         case "score":
             with Resources(config.where) as resources:
                 Builder(config, store, resources).make(score, rollouts=rollouts)
         case "advantages":
             joined = join(rollouts, scores)
-            advantages_table(joined, *weigh(Mix.of_settings(config.mix, config.image), config.train, joined))
+            advantages_table(
+                joined, *compute_advantages(Mix.from_config(config.mix, config.image), config.train, joined)
+            )
         case "tracking":
             joined = join(rollouts, scores)
-            totals = Mix.of_settings(config.mix, config.image).totals(joined.components, joined.groups)
-            chosen = select(candidates(joined, totals), 8)
+            totals = Mix.from_config(config.mix, config.image).totals(joined.components, joined.groups)
+            chosen = select_trajectories(trace_candidates(joined, totals), 8)
             assert len(list(rollouts.trajectories(ids=[name for name, _ in chosen]))) == 8
     print(json.dumps([peak() - before, time.perf_counter() - began]))
 

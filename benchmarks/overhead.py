@@ -1,18 +1,18 @@
-"""What orchestration costs: each iteration of a loop, split into work and what is around it.
+"""Cost of orchestration: each iteration of a loop, split into work and the rest.
 
     python benchmarks/overhead.py --preset tiny --set where.store=/tmp/overhead --set iterations=3
 
 Stages run in threads, some side by side, so that times don't add up: what counts is what each moment was used for. An
 iteration lasts from the end of the report before it to the end of its own; stages of the next one run within it.
 
-    work      any stage's `run` computes: engine, trainer, tools, rewards. Its thread reading or writing the store does not
-              count, what other threads store meanwhile does: parts of a rollout, judgements
+    work      any stage's `run` computes: engine, trainer, tools, rewards. Its thread reading or writing the store does
+              not count. Other threads that store meanwhile do: parts of a rollout, judgements
     store     else, any thread hashes, syncs, renames, reads or writes Parquet, or waits for a rollout's last part
     mlflow    else, the loop's record and its projection are written, traces included
     prefect   else, a sub-flow is under way: states, settings, tables, links
     rest      else: alarms, the loop's table, and the scheduler
 
-All but work is around it. The limit is 5 % of an iteration of 60 s or more, and 3 s of a shorter one. Iteration 0 (prepare,
+All but work is cost. The limit is 5 % of an iteration of 60 s or more, and 3 s of a shorter one. Iteration 0 (prepare,
 warm start, the first evaluation) is shown and not judged: servers start in it.
 """
 
@@ -112,7 +112,7 @@ class Clock:
             self._open[key].pop()
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """The function, noted. Of a coroutine function the time until it has ended, of a generator that of each step."""
+        """Return the function with its time noted: a coroutine's until its end, a generator's step by step."""
 
         @functools.wraps(function)
         def call(*arguments, **options):
@@ -154,7 +154,7 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
     from thinkimg.stages.names import stage_names
     from thinkimg.stages.prepare import puzzles
     from thinkimg.stages.rollout import Writer
-    from thinkimg.stages.stage import open_stage
+    from thinkimg.stages.stage import load_stage
     from thinkimg.store import artifacts, files, kinds, manifest
     from thinkimg.tracking.loop import LoopTracker
 
@@ -166,10 +166,10 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
     clock.patch("store", kinds, "read_batches")
     clock.patch("store", manifest.Artifact, "table", "checked")
     clock.patch("store", Writer, "__aexit__")
-    for stage in (*map(open_stage, stage_names()), puzzles):
+    for stage in (*map(load_stage, stage_names()), puzzles):
         clock.patch("run", stage, "run")
     clock.patch("flow", PrefectRun, "execute")
-    clock.patch("mlflow", LoopTracker, "log_iteration", "log_table")
+    clock.patch("mlflow", LoopTracker, "log_iteration")
     began = time.perf_counter()
 
     class Measured(PrefectRun):

@@ -1,11 +1,12 @@
-"""Can the image rewards tell right processing from wrong, and how fast are they?
+"""Accuracy of the image rewards, which should tell right processing from wrong, and their speed.
 
-    python benchmarks/rewards.py --store artifacts --policy 3f2a        (without a policy: the tiny preset's warm-started one)
-    python benchmarks/rewards.py --memory                               what reading attention adds, one layer of the 7B
+    python benchmarks/rewards.py --store artifacts --policy 3f2a    (else the tiny preset's warm-started one)
+    python benchmarks/rewards.py --memory                               memory of reading attention, one layer of the 7B
 
-On known pairs of held-out photographs (thinkimg/puzzles/known_pairs.py): a crop on the target against one elsewhere, the right
-light against too little or noise, the right turn against a wrong one. Prints each judge's AUC with its 95 % interval beside
-a scripted perfect judge and a coin; then pairs per second, what batching gains, and what `self` costs in prefills.
+The known pairs are of held-out photographs (thinkimg/puzzles/known_pairs.py). Each sets a right processing against a
+wrong one: a crop on the target, the right light, the right turn. Prints each judge's AUC with its 95 %
+interval beside a scripted perfect judge and a coin. Then come pairs per second, the gain of batching, and the cost of
+`self` in prefills.
 The teacher is the policy's own server, asked through its OpenAI-compatible endpoint.
 """
 
@@ -20,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from thinkimg.analysis.calibrate import calibrate_attention, known_side
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.conversation import compare
-from thinkimg.engine.client import Sampling
+from thinkimg.engine.request import Sampling
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.models import clip
 from thinkimg.models.base import BaseSource
@@ -64,7 +65,7 @@ def main() -> None:
     if args.memory:
         memory()
         return
-    config = load(args.preset, [f"where.store={args.store}", *args.set])
+    config = load_config(args.preset, [f"where.store={args.store}", *args.set])
     store = Store(config.where.store)
     with Resources(config.where) as resources:
         builder = Builder(config, store, resources)
@@ -77,7 +78,7 @@ def main() -> None:
         asyncio.run(warm(resources, config, policy))
         url = config.where.engine.urls[0] if config.where.engine.urls else own_url(resources, config, policy)
         teacher = {"url": f"{url}/v1"}
-        config = load(
+        config = load_config(
             args.preset,
             [f"where.store={args.store}", *args.set, f"where.teacher={teacher}", f"image.teacher.model={SERVED_NAME}"],
         )
@@ -94,19 +95,19 @@ def memory() -> None:
     for kind in ("forward", "read"):
         command = [sys.executable, __file__, "--child", kind]
         peaks[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-    print(
-        f"one layer of the 7B over {TOKENS} tokens, peak above the weights: {peaks['forward']:.0f} MB, with its attention"
-    )
-    print(f"read at {QUERIES} query rows {peaks['read']:.0f} MB: {peaks['read'] - peaks['forward']:+.0f} MB")
+    print(f"one layer of the 7B over {TOKENS} tokens, peak above the weights: {peaks['forward']:.0f} MB")
+    more = peaks["read"] - peaks["forward"]
+    print(f"with its attention read at {QUERIES} query rows {peaks['read']:.0f} MB: {more:+.0f} MB")
 
 
 def peak_of_a_forward(read: bool) -> float:
     """MB above what is held before it."""
     import torch
-    from transformers import AttentionInterface, Qwen2_5_VLConfig
+    from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    from thinkimg.trainer.attention_job import NAME, Reader, attend_and_read
+    from thinkimg.trainer.forward.attention import Reader, use_attention
+    from thinkimg.trainer.forward.packed_attention import NAME, attend_packed
 
     config = Qwen2_5_VLConfig(text_config={
         "vocab_size": 64, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 1,
@@ -117,23 +118,22 @@ def peak_of_a_forward(read: bool) -> float:
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen2_5_VLTextModel(config).eval()
 
-    def forward(count: int) -> None:
+    use_attention(model.config, NAME, attend_packed)
+
+    def forward(count: int, reader: Reader | None = None) -> None:
         positions = torch.arange(count).expand(3, 1, count)
         with torch.inference_mode():
             model(
-                inputs_embeds=torch.ones(1, count, 3584), position_ids=positions,
+                inputs_embeds=torch.ones(1, count, 3584), position_ids=positions, reader=reader,
                 attention_mask={"full_attention": None}, use_cache=False,
             )  # fmt: skip
 
     forward(64)  # whatever is loaded once
-    if read:
-        AttentionInterface.register(NAME, attend_and_read)
-        columns = torch.arange(TOKENS - QUERIES, TOKENS)
-        model.config._attn_implementation = NAME
-        Reader.current = Reader([0], torch.zeros_like(columns), columns, stop=False)  # to the end, as the forward
+    columns = torch.arange(TOKENS - QUERIES, TOKENS)
+    reader = Reader([0], torch.zeros_like(columns), columns, stop=False) if read else None  # to the end, as the forward
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory from here on
     before = high_water_kb()
-    forward(TOKENS)
+    forward(TOKENS, reader)
     return (high_water_kb() - before) / 1024
 
 
@@ -142,7 +142,7 @@ def high_water_kb() -> int:
 
 
 async def warm(resources: Resources, config: Config, policy: Policy) -> None:
-    engine, _ = await resources.engine(policy, settings_of(config).engine, BaseSource.of(config.model))
+    engine = await resources.engine(policy, settings_of(config).engine, BaseSource.of(config.model))
     await engine.__aexit__()
 
 
@@ -185,7 +185,7 @@ def quality(context: JudgeContext, rows: Sequence[dict[str, str]]) -> None:
 def where(config: Config, policy: Policy, store: Store, count: int) -> None:
     print("\nattention: chosen on one half of the pairs, told on the other")
     for place in calibrate_attention(config, policy, store, count=count)[:4]:
-        chosen, told = ("{:.3f} [{:.3f}, {:.3f}]".format(*one) for one in (place.chosen_on, place.told_on))
+        chosen, told = ("{:.3f} [{:.3f}, {:.3f}]".format(*auc) for auc in (place.selection, place.test))
         print(f"  layer {place.layer:<2} rows {place.rows:<5} {chosen}   {told}")
 
 
@@ -205,23 +205,23 @@ def speed(context: JudgeContext, rows: Sequence[dict[str, str]]) -> None:
 
     encode(64)
     one, many = encode(1), encode(64)
-    print(
-        f"\nembedding: {len(hashes)} unique images of {2 * len(both)}: batches of 64 take 1/{one / many:.1f} of one by one"
-    )
+    unique = f"{len(hashes)} unique images of {2 * len(both)}"
+    print(f"\nembedding: {unique}: batches of 64 take 1/{one / many:.1f} of one by one")
     judged, prefilled = asyncio.run(prefill(context, both))
     print(f"self: {2 * len(both)} forwards in {judged:.1f} s, {judged / prefilled:.2f} x a prefill of the same prompts")
 
 
 async def prefill(context: JudgeContext, both: Sequence[Pair]) -> tuple[float, float]:
     """Seconds of judging, and of sampling one token after the same prompts; each with empty caches."""
-    prompts = {pair.question: compare.prompt(context.codec, pair.question) for pair in both}
+    prompts = {pair.question: compare.encode_comparison(context.codec, pair.question) for pair in both}
     settings, resources = context.settings, context.resources
-    engine, adapter = await resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
-    refs = await asyncio.to_thread(self.references, both, context, resources.media)
+    engine = await resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
+    refs = await asyncio.to_thread(self.encode_views, both, context, resources.media)
     ratings = compare.rating_tokens(context.codec)
     sampling = Sampling(temperature=1.0, max_tokens=1, seed=0, stop_token_ids=())
     seconds = {"judge": [], "prefill": []}
     async with engine:
+        pictures = [[refs[pair.original], refs[pair.processed]] for pair in both]
         for _ in range(3):
             for name in seconds:
                 for url in engine.urls:
@@ -230,13 +230,15 @@ async def prefill(context: JudgeContext, both: Sequence[Pair]) -> tuple[float, f
                 start = time.perf_counter()
                 if name == "judge":
                     await asyncio.gather(
-                        *(self._compare(p, engine, adapter, refs, prompts[p.question], ratings) for p in both)
+                        *(
+                            self._compare(engine, shown, prompts[p.question], ratings)
+                            for p, shown in zip(both, pictures, strict=True)
+                        )
                     )
                 else:
-                    pictures = [[refs[p.original], refs[p.processed]] for p in both]
                     await asyncio.gather(
                         *(
-                            engine.generate(prompts[p.question], order, sampling, adapter)
+                            engine.generate(prompts[p.question], order, sampling)
                             for p, shown in zip(both, pictures, strict=True)
                             for order in (shown, shown[::-1])
                         )

@@ -1,6 +1,6 @@
-"""How fast is the rollout loop? Tokens per second of the same conversations, played in several ways in one run.
+"""Speed of the rollout loop: tokens per second of the same conversations, played in several ways in one run.
 
-    python benchmarks/rollout.py --store artifacts --policy 3f2a    (without a policy: the tiny preset's warm-started one)
+    python benchmarks/rollout.py --store artifacts --policy 3f2a    (else the tiny preset's warm-started one)
 
     loop        thinkimg's: one task per conversation, against a vLLM server
     barrier     the same, but nobody's turn begins before everybody's last one has ended, its tool call included
@@ -24,10 +24,10 @@ from statistics import median
 import psutil
 
 from thinkimg.closure import on_cpu
-from thinkimg.config.load import load
-from thinkimg.engine.client import Generation, Sampling
+from thinkimg.config.load import load_config
 from thinkimg.engine.media import Media
 from thinkimg.engine.play import EpisodeSpec, Sampler, SamplingMode
+from thinkimg.engine.request import Generation, Sampling
 from thinkimg.engine.server import ServerSettings, server_command, server_environment
 from thinkimg.engine.settings import EngineSettings
 from thinkimg.models.base import BaseSource
@@ -35,7 +35,7 @@ from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder
 from thinkimg.stages.prepare import prepare
-from thinkimg.stages.rollout import RolloutSettings, draw, open_sampler, settings_of
+from thinkimg.stages.rollout import RolloutSettings, draw_samples, open_sampler, settings_of
 from thinkimg.stages.warmstart import warmstart
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset, Policy
@@ -98,7 +98,7 @@ class InProcess:
     def ref(self, uuid: str, image) -> tuple:
         return uuid, image
 
-    async def generate(self, prompt: list[int], images: list[tuple], sampling: Sampling, adapter: None) -> Generation:
+    async def generate(self, prompt: list[int], images: list[tuple], sampling: Sampling) -> Generation:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -125,7 +125,7 @@ class Here(Resources):
         super().__init__(where)
         self.server_settings = server
 
-    async def engine(self, policy: Policy, settings: EngineSettings, base: BaseSource) -> tuple[InProcess, None]:
+    async def engine(self, policy: Policy, settings: EngineSettings, base: BaseSource) -> InProcess:
         model = str(self.weights(policy, base))
         os.environ |= server_environment(os.environ, model, self.server_settings)
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -133,10 +133,10 @@ class Here(Resources):
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        options = server_command(model, 1, self.server_settings, None)[3:]
+        options = server_command(model, 1, self.server_settings)[3:]
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))
-        return InProcess(llm, self.where.engine.concurrency), None
+        return InProcess(llm, self.where.engine.concurrency)
 
 
 async def play(sampler: Sampler, specs: list[EpisodeSpec], together: bool = False) -> Counter:
@@ -154,9 +154,14 @@ async def play(sampler: Sampler, specs: list[EpisodeSpec], together: bool = Fals
 
 
 async def over_http(
-    resources: Resources, settings: RolloutSettings, dataset: Dataset, policy: Policy, specs: list[EpisodeSpec], rounds: int
-):  # fmt: skip
-    """Measurements by name, and the server's settings; behind the barrier all conversations are in flight."""
+    resources: Resources,
+    settings: RolloutSettings,
+    dataset: Dataset,
+    policy: Policy,
+    specs: list[EpisodeSpec],
+    rounds: int,
+):
+    """Return measurements by name, and the server's settings; behind the barrier all conversations are in flight."""
     found = defaultdict(list)
     async with open_sampler(settings, dataset, policy, resources) as sampler:
         engine = sampler.engine
@@ -170,10 +175,18 @@ async def over_http(
 
 
 def in_process(
-    where: ResourcesConfig, settings: RolloutSettings, server: ServerSettings, store: str, references: tuple[str, str],
-    specs: list[EpisodeSpec], rounds: int,
-):  # fmt: skip
-    """Measurements by name, and for each turn if "generate" sampled the loop's tokens. references: data set and policy."""
+    where: ResourcesConfig,
+    settings: RolloutSettings,
+    server: ServerSettings,
+    store: str,
+    references: tuple[str, str],
+    specs: list[EpisodeSpec],
+    rounds: int,
+):
+    """Return measurements by name, and for each turn True if "generate" sampled the loop's tokens.
+
+    references: data set and policy.
+    """
     dataset, policy = (Store(store).resolve(reference) for reference in references)
 
     async def run():
@@ -190,7 +203,7 @@ def in_process(
                     found[way].append(await play(sampler, specs))
                     continue
                 before = clock()
-                made = await asyncio.gather(*(engine.generate(*request, None) for request in known))
+                made = await asyncio.gather(*(engine.generate(*request) for request in known))
                 tokens = sum(len(generation.token_ids) for generation in made)
                 found[way].append(clock() - before + Counter(tokens=tokens))
         return found, [generation.token_ids == turn[3] for generation, turn in zip(made, turns, strict=True)]
@@ -210,13 +223,13 @@ def report(found: dict[str, list[Counter]]) -> None:
 
 
 def main(overrides: list[str], reference: str | None, rounds: int) -> None:
-    config = load("tiny", overrides)
+    config = load_config("tiny", overrides)
     settings, store = settings_of(config), Store(config.where.store)
     with Resources(config.where) as resources:
         builder = Builder(config, store, resources)
         dataset = builder.make(prepare)
         policy = store.resolve(reference, "policy") if reference else builder.make(warmstart, dataset=dataset)
-        samples = draw(dataset.split("train"), config.rollout.samples, 1, config.seed)
+        samples = draw_samples(dataset.split("train"), config.rollout.samples, 1, config.seed)
         group = range(config.rollout.group_size)
         specs = [EpisodeSpec(sample, index, SamplingMode(1.0)) for sample in samples for index in group]
         found, server = asyncio.run(over_http(resources, settings, dataset, policy, specs, rounds))

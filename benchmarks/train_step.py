@@ -3,22 +3,24 @@
     python benchmarks/train_step.py --geometry tiny                    two CPU cores, a minute or two
     python benchmarks/train_step.py --geometry 7b --device cuda        random weights in the shape of Qwen2.5-VL-7B
 
-    stock    what a trainer does by default: rows padded to the longest, a pass for old log-probabilities, the vision tower
+    stock    the defaults of a trainer: rows padded to the longest, a pass for old log-probabilities, the vision tower
              in every pass for every rollout, activation checkpointing, logits of every token of the completions;
              transformers' own forward with "sdpa"
     packed   thinkimg's packed forward, head by chunks, but nothing shared: passes and checkpointing as in stock
-    shared   thinkimg as it trains: each group's prompt once, each image once, no pass and no checkpointing that isn't needed
+    shared   thinkimg as it trains: each group's prompt once, each image once, no needless pass and no checkpointing
 
-Each way runs in processes of its own, in turns, so that what else the machine does meets all of them; a further process,
-one row at a time in float32 through transformers' own forward, gives the log-probabilities and gradients to compare with.
+Each way runs in processes of its own, in turns, so that other work on the machine slows all of them alike. A further
+process gives the log-probabilities and gradients to compare with: transformers' own forward, row by row, in float32.
 
-Useful FLOPs are those of the leanest of the three, the same for all: 4 a linear weight of the language model and token
-(2 forward, 2 for the gradient of the activations; the base has no gradients of weights), prompts counted once; 6 an
-adapter's weight and token; 4 a weight of the head and scored token; 12 x heads x head size a pair of tokens that see each
-other and layer; and for each image once, 2 a weight of the vision tower and patch, and 4 x width a pair and layer.
+Useful FLOPs are those of the leanest of the three, the same for all, with prompts and images counted once:
+- 4 a linear weight of the language model and token: 2 forward, 2 for the gradient of the activations. The base has no
+  gradients of weights.
+- 6 an adapter's weight and token, 4 a weight of the head and scored token.
+- 12 x heads x head size a layer and pair of tokens that see each other.
+- 2 a weight of the vision tower and patch, and 4 x width a pair and layer.
 
-Peak memory: max_memory_allocated on a GPU, with the weights; on a CPU VmHWM above what the process held after a small step.
-CPU seconds are the process's own: on a machine with other work to do they tell more than the clock.
+Peak memory: max_memory_allocated on a GPU, with the weights; on a CPU VmHWM above the memory after a small step.
+CPU seconds are the process's own: on a busy machine they say more than the clock.
 """
 
 import argparse
@@ -36,11 +38,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from workload import GEOMETRIES, IMAGE, PAD, Geometry, Pixels, enable_fast_attention, make_groups, make_policy
 
-from thinkimg.grpo.loss import grpo_loss, step_normaliser
+from thinkimg.grpo.loss import Logps, grpo_loss, step_normaliser
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.trainer.forward.logprobs import Scorer
-from thinkimg.trainer.forward.shared_prompts import cost, share_groups
-from thinkimg.trainer.optimise import MicroBatches, checkpointing
+from thinkimg.trainer.forward.shared_prompts import count_unit_tokens, share_groups
+from thinkimg.trainer.micro_batches import MicroBatches
+from thinkimg.trainer.stepper import checkpoint_activations
 
 MODES = ("stock", "packed", "shared")
 GROUP = 8
@@ -80,9 +83,13 @@ class Step:
             self.logps[i] = part
         old = torch.cat([self.old.get(i, self.logps[i]) for i in indices])
         output = grpo_loss(
-            LOSS, logps=padded(flat), old_logps=padded(old), ref_logps=None, engine_logps=None,
-            advantages=self.advantages[indices], mask=mask, entropies=padded(entropy), normaliser=self.normaliser,
-        )  # fmt: skip
+            LOSS,
+            Logps(padded(flat), padded(old)),
+            advantages=self.advantages[indices],
+            mask=mask,
+            entropies=padded(entropy),
+            normaliser=self.normaliser,
+        )
         output.loss.backward()
 
     def _shared(self) -> None:
@@ -94,18 +101,17 @@ class Step:
 
     def _packed(self) -> None:
         for grad in (False, True):
-            checkpointing(self.policy, grad)
-            alone = range(len(self.rows))
             scorer = Scorer(self.policy.model, self.pixels, temperature=1.0, banned=(), features={})
-            for batch in MicroBatches(self.rows, self.geometry.budget, scorer, self.pixels, alone):
-                scorer.features.clear()
-                with torch.set_grad_enabled(grad), self.policy.autocast():
-                    flat, entropy = scorer([self.rows[i] for i in batch.rows], batch.units, entropy=True)
-                if grad:
-                    self._backward(batch.rows, flat, entropy)
-                else:
-                    self._keep_old(batch.rows, flat)
-        checkpointing(self.policy, False)
+            batches = MicroBatches(self.rows, self.geometry.budget, scorer, self.pixels, range(len(self.rows)))
+            with checkpoint_activations(self.policy.model, grad):
+                for batch in batches:
+                    scorer.features.clear()
+                    with torch.set_grad_enabled(grad), self.policy.autocast():
+                        flat, entropy = scorer([self.rows[i] for i in batch.rows], batch.units, entropy=True)
+                    if grad:
+                        self._backward(batch.rows, flat, entropy)
+                    else:
+                        self._keep_old(batch.rows, flat)
 
     def _stock(self) -> None:
         self.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -169,7 +175,7 @@ def useful_flops(geometry: Geometry, policy, groups) -> float:
     rows = [row for group in groups for row in group]
     names = [number for number, group in enumerate(groups) for _ in group]
     units = share_groups(rows, names, IMAGE)
-    tokens = sum(cost(unit, rows) for unit in units)
+    tokens = sum(count_unit_tokens(unit, rows) for unit in units)
     scored = sum(int(row.scored.sum()) for row in rows)
     pairs = 0
     for unit in units:
@@ -284,7 +290,7 @@ def counts(geometry: Geometry, groups) -> dict[str, int]:
     return {
         "padded": sum(max(len(row.tokens) for row in group) * len(group) for group in groups),
         "packed": sum(len(row.tokens) for row in rows),
-        "shared": sum(cost(unit, rows) for unit in share_groups(rows, names, IMAGE)),
+        "shared": sum(count_unit_tokens(unit, rows) for unit in share_groups(rows, names, IMAGE)),
         "scored": sum(int(row.scored.sum()) for row in rows),
         "images": len({key for row in rows for key in row.images}),
     }
@@ -337,9 +343,8 @@ def report(args: argparse.Namespace, tokens: dict[str, int], results: dict[str, 
     print(f"torch {torch.__version__}, {args.geometry} on {args.device}, {args.threads} threads")
     print(", ".join(f"{name} {count}" for name, count in tokens.items()) + " (tokens, images)")
     print(f"useful {first['useful']:.3g} FLOP a step; a large matrix product runs at {rate / 1e12:.3g} TFLOP/s")
-    print(
-        f"{'':8} {'seconds':>9} {'CPU s':>9} {'of matmul':>9} {'peak MB':>8} {'max |dlogp|':>11} {'gradient':>9} {'worst':>8}"
-    )
+    titles = f"{'':8} {'seconds':>9} {'CPU s':>9} {'of matmul':>9} {'peak MB':>8}"
+    print(f"{titles} {'max |dlogp|':>11} {'gradient':>9} {'worst':>8}")
     table = {}
     for mode, runs in results.items():
         seconds = statistics.median(s for r in runs for s in r["seconds"])
@@ -347,10 +352,9 @@ def report(args: argparse.Namespace, tokens: dict[str, int], results: dict[str, 
         busy = statistics.median(s for r in runs for s in r["busy"])
         table[mode] = seconds, peak, busy
         last = runs[-1]
-        print(
-            f"{mode:8} {seconds:9.3f} {busy:9.3f} {first['useful'] / seconds / rate:9.1%} {peak:8.0f} {last['logp']:11.2g} "
-            f"{last['gradient']:9.2g} {last['worst']:8.2g}"
-        )
+        share = first["useful"] / seconds / rate
+        line = f"{mode:8} {seconds:9.3f} {busy:9.3f} {share:9.1%} {peak:8.0f}"
+        print(f"{line} {last['logp']:11.2g} {last['gradient']:9.2g} {last['worst']:8.2g}")
     if "stock" in table:
         for mode in table:
             if mode != "stock":
@@ -361,9 +365,9 @@ def report(args: argparse.Namespace, tokens: dict[str, int], results: dict[str, 
                 spread = f"{min(per_round):.2f} to {max(per_round):.2f} by round"
                 ratio = table["stock"][0] / table[mode][0]
                 busy = table["stock"][2] / table[mode][2]
-                print(
-                    f"{mode}: {ratio:.2f} x as fast as stock ({spread}; {busy:.2f} x by CPU seconds), {table[mode][1] / table['stock'][1]:.2f} of its peak"
-                )
+                peak = table[mode][1] / table["stock"][1]
+                line = f"{mode}: {ratio:.2f} x as fast as stock ({spread}; {busy:.2f} x by CPU seconds)"
+                print(f"{line}, {peak:.2f} of its peak")
     if args.device == "cuda":
         print("compilations:", {mode: runs[-1]["compilations"] for mode, runs in results.items()})
 

@@ -2,11 +2,11 @@
 
     python benchmarks/trl_step.py
 
-TRL is given the rollouts of train_step.py's tiny workload in place of its generation (prompts with an image, completions
-with tool images in them, log-probabilities as from vLLM, so that it makes its pass for old ones), and does the rest: image
-processing, padding, passes, loss, AdamW. Its defaults are kept but for bf16, which a CPU is slow at: activation
-checkpointing is on. thinkimg reads the same pictures from an artifact. Loss, LoRA and learning rate are the same, and so
-the norms of the gradients must agree: they are printed.
+TRL is given the rollouts of train_step.py's tiny workload in place of its generation: prompts with an image, and
+completions with tool images. Log-probabilities are as from vLLM, so that it makes its pass for old ones. It does the
+rest: image processing, padding, passes, loss, AdamW. Its defaults are kept (activation checkpointing is on), but for
+bf16, which is slow on a CPU. thinkimg reads the same pictures from an artifact. Loss, LoRA and learning rate are the
+same, so the norms of the gradients must agree: they are printed.
 """
 
 import argparse
@@ -36,9 +36,10 @@ from thinkimg.grpo.advantages import advantages  # noqa: E402
 from thinkimg.images.decode import pixel_hash  # noqa: E402
 from thinkimg.models.settings import TinyModel  # noqa: E402
 from thinkimg.models.tiny import create_tiny  # noqa: E402
-from thinkimg.store.artifacts import Recipe, Store  # noqa: E402
-from thinkimg.store.image_table import encode, image_writer  # noqa: E402
-from thinkimg.trainer.checkpoint import language_linears  # noqa: E402
+from thinkimg.store.artifacts import Store  # noqa: E402
+from thinkimg.store.image_table import encode_lossless, image_writer  # noqa: E402
+from thinkimg.store.manifest import Recipe  # noqa: E402
+from thinkimg.trainer.policy import language_linears  # noqa: E402
 
 SIZE = 8
 RATE = 1e-5
@@ -115,9 +116,9 @@ def trl(work: Workload, steps: int) -> Laps:
     count = len(work.groups)
     config = GRPOConfig(
         output_dir=str(work.root / "trl"), per_device_train_batch_size=SIZE, gradient_accumulation_steps=count,
-        num_generations=SIZE, max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant", bf16=False, use_cpu=True,
-        report_to=[], save_strategy="no", logging_steps=1, shuffle_dataset=False, max_completion_length=4096,
-        disable_tqdm=True, max_grad_norm=1e9, weight_decay=0.0,
+        num_generations=SIZE, max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant", bf16=False,
+        use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, shuffle_dataset=False,
+        max_completion_length=4096, disable_tqdm=True, max_grad_norm=1e9, weight_decay=0.0,
     )  # fmt: skip
     prompts = [[{"role": "user", "content": f"group {i}"}] for i in range(count)]
     trainer = GRPOTrainer(
@@ -151,27 +152,29 @@ def thinkimg(work: Workload, steps: int) -> Laps:
     from thinkimg.grpo.settings import LossConfig
     from thinkimg.models.base import Base
     from thinkimg.models.settings import ModelConfig
-    from thinkimg.trainer.checkpoint import Policy
     from thinkimg.trainer.forward.logprobs import Scorer
     from thinkimg.trainer.forward.packed_attention import use_packed_attention
     from thinkimg.trainer.forward.vision import batch_equal_chunks
-    from thinkimg.trainer.grpo_job import Objective, Passes
-    from thinkimg.trainer.optimise import Ranks, Stepper
+    from thinkimg.trainer.grpo_job import Objective
+    from thinkimg.trainer.passes import Passes
+    from thinkimg.trainer.policy import PolicyModel, train_only
+    from thinkimg.trainer.ranks import Ranks
     from thinkimg.trainer.rows import Patches, Row
+    from thinkimg.trainer.stepper import Stepper
 
     store = Store(work.root / "store")
 
     def write(made) -> None:
         with made.part("images.parquet") as path, image_writer(path) as add:
             for key, picture in work.pictures.items():
-                add(key, encode(picture), *picture.size)
+                add(key, encode_lossless(picture), *picture.size)
 
     images = store.build("images", Recipe("benchmark", 1, 1, {}), write)[0]
     model = work.model()
     batch_equal_chunks(model.get_base_model())
     use_packed_attention(model.get_base_model())
     settings = ModelConfig(dtype="float32", adaptation="lora", lora_rank=8)
-    policy = Policy(model.eval(), settings, Base("tiny"), {})
+    policy = PolicyModel(model.eval(), settings, Base("tiny"), {})
     loss = LossConfig(vllm_importance_sampling_correction=False)
     names = np.repeat(np.arange(len(work.groups)), SIZE)
     found = advantages(work.rewards, names, np.ones(len(names), dtype=bool), scale_rewards="group").advantages
@@ -180,7 +183,7 @@ def thinkimg(work: Workload, steps: int) -> Laps:
         for i, row in enumerate(work.rows)
     ]
     laps, batch = Laps(), list(range(len(work.rows)))
-    parameters = policy.train_only(vision=False)
+    parameters = train_only(policy.model, settings, vision=False)
     stepper = Stepper(policy, parameters, policy.resume_optimizer(parameters, 0.0), Ranks(), 1e9)
     for _ in range(steps):
         laps.on_step_begin()

@@ -1,4 +1,4 @@
-"""The model and the groups that train_step.py and trl_step.py measure: random weights, lengths that vary as rollouts' do."""
+"""Model and groups that train_step.py and trl_step.py measure: random weights, lengths that vary as rollouts' do."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import torch
 from thinkimg.images.patches import image_tokens
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
-from thinkimg.trainer.checkpoint import Policy, keep_input_dtype, language_linears
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.forward.vision import batch_equal_chunks
+from thinkimg.trainer.policy import PolicyModel, keep_input_dtype, language_linears, train_only
 
 IMAGE, BEGIN, END, PAD = 3, 4, 5, 0  # ids of the pad of an image, what stands around it, and padding
 
@@ -36,8 +36,9 @@ class Geometry:
 TINY = Geometry(  # thinkimg's preset `tiny`, and lengths a quarter of the 7B's
     text={
         "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": True,
     },
     vision={
         "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 128,
@@ -76,7 +77,9 @@ def config_of(geometry: Geometry):
     )  # fmt: skip
 
 
-def make_policy(geometry: Geometry, device: torch.device, *, dtype: torch.dtype | None = None, seed: int = 0) -> Policy:
+def make_policy(
+    geometry: Geometry, device: torch.device, *, dtype: torch.dtype | None = None, seed: int = 0
+) -> PolicyModel:
     """LoRA over random weights, the same for a seed; dtype: that of the base (its values are the geometry's)."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -109,12 +112,12 @@ def make_policy(geometry: Geometry, device: torch.device, *, dtype: torch.dtype 
     if dtype is not None:
         model.to(dtype)
     settings = ModelConfig(dtype=geometry.dtype, adaptation="lora", lora_rank=geometry.lora_rank)
-    policy = Policy(model.eval(), settings, Base("random"), {})
-    policy.train_only(vision=False)
+    policy = PolicyModel(model.eval(), settings, Base("random"), {})
+    train_only(policy.model, settings, vision=False)
     return policy
 
 
-def enable_fast_attention(policy: Policy) -> None:
+def enable_fast_attention(policy: PolicyModel) -> None:
     """What loading a checkpoint does."""
     inner = policy.model.get_base_model()
     batch_equal_chunks(inner)

@@ -1,4 +1,4 @@
-"""Parts shared by flows: opening config and store, the types of their parameters, and the command line."""
+"""Parameter types of the flows, opening of config and store, and the command line."""
 
 import json
 import sys
@@ -6,25 +6,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import flows._environment  # noqa: F401
+
 import cyclopts
+from prefect.runtime import deployment
 from pydantic import Field
 
-from thinkimg.config.load import load, presets
+from thinkimg.config.deployment import check_run
+from thinkimg.config.load import list_presets, load_config
 from thinkimg.config.tree import Config
-from thinkimg.exit import guarded
+from thinkimg.errors import UserError
+from thinkimg.exit import run_guarded
 from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact
 
 
 def described(kind: Any, text: str, **limits) -> Any:
-    """A type with description and limits; said twice, as Prefect takes the first from docstrings alone."""
+    """Return a type with description and limits; given twice, as Prefect takes the first from docstrings alone."""
     return Annotated[kind, Field(description=text, json_schema_extra={"description": text}, **limits)]
 
 
-# A server checks these limits before it schedules anything, and its interface makes a form of them.
+# Prefect's server checks these limits before it schedules a run, and its UI makes a form of them.
 Preset = described(
     str,
-    f"One of {', '.join(presets())}, or the path of a YAML file.",
-    pattern=rf"^({'|'.join(presets())}|.+\.ya?ml)$",
+    f"One of {', '.join(list_presets())}, or the path of a YAML file.",
+    pattern=rf"^({'|'.join(list_presets())}|.+\.ya?ml)$",
 )
 Overrides = described(
     list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*=", max_length=2000)]],
@@ -35,15 +41,33 @@ Seed = described(int | None, "Seed; left out, as the preset says.", ge=0, lt=2**
 
 
 def open_config(preset: str, overrides: list[str], **settings: Any) -> tuple[Config, Store]:
-    """settings: name -> value of those that are parameters of the flow; None leaves the preset's."""
+    """Return the resolved config and its store.
+
+    settings: name -> value of those that are parameters of the flow; None leaves the preset's.
+    Raises UserError for what the run of a deployment may not set (see thinkimg/config/deployment.py).
+    """
     here = str(Path.cwd())
-    if here not in sys.path:  # a user's own reward functions
+    if here not in sys.path:  # for a user's own reward functions
         sys.path.insert(0, here)
+    if deployment.id is not None:
+        check_run(preset, overrides)
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items() if value is not None]
-    config = load(preset, [*overrides, *given])
+    config = load_config(preset, [*overrides, *given])
     return config, Store(config.where.store)
 
 
+def open_input(store: Store, reference: str, kind: str) -> Artifact:
+    """Return the artifact that a form names. Raises UserError where the run of a deployment names one elsewhere."""
+    artifact = store.resolve(reference, kind)
+    inside = artifact.directory.resolve().is_relative_to(store.root.resolve())
+    if deployment.id is not None and not inside:
+        raise UserError(
+            f"The run of a deployment can't use {reference}, which is outside of its store.",
+            hint="Name an artifact by the beginning of its fingerprint.",
+        )
+    return artifact
+
+
 def main(flow: Callable) -> None:
-    """Run a flow with arguments from the command line, as in `python -m flows.score --rollouts 3f2a…`."""
-    guarded(lambda: cyclopts.run(flow))
+    """Run a flow with arguments of the command line, as in `python -m flows.score --rollouts 3f2a…`."""
+    run_guarded(lambda: cyclopts.run(flow))

@@ -1,6 +1,6 @@
-"""One run at a time on a machine's device: a global concurrency limit that whoever needs it creates.
+"""Device lock: a global concurrency limit of Prefect lets one run at a time use a machine's device.
 
-PREFECT_API_URL=… python -m flows._device     creates it, for `make deploy`
+PREFECT_API_URL=… python -m flows._device     creates the limit, for `make deploy`
 """
 
 import logging
@@ -22,18 +22,18 @@ from thinkimg import console
 log = logging.getLogger(__name__)
 
 LIMIT = f"thinkimg-device-{socket.gethostname()}"
-POLL_S = 2.0  # between two looks of who waits
-TAKE_S = 30.0  # for taking what is free: on a slow server, or where another run is quicker
-# The shortest that Prefect allows: so long the device stays taken after a SIGKILL.
+RETRY_S = 2.0  # between two attempts
+TAKE_S = 30.0  # for taking a free slot: a server may be slow, or another run quicker
+# The shortest lease that Prefect allows: after a SIGKILL the device stays taken for so long.
 LEASE = {"lease_duration": 60, "raise_on_lease_renewal_failure": False}
 
 
 @contextmanager
-def device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold this machine's device, waiting for whoever has it; without a shared server there is nobody to share with.
+def hold_device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold this machine's device, and wait until it is free; an embedded server shares it with nobody.
 
-    check: called while it waits; what it raises ends the waiting. A server that does not answer later on does not end the
-    run: what it does is worth more than the order of a queue.
+    check: called while waiting; its exception ends the wait. The run continues if the server stops answering later: its
+    work is worth more than the order of a queue.
     """
     if is_embedded():
         yield
@@ -42,22 +42,22 @@ def device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
     with ExitStack() as stack:
         while True:
             check()
-            limit = create()
-            if limit.active_slots < limit.limit:  # asked first, as Prefect logs an error for each attempt in vain
+            limit = ensure_limit()
+            if limit.active_slots < limit.limit:  # asked first, as Prefect logs an error for each vain attempt
                 try:
                     stack.enter_context(concurrency(LIMIT, timeout_seconds=TAKE_S, strict=True, **LEASE))
                     break
                 except TimeoutError:
                     log.debug("another run was quicker to take %s", LIMIT)
             elif not announced:
-                console.say(f"waiting for the device: another run holds the concurrency limit {LIMIT}")
+                console.say(f"waiting for the device, which another run holds (concurrency limit {LIMIT})")
                 announced = True
-            time.sleep(POLL_S)
+            time.sleep(RETRY_S)
         yield
 
 
-def create():
-    """The limit as the server has it, made if there is none; its size is left alone, so that two devices can be told."""
+def ensure_limit():
+    """Return the server's limit, created if there is none; an existing size stays, as a user may have two devices."""
     with get_client(sync_client=True) as client:
         try:
             return client.read_global_concurrency_limit_by_name(LIMIT)
@@ -70,5 +70,5 @@ def create():
 
 
 if __name__ == "__main__":
-    limit = create()
+    limit = ensure_limit()
     print(f"Concurrency limit {limit.name}: {limit.limit}")

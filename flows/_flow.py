@@ -1,7 +1,8 @@
-"""The flow of this project: Prefect's, with a server of its own where no API is configured."""
+"""Prefect's flow with an API of our own where none is configured."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flows._environment  # noqa: F401
 
@@ -12,21 +13,20 @@ from flows import _server
 
 
 class Flow(prefect.Flow):
-    """Prefect's flow, working without any configuration.
+    """Prefect's flow that needs no configuration, and runs again if Prefect loses its result.
 
-    It is run once more where Prefect has lost its result, for by then what it makes is found in the store: a server that
-    answers too late is told of the end a second time, refuses it, and hands back the state that it has, without the data
-    (seen with 3.7 on a machine whose cores were all busy).
+    A server that answers too late refuses the repeated report of the end, and returns a state without data (seen
+    with Prefect 3.7 on a busy machine). The second run finds the artifact in the store.
     """
 
     def __call__(self, *arguments, **options):
-        _server.use()
+        _server.use_server()
         try:
             return super().__call__(*arguments, **options)
         except MissingResult:
             return super().__call__(*arguments, **options)
 
 
-def flow(name: str) -> Callable[[Callable], Flow]:
-    """Decorator that makes a flow of a function."""
-    return partial(Flow, name=name)
+def flow(name: str, **options: Any) -> Callable[[Callable], Flow]:
+    """Return a decorator that makes a flow of a function. options: those of Prefect's flow."""
+    return partial(Flow, name=name, **options)

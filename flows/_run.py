@@ -1,37 +1,41 @@
 """Stages on Prefect: one flow per stage, and the pipeline with each of its stages as a sub-flow.
 
-stage_flow(stage) ──► a flow with a form ──► what it needs first, as sub-flows ──► the stage itself
+stage_flow(stage) ──► a flow with a form ──► the stages that it needs, as sub-flows ──► the stage itself
 flows/loop.py ──► PrefectRun ──► scheduler ──► each stage as a sub-flow, some side by side
 """
 
 import contextvars
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flows._environment  # noqa: F401
 
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Completed, State
 
 from flows import _server, _ui
-from flows._common import Overrides, Preset, described, open_config
-from flows._device import device
+from flows._common import Overrides, Preset, described, open_config, open_input
+from flows._device import hold_device
 from flows._flow import Flow
 from flows._runner import mapper
 from thinkimg import console
 from thinkimg.config.tree import Config
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Handle, Scheduler
-from thinkimg.stages.stage import Stage, build, complete, shown
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.stages.stage import Stage, build_artifact, complete_inputs, list_inputs
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.loop import log_stage
 
 FORCE = described(bool, "Make a new attempt even if there is one.")
 
 
 class PrefectRun(Scheduler):
-    """Runs a pipeline within a flow, each stage as a sub-flow."""
+    """Scheduler of a pipeline within a flow, which runs each stage as a sub-flow."""
 
     def __init__(
         self,
@@ -39,9 +43,9 @@ class PrefectRun(Scheduler):
         store: Store,
         resources: Resources,
         link: str | None = None,
-        on_report: Callable[[int, dict[str, Artifact]], None] = lambda iteration, made: None,
+        on_report: Callable[[int, dict[str, Artifact]], None] = lambda iteration, artifacts: None,
     ):
-        """link: the MLflow run that logs the stages; None: each has one of its own."""
+        """link: page of the MLflow run that logs the stages; None: each stage has a run of its own."""
         super().__init__(
             config, self.execute, exclusive=resources.exclusive, on_report=on_report, on_stop=resources.close
         )
@@ -49,15 +53,15 @@ class PrefectRun(Scheduler):
         self._contexts: dict[Handle, contextvars.Context] = {}
 
     def wait(self) -> None:
-        # A sub-flow lives and dies with its flow: its own heartbeat would cost a second each time.
+        # A sub-flow ends with its flow: a heartbeat of its own would cost a second each time.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            # Each thread has the flow that we are in for its parent.
+            # The flow that we are in is the parent of each thread's sub-flow.
             self._contexts = {handle: contextvars.copy_context() for handle in self.handles}
             super().wait()
 
     def execute(self, handle: Handle) -> Artifact:
-        """Run a stage as a sub-flow, in a thread of the scheduler's."""
-        given = complete(handle.stage, self.config, handle.inputs(), self.store)
+        """Run a stage as a sub-flow, in a thread of the scheduler, and return its artifact."""
+        given = complete_inputs(handle.stage, self.config, handle.inputs(), self.store)
         names = {role: str(artifact.reference) for role, artifact in given.items()}
         artifacts: list[Artifact] = []
 
@@ -71,30 +75,39 @@ class PrefectRun(Scheduler):
         return artifacts[-1]
 
     def build(self, handle: Handle, inputs: Mapping[str, Artifact], force: bool = False) -> tuple[Artifact, State]:
-        """Find or make the artifact in the flow run that we are in; the state shows whether anything was done.
+        """Find or make the artifact in the current flow run; its state reads Cached or Completed.
 
-        Its data is the reference, never the data itself.
+        The state carries the reference, never the data.
         """
-        with _ui.progress(self.label(handle)) as tell, mapper(self.config.where) as run:
+        check = partial(self.check, handle)
+        with _ui.report_progress(self.label(handle)) as show, mapper(self.config.where) as run:
 
             def progress(done: int, total: int) -> None:
-                self.check(handle)
-                tell(done, total)
+                check()
+                show(done, total)
 
-            self.check(handle)
-            artifact, cached = build(
-                handle.stage, handle.settings, inputs, self.store, self.resources,
-                force=force, progress=progress, check=lambda: self.check(handle), map=run,
-            )  # fmt: skip
+            check()
+            stage, settings = handle.stage, handle.settings
+            artifact, cached = build_artifact(
+                stage,
+                settings,
+                inputs,
+                self.store,
+                self.resources,
+                force=force,
+                progress=progress,
+                check=check,
+                map=run,
+            )
         link = self.link
-        if link is None and not (cached and _server.is_embedded()):  # else nobody can look
+        if link is None and not (cached and _server.is_embedded()):  # else there is no page to link it from
             link = log_stage(artifact, self.store, self.config.where.tracking)
         _ui.show_artifact(artifact, cached, link)
         return artifact, Completed(name="Cached" if cached else "Completed", data=str(artifact.reference))
 
 
 def stage_flow(stage: Stage) -> Flow:
-    """The flow of a stage that runs alone; what it needs and is not named comes from the lineage, or is run first."""
+    """Return the flow of a stage that runs alone; inputs that are not named come from the lineage or are made first."""
 
     def run(*given: Any, **named: Any) -> State:
         fields = form_of(stage).bind(*given, **named)
@@ -105,33 +118,48 @@ def stage_flow(stage: Stage) -> Flow:
     run.__doc__ = stage.help
     run.__signature__ = form_of(stage)
     run.__annotations__ = {name: field.annotation for name, field in run.__signature__.parameters.items()}
-    return Flow(run, name=stage.label)
+    return Flow(run, name=stage.label, flow_run_name=lambda: name_stage_run(stage, flow_run.parameters))
 
 
 def run_alone(stage: Stage, form: Mapping[str, Any]) -> State:
-    """Run a stage, and before it what it needs and is not named, in the flow that we are in."""
+    """Run a stage in the current flow, after the stages that make the inputs that are not named."""
     offered = {name: form[name] for name in stage.offers}
     config, store = open_config(form["preset"], form["overrides"], **offered)
-    given = {role: store.resolve(form[role], stage.reads[role].kind.KIND) for role in shown(stage) if form.get(role)}
+    roles = [role for role in list_inputs(stage) if form.get(role)]
+    given = {role: open_input(store, form[role], stage.reads[role].kind.KIND) for role in roles}
     parameters = {name: form[name] for name in stage.parameters}
-    with Resources(config.where, console.say, device) as resources:
+    with Resources(config.where, console.say, hold_device) as resources:
         scheduler = PrefectRun(config, store, resources)
         handle = scheduler.require(stage, **given, **parameters)
         scheduler.handles.remove(handle)
         scheduler.wait()
-        inputs = complete(stage, config, handle.inputs(), store)
+        inputs = complete_inputs(stage, config, handle.inputs(), store)
         return scheduler.build(handle, inputs, force=form["force"])[1]
 
 
+def name_stage_run(stage: Stage, form: Mapping[str, Any]) -> str:
+    """Return the name of a run: stage, iteration, and the inputs that are named; the preset where none is."""
+    iteration = [str(form["iteration"])] if "iteration" in form else []
+    inputs = [shorten(form[role]) for role in list_inputs(stage) if form.get(role)]
+    return " ".join([stage.label, *iteration, *(inputs or [Path(form.get("preset", "")).stem])]).rstrip()
+
+
+def shorten(reference: str) -> str:
+    """Return the beginning of the fingerprint in an artifact's reference or path."""
+    parts = reference.rstrip("/").split("/")
+    attempt = len(parts) > 1 and len(parts[-1]) == 4 and parts[-1].isdigit()
+    return parts[-2 if attempt else -1][:12]
+
+
 def form_of(stage: Stage) -> inspect.Signature:
-    """The fields of a stage's form, which its command has as well."""
+    """Return the fields of a stage's form; its command has them as well."""
     fields: list[inspect.Parameter] = []
 
     def add(name: str, kind: Any, default: Any) -> None:
-        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        fields.append(inspect.Parameter(name, place, default=default, annotation=kind))
+        position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        fields.append(inspect.Parameter(name, position, default=default, annotation=kind))
 
-    for role in shown(stage):
+    for role in list_inputs(stage):
         if stage.reads[role].origin is None:
             text = "An artifact: the beginning of its fingerprint, or kind/fingerprint."
             add(role, described(str, text, min_length=4, max_length=300), inspect.Parameter.empty)

@@ -1,4 +1,4 @@
-"""Scoring on a Prefect task runner: threads of this process, or Dask on this machine or many (`where.runner`)."""
+"""Task runners of scoring (`where.runner`): threads of this process, or Dask on this machine or a cluster."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,40 +13,41 @@ from thinkimg.config.tree import WhereConfig
 from thinkimg.errors import UserError
 
 
-# The store is the cache, and jobs name artifacts: nothing that a task takes or gives is written anywhere by Prefect.
+# The store is the cache, and jobs name artifacts: Prefect writes neither inputs nor results of a task.
 @task(name="part", cache_policy=NO_CACHE, persist_result=False, task_run_name="{job.part}")
-def part(work: Callable, job):
-    """All components on one part."""
+def run_part(work: Callable, job):
+    """Score all components of one part."""
     return work(job)
 
 
 @contextmanager
 def mapper(where: WhereConfig) -> Iterator[Callable]:
-    """Yield a `stages.stage.Mapper`; its runner is started by the first call, so that a cached stage starts none.
+    """Yield a `stages.stage.Mapper`; its first call starts the runner, so that a cached stage starts none.
 
-    On threads of this process one part is scored after the other, its components side by side: one part is in memory.
+    With threads one part is in memory: parts are scored one after the other, the components of each side by side.
     """
     with ExitStack() as stack:
         runners: list[TaskRunner] = []
 
         def run(work: Callable, jobs: list) -> Iterator:
             if where.runner == "threads":
-                return (part(work, job) for job in jobs)
+                return (run_part(work, job) for job in jobs)
             if not runners:
-                runners.append(stack.enter_context(runner(where)))
-            futures = [runners[0].submit(part, {"work": work, "job": job}) for job in jobs]
+                runners.append(stack.enter_context(open_runner(where)))
+            futures = [runners[0].submit(run_part, {"work": work, "job": job}) for job in jobs]
             return (future.result() for future in futures)
 
         yield run
 
 
-def runner(where: WhereConfig) -> TaskRunner:
+def open_runner(where: WhereConfig) -> TaskRunner:
+    """Return a Dask runner. Raises UserError without the package."""
     try:
         from prefect_dask import DaskTaskRunner
     except ModuleNotFoundError as error:
         raise UserError(
-            f"where.runner={where.runner} needs {error.name}, which is not installed",
-            hint="pip install 'thinkimg[dask]'",
+            f"where.runner={where.runner} needs {error.name}, which is not installed.",
+            hint="Run pip install 'thinkimg[dask]'.",
         ) from error
     if where.runner != "dask":
         return DaskTaskRunner(address=where.runner)

@@ -1,6 +1,6 @@
 """Display of a flow run in Prefect's UI: headline metrics as a table, a link to its MLflow run, progress.
 
-None of it may stop a run: what the server does not take is a warning. An embedded server has no interface, so nothing is sent.
+None of it may stop a run: a failure is a warning. An embedded server has no UI, and is sent nothing.
 """
 
 import contextvars
@@ -20,16 +20,17 @@ from prefect.artifacts import (
 
 from flows import _server
 from thinkimg import console
-from thinkimg.store.artifacts import Artifact
+from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.records import LoopRecord, headline
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 2.0  # between two updates of a progress bar
+UPDATE_S = 2.0  # between two updates of a progress bar
 
 
 @contextmanager
 def forgiving(what: str) -> Iterator[None]:
+    """Turn every failure inside into a warning."""
     try:
         yield
     except Exception as error:  # the run is worth more than its picture, whatever a server or a network raises
@@ -37,19 +38,19 @@ def forgiving(what: str) -> Iterator[None]:
 
 
 def show_artifact(artifact: Artifact, cached: bool, link: str | None) -> None:
-    """The table of an artifact's headline metrics, and the link."""
+    """Show an artifact's headline metrics as a table, and the link to MLflow."""
     if _server.is_embedded():
         return
-    stage = artifact.manifest["recipe"]["stage"]
+    key = f"thinkimg-{artifact.manifest['recipe']['stage'].replace('_', '-')}"  # Prefect allows no underscore
     rows = [{"metric": name, "value": _rounded(value)} for name, value in sorted(headline(artifact).items())]
-    state = "found in the store" if cached else "made by this run"
+    state = "cached: it was in the store already" if cached else "made by this run"
     with forgiving("a table"):
-        create_table_artifact(rows, key=f"thinkimg-{stage}", description=f"`{artifact.reference}`, {state}.")
+        create_table_artifact(rows, key=key, description=f"`{artifact.reference}`, {state}.")
     show_link(link)
 
 
 def show_loop(record: LoopRecord) -> None:
-    """One row per iteration, as the loop's last table has it."""
+    """Show the loop's headline metrics as a table, one row per iteration."""
     if _server.is_embedded():
         return
     names = sorted({name for step in record.iterations for name in step.metrics if is_headline(name)})
@@ -62,12 +63,14 @@ def show_loop(record: LoopRecord) -> None:
 
 
 def show_link(link: str | None) -> None:
+    """Show the link to the MLflow run."""
     if link and not _server.is_embedded():
         with forgiving("a link"):
             create_link_artifact(link, "MLflow run", key="thinkimg-mlflow", description=f"[MLflow run]({link})")
 
 
 def is_headline(name: str) -> bool:
+    """Tell whether a metric of the loop is a column of its table."""
     return name.count("/") == 1 and name.startswith(("reward/", "eval/accuracy", "eval/avg_at_k", "tool/rate", "time/"))
 
 
@@ -76,28 +79,28 @@ def _rounded(value: float | None) -> float | None:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield progress(done, total) for people at a terminal and in the UI."""
-    with console.progress(label) as tell, bar(label) as draw:
+def report_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield progress(done, total), shown at the terminal and in the UI."""
+    with console.show_progress(label) as at_terminal, show_bar(label) as in_ui:
 
         def show(done: int, total: int) -> None:
-            tell(done, total)
-            draw(done, total)
+            at_terminal(done, total)
+            in_ui(done, total)
 
         yield show
 
 
 @contextmanager
-def bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield progress(done, total) for the UI alone.
+def show_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield progress(done, total), shown in the UI alone.
 
-    A thread tells the server, every EVERY_S at most: a stage reports from within an event loop, which must not wait.
+    A thread sends it every UPDATE_S at most: a stage reports from within an event loop, which must not wait.
     """
-    drawn = _Bar(label)
+    bar = _Bar(label)
     try:
-        yield drawn
+        yield bar
     finally:
-        drawn.close()
+        bar.close()
 
 
 class _Bar:
@@ -111,7 +114,7 @@ class _Bar:
     def __call__(self, done: int, total: int) -> None:
         self._latest = (done, total)
         if self._thread is None and not _server.is_embedded():
-            self._thread = threading.Thread(target=self._context.run, args=[self._tell], name="progress", daemon=True)
+            self._thread = threading.Thread(target=self._context.run, args=[self._send], name="progress", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
@@ -119,14 +122,14 @@ class _Bar:
         if self._thread is not None:
             self._thread.join(timeout=10)
 
-    def _tell(self) -> None:
-        artifact, told = None, None
+    def _send(self) -> None:
+        artifact, sent = None, None
         with forgiving("progress"):
             while True:
-                last = self._closed.wait(0 if artifact is None else EVERY_S)
+                last = self._closed.wait(0 if artifact is None else UPDATE_S)
                 latest = self._latest
-                if latest != told:
-                    done, total = told = latest
+                if latest != sent:
+                    done, total = sent = latest
                     share, text = 100.0 * done / max(1, total), f"{self.label}: {done} of {total}"
                     if artifact is None:
                         artifact = create_progress_artifact(share, key="thinkimg-progress", description=text)

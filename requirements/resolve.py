@@ -1,7 +1,8 @@
 """Makes and checks the pinned closures: `python requirements/resolve.py cpu|gpu|test [--check]`, with pip 26 or newer.
 
-A closure is what pip resolves for this project's own requirements, one `name==version` a line. `--check` resolves the file
-itself: pip refuses pins that contradict each other's metadata, and whatever it would add is missing. Nothing is installed.
+A closure is what pip resolves for this project's own requirements, one `name==version` a line. `--check` resolves the
+file itself: pip refuses pins that contradict each other's metadata, and whatever it would add is missing. Nothing is
+installed.
 """
 
 import datetime
@@ -21,9 +22,12 @@ LEFT_OUT = {
     "test": {"torchaudio", "torchcodec"},
 }
 HEADERS = {
-    "cpu": "Everything that thinkimg needs on a machine without a GPU (Linux, x86-64, Python 3.11), as one resolve gave it.\n"
-    "# Without torchaudio and torchcodec: they exist as CUDA builds only and stop `import transformers` beside a CPU torch.",
-    "gpu": "Everything that thinkimg needs on a machine with NVIDIA GPUs (Linux, x86-64, Python 3.11), as one resolve gave it.\n"
+    "cpu": "Everything that thinkimg needs on a machine without a GPU (Linux, x86-64, Python 3.11), as one "
+    "resolve gave it.\n"
+    "# Without torchaudio and torchcodec: they exist as CUDA builds only and stop `import transformers` beside a "
+    "CPU torch.",
+    "gpu": "Everything that thinkimg needs on a machine with NVIDIA GPUs (Linux, x86-64, Python 3.11), as one "
+    "resolve gave it.\n"
     "# Resolved, but not run: no GPU machine on which it could be installed was to be had.",
     "test": "What the tests need beside cpu.txt or gpu.txt.",
 }
@@ -59,7 +63,10 @@ def check(name: str, pinned: dict[str, str]) -> int:
 
 
 def resolve(requirements: list[str]) -> dict[str, str]:
-    """Name -> version of all that pip would install into an empty environment; exits with pip's words where it can't."""
+    """Name -> version of all that pip would install into an empty environment.
+
+    Exits with pip's words where it can't.
+    """
     with tempfile.TemporaryDirectory() as folder:
         wanted, report = Path(folder, "wanted.txt"), Path(folder, "report.json")
         wanted.write_text("\n".join(requirements))

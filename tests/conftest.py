@@ -36,7 +36,10 @@ def tiny_models(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy and rollouts for tests of the trainer (grpo_world.py), on one thread: results are bit-equal at a fixed number."""
+    """A policy and rollouts for tests of the trainer (grpo_world.py), on one thread.
+
+    Results are bit-equal at a fixed number.
+    """
     import torch
     from grpo_world import World
 
@@ -63,7 +66,7 @@ def stages(tmp_path_factory):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """fakes(*scripts): engine servers that answer with these statuses (fake_engine.py), all that were started so far."""
+    """fakes(*scripts): all engine servers started so far, which answer with these statuses (fake_engine.py)."""
     from fake_engine import FakeServer
 
     monkeypatch.setattr("thinkimg.engine.client.BACKOFF_S", 0.01)
@@ -93,9 +96,11 @@ KEEPER = """
 import sys, time
 from pathlib import Path
 from thinkimg.engine.server import Server, ServerSettings
+from thinkimg.engine.settings import EngineConfig, EngineSettings
 model, log, media = map(Path, sys.argv[1:])
-settings = ServerSettings(max_model_len=2048, cpu_kvcache_gib=1)
-server = Server(model, log_path=log, version="v0", settings=settings, media_dir=media)
+limits = EngineSettings(dtype="float32", max_tokens=2048, max_images=16, max_pixels=10**6)
+settings = ServerSettings(limits, EngineConfig(cpu_kvcache_gib=1, max_num_seqs=64), media_dir=media)
+server = Server(model, log_path=log, version="v0", settings=settings)
 server.start()
 print(server.url, flush=True)
 time.sleep(1e6)
@@ -104,10 +109,11 @@ time.sleep(1e6)
 
 @pytest.fixture(scope="session")
 def engine(tiny_models, media_dir, tmp_path_factory):
-    """A running vLLM server (`.url`, below `.pid`) with the first tiny model, version "v0"; who loads other weights loads these again.
+    """A running vLLM server (`.url`, below `.pid`) with the first tiny model, version "v0"; who loads other weights
+    loads these again.
 
-    At the end its parent gets SIGKILL, and everything that descends from that has to be gone within seconds: without the
-    watchdog VLLM::EngineCore is what stays alive.
+    At the end its parent gets SIGKILL, and everything that descends from that has to be gone within seconds: without
+    the watchdog VLLM::EngineCore is what stays alive.
     """
     from paths import REPOSITORY
     from processes import title

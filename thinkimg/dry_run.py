@@ -1,29 +1,30 @@
-"""What a run would do, without doing it: which boxes are Cached, which are missing, and which wait for those."""
+"""Dry run: the stages of a plan, with what the store has of them, what is missing, and what must wait."""
 
 from collections.abc import Iterator
 
 from thinkimg.errors import UserError
 from thinkimg.scheduler import Handle, Plan
-from thinkimg.stages.stage import complete
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.stages.stage import complete_inputs
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact
 
 
-def look(plan: Plan, store: Store) -> Iterator[str]:
-    """Yield one line per box, in order; a fingerprint depends on the content of all inputs, so that it may not be known."""
-    there: dict[Handle, Artifact] = {}
+def preview(plan: Plan, store: Store) -> Iterator[str]:
+    """Yield one line per stage, in order. The fingerprint of a stage is unknown until all its inputs are complete."""
+    artifacts: dict[Handle, Artifact] = {}
     for handle in plan.handles:
-        label = f"{plan.label(handle):<14}"
-        missing = [one for one in handle.given.values() if isinstance(one, Handle) and one not in there]
+        label, kind = f"{plan.label(handle):<14}", handle.stage.makes.KIND
+        missing = [item for item in handle.given.values() if isinstance(item, Handle) and item not in artifacts]
         if missing:
-            yield f"{label} waits for {', '.join(dict.fromkeys(plan.label(one) for one in missing))}"
+            yield f"{label} waits for {', '.join(dict.fromkeys(map(plan.label, missing)))}"
             continue
-        given = {role: there[one] if isinstance(one, Handle) else one for role, one in handle.given.items()}
+        given = {role: artifacts[item] if isinstance(item, Handle) else item for role, item in handle.given.items()}
         try:
-            recipe = handle.stage.recipe(handle.settings, complete(handle.stage, plan.config, given, store))
+            inputs = complete_inputs(handle.stage, plan.config, given, store)
+            fingerprint = handle.stage.recipe(handle.settings, inputs).fingerprint
         except UserError as error:
             yield f"{label} can't run: {error}"
             continue
-        found = store.find(handle.stage.makes.KIND, recipe.fingerprint)
-        if found is not None:
-            there[handle] = found
-        yield f"{label} {'Cached ' if found else 'missing'} {handle.stage.makes.KIND}/{recipe.fingerprint[:12]}"
+        if artifact := store.find(kind, fingerprint):
+            artifacts[handle] = artifact
+        yield f"{label} {'Cached ' if artifact else 'missing'} {kind}/{fingerprint[:12]}"

@@ -1,10 +1,10 @@
-"""The one error class for mistakes that a user can correct."""
+"""Error class for mistakes that a user can correct."""
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one clear sentence.
+    """A user's mistake, explained in one sentence.
 
-    message: what is wrong; hint: how to correct it, or "". `str()` joins the two.
+    message: names the mistake. hint: a way to correct it, or "". `str()` joins the two.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:

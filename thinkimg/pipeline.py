@@ -1,4 +1,4 @@
-"""The pipeline, once: `flows/loop.py` runs it on Prefect, `--dry-run` looks what the store has of it, tests build it.
+"""Pipeline, stated once: flows/loop.py runs it on Prefect, a dry run looks for its artifacts, tests build it.
 
 prepare ──► dataset ─┬─► rollout ──► rollouts ──► score ──► scores ──► train ──► policy ─┐
                      │      ▲                    (one column per      (mix, advantages,  │
@@ -6,10 +6,8 @@ prepare ──► dataset ─┬─► rollout ──► rollouts ──► scor
                      └─► evaluate ──► evaluation
 """
 
-from typing import TypeVar
-
 from thinkimg.config.tree import Config
-from thinkimg.scheduler import Run
+from thinkimg.scheduler import H, Run
 from thinkimg.stages.demonstrate import demonstrate
 from thinkimg.stages.evaluate import evaluate
 from thinkimg.stages.known_pairs import known_pairs
@@ -20,11 +18,9 @@ from thinkimg.stages.train import train
 from thinkimg.stages.train_clip import train_clip
 from thinkimg.stages.warmstart import warmstart
 
-H = TypeVar("H")
-
 
 def pipeline(run: Run[H], config: Config) -> H:
-    """Have `run` go through all boxes; returns what it gives for the last policy."""
+    """Call `run` with every stage, and return its handle of the last policy."""
     data = run(prepare)
     pairs = run(known_pairs, dataset=run(puzzles) or data)
     demonstrations = run(demonstrate, dataset=data, pairs=pairs)

@@ -15,36 +15,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from thinkimg.watchdog import Identity, Table, descendants, process_table, signal_each
+from thinkimg.watchdog import ProcessId, Table, descendants, process_table, signal_each, write_record
 
 WATCHDOG = Path(__file__).with_name("watchdog.py")
-WATCHDOG_TIMEOUT_S = 15.0  # it needs five to end everything
+WATCHDOG_TIMEOUT_S = 15.0  # it needs five seconds to end everything
 KILL_TIMEOUT_S = 5.0  # a process may be waiting for a disk
 PID_MAX = 2**22  # Linux's, on any machine
 
 
 class Child:
-    """A running command with its watchdog; leaving the context ends it and everything that descends from it."""
+    """A running command with its watchdog; leaving the context ends it and all its descendants."""
 
     def __init__(self, name: str, process: subprocess.Popen, pipe: int, log_path: Path | None, log_start: int):
         self.name = name
         self.log_path = log_path
-        self._process = process  # the watchdog: it ends when nothing of the command is left, with the command's status
+        self._process = process  # the watchdog: it ends after the last descendant, with the command's status
         self._pipe: int | None = pipe
         self._log_start = log_start
 
     @property
-    def process(self) -> subprocess.Popen:
-        """The watchdog, for code that wants a Popen: its signals and its exit status stand for the command's."""
-        return self._process
-
-    @property
     def pid(self) -> int:
-        """The watchdog's process id, which is also the session id of the command."""
+        """Process id of the watchdog, which is also the session id of the command."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
+        """True while the command or one of its descendants runs."""
         return self._process.poll() is None
 
     @property
@@ -57,10 +53,10 @@ class Child:
         return self._process.wait(timeout)
 
     def terminate(self, timeout: float = 10.0) -> int:
-        """SIGTERM to the command, SIGKILL to all that is left after `timeout` seconds; the exit status."""
+        """Send SIGTERM to the command, and after `timeout` seconds SIGKILL to the rest; return the exit status."""
         if self._pipe is not None:
             if self.alive:
-                with suppress(BrokenPipeError):  # it ended between the two lines
+                with suppress(BrokenPipeError):  # it ended after the line above
                     os.write(self._pipe, f"{timeout}\n".encode())
                 self._process.wait()
             os.close(self._pipe)
@@ -68,7 +64,7 @@ class Child:
         return self._process.wait()
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines that this command wrote to its log; empty without a log."""
+        """Return the last lines that this command wrote to its log; "" without a log."""
         if self.log_path is None:
             return ""
         with open(self.log_path, "rb") as file:
@@ -86,22 +82,22 @@ class Child:
 def spawn(
     argv: Sequence[str], *, name: str, env: Mapping[str, str] | None = None, log_path: Path | None = None
 ) -> Child:
-    """Start a command in a session of its own, under a watchdog that ends it and all its descendants when we end.
+    """Start a command in a session of its own, under a watchdog that ends it and all its descendants with this process.
 
-    It has a directory of its own for temporary files, which goes with it.
-    env: the whole environment, or None for ours. log_path: where its stdout and stderr are appended, None for our own.
-    First ends what processes of an earlier run have left behind.
+    It has a directory of its own for temporary files, which is removed with it. Processes that earlier runs left behind
+    are ended first.
+    env: its environment, None for ours. log_path: file to append its stdout and stderr to, None for ours.
     """
     clear_leftovers()
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
     record = run_directory() / f"{name}-{os.getpid()}-{time.monotonic_ns()}"
-    # Not inheritable: no other child of ours keeps the write end open. (Forked ones do; the watchdog looks at its
-    # parent too.)
+    # Not inheritable: no other child of ours keeps the write end open. Forked ones do; so the watchdog also checks its
+    # parent.
     read_end, write_end = os.pipe()
     try:
-        # From here to its end there is a record; once the watchdog runs, it alone writes and removes it.
-        write_record(Path(f"{record}.json"), {"name": name, "parent": identity(os.getpid()), "watchdog": None})
+        # From here to its end there is a record. The watchdog alone writes and removes it, once it runs.
+        write_record(str(record), {"name": name, "parent": identify(os.getpid()), "watchdog": None})
         with nullcontext() if log_path is None else open(log_path, "ab") as output:
             log_start = 0 if output is None else output.tell()
             process = subprocess.Popen(
@@ -123,7 +119,10 @@ def spawn(
 
 
 def run_directory() -> Path:
-    """Where the sessions of running children are recorded: per machine and user, gone after a reboot at the latest."""
+    """Return the directory of the records of running children: one per machine and user, removed by a reboot.
+
+    Raises PermissionError if it belongs to another user.
+    """
     directory = Path(tempfile.gettempdir()) / f"thinkimg-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     if directory.lstat().st_uid != os.getuid():
@@ -133,19 +132,19 @@ def run_directory() -> Path:
 
 @dataclass(frozen=True)
 class Record:
-    """A child as a file of the run directory names it, for whoever has to end what it has left behind."""
+    """Record of a child in the run directory, by which another process can end the child's leftovers."""
 
     name: str
     parent: dict
-    """Its parent's `identity`."""
+    """Result of `identify` for its parent."""
     watchdog: dict | None
-    """Its watchdog's `identity`; None before it runs, or if the record is strange there."""
-    members: frozenset[Identity] | None
-    """The descendants that the watchdog saw in its last look; None if the record is strange there."""
+    """Result of `identify` for its watchdog; None before it runs, or if the record is not understood."""
+    members: frozenset[ProcessId] | None
+    """Descendants at the watchdog's last look; None if the record is not understood."""
 
 
 def parse_record(text: str) -> Record | None:
-    """Return what a record says; None if it does not say who its parent is, as that of a later version may not.
+    """Return the record of a text; None if it does not identify the parent, as a later version's may not.
 
     Raises ValueError if the text is damaged.
     """
@@ -162,12 +161,12 @@ def parse_record(text: str) -> Record | None:
         name=name if isinstance(name, str) else "unknown",
         parent=parent,
         watchdog=watchdog if is_identity(watchdog) and watchdog["boot"] == parent["boot"] else None,
-        members=parse_members(content.get("members", [])),  # there were none in the first versions
+        members=parse_members(content.get("members", [])),  # the first versions wrote none
     )
 
 
-def parse_members(value: object) -> frozenset[Identity] | None:
-    """Return pairs of integers as tuples; None if the value is something else than a list of such pairs."""
+def parse_members(value: object) -> frozenset[ProcessId] | None:
+    """Return pairs of integers as tuples; None if the value is no list of such pairs."""
     if not isinstance(value, list):
         return None
     if not all(isinstance(pair, list) and list(map(type, pair)) == [int, int] for pair in value):
@@ -176,25 +175,24 @@ def parse_members(value: object) -> frozenset[Identity] | None:
 
 
 def is_identity(value: object) -> bool:
-    """Tell whether a value holds what `identity` returns, perhaps with more."""
+    """Return True for a result of `identify`, also with further keys."""
     if not isinstance(value, dict) or [type(value.get(key)) for key in ("pid", "started", "boot")] != [int, int, str]:
         return False
     return 0 < value["pid"] <= PID_MAX
 
 
 def is_alive(process: dict) -> bool:
-    """Tell whether the process with an `identity` is alive."""
-    now = identity(process["pid"])
-    return now is not None and now == {key: process[key] for key in now}
+    """Return True if the process that `identify` described is alive."""
+    current = identify(process["pid"])
+    return current is not None and current == {key: process[key] for key in current}
 
 
 def leftovers(record: Record, table: Table, boot: str, own: int) -> set[int]:
-    """Return the ids of the processes in a table that are provably those of a record, its watchdog included.
+    """Return the ids of the processes in a table that provably belong to a record, its watchdog included.
 
-    A recorded process is the one with the recorded start time. It vouches for its children, and for all in its session:
-    below the watchdog no process is in a session that began elsewhere, and Linux gives a number to no new process while
-    it is some session's id. Neither `own`, the calling process, nor what descends from it is returned, nor an
-    unrecorded member of its session.
+    A process with a recorded id and start time belongs to it; so do its children, and all processes of its session.
+    Below the watchdog no process is in a session that began elsewhere. Linux gives a session's id to no new process.
+    Never returned: `own`, the calling process, its descendants, and unrecorded members of its session.
     """
     if record.parent["boot"] != boot or record.watchdog is None or record.members is None:
         return set()
@@ -202,12 +200,12 @@ def leftovers(record: Record, table: Table, boot: str, own: int) -> set[int]:
     recorded = record.members | {(leader, leader_started)}
     spared = {1, own, *descendants(own, table)}
     family = {pid for pid, started in recorded if pid in table and table[pid].started == started} - spared
-    strange = {0}  # sessions for which nobody vouches; 0 is unknown
+    strange = {0}  # sessions that prove nothing; 0 is unknown
     if own in table:
         strange.add(table[own].session)
         spared |= {pid for pid, process in table.items() if process.session == table[own].session}
     if leader in table and table[leader].started != leader_started:
-        strange.add(leader)  # the number is another's by now: of the watchdog's session nobody is left
+        strange.add(leader)  # another process has the id now: the watchdog's session has ended
     while True:
         sessions = {table[pid].session for pid in family} - strange
         kin = {pid for pid, process in table.items() if process.parent in family or process.session in sessions}
@@ -217,9 +215,9 @@ def leftovers(record: Record, table: Table, boot: str, own: int) -> set[int]:
 
 
 def clear_leftovers() -> list[str]:
-    """End the children whose parent is gone; returns their names. Where the watchdog lives this only waits for it.
+    """End the children whose parent has ended and return their names. A watchdog that lives is only waited for.
 
-    No process gets a signal that is not provably such a child's (see `leftovers`). A damaged record is removed.
+    Only processes that provably belong to such a child get a signal (see `leftovers`). A damaged record is removed.
     """
     cleared = set()
     for path in sorted(run_directory().glob("*.json")):
@@ -233,20 +231,20 @@ def clear_leftovers() -> list[str]:
                 while record.watchdog is not None and is_alive(record.watchdog) and time.monotonic() < deadline:
                     time.sleep(0.05)
                 end_leftovers(parse_record(path.read_text()) or record)  # the watchdog may have written meanwhile
-        except (FileNotFoundError, IsADirectoryError, PermissionError):  # its watchdog was quicker; or it is no record
+        except (FileNotFoundError, IsADirectoryError, PermissionError):  # its watchdog removed it; or it is no record
             continue
         except ValueError:
             pass
         remove_record(path)
     for part in run_directory().glob("*-*-*.part"):  # of a parent that was killed while it wrote the first record
         pid = part.stem.split("-")[-2]
-        if pid.isdecimal() and identity(int(pid)) is None:
+        if pid.isdecimal() and identify(int(pid)) is None:
             part.unlink(missing_ok=True)
     return sorted(cleared)
 
 
 def end_leftovers(record: Record) -> None:
-    """SIGKILL to all that is provably a record's. What is stuck in the kernel after KILL_TIMEOUT_S ends when it can."""
+    """Send SIGKILL to the processes that provably belong to a record, for KILL_TIMEOUT_S at most."""
     if record.members is None:
         return
 
@@ -254,8 +252,8 @@ def end_leftovers(record: Record) -> None:
         return leftovers(replace(record, members=record.members | stopped), table, boot, own)
 
     boot, own, deadline = boot_id(), os.getpid(), time.monotonic() + KILL_TIMEOUT_S
-    # Stopped first, or one might fork behind our back and leave a child for which nobody vouches any more.
-    stopped: set[Identity] = set()
+    # Stopped first: else one might fork after the look, and its child could not be told from others.
+    stopped: set[ProcessId] = set()
     while (fresh := signal_each(choose, signal.SIGSTOP) - stopped) and time.monotonic() < deadline:
         stopped |= fresh
     while choose(process_table()) and time.monotonic() < deadline:
@@ -264,7 +262,7 @@ def end_leftovers(record: Record) -> None:
 
 
 def remove_record(path: Path) -> None:
-    """Remove a record's file, last of all that belongs to it."""
+    """Remove a record's temporary files, and last the record."""
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     path.with_suffix(".part").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
@@ -272,38 +270,35 @@ def remove_record(path: Path) -> None:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary directory of this process, gone afterwards; what killed processes have left of theirs goes first."""
+    """Yield a temporary directory and remove it afterwards; first remove those of killed processes."""
     clear_leftovers()  # whose children may still write there
     for path in run_directory().glob("scratch-*"):
         boot, pid, started, _ = path.name.removeprefix("scratch-").split("-", 3)
-        owner = identity(int(pid))
+        owner = identify(int(pid))
         if owner is None or (owner["boot"][:8], str(owner["started"])) != (boot, started):
-            shutil.rmtree(path, ignore_errors=True)  # another process may be at it, too
-    mine = identity(os.getpid())
-    prefix = f"scratch-{mine['boot'][:8]}-{mine['pid']}-{mine['started']}-"
+            shutil.rmtree(path, ignore_errors=True)  # another process may be removing it, too
+    own = identify(os.getpid())
+    prefix = f"scratch-{own['boot'][:8]}-{own['pid']}-{own['started']}-"
     with tempfile.TemporaryDirectory(dir=run_directory(), prefix=prefix) as directory:
         yield Path(directory)
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Return a TCP port of this machine on which no process listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def write_record(path: Path, record: dict) -> None:
-    """Write beside and rename, so that nobody reads half a record."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record))
-    part.rename(path)
+def identify(pid: int) -> dict | None:
+    """Return {pid, started, boot}, which no later process has as well; None if there is no such process.
 
-
-def identity(pid: int) -> dict | None:
-    """What tells a process from a later one with the same id; None if there is no such process."""
+    started: in clock ticks since the boot, so that changes of the system's clock do not matter.
+    """
     process = process_table([pid]).get(pid)
     return process and {"pid": pid, "started": process.started, "boot": boot_id()}
 
 
 def boot_id() -> str:
+    """Return the id that Linux draws at each boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

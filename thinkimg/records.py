@@ -2,20 +2,22 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+from pydantic import TypeAdapter
 
 SCHEMA_VERSION = 2  # raised with any change of a table; part of every fingerprint
 PUZZLES = "puzzles"  # the source of the built-in puzzles, whose samples have no columns of a user's
 PATCH_1 = 14  # pixels of a patch side in version 1, which knew one family of models
+R = TypeVar("R", "Sample", "Trajectory")
 
 
 class AnswerType(StrEnum):
-    """How an answer is compared with the right one."""
+    """Comparison of an answer with the right one."""
 
     CHOICE = "choice"  # equal after normalisation, or the letter of the choice
     NUMBER = "number"  # within a relative tolerance
@@ -25,7 +27,7 @@ class AnswerType(StrEnum):
 
 
 class Role(StrEnum):
-    """Where a token comes from; stored as its index in this order."""
+    """Origin of a token; stored as its index in this order."""
 
     PROMPT = "prompt"
     SAMPLED = "sampled"
@@ -33,7 +35,7 @@ class Role(StrEnum):
 
 
 class StopReason(StrEnum):
-    """Why a trajectory ended."""
+    """Reason for the end of a trajectory."""
 
     ANSWER = "answer"  # the model gave an answer
     MAX_TURNS = "max_turns"  # the turns ran out before an answer: excluded from loss and group statistics
@@ -43,7 +45,7 @@ class StopReason(StrEnum):
 
 
 class TurnKind(StrEnum):
-    """What the model's turn was parsed as."""
+    """Kind of a turn of the model, as it was parsed."""
 
     TOOL = "tool"
     ANSWER = "answer"
@@ -51,7 +53,7 @@ class TurnKind(StrEnum):
 
 
 class CallStatus(StrEnum):
-    """What became of a tool call."""
+    """Outcome of a tool call."""
 
     OK = "ok"
     ERROR = "error"  # an error text went back to the model
@@ -72,14 +74,15 @@ class Sample:
     source: str
     split: str  # "train" or "held_out"
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What a puzzle is made of."""
+    """Facts about a puzzle: its family, photograph and solution."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """The user's own columns by the user's names, which mean nothing to us."""
+    """The user's own columns by the user's names; no code of thinkimg reads them."""
     targets: tuple[tuple[float, float, float, float], ...] = ()
-    """What has to be looked at: (x, y, width, height) in pixels of the (only) picture at full resolution."""
+    """Regions to look at: (x, y, width, height) in pixels of the (only) picture at full resolution."""
 
     @property
     def answer(self) -> str:
+        """The first of the right answers."""
         return self.answers[0]
 
 
@@ -104,8 +107,9 @@ class Turn:
 class Trajectory:
     """One rollout: all that the scores and the trainer need.
 
-    tokens are compact (one placeholder per image); roles has an index into Role for each of them; logprobs has one value
-    per sampled token, in order. images and grids (patches t, h, w as the model saw them) are in order of placeholders.
+    tokens are compact (one placeholder per image). roles has an index into Role for each of them.
+    logprobs has one value per sampled token, in order.
+    images and grids (patches t, h, w as the model saw them) are in order of placeholders.
     """
 
     trajectory_id: str
@@ -127,75 +131,52 @@ class Trajectory:
 
 
 def to_row(record: Sample | Turn | Trajectory) -> dict[str, Any]:
-    """A dict for pyarrow; a sample's metadata and columns become canonical JSON."""
+    """Return a dict for pyarrow; a sample's metadata and columns become canonical JSON."""
     row = asdict(record)
     if isinstance(record, Sample):
         row |= {name: json.dumps(row[name], sort_keys=True, ensure_ascii=False) for name in ("metadata", "columns")}
     return row
 
 
-def from_row(kind: type, row: dict[str, Any]) -> Any:
-    """The record of a row as pyarrow gives it back, of this version of the tables or an earlier one."""
-    values = {f.name: row[f.name] for f in fields(kind) if f.name in row}
+def from_row(kind: type[R], row: dict[str, Any]) -> R:
+    """Return the record of a row as pyarrow gives it back, of this version of the tables or an earlier one.
+
+    Raises ValueError where a value does not fit its field.
+    """
     if kind is Sample:
-        texts: dict[str, Any] = {}
-        texts |= {name: json.loads(values[name]) for name in ("metadata", "columns") if name in values}
+        row = row | {name: json.loads(row[name]) for name in ("metadata", "columns") if name in row}
         if "answers" not in row:
-            texts = _first_version(row["answer"], texts["metadata"], row["source"])
-        values |= texts
-        return Sample(
-            **values
-            | {
-                "answers": tuple(values["answers"]),
-                "answer_type": AnswerType(values["answer_type"]),
-                "choices": tuple(values["choices"]),
-                "images": tuple(values["images"]),
-                "targets": tuple(tuple(box) for box in values["targets"]),
-            }
-        )
-    if kind is Turn:
-        status = values["status"]
-        return Turn(**values | {"kind": TurnKind(values["kind"]), "status": status and CallStatus(status)})
-    assert kind is Trajectory
-    grids = tuple(tuple(grid) for grid in values["grids"])
-    sizes = values.get("sizes") or [(wide * PATCH_1, high * PATCH_1) for _, high, wide in grids]
-    return Trajectory(
-        **values
-        | {
-            "tokens": tuple(values["tokens"]),
-            "roles": tuple(values["roles"]),
-            "logprobs": tuple(values["logprobs"]),
-            "images": tuple(values["images"]),
-            "grids": grids,
-            "turns": tuple(from_row(Turn, turn) for turn in values["turns"]),
-            "stop": StopReason(values["stop"]),
-            "sizes": tuple(tuple(size) for size in sizes),
-        }
-    )
+            row |= _first_version(row["answer"], row["metadata"], row["source"])
+    elif not row.get("sizes"):
+        row = row | {"sizes": [(wide * PATCH_1, high * PATCH_1) for _, high, wide in row["grids"]]}
+    record: R = _adapters()[kind].validate_python(row)
+    return record
+
+
+@cache
+def _adapters() -> dict[type, TypeAdapter[Any]]:
+    return {kind: TypeAdapter(kind) for kind in (Sample, Trajectory)}
 
 
 def _first_version(answer: str, stored: dict[str, Any], source: str) -> dict[str, Any]:
-    """The fields of a sample that version 1 of the tables has in one name space: further answers, target, columns."""
+    """Return the fields of a sample that version 1 of the tables had in one name space."""
+    target = stored.get("target")
+    metadata: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    further: list[str] = []
     if source == PUZZLES:
-        target = stored.get("target")
         metadata = {name: value for name, value in stored.items() if name != "target"}
-        return {"answers": [answer], "metadata": metadata, "targets": [target] if target else []}
-    if isinstance(stored.get("columns"), dict) and stored.keys() <= {"columns", "answers", "target"}:
-        columns, target = stored["columns"], stored.get("target")
-        return {
-            "answers": [answer, *stored.get("answers", [])],
-            "metadata": {},
-            "columns": columns,
-            "targets": [target] if target else [],
-        }
-    # Version 1 of `prepare`: these meant something if they looked like it.
-    answers, target = stored.get("answers"), stored.get("target")
-    further = answers if isinstance(answers, list) and all(isinstance(one, str) for one in answers) else []
+    elif isinstance(stored.get("columns"), dict) and stored.keys() <= {"columns", "answers", "target"}:
+        columns, further = stored["columns"], stored.get("answers", [])
+    else:  # version 1 of `prepare`: further answers and a target were what looked like them
+        columns, answers = stored, stored.get("answers")
+        further = answers if isinstance(answers, list) and all(isinstance(text, str) for text in answers) else []
+        target = target if _is_box(target) else None
     return {
         "answers": [answer, *further],
-        "metadata": {},
-        "columns": stored,
-        "targets": [target] if _is_box(target) else [],
+        "metadata": metadata,
+        "columns": columns,
+        "targets": [target] if target else [],
     }
 
 
@@ -204,120 +185,121 @@ def _is_box(value: Any) -> bool:
     return numbers and all(map(math.isfinite, value)) and min(value[2:]) > 0
 
 
+def _required(kind: pa.DataType, *names: str) -> list[pa.Field]:
+    return [pa.field(name, kind, nullable=False) for name in names]
+
+
+def _optional(kind: pa.DataType, *names: str) -> list[pa.Field]:
+    return [pa.field(name, kind) for name in names]
+
+
 @cache
-def images() -> pa.Schema:
-    """Each image once, under the hash of its decoded pixels; `data` is lossless for images that tools made."""
+def image_schema() -> pa.Schema:
+    """Return the columns of images: each once, under the hash of its decoded pixels.
+
+    `data` is lossless for images that tools made.
+    """
     return pa.schema(
         [
-            pa.field("sha256", pa.string(), nullable=False),
-            pa.field("data", pa.binary(), nullable=False),
-            pa.field("width", pa.int32(), nullable=False),
-            pa.field("height", pa.int32(), nullable=False),
+            *_required(pa.string(), "sha256"),
+            *_required(pa.binary(), "data"),
+            *_required(pa.int32(), "width", "height"),
         ]
     )
 
 
 @cache
-def samples() -> pa.Schema:
+def sample_schema() -> pa.Schema:
+    """Return the columns of samples; metadata and columns are JSON."""
     text, texts = pa.string(), pa.list_(pa.string())
     return pa.schema(
         [
-            pa.field("sample_id", text, nullable=False),
-            pa.field("question", text, nullable=False),
-            pa.field("answers", texts, nullable=False),
-            pa.field("answer_type", text, nullable=False),
-            pa.field("choices", texts, nullable=False),
-            pa.field("images", texts, nullable=False),
-            pa.field("targets", pa.list_(pa.list_(pa.float64(), 4)), nullable=False),
-            pa.field("source", text, nullable=False),
-            pa.field("split", text, nullable=False),
-            pa.field("metadata", text, nullable=False),
-            pa.field("columns", text, nullable=False),
+            *_required(text, "sample_id", "question"),
+            *_required(texts, "answers"),
+            *_required(text, "answer_type"),
+            *_required(texts, "choices", "images"),
+            *_required(pa.list_(pa.list_(pa.float64(), 4)), "targets"),
+            *_required(text, "source", "split", "metadata", "columns"),
         ]
     )
 
 
 @cache
-def trajectories() -> pa.Schema:
+def trajectory_schema() -> pa.Schema:
+    """Return the columns of trajectories, named as the fields of `Trajectory`."""
     text = pa.string()
     turn = pa.struct(
         [
-            pa.field("text", text, nullable=False),
-            pa.field("kind", text, nullable=False),
-            pa.field("tool", text),
-            pa.field("args", text),
-            pa.field("status", text),
-            pa.field("error", text),
-            pa.field("source", pa.int32()),
-            pa.field("image", text),
-            pa.field("observation", text),
-            pa.field("tokens", pa.int32(), nullable=False),
-            pa.field("weights", text),
+            *_required(text, "text", "kind"),
+            *_optional(text, "tool", "args", "status", "error"),
+            *_optional(pa.int32(), "source"),
+            *_optional(text, "image", "observation"),
+            *_required(pa.int32(), "tokens"),
+            *_optional(text, "weights"),
         ]
     )
     return pa.schema(
         [
-            pa.field("trajectory_id", text, nullable=False),
-            pa.field("sample_id", text, nullable=False),
-            pa.field("group_id", text, nullable=False),
-            pa.field("index", pa.int32(), nullable=False),
-            pa.field("policy", text, nullable=False),
-            pa.field("tokens", pa.list_(pa.int32()), nullable=False),
-            pa.field("roles", pa.list_(pa.int8()), nullable=False),
-            pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
-            pa.field("images", pa.list_(text), nullable=False),
-            pa.field("grids", pa.list_(pa.list_(pa.int32(), 3)), nullable=False),
-            pa.field("turns", pa.list_(turn), nullable=False),
-            pa.field("answer", text),
-            pa.field("stop", text, nullable=False),
-            pa.field("error", text),
-            pa.field("weights", text, nullable=False),
-            pa.field("sizes", pa.list_(pa.list_(pa.int32(), 2)), nullable=False),
+            *_required(text, "trajectory_id", "sample_id", "group_id"),
+            *_required(pa.int32(), "index"),
+            *_required(text, "policy"),
+            *_required(pa.list_(pa.int32()), "tokens"),
+            *_required(pa.list_(pa.int8()), "roles"),
+            *_required(pa.list_(pa.float32()), "logprobs"),
+            *_required(pa.list_(text), "images"),
+            *_required(pa.list_(pa.list_(pa.int32(), 3)), "grids"),
+            *_required(pa.list_(turn), "turns"),
+            *_optional(text, "answer"),
+            *_required(text, "stop"),
+            *_optional(text, "error"),
+            *_required(text, "weights"),
+            *_required(pa.list_(pa.list_(pa.int32(), 2)), "sizes"),
         ]
     )
 
 
 @cache
-def pairs() -> pa.Schema:
-    """Puzzles with an image from which each can be read and one from which it can't (puzzles/known_pairs.py)."""
-    names = ("sample_id", "question", "family", "original", "right", "wrong")
-    return pa.schema([pa.field(name, pa.string(), nullable=False) for name in names])
+def pair_schema() -> pa.Schema:
+    """Return the columns of known pairs: puzzles with an image that helps and one that does not.
+
+    puzzles/known_pairs.py makes them.
+    """
+    return pa.schema(_required(pa.string(), "sample_id", "question", "family", "original", "right", "wrong"))
 
 
 @cache
-def judgements() -> pa.Schema:
-    """What was judged by whom (rewards/pairs.py): hashes of images, weights and prompt; evidence is JSON.
+def judgement_schema() -> pa.Schema:
+    """Return the columns of judgements (rewards/pairs.py): hashes of images, weights and prompt; evidence is JSON.
 
-    component: the score column that asked; judge: who answered, which is another where the teacher could not be reached.
+    component: the score column that asked. judge: the judge that answered, another one where the teacher could not be
+    reached.
     """
     text = pa.string()
-    names = ("key", "component", "judge", "model", "weights", "prompt", "question", "original", "processed")
     return pa.schema(
-        [pa.field(name, text, nullable=False) for name in names]
-        + [
-            pa.field("value", pa.float64()),
-            pa.field("reason", text),
-            pa.field("evidence", text, nullable=False),
-            pa.field("unreachable", pa.bool_(), nullable=False),
+        [
+            *_required(text, "key", "component", "judge", "model", "weights", "prompt"),
+            *_required(text, "question", "original", "processed"),
+            *_optional(pa.float64(), "value"),
+            *_optional(text, "reason"),
+            *_required(text, "evidence"),
+            *_required(pa.bool_(), "unreachable"),
         ]
     )
 
 
 @cache
-def score_fields() -> pa.DataType:
-    """A component's column: value in [0, 1] or null, status ("ok", "zero", "missing"), reason, evidence (JSON)."""
+def component_type() -> pa.DataType:
+    """Return the type of a component's column.
+
+    value in [0, 1] or null, status ("ok", "zero", "missing"), reason, evidence (JSON).
+    """
     text = pa.string()
     return pa.struct(
-        [
-            pa.field("value", pa.float64()),
-            pa.field("status", text, nullable=False),
-            pa.field("reason", text),
-            pa.field("evidence", text),
-        ]
+        [*_optional(pa.float64(), "value"), *_required(text, "status"), *_optional(text, "reason", "evidence")]
     )
 
 
-def scores(components: list[str]) -> pa.Schema:
-    """One row per trajectory, one column per component."""
-    identity = [pa.field(name, pa.string(), nullable=False) for name in ("trajectory_id", "sample_id", "group_id")]
-    return pa.schema(identity + [pa.field(name, score_fields(), nullable=False) for name in components])
+def score_schema(components: list[str]) -> pa.Schema:
+    """Return the columns of scores: one row per trajectory, one column per component."""
+    identity = _required(pa.string(), "trajectory_id", "sample_id", "group_id")
+    return pa.schema(identity + _required(component_type(), *components))

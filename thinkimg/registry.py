@@ -19,9 +19,9 @@ from thinkimg.errors import UserError
 class Registry(Mapping[str, ModuleType]):
     """The modules of a package folder that holds nothing else, and a user's own modules.
 
-    A user's module is found by an entry point of the group `thinkimg.<kind>` (its name is the entry's), or by its
-    import path: `registry["my_project.tools.magnify"]`. Iteration gives the shipped names and those of entry points,
-    sorted, and imports none of them.
+    A user's module has an entry point of the group `thinkimg.<kind>`, whose name is the entry's, or goes by its import
+    path: `registry["my_project.tools.magnify"]`. Iteration yields the shipped names and those of entry points, sorted,
+    and imports no module.
     """
 
     kind: str
@@ -34,17 +34,17 @@ class Registry(Mapping[str, ModuleType]):
         """Names of the package's own entries, sorted."""
         spec = importlib.util.find_spec(self.package)
         assert spec is not None, self.package
-        return tuple(sorted(found.name for found in pkgutil.iter_modules(spec.submodule_search_locations)))
+        return tuple(sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)))
 
     @functools.cached_property
     def _installed(self) -> dict[str, str]:
-        """Name -> module of each entry point. Raises UserError where two entries have one name."""
+        """Name -> module of each entry point. Raises UserError if two entries have the same name."""
         modules: dict[str, str] = {}
         for entry in entry_points(group=f"thinkimg.{self.kind}"):
             if entry.name in self.shipped or modules.setdefault(entry.name, entry.module) != entry.module:
                 raise UserError(
                     f"The entry point '{entry.name}' of the group thinkimg.{self.kind} has a name that is taken.",
-                    hint=f"Rename it where {entry.module} is installed from, or uninstall that.",
+                    hint=f"Rename it in the package that has {entry.module}, or uninstall that package.",
                 )
         return modules
 
@@ -55,7 +55,7 @@ class Registry(Mapping[str, ModuleType]):
         return len({*self.shipped, *self._installed})
 
     def __getitem__(self, name: str) -> ModuleType:
-        """Return the entry's module. Raises UserError where there is none, or where a user's own can't be imported."""
+        """Return the entry's module. Raises UserError if there is none, or if a user's module can't be imported."""
         if name in self.shipped:
             return importlib.import_module(f"{self.package}.{name}")
         path = self._installed.get(name, name)
@@ -63,7 +63,7 @@ class Registry(Mapping[str, ModuleType]):
             if not all(part.isidentifier() for part in path.split(".")):
                 raise ModuleNotFoundError(name=path)
             module = importlib.import_module(path)
-        except Exception as error:  # whatever a user's module raises
+        except Exception as error:  # a user's module may raise anything
             if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
                 raise UserError(
                     f"There is no '{name}' among the {self.kind}.",
@@ -75,8 +75,7 @@ class Registry(Mapping[str, ModuleType]):
         return module
 
     def member(self, name: str, attribute: str) -> Any:
-        """Return what an entry's module defines under a name. Raises UserError where it does not, or where there is no
-        such entry."""
+        """Return an attribute of an entry's module. Raises UserError if there is no such entry or attribute."""
         module = self[name]
         if not hasattr(module, attribute):
             raise UserError(
@@ -86,16 +85,16 @@ class Registry(Mapping[str, ModuleType]):
         return getattr(module, attribute)
 
     def sources(self, names: Iterable[str]) -> dict[str, str]:
-        """Return those of `names` that are a user's own -> sha256 of the module's file, for a stage's fingerprint."""
+        """Return name -> sha256 of the module's file for the user's own among `names`, for a stage's fingerprint."""
         return {name: source_digest(self[name]) for name in names if name not in self.shipped}
 
 
 @functools.cache
 def source_digest(module: ModuleType) -> str:
-    """Return the sha256 of the file of a module, as it was when it was first asked for: when it was imported."""
+    """Return the sha256 of a module's file at the first call, which is when the module is imported."""
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() if module.__file__ else ""
 
 
 def short_name(name: str) -> str:
-    """Return the name of an entry where it is shown: the last part of an import path."""
+    """Return the name of an entry for people: the last part of an import path."""
     return name.rpartition(".")[2]

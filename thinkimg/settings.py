@@ -1,7 +1,7 @@
 """Base classes of all settings: frozen, and strict about their names.
 
-    Settings         a section, or what an entry of a registry is told
-    ├── Variant      a section that is one entry's: `train.loss`, chosen by `loss_type`
+    Settings         a section, or the settings of an entry of a registry
+    ├── Variant      a section that belongs to one entry: `train.loss`, chosen by `loss_type`
     └── Composite    a section with a field for each entry in use: `image`, with `image.teacher`
 
 A setting of an entry that is not in use does not exist.
@@ -24,6 +24,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseModel):
+    """A section of settings, frozen; unknown names are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     def sources(self) -> dict[str, str]:
@@ -33,11 +35,10 @@ class Settings(BaseModel):
 
 
 class Variant(Settings):
-    """Settings of the one entry of a registry that a field names.
+    """Settings of the entry of a registry that a field names.
 
     A base class sets `registry`, `chooser` and the chooser's default. An entry's module defines `class
-    Settings(<base>)`. Where the base is a field's type or is called, its place is taken by the class of the entry that
-    is named.
+    Settings(<base>)`. Where the base is a field's type or is called, the class of the named entry is used instead.
     """
 
     registry: ClassVar[Registry]
@@ -48,7 +49,7 @@ class Variant(Settings):
 
     @classmethod
     def choose(cls, fields: Mapping[str, Any]) -> type[Self]:
-        """Return the class that the fields are of. Raises UserError where they name no entry."""
+        """Return the class of the entry that the fields name. Raises UserError if there is none."""
         if "registry" not in vars(cls):
             return cls
         name = fields.get(cls.chooser, cls.model_fields[cls.chooser].default)
@@ -61,7 +62,7 @@ class Variant(Settings):
 
     @classmethod
     def names(cls, fields: Mapping[str, Any]) -> list[str]:
-        """Return the names of the settings that there are beside these."""
+        """Return the names of all settings of the entry that the fields name."""
         return list(cls.choose(fields).model_fields)
 
     @classmethod
@@ -70,6 +71,7 @@ class Variant(Settings):
         return [entry for entry in cls.registry if name in cls.choose({cls.chooser: entry}).model_fields]
 
     def sources(self) -> dict[str, str]:
+        """Return import path -> sha256 of a user's own code, the entry's included."""
         return super().sources() | self.registry.sources((getattr(self, self.chooser),))
 
     @classmethod
@@ -95,15 +97,15 @@ class Variant(Settings):
 
 @cache
 def _model_of(name: str, kinds: tuple[tuple[str, type[Settings]], ...]) -> type[Settings]:
-    """Return a model with a field for each entry's settings; pydantic takes milliseconds to make one."""
+    """Return a model with a field for each entry's settings, cached, as pydantic takes milliseconds to make one."""
     fields: dict[str, Any] = {entry: (kind, Field(default_factory=kind)) for entry, kind in kinds}
     return create_model(name, __base__=Settings, **fields)
 
 
 class Composite(Settings):
-    """Settings with a further field for each entry in use that has some, under the last part of its name.
+    """Settings with a further field for each entry in use that has settings, under the last part of its name.
 
-    A subclass sets `registry`, and `chooser`, a field of names. `always` are in use besides.
+    A subclass sets `registry`, and `chooser`, a field of names. The entries of `always` are in use, too.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -117,7 +119,7 @@ class Composite(Settings):
 
     @classmethod
     def entries(cls, fields: Mapping[str, Any]) -> dict[str, type[Settings]]:
-        """Return short name -> settings of the entries in use. Raises UserError where they name none."""
+        """Return short name -> class of the settings of each entry in use. Raises UserError for an unknown entry."""
         chosen = fields.get(cls.chooser, cls.model_fields[cls.chooser].default)
         listed = [name for name in chosen if isinstance(name, str)] if isinstance(chosen, list | tuple) else []
         kinds = {short_name(name): getattr(cls.registry[name], "Settings", None) for name in (*cls.always, *listed)}
@@ -125,7 +127,7 @@ class Composite(Settings):
 
     @classmethod
     def names(cls, fields: Mapping[str, Any]) -> list[str]:
-        """Return the names of the settings that there are beside these."""
+        """Return the names of all settings with the entries that the fields name."""
         return [*cls.model_fields, *cls.entries(fields)]
 
     @classmethod
@@ -136,6 +138,7 @@ class Composite(Settings):
         ]
 
     def sources(self) -> dict[str, str]:
+        """Return import path -> sha256 of a user's own code, the entries' included."""
         return super().sources() | self.registry.sources(getattr(self, self.chooser))
 
     @model_validator(mode="before")
@@ -144,24 +147,26 @@ class Composite(Settings):
         if not isinstance(fields, Mapping):
             return fields
         kinds = cls.entries(fields)
-        if taken := kinds.keys() & cls.model_fields.keys():
-            raise UserError(f"One of the {cls.registry.kind} cannot be called '{min(taken)}'.", hint="Rename its file.")
+        if clashes := kinds.keys() & cls.model_fields.keys():
+            raise UserError(
+                f"An entry of the {cls.registry.kind} cannot be called '{min(clashes)}'.", hint="Rename its file."
+            )
         shared = {name: value for name, value in fields.items() if name in cls.model_fields}
         own = {name: value for name, value in fields.items() if name not in cls.model_fields}
         return shared | dict(_model_of(cls.__name__, tuple(kinds.items())).model_validate(own))
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
-        shown = handler.resolve_ref_schema(reference := handler(schema))
+        json_schema = handler.resolve_ref_schema(reference := handler(schema))
         for name in cls.registry:
             if kind := getattr(cls.registry[name], "Settings", None):
-                shown["properties"][short_name(name)] = handler(kind.__pydantic_core_schema__)
+                json_schema["properties"][short_name(name)] = handler(kind.__pydantic_core_schema__)
         return reference
 
 
 @dataclass(frozen=True)
 class EntryName:
-    """Annotation of a text that names an entry of a registry, or is the import path of a user's own."""
+    """Annotation of a text that names an entry of a registry, by name or by a user's import path."""
 
     registry: Registry
     member: str
@@ -174,13 +179,13 @@ class EntryName:
         return handler(schema) | {"examples": list(self.registry)}
 
     def check(self, name: str) -> str:
-        """Return the name. Raises UserError where it names no entry."""
+        """Return the name. Raises UserError if it names no entry."""
         self.registry.member(name, self.member)
         return name
 
 
 def without_password(uri: str) -> str:
-    """Return the URI as it may be shown."""
+    """Return the URI with *** in place of a password."""
     parts = urlsplit(uri)
     if parts.password is None:
         return uri

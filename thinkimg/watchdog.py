@@ -1,8 +1,8 @@
-"""The process between us and a child: runs a command and ends all that descends from it when our end of a pipe closes.
+"""Process between thinkimg and a command: runs it, and ends all its descendants when thinkimg's end of a pipe closes.
 
-Run by path with `python -I -S` (see process.py), so it uses the standard library only and imports nothing of thinkimg.
-Linux. It is a child subreaper: a grandchild whose parent has gone, or that started a session of its own, still
-descends from it. It notes what descends from it in a record, for the process that has to end them should it be killed.
+Run by path with `python -I -S` (see process.py), so that it starts at once: it uses the standard library only and
+imports nothing of thinkimg. Linux only. It is a child subreaper: a grandchild whose parent has ended, or that started a
+session of its own, still descends from it. It records its descendants: if it is killed, another process ends them.
 
     thinkimg ──pipe──► watchdog ──► command ──► VLLM::EngineCore, workers, ...
         └────────────► record ◄──┘
@@ -23,25 +23,26 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-PARENT_GONE_GRACE_S = 3.0  # from SIGTERM to SIGKILL; a vLLM server needs two to leave no shared memory behind
-LEFTOVER_GRACE_S = 3.0  # what descendants may take to leave after the command itself has ended
-SOCKET_PATH = 107  # bytes that the kernel allows; the names of vLLM's are 36 long
-TRACKER_GRACE_S = 1.0  # what Python's resource trackers may then take to unlink what the killed ones left
-LOOK_S = 1.0  # between two looks at the descendants, or more:
-LOOK_SHARE = 0.01  # of a core is the most that looking may take, however many processes the machine has
-BATCH = 100  # processes open at a time; a process may often open no more than 1024 files
+PARENT_GONE_GRACE_S = 3.0  # from SIGTERM to SIGKILL; a vLLM server needs two seconds to remove its shared memory
+LEFTOVER_GRACE_S = 3.0  # for descendants to end after the command has ended
+TRACKER_GRACE_S = 1.0  # then for Python's resource trackers to unlink the files of killed processes
+SOCKET_PATH = 107  # bytes of a socket's path that the kernel allows; the names of vLLM's are 36 long
+LOOK_S = 1.0  # between two looks at the descendants, at least
+LOOK_SHARE = 0.01  # of a core, at most, for looking, however many processes the machine has
+OPEN_PROCESSES = 100  # open at a time; a process may often open no more than 1024 files
 
 Process = namedtuple("Process", "started parent session")
-"""A living process: its start time in clock ticks since the boot, and the ids of its parent and of its session."""
+"""A living process: start time in clock ticks since the boot, ids of its parent and of its session."""
 
 Table = dict[int, Process]
 """Living processes by id."""
 
-Identity = tuple[int, int]
-"""Process id and start time, which no later process of this boot has both."""
+ProcessId = tuple[int, int]
+"""Process id and start time; no later process of this boot has the same pair."""
 
 
 def prctl(option: int, value: int) -> None:
+    """Call the system's prctl for this process."""
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
@@ -51,11 +52,11 @@ def process_table(pids: Iterable[int] | None = None) -> Table:
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if pids is None else pids:
         try:
             with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-                # The name in parentheses may itself hold spaces and parentheses.
+                # The name in parentheses may contain spaces and parentheses.
                 fields = file.read().rpartition(b")")[2].split()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended meanwhile, or hidden: another user's
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or another user hides it
             continue
-        if fields[0] not in b"ZX" or int(fields[17]) > 1:  # one whose first thread has ended is no zombie yet
+        if fields[0] not in b"ZX" or int(fields[17]) > 1:  # with other threads it is no zombie yet
             table[pid] = Process(int(fields[19]), int(fields[1]), int(fields[3]))
     return table
 
@@ -74,32 +75,32 @@ def descendants(root: int, table: Table | None = None) -> list[int]:
 
 
 def confirm(before: Table, after: Table) -> Table:
-    """Return what a second reading of the process table says of the processes that the first one has, too.
+    """Return the entries of a second reading of the process table for the processes of the first.
 
-    A single reading takes milliseconds. In it a process may be the child, or in the session, of a number that has
-    meanwhile gone to another process. Of processes that were all there between two readings the second tells the truth:
-    nobody gets a parent that is younger, and a session ends before its number goes to another process.
+    A reading takes milliseconds, in which a process id may go to another process: an entry may name a wrong parent or
+    session. For a process that both readings have, the second is right: no process gets a younger parent, and a session
+    ends before its number is used again.
     """
-    return {pid: now for pid, now in after.items() if pid in before and now.started == before[pid].started}
+    return {pid: process for pid, process in after.items() if pid in before and process.started == before[pid].started}
 
 
-def observe(root: int, known: set[Identity]) -> set[Identity]:
-    """Return the living descendants of `root`, among them those that are known."""
+def observe(root: int, earlier: set[ProcessId]) -> set[ProcessId]:
+    """Return the living descendants of `root`, and the living ones among the earlier descendants."""
     table = process_table()
     family = descendants(root, table)
-    # One that is known needs no second reading. Nor has it gone if it is missed because its parent ended just then.
-    members = {(pid, started) for pid, started in known if pid in table and table[pid].started == started}
-    if any((pid, table[pid].started) not in known for pid in family):
+    # An earlier one needs no second reading. It may be missing in `family` because its parent ended during the reading.
+    members = {(pid, started) for pid, started in earlier if pid in table and table[pid].started == started}
+    if any((pid, table[pid].started) not in earlier for pid in family):
         checked = confirm(table, process_table(family))
         members |= {(pid, checked[pid].started) for pid in descendants(root, checked)}
     return members
 
 
-class Handle:
-    """A process by its descriptor: no signal that is sent to it can reach a later process with the same id.
+class ProcessHandle:
+    """A process by its descriptor: no signal to it can reach a later process with the same id.
 
-    Raises ProcessLookupError if there is none with that id. Without descriptors for processes (Linux before 5.3, some
-    sandboxes and builds of Python) it keeps the id, and only the caller's check just before protects a later process.
+    Raises ProcessLookupError if there is none with that id. Some systems have no descriptors for processes: Linux
+    before 5.3, sandboxes, builds of Python. There it has the id alone: the caller has to check it just before a signal.
     """
 
     def __init__(self, pid: int):
@@ -109,13 +110,13 @@ class Handle:
             try:
                 self._descriptor = os.pidfd_open(pid)
             except OSError as error:
-                if error.errno in (errno.EINVAL, errno.ENOENT):  # the id is a thread's by now
+                if error.errno in (errno.EINVAL, errno.ENOENT):  # a thread has the id now
                     raise ProcessLookupError(*error.args) from error
                 if error.errno not in (errno.ENOSYS, errno.EPERM):  # refused by a sandbox
                     raise
 
     def send(self, signum: int) -> None:
-        """Send a signal; does nothing if the process has ended, or has become another user's (sudo)."""
+        """Send a signal; do nothing if the process has ended, or belongs to another user now (sudo)."""
         with suppress(ProcessLookupError, PermissionError):
             if self._descriptor is None:
                 os.kill(self.pid, signum)
@@ -123,28 +124,30 @@ class Handle:
                 signal.pidfd_send_signal(self._descriptor, signum)
 
     def close(self) -> None:
+        """Close the descriptor."""
         if self._descriptor is not None:
             os.close(self._descriptor)
 
 
 def signal_each(
     choose: Callable[[Table], Iterable[int]], signum: int, spare: Callable[[int], bool] = lambda pid: False
-) -> set[Identity]:
-    """Send a signal to the processes that `choose` picks from a process table; return those it was sent to.
+) -> set[ProcessId]:
+    """Send a signal to the processes that `choose` picks from a process table, and return these.
 
-    spare: whether a process gets no signal. A process is opened between two readings, and gets the signal if `choose`
-    picks it again from what they confirm. Who is missed for that (a parent ended just then) is there for the next call.
+    spare: True for a process that gets no signal. A process is opened between two readings, and gets the signal if
+    `choose` picks it again from the confirmed entries. One that is missed (its parent ended just then) remains for the
+    next call.
     """
     before = process_table()
     chosen = sorted(choose(before))
     signalled = set()
-    for start in range(0, len(chosen), BATCH):
+    for start in range(0, len(chosen), OPEN_PROCESSES):
         with ExitStack() as stack:
             handles = {}
-            for pid in chosen[start : start + BATCH]:
+            for pid in chosen[start : start + OPEN_PROCESSES]:
                 with suppress(ProcessLookupError):
                     if not spare(pid):
-                        handles[pid] = Handle(pid)
+                        handles[pid] = ProcessHandle(pid)
                         stack.callback(handles[pid].close)
             for pid in handles.keys() & choose(confirm(before, process_table(chosen))):
                 handles[pid].send(signum)
@@ -153,27 +156,34 @@ def signal_each(
 
 
 def is_tracker(pid: int) -> bool:
-    """Tell whether a process is a resource tracker: multiprocessing's, or loky's."""
+    """Return True for a resource tracker, multiprocessing's or loky's."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return b"resource_tracker" in file.read()
-    except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
         return False
 
 
 def kill_all(*, trackers: bool) -> None:
-    """SIGKILL to every descendant, to Python's resource trackers only if told so."""
+    """Send SIGKILL to every descendant, to Python's resource trackers only if asked to."""
     own = os.getpid()
     spare = (lambda pid: False) if trackers else is_tracker
     signal_each(lambda table: descendants(own, table), signal.SIGKILL, spare)
 
 
-class RecordWriter:
-    """The file that says whose watchdog this is and what descends from it; process.py reads it.
+def write_record(path: str, content: dict) -> None:
+    """Write `<path>.json` beside and rename it, so that no process reads half a record. Raises OSError (disk full)."""
+    with open(f"{path}.part", "w") as file:
+        json.dump(content, file)
+    os.replace(f"{path}.part", f"{path}.json")
 
-    path: without its suffix. The parent has written the file without a watchdog before it started this process. From
-    then on this process writes it; its child does so once, while this process waits for it. Raises OSError if the file
-    is gone: then so is the parent.
+
+class RecordWriter:
+    """Record of the parent, this watchdog and its descendants; process.py reads it.
+
+    path: without its suffix. The parent has written the record without a watchdog before it started this process. From
+    then on this process writes it; its child does so once, while this process waits for it. Raises OSError if there is
+    no record: then the parent has ended.
     """
 
     def __init__(self, path: str):
@@ -184,23 +194,21 @@ class RecordWriter:
         self._own = os.getpid()
         started = process_table([self._own])[self._own].started
         self._content["watchdog"] = self._content["parent"] | {"pid": self._own, "started": started}
-        self._members: set[Identity] = set()
+        self._members: set[ProcessId] = set()
         self._due = 0.0
 
-    def write(self, members: set[Identity]) -> None:
-        """Replace the file by one with these members. Raises OSError (disk full)."""
-        with open(f"{self.path}.part", "w") as file:
-            json.dump(self._content | {"members": sorted(members)}, file)
-        os.replace(f"{self.path}.part", f"{self.path}.json")
+    def write(self, members: set[ProcessId]) -> None:
+        """Replace the record by one with these members. Raises OSError (disk full)."""
+        write_record(self.path, self._content | {"members": sorted(members)})
         self._members = members
 
     def write_self(self) -> None:
-        """Name the calling process, which is to become the command, as the only member."""
+        """Record the calling process, which is to become the command, as the only member."""
         with suppress(OSError):  # the next look writes it
             self.write({(pid, process.started) for pid, process in process_table([os.getpid()]).items()})
 
     def look(self) -> None:
-        """Write down what descends from this process if that has changed; does nothing if it has just looked."""
+        """Record the descendants of this process if they have changed; do nothing soon after the last look."""
         if time.monotonic() < self._due:
             return
         spent = time.process_time()
@@ -211,16 +219,16 @@ class RecordWriter:
         self._due = time.monotonic() + max(LOOK_S, (time.process_time() - spent) / LOOK_SHARE)
 
     def remove(self) -> None:
-        """Remove the file, last of all that is ours: as long as anything is there, it is found by the file."""
+        """Remove the record, after everything else: it is needed to find the rest."""
         for suffix in (".part", ".json"):
             with suppress(FileNotFoundError):
                 os.unlink(self.path + suffix)
 
 
 def reap(command: subprocess.Popen) -> bool:
-    """Collect every ended child, adopted ones included, and note the command's exit status; whether any are left.
+    """Collect every ended child, adopted ones included, and set the command's exit status. Return True if any live.
 
-    No child, no descendant: each has an ancestor among our children, as we adopt the orphans.
+    Without a child there is no descendant: each has an ancestor among our children, as we adopt the orphans.
     """
     while True:
         try:
@@ -236,20 +244,20 @@ def reap(command: subprocess.Popen) -> bool:
 def supervise(
     command: subprocess.Popen, terminate: Callable[[], None], record: RecordWriter, pipe: int, wake: int
 ) -> None:
-    """Wait for the command to end; stop it when asked to, or when the parent is gone."""
-    kill_at = None  # monotonic time of the SIGKILL, once a stop was asked for
+    """Wait for the command to end; stop it when asked to, or when the parent has ended."""
+    kill_at = None  # monotonic time of the SIGKILL, after a request to stop
     watched = [pipe, wake]
 
     def stop(grace_s: float) -> None:
         nonlocal kill_at
         if kill_at is None or time.monotonic() + grace_s < kill_at:
             kill_at = time.monotonic() + grace_s
-        # To the command alone: vLLM ends its own processes in good order, and loses shared memory if they all get it.
+        # To the command alone: vLLM ends its own processes in order, and leaves shared memory if they all get it.
         terminate()
 
     while command.returncode is None:
         record.look()
-        # The timeout is for a parent whose own forked children still hold the pipe's other end.
+        # The timeout is for an ended parent whose forked children keep the pipe's other end open.
         ready, _, _ = select.select(watched, [], [], 1.0 if kill_at is None else 0.05)
         if wake in ready:
             os.read(wake, 4096)
@@ -273,30 +281,31 @@ def supervise(
         time.sleep(0.02)
 
 
-def environment(temporary: str) -> dict[str, str]:
-    """The command's: with a directory of its own for temporary files, which goes when nothing of the command is left.
+def make_environment(temporary: str) -> dict[str, str]:
+    """Return the command's environment, with a directory of its own for temporary files.
 
-    A killed vLLM leaves seven sockets and a rendezvous file each time. torch's compile cache is worth keeping.
+    The directory is removed after the command's last descendant.
+    A killed vLLM leaves seven sockets and a rendezvous file each time. torch's compile cache stays where it is.
     """
     changed = dict(os.environ)
     if len(os.fsencode(temporary)) + 1 + 36 <= SOCKET_PATH:
         os.mkdir(temporary, 0o700)
         cache = os.path.join(changed.get("TMPDIR", "/tmp"), f"torchinductor_{os.getuid()}")
-        # Last, not first: torch sets it again, and setproctitle finds a process' title by the first variable.
+        # Last, not first: torch sets it again, and setproctitle locates a process' title by the first variable.
         changed.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         changed["TMPDIR"] = temporary
     return changed
 
 
-def start(argv: list[str], record: RecordWriter) -> subprocess.Popen:
-    """Start the command, which the record names before it runs. Raises OSError if it or the record cannot be."""
+def start_command(argv: list[str], record: RecordWriter) -> subprocess.Popen:
+    """Start the command, which is in the record before it runs. Raises OSError if it or the parent is missing."""
     watchdog = os.getpid()
     record.write(set())
     if os.getppid() != record.parent:
         raise ProcessLookupError(errno.ESRCH, "its parent has ended")
 
     def prepare() -> None:
-        # Should the watchdog be killed, the command at least gets a SIGTERM: now if it has come while it was blocked.
+        # If the watchdog is killed, the command gets a SIGTERM: at the unblocking below if that was before it.
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         record.write_self()
         if os.getppid() != watchdog:
@@ -305,14 +314,17 @@ def start(argv: list[str], record: RecordWriter) -> subprocess.Popen:
 
     return subprocess.Popen(
         argv,
-        env=environment(record.path),
+        env=make_environment(record.path),
         process_group=0,
         preexec_fn=prepare,  # noqa: PLW1509 (no threads here)
     )
 
 
 def main() -> int:
-    """argv: the pipe's read end, our record file without its suffix, then the command."""
+    """Run a command under this watchdog.
+
+    sys.argv: the pipe's read end, the record's path without its suffix, the command.
+    """
     pipe, path, argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until there is a command to pass it on to
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -323,15 +335,15 @@ def main() -> int:
     os.set_inheritable(pipe, False)
     try:
         record = RecordWriter(path)
-    except FileNotFoundError:  # cleared by another process, so nobody waits for us
+    except FileNotFoundError:  # another process cleared it, so that no parent waits
         return 127
     try:
-        command = start(argv, record)
+        command = start_command(argv, record)
     except OSError as error:
         print(f"cannot start {argv[0]}: {error.strerror}", file=sys.stderr)
         code = 127
     else:
-        handle = Handle(command.pid)
+        handle = ProcessHandle(command.pid)
 
         def terminate() -> None:
             if command.returncode is None:

@@ -1,4 +1,4 @@
-"""Alarms: the figures of an iteration, that noise fires none, that each fires where it should, and what a loop keeps of them."""
+"""Alarms: the figures of an iteration, no alarm from noise, each alarm where it should fire, and a loop's record."""
 
 import math
 from dataclasses import replace
@@ -12,14 +12,24 @@ from ledger_store import settings as configured
 from rewards_rows import call, final, sample, trajectory
 
 from thinkimg.analysis import alarms, console_report
-from thinkimg.analysis.alarms import WINDOW, Finding, History, judge, watch
-from thinkimg.analysis.figures import accuracy, correlation, held, idle_calls, ratio, share, signals, target
-from thinkimg.config.load import load
+from thinkimg.analysis.alarms import WINDOW, Finding, History, check_alarms, watch_iteration
+from thinkimg.analysis.figures import (
+    compute_signals,
+    estimate_accuracy,
+    estimate_correlation,
+    estimate_ratio,
+    estimate_share,
+    find_idle_calls,
+    holds_region,
+    marked_region,
+)
+from thinkimg.config.load import load_config
 from thinkimg.console import console
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.records import CallStatus
 from thinkimg.rewards.mix import Mix
-from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
 from thinkimg.tracking.loop import open_loop
 from thinkimg.tracking.records import load_record, loop_id
 from thinkimg.tracking.settings import TrackingConfig
@@ -34,10 +44,10 @@ everywhere = np.ones(CLUSTERS * ROWS, dtype=bool)
 
 
 def test_the_error_of_a_share_is_that_of_its_clusters():
-    """Over many draws from groups that agree within themselves: as large as it says, and twice that of independent rows."""
+    """Over many draws of groups that agree within themselves it is as stated: twice that of independent rows."""
     rng, found = np.random.default_rng(0), []
     for _ in range(400):
-        found.append(share(clustered(rng, 0.4, 0.5), everywhere, groups))
+        found.append(estimate_share(clustered(rng, 0.4, 0.5), everywhere, groups))
     values, errors = np.array(found).T
     assert abs(values.mean() - 0.4) < 0.01
     assert errors.mean() == pytest.approx(values.std(), rel=0.1)
@@ -46,7 +56,7 @@ def test_the_error_of_a_share_is_that_of_its_clusters():
 
 def test_a_share_of_all_or_none_is_not_certain():
     for hits in (np.zeros(len(groups)), np.ones(len(groups))):
-        value, error = share(hits, everywhere, groups)
+        value, error = estimate_share(hits, everywhere, groups)
         assert value == hits[0] and 0.002 < error < 0.01
 
 
@@ -58,13 +68,13 @@ def test_a_ratio_is_the_pooled_one_and_rows_without_a_count_do_not_matter(seed):
     counts[:2] = 1
     names = rng.permutation(np.repeat(np.arange(8), 5))
     names[:2] = 0, 1
-    mean, error = ratio(values, counts, names)
+    mean, error = estimate_ratio(values, counts, names)
     used = counts > 0
     assert mean == pytest.approx(values[used].sum() / counts.sum()) and error >= 0
-    assert ratio(np.where(used, values, np.nan), counts, names) == (mean, error)
+    assert estimate_ratio(np.where(used, values, np.nan), counts, names) == (mean, error)
     order = rng.permutation(40)
-    assert ratio(values[order], counts[order], names[order]) == pytest.approx((mean, error))
-    assert ratio(values, np.zeros(40), names) is None is ratio(values, counts, np.zeros(40))
+    assert estimate_ratio(values[order], counts[order], names[order]) == pytest.approx((mean, error))
+    assert estimate_ratio(values, np.zeros(40), names) is None is estimate_ratio(values, counts, np.zeros(40))
 
 
 def test_the_correlation_is_within_groups():
@@ -73,9 +83,9 @@ def test_the_correlation_is_within_groups():
     noise = rng.normal(size=(2, len(groups)))
     one, other = noise[0] + level, -0.6 * noise[0] + 0.8 * noise[1] + level
     assert np.corrcoef(one, other)[0, 1] > 0.9
-    value, error = correlation(one, other, everywhere, groups)
+    value, error = estimate_correlation(one, other, everywhere, groups)
     assert abs(value + 0.6) < 3 * error < 0.2
-    drawn = [correlation(*rng.normal(size=(2, len(groups))), everywhere, groups) for _ in range(300)]
+    drawn = [estimate_correlation(*rng.normal(size=(2, len(groups))), everywhere, groups) for _ in range(300)]
     values, errors = np.array(drawn).T
     assert errors.mean() == pytest.approx(values.std(), rel=0.15)
 
@@ -84,21 +94,25 @@ def test_a_correlation_leaves_out_what_is_missing_or_does_not_count():
     rng = np.random.default_rng(1)
     one, other = rng.normal(size=(2, len(groups)))
     valid = rng.random(len(groups)) < 0.8
-    before = correlation(one, other, valid, groups)
+    before = estimate_correlation(one, other, valid, groups)
     one[~valid] = 1e6
-    assert correlation(one, other, valid, groups) == before
+    assert estimate_correlation(one, other, valid, groups) == before
     one[valid & (rng.random(len(groups)) < 0.2)] = np.nan
-    assert correlation(one, other, valid, groups) == correlation(one, other, valid & ~np.isnan(one), groups) != before
+    assert (
+        estimate_correlation(one, other, valid, groups)
+        == estimate_correlation(one, other, valid & ~np.isnan(one), groups)
+        != before
+    )
     constant = np.repeat(rng.normal(size=CLUSTERS), ROWS)
-    assert correlation(constant, other, everywhere, groups) is None
-    assert correlation(one, other, ~everywhere, groups) is None
+    assert estimate_correlation(constant, other, everywhere, groups) is None
+    assert estimate_correlation(one, other, ~everywhere, groups) is None
 
 
 def test_the_figures_of_stored_rollouts(tmp_path):
     store = Store(tmp_path)
     dataset = make_dataset(store, target=[0, 0, 8, 8])  # a crop of 4 view pixels of 56 holds 8 of 112
     rollouts = make_rollouts(store, dataset)
-    found = signals(dataset, rollouts, make_scores(store, dataset, rollouts), Mix({"answer": 0.5}, {}))
+    found = compute_signals(dataset, rollouts, make_scores(store, dataset, rollouts), Mix({"answer": 0.5}, {}))
     expected = {"tool_rate": 3 / 4, "over_turns": 1 / 4, "idle_calls": 0, "no_op_calls": 0, "answer_tokens": 2,
                 "total": 1 / 3, "region_in_crop": 1 / 2}  # fmt: skip
     assert {key.removeprefix("signal/") for key in found if not key.endswith("_se")} == set(expected), (
@@ -109,18 +123,21 @@ def test_the_figures_of_stored_rollouts(tmp_path):
     elsewhere = make_dataset(store, target=[80, 80, 8, 8])
     rollouts = make_rollouts(store, elsewhere)
     assert (
-        signals(elsewhere, rollouts, make_scores(store, elsewhere, rollouts), Mix({}, {}))["signal/region_in_crop"] == 0
+        compute_signals(elsewhere, rollouts, make_scores(store, elsewhere, rollouts), Mix({}, {}))[
+            "signal/region_in_crop"
+        ]
+        == 0
     )
     unmarked = make_dataset(store)
     rollouts = make_rollouts(store, unmarked)
-    found = signals(unmarked, rollouts, make_scores(store, unmarked, rollouts), Mix({}, {}))
+    found = compute_signals(unmarked, rollouts, make_scores(store, unmarked, rollouts), Mix({}, {}))
     assert "signal/region_in_crop" not in found
 
 
 def test_a_target_is_that_of_the_only_picture():
     box = (0.0, 0.0, 8.0, 8.0)
-    assert target(sample(targets=(box,))) == box and target(sample()) is None
-    assert target(sample(targets=(box,), images=(SHA, CROP))) is None
+    assert marked_region(sample(targets=(box,))) == box and marked_region(sample()) is None
+    assert marked_region(sample(targets=(box,), images=(SHA, CROP))) is None
 
 
 def test_idle_calls_are_those_that_bring_nothing_new():
@@ -136,7 +153,11 @@ def test_idle_calls_are_those_that_bring_nothing_new():
         replace(call(status=CallStatus.ERROR), image=None),
         final("red"), answer="red", images=(SHA, CROP, SHA, CROP),
     )  # fmt: skip
-    assert [(no_op, row.turns.index(turn)) for no_op, turn in idle_calls(row)] == [(True, 1), (False, 2), (False, 4)]
+    assert [(no_op, row.turns.index(turn)) for no_op, turn in find_idle_calls(row)] == [
+        (True, 1),
+        (False, 2),
+        (False, 4),
+    ]
 
 
 def test_a_crop_of_most_of_the_picture_does_not_hold_a_region():
@@ -145,12 +166,12 @@ def test_a_crop_of_most_of_the_picture_does_not_hold_a_region():
                           grids=((1, 4, 4), (1, 4, 4)))  # fmt: skip
 
     target, size = [40, 40, 20, 20], (112, 112)
-    assert held(cropped(x=20, y=20, width=20, height=20), target, size)
-    assert not held(cropped(x=0, y=0, width=56, height=50), target, size)
-    assert not held(cropped(x=0, y=0, width=20, height=20), target, size)
+    assert holds_region(cropped(x=20, y=20, width=20, height=20), target, size)
+    assert not holds_region(cropped(x=0, y=0, width=56, height=50), target, size)
+    assert not holds_region(cropped(x=0, y=0, width=20, height=20), target, size)
     turned = trajectory(replace(call("flip_image", direction="vertical"), image=CROP), final("red"), answer="red",
                         images=(SHA, CROP), grids=((1, 4, 4), (1, 4, 4)))  # fmt: skip
-    assert not held(turned, target, size)
+    assert not holds_region(turned, target, size)
 
 
 # noise ----------------------------------------------------------------------------------------------------------------
@@ -171,13 +192,13 @@ def iteration(
     answer = clustered(rng, right)
     component = rng.normal(size=len(groups)) + against * (answer - 0.5)
     figures = {
-        "tool_rate": share(clustered(rng, tool), everywhere, groups),
-        "over_turns": share(clustered(rng, over), everywhere, groups),
-        "idle_calls": share(clustered(rng, idle), everywhere, groups),
-        "region_in_crop": share(clustered(rng, region), answer * (groups % 2), groups),
-        "answer_tokens": ratio(rng.gamma(4, tokens / 4, len(groups)), everywhere, groups),
-        "total": ratio(rng.normal(total, 0.3, len(groups)), everywhere, groups),
-        "correlation/tool": correlation(component, answer, everywhere, groups),
+        "tool_rate": estimate_share(clustered(rng, tool), everywhere, groups),
+        "over_turns": estimate_share(clustered(rng, over), everywhere, groups),
+        "idle_calls": estimate_share(clustered(rng, idle), everywhere, groups),
+        "region_in_crop": estimate_share(clustered(rng, region), answer * (groups % 2), groups),
+        "answer_tokens": estimate_ratio(rng.gamma(4, tokens / 4, len(groups)), everywhere, groups),
+        "total": estimate_ratio(rng.normal(total, 0.3, len(groups)), everywhere, groups),
+        "correlation/tool": estimate_correlation(component, answer, everywhere, groups),
     }
     found = {f"signal/{name}": pair[0] for name, pair in figures.items() if pair}
     found |= {f"signal/{name}_se": pair[1] for name, pair in figures.items() if pair}
@@ -190,7 +211,7 @@ def judged(metrics, before=0.5, **more):
     start = {"eval/accuracy": before, "eval/trajectories": 300}
     fired = {}
     for step in range(1, len(metrics) + 1):
-        for found in judge(History(metrics[:step], start, ["tool"], **more)):
+        for found in check_alarms(History(metrics[:step], start, ["tool"], **more)):
             if found.fired:
                 fired.setdefault(found.alarm, []).append(step)
     return fired
@@ -259,8 +280,8 @@ def test_no_step_is_told_at_once_and_before_there_is_a_window_nothing_else_is():
     wrong = {"tool": 0.0, "over": 0.9, "idle": 0.9, "against": -3.0}
     first = [iteration(rng, **wrong) | {"train/rows": 0.0} for _ in range(WINDOW - 1)]
     assert judged(first) == {"no_step": [1, 2]}
-    assert judge(History([{}])) == [Finding(name, False) for name in NAMES]
-    assert accuracy({"eval/accuracy": 0.5}) is None
+    assert check_alarms(History([{}])) == [Finding(name, False) for name in NAMES]
+    assert estimate_accuracy({"eval/accuracy": 0.5}) is None
 
 
 # a loop ---------------------------------------------------------------------------------------------------------------
@@ -287,7 +308,7 @@ def run_loop(store, settings, steps):
                            == rollouts.digest), None) or make_scores(store, dataset, rollouts)  # fmt: skip
             policy = make_policy(store, 0 if step == steps else 9, step, scores)
             tracker.log_iteration(step, artifacts={"rollout": rollouts, "score": scores, "train": policy})
-            found.append(watch(tracker, store, settings, step))
+            found.append(watch_iteration(tracker, store, settings, step))
     return found
 
 
@@ -329,18 +350,18 @@ def test_the_figures_arrive_in_mlflow(tmp_path):
 def test_what_an_alarm_does_is_no_part_of_what_a_loop_is(tmp_path):
     warn, stop = (configured(tmp_path, f"on_alarm={what}") for what in ("warn", "stop"))
     assert loop_id(warn) == loop_id(stop) and warn != stop
-    assert isinstance(warn.train.loss, LossConfig) and warn.on_alarm == "warn" == load("tiny").on_alarm
+    assert isinstance(warn.train.loss, LossConfig) and warn.on_alarm == "warn" == load_config("tiny").on_alarm
 
 
 def test_the_console_shows_a_table_when_one_fires_and_nothing_else(tmp_path):
-    quiet = [Finding(name, False) for name in NAMES]
+    quiet = [Finding(name, False, 0.1, 0.0, 0.2, 0.3) for name in NAMES[:-1]] + [Finding("no_step", False)]
     loud = [*quiet[:-1], Finding("no_step", True, 0.0, 0.0, 0.0, 0.0, "nothing [bold]left")]
     with console.capture() as captured:
-        console_report.alarms(quiet, 3)
+        console_report.print_alarms(quiet, 3)
     assert captured.get() == ""
     with console.capture() as captured:
-        console_report.alarms(loud, 3)
+        console_report.print_alarms(loud, 3)
     assert all(text in captured.get() for text in ("Alarms of iteration 3", *NAMES, "nothing [bold]left"))
-    assert alarms.sentence(loud, 3) == (
-        "Stopped after iteration 3 by an alarm (no_step: nothing [bold]left); go on with on_alarm=warn."
+    assert alarms.explain_stop(loud, 3) == (
+        "Stopped after iteration 3 by an alarm (no_step: nothing [bold]left). To continue, set on_alarm=warn."
     )

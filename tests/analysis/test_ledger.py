@@ -9,11 +9,13 @@ import pytest
 from ledger_store import COMPONENTS, CROP, GROUPS, MIX, SHA, SIZE, make_dataset, make_policy, make_rollouts, make_scores
 from ledger_store import settings as configured
 
-from thinkimg.analysis.diff import diff
-from thinkimg.analysis.explain import find, story
+from thinkimg.analysis.diff import compare_scores
+from thinkimg.analysis.explain import explain_reward, find_trajectory
 from thinkimg.analysis.joined import open_scores, weighings
-from thinkimg.analysis.remix import read_mixes, remix
+from thinkimg.analysis.remix import compare_mixes, read_mixes
 from thinkimg.cli import main as cli
+from thinkimg.cli.tables import mix_lines
+from thinkimg.config.load import load_config
 from thinkimg.console import console
 from thinkimg.errors import UserError
 from thinkimg.store.artifacts import Store
@@ -38,7 +40,7 @@ class Made:
     def remixed(self, *mixes):
         scored = open_scores(self.scores, self.store)
         own = weighings(self.store, self.scores, self.config)
-        return remix(scored, own + read_mixes(list(mixes), own[0], scored))
+        return compare_mixes(scored, own + read_mixes(list(mixes), own[0], scored))
 
 
 @pytest.fixture
@@ -122,8 +124,8 @@ def test_each_policy_that_was_trained_on_the_scores_is_a_line(made):
 
 
 def told(made, name):
-    artifact, found, _ = find(made.store, name)
-    return story(made.store, artifact, found, made.config)
+    artifact, found, _ = find_trajectory(made.store, name)
+    return explain_reward(made.store, artifact, found, made.config)
 
 
 def test_a_story_adds_up(made):
@@ -163,22 +165,26 @@ def test_a_story_tells_what_was_said_and_shown(made):
 def test_without_judgements_keys_are_named_and_without_a_policy_the_presets_mix_is_shown(made):
     made.scores = made.change(lambda row: None, kept=False)
     row = next(row for row in made.scores.table("scores").to_pylist() if row["self"]["evidence"])
-    found = story(made.store, made.scores, row["trajectory_id"], made.config)
+    found = explain_reward(made.store, made.scores, row["trajectory_id"], made.config)
     assert found["components"]["self"]["judgements"] == [{"key": f"judge:{row['trajectory_id']}"}]
     assert [weighed["trained"] for weighed in found["weighed"]] == [False]
+    other = load_config("tiny", ["image.types=[attention]", "image.weights={attention: 1}"])
+    assert "attention" not in found["components"]
+    unweighed = explain_reward(made.store, made.scores, row["trajectory_id"], other)
+    assert unweighed["weighed"] == [] and any("--set mix" in line for line in mix_lines(unweighed))
 
 
 def test_an_id_is_found_by_its_beginning_in_the_newest_scores(made):
     again = made.change(lambda row: None)
-    artifact, name, others = find(made.store, "t31")
+    artifact, name, others = find_trajectory(made.store, "t31")
     assert (artifact.reference, name) == (again.reference, "t31-1")
     assert [one.reference for one in others] == [made.scores.reference]
-    assert find(made.store, "t31", made.scores)[0].reference == made.scores.reference
+    assert find_trajectory(made.store, "t31", made.scores)[0].reference == made.scores.reference
     with pytest.raises(UserError, match="5 trajectories .* begin with 't3'.*t30-0"):
-        find(made.store, "t3")
+        find_trajectory(made.store, "t3")
     for nothing in ("x", ""):
         with pytest.raises(UserError, match="traject"):
-            find(made.store, nothing)
+            find_trajectory(made.store, nothing)
 
 
 # diff -----------------------------------------------------------------------------------------------------------------
@@ -186,7 +192,7 @@ def test_an_id_is_found_by_its_beginning_in_the_newest_scores(made):
 
 def test_a_diff_with_itself_is_empty(made):
     for other in (made.scores, made.change(lambda row: None)):
-        found = diff(made.scores, other)
+        found = compare_scores(made.scores, other)
         assert found["recipe"] == {} and found["rows"] == [] and found["compared"] == GROUPS * SIZE
         assert all(not only for side in found["only_in"].values() for only in side.values())
         assert {name: entry["changed"] for name, entry in found["components"].items()} == dict.fromkeys(COMPONENTS, 0)
@@ -200,14 +206,14 @@ def test_a_diff_names_rows_settings_and_reasons(made):
             row["format"] = row["format"] | {"evidence": '{"turns": 3}'}
 
     other = made.change(edit, tolerance=0.5)
-    found = diff(made.scores, other)
+    found = compare_scores(made.scores, other)
     assert found["recipe"] == {"config.tolerance": ["(none)", 0.5]}
     rows = {(row["trajectory_id"], row["component"]): row for row in found["rows"]}
     assert set(rows) == {("t10-0", "tool"), ("t20-0", "format")}
     broken, proved = rows["t10-0", "tool"], rows["t20-0", "format"]
     assert broken["why"] == ["status", "reason"] and broken["to"]["value"] is None is broken["change"]
     assert proved["why"] == ["evidence: all"] and proved["change"] == 0
-    backwards = diff(other, made.scores)
+    backwards = compare_scores(other, made.scores)
     assert [(row["from"], row["to"]) for row in backwards["rows"]] == [
         (row["to"], row["from"]) for row in found["rows"]
     ]
@@ -218,7 +224,7 @@ def test_a_diff_tells_which_judge_is_behind_it(made):
         if row["self"]["value"] is not None:
             row["self"] = row["self"] | {"value": row["self"]["value"] / 2}
 
-    found = diff(made.scores, made.change(lower, model="teacher"))
+    found = compare_scores(made.scores, made.change(lower, model="teacher"))
     assert found["recipe"] == {"config.judge.model": ["judge", "teacher"]}
     assert found["rows"] and {row["component"] for row in found["rows"]} == {"self"}
     for row in found["rows"]:
@@ -243,7 +249,7 @@ def test_a_diff_tells_a_judge_that_does_not_repeat_itself(made):
     before = made.change(
         lambda row: lower(row) or (row["self"].update(value=0.75) if row["self"]["value"] == 0.125 else 0)
     )
-    (row,) = diff(before, made.change(lower))["rows"]
+    (row,) = compare_scores(before, made.change(lower))["rows"]
     assert row["judgements"] == [{"value": [0.75, 0.125]}] and row["why"] == ["judgement: value"]
 
 
@@ -251,7 +257,7 @@ def test_a_diff_of_other_rollouts_names_what_only_one_has(made):
     from ledger_store import group
 
     fewer = make_rollouts(made.store, made.dataset, [group(i) for i in range(GROUPS - 1)], number=2)
-    found = diff(made.scores, make_scores(made.store, made.dataset, fewer))
+    found = compare_scores(made.scores, make_scores(made.store, made.dataset, fewer))
     assert found["only_in"]["one"]["trajectories"] == [f"t5{i}-{i}" for i in range(SIZE)]
     assert set(found["recipe"]) == {"inputs.rollouts"} and found["rows"] == []
 
@@ -272,7 +278,7 @@ def test_the_commands_print_tables_for_people(made, tmp_path):
     answer = mix_file(tmp_path / "answer.yaml", "mix: {answer: 1.0}")
     shown = run(made, "remix", made.scores.fingerprint[:10], "--mix", str(answer))
     assert policy.short in shown and "answer 1" in shown and f"{GROUPS * 3} of {GROUPS * SIZE} rows count" in shown
-    assert "Not bit for bit" not in shown
+    assert "differ from those of the training" not in shown
     shown = run(made, "explain", "t00")
     for text in (
         "Which colour?",

@@ -15,11 +15,11 @@ def test_a_command_leaves_without_a_word_of_its_libraries(code):
     """triton's bindings complain about each object that the interpreter has not freed."""
     script = f"""
 import gc
-from thinkimg.exit import guarded
+from thinkimg.exit import run_guarded
 from thinkimg.errors import UserError
 def command():
     {code}
-guarded(command)
+run_guarded(command)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     mistake = code.startswith("raise")

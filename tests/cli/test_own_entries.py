@@ -18,7 +18,8 @@ from thinkimg.store.artifacts import Store
 
 PRESET = """
 model:
-  tiny: {vocab_size: 288, hidden_size: 32, layers: 1, heads: 1, vision_layers: 1, vision_hidden_size: 4, vision_heads: 1}
+  tiny:
+    {vocab_size: 288, hidden_size: 32, layers: 1, heads: 1, vision_layers: 1, vision_hidden_size: 4, vision_heads: 1}
   dtype: float32
   adaptation: full
 data: {source: mine.squares, train: 4, held_out: 2, held_out_share: 0.4}

@@ -7,27 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.config.load import RENAMED, load, presets
+from thinkimg.config.load import RENAMED, list_presets, load_config
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", list_presets())
 def test_every_preset_loads_and_survives_its_own_json(name):
-    config = load(name)
+    config = load_config(name)
     assert Config.model_validate(json.loads(config.model_dump_json())) == config
     assert config.preset == name
 
 
 def test_presets_have_the_sizes_that_the_readme_states():
-    sizes = {name: (load(name).data.train, load(name).conversation.max_turns) for name in presets()}
+    sizes = {name: (load_config(name).data.train, load_config(name).conversation.max_turns) for name in list_presets()}
     assert sizes["development"] == (100, 3)
     assert sizes["balanced"] == (2000, 5)
     assert sizes["high-quality"] == (5000, 7)
-    assert {name for name in presets() if "7B" not in load(name).model.path} == {"memory-efficient"}
-    assert load("high-quality").model.lora_rank == 128
-    assert {load(name).model.lora_rank for name in presets()} == {64, 128}
-    assert [name for name in presets() if load(name).model.tiny] == ["tiny"]
+    assert {name for name in list_presets() if "7B" not in load_config(name).model.path} == {"memory-efficient"}
+    assert load_config("high-quality").model.lora_rank == 128
+    assert {load_config(name).model.lora_rank for name in list_presets()} == {64, 128}
+    assert [name for name in list_presets() if load_config(name).model.tiny] == ["tiny"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_presets_have_the_sizes_that_the_readme_states():
         (["data.source=parquet"], "The setting 'data.path' is missing. Hint: A Parquet file"),
         (["image.teacher.prefix=false"], "belongs to teacher, which is not among image.types"),
         (["image.types=[teecher]"], "There is no 'teecher' among the judges"),
-        (["image.types=[self, self]"], "two judges of one name"),
+        (["image.types=[self, self]"], "two judges of the same name"),
         (["image.weights={embedding: 1, magic: 1}"], "'magic', which is no judge"),
         (
             ["conversation.protocol=json"],
@@ -63,21 +63,21 @@ def test_presets_have_the_sizes_that_the_readme_states():
 )
 def test_a_wrong_override_gets_one_sentence_that_names_the_way_out(overrides, said):
     with pytest.raises(UserError) as error:
-        load("development", overrides)
+        load_config("development", overrides)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="balanced"):
-        load("balanced2")
+        load_config("balanced2")
     with pytest.raises(UserError, match="nothing.yaml"):
-        load("nothing.yaml")
+        load_config("nothing.yaml")
 
 
 def test_a_preset_file_extends_another(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: balanced\nmodel: {lora_rank: 16}\nmix: {answer: 1.0}\n")
-    mine, balanced = load(str(path)), load("balanced")
+    mine, balanced = load_config(str(path)), load_config("balanced")
     assert mine.model.lora_rank == 16 and mine.model.path == balanced.model.path
     assert mine.mix == {"answer": 1.0}  # replaced whole: half of another mix is no mix
     assert mine.data == balanced.data
@@ -89,40 +89,40 @@ def test_a_preset_that_chooses_anew_leaves_the_settings_of_the_other_choice_behi
     loss = f"{{loss_type: vespo, vespo_k_pos: 1, beta: 0.1, {mode}}}"
     base.write_text(f"extends: tiny\ntrain: {{loss: {loss}}}\ndata: {{puzzles: {{}}}}\n")
     top.write_text("extends: base.yaml\ntrain: {loss: {loss_type: dapo}}\nimage: {types: [self]}\n")
-    assert load(str(base)).train.loss.vespo_k_pos == 1
-    changed = load(str(top), ["data.source=jsonl", "data.path=x.jsonl"])
+    assert load_config(str(base)).train.loss.vespo_k_pos == 1
+    changed = load_config(str(top), ["data.source=jsonl", "data.path=x.jsonl"])
     loss = changed.train.loss.model_dump()
     assert loss["loss_type"] == "dapo" and loss["beta"] == 0.1 and "vespo_k_pos" not in loss
     assert changed.data.train == 1600 and "puzzles" not in changed.data.model_dump()
     assert "teacher" not in changed.image.model_dump() and changed.image.only_if_right
     top.write_text("extends: base.yaml\ntrain: {loss: {loss_type: dapo, vespo_k_pos: 1}}\n")
     with pytest.raises(UserError, match="belongs to loss_type vespo"):
-        load(str(top))
+        load_config(str(top))
 
 
 def test_a_renamed_setting_is_there_under_its_new_name():
     for name in RENAMED.values():
-        value = functools.reduce(getattr, name.split("."), load("tiny"))
-        assert load("tiny", [f"{name}={json.dumps(value)}"]) == load("tiny")
+        value = functools.reduce(getattr, name.split("."), load_config("tiny"))
+        assert load_config("tiny", [f"{name}={json.dumps(value)}"]) == load_config("tiny")
 
 
 def test_a_preset_with_an_unknown_key_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("rolout: {samples: 3}\n")
     with pytest.raises(UserError, match="rollout"):
-        load(str(path))
+        load_config(str(path))
 
 
 @given(st.text(max_size=40))
 def test_no_override_can_do_anything_but_load_or_be_refused(text):
     try:
-        load("tiny", [text])
+        load_config("tiny", [text])
     except UserError as error:
         assert str(error)
 
 
 def test_overrides_do_not_change_what_they_do_not_name():
-    changed = load("tiny", ["train.loss.beta=0.01", "iterations=3"])
-    plain = load("tiny").model_dump()
+    changed = load_config("tiny", ["train.loss.beta=0.01", "iterations=3"])
+    plain = load_config("tiny").model_dump()
     plain["train"]["loss"]["beta"], plain["iterations"] = 0.01, 3
     assert changed.model_dump() == plain

@@ -18,13 +18,13 @@ from rewards_rows import sample as sample_of
 from users_files import BRACKETS, BREVITY, REINFORCE
 
 import thinkimg
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
-from thinkimg.conversation.episode import system_prompt
+from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.protocol import PROTOCOLS, Answer, ToolCall, load_protocol
 from thinkimg.data.settings import SOURCES
 from thinkimg.errors import UserError
-from thinkimg.grpo.loss import grpo_loss, step_normaliser
+from thinkimg.grpo.loss import Logps, grpo_loss, step_normaliser
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.decode import pixel_hash
 from thinkimg.registry import source_digest
@@ -33,7 +33,7 @@ from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judgement import Pair
 from thinkimg.rewards.mix import Mix
-from thinkimg.rewards.registry import components
+from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import JUDGES, RULES
 from thinkimg.stages.score import judge_settings
 from thinkimg.store.artifacts import Store
@@ -141,25 +141,27 @@ def project(tmp_path_factory):
 
 
 def test_a_loss_with_a_setting_of_its_own():
-    cfg = load("tiny", [f"train.loss.loss_type={LOSS}", "train.loss.strength=3", "train.loss.epsilon=0.1"]).train.loss
+    cfg = load_config(
+        "tiny", [f"train.loss.loss_type={LOSS}", "train.loss.strength=3", "train.loss.epsilon=0.1"]
+    ).train.loss
     cfg = cfg.model_copy(update={"vllm_importance_sampling_correction": False})
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     normaliser = step_normaliser(cfg, [mask], max_completion_length=2)
-    inputs = {"logps": logps, "old_logps": logps.detach(), "ref_logps": None, "engine_logps": None, "entropies": None}
-    out = grpo_loss(cfg, advantages=torch.tensor([1.0, -1.0]), mask=mask, normaliser=normaliser, **inputs)
+    options = {"mask": mask, "entropies": None, "normaliser": normaliser}
+    out = grpo_loss(cfg, Logps(logps, logps.detach()), advantages=torch.tensor([1.0, -1.0]), **options)
     assert out.loss.item() == pytest.approx(3 * (1 + 2 - 3) / 3)
     out.loss.backward()
     assert logps.grad.tolist() == [[-1, -1], [1, 0]]
 
 
 def test_a_protocol():
-    config = load("tiny", [f"conversation.protocol={PROTOCOL}", "conversation.system=null"])
+    config = load_config("tiny", [f"conversation.protocol={PROTOCOL}", "conversation.system=null"])
     protocol = load_protocol(config.conversation.protocol)
     action = ToolCall("crop_image", {"x": 1})
     assert protocol.parse(protocol.render_turn("So.", action)) == action
     assert protocol.parse("So.\n\n<answer>red</answer>") == Answer("red")
-    assert '[[{"name"' in system_prompt(config.conversation)
+    assert '[[{"name"' in render_system_prompt(config.conversation)
 
 
 def test_a_source_through_the_command_line(project):
@@ -184,10 +186,10 @@ def test_a_source_through_the_command_line(project):
 
 
 def test_a_rule_with_a_setting_of_its_own():
-    config = load("tiny", [f"rewards.rules=[{RULE}]", "rewards.brevity.most=2", "mix.brevity=0.5"])
-    scored = components(config.rewards, config.image)
+    config = load_config("tiny", [f"rewards.rules=[{RULE}]", "rewards.brevity.most=2", "mix.brevity=0.5"])
+    scored = load_components(config.rewards, config.image)
     assert list(scored)[-1] == "brevity"
-    Mix.of_settings(config.mix, config.image).check(scored)
+    Mix.from_config(config.mix, config.image).check(scored)
     rows = [trajectory(final(), answer="red"), trajectory(call(), final(), answer="red")]
     found = scored["brevity"](Batch(rows, {"s0": sample_of()}, config.rewards))
     assert [one.value for one in found] == [0.5, 0.0]
@@ -198,7 +200,7 @@ class Pictures(dict):
 
 
 def test_a_judge_with_a_setting_of_its_own_and_its_weight():
-    config = load("tiny", [*JUDGED, "image.redness.gain=0.5"])
+    config = load_config("tiny", [*JUDGED, "image.redness.gain=0.5"])
     settings, pictures = judge_settings(config), Pictures()
     shown = [Image.new("RGB", (64, 64), (red, 0, 0)) for red in (0, 255)]
     for picture in shown:
@@ -208,10 +210,10 @@ def test_a_judge_with_a_setting_of_its_own_and_its_weight():
     resources = SimpleNamespace(exclusive=False, where=SimpleNamespace(workers=1))
     context = JudgeContext(settings, resources, None, None, None, (), pictures)
     pair, judgements = Pair("Which colour?", original, processed), {}
-    judging.judge(["redness"], {pair}, context, lambda *_: {}, lambda name, found: judgements.update(found))
+    judging.run_judges(["redness"], {pair}, context, lambda *_: {}, lambda name, found: judgements.update(found))
     (judgement,) = judgements.values()
     assert judgement.value == 0.5 and judgement.by.judge == "redness"
-    assert judging.table(judgements).to_pylist()[0]["component"] == "redness"
+    assert judging.build_ledger(judgements).to_pylist()[0]["component"] == "redness"
 
     turn = call("crop_image", x=0, y=0, width=14, height=14)
     turn = type(turn)(**{**vars(turn), "image": processed})
@@ -219,11 +221,11 @@ def test_a_judge_with_a_setting_of_its_own_and_its_weight():
     sample = sample_of()
     sample = type(sample)(**{**vars(sample), "images": (original,)})
     batch = Batch([row], {"s0": sample}, config.rewards, image=config.image, judgements=judgements)
-    assert [one.value for one in components(config.rewards, config.image)["redness"](batch)] == [0.5]
+    assert [one.value for one in load_components(config.rewards, config.image)["redness"](batch)] == [0.5]
 
-    assert Mix.of_settings(config.mix, config.image).types == {"embedding": 0.2, "redness": 0.5}
-    assert Mix.of(json.loads(config.model_dump_json())).types == {"embedding": 0.2, "redness": 0.5}
-    assert config.image.scored()["redness"] == {"gain": 0.5}
+    assert Mix.from_config(config.mix, config.image).types == {"embedding": 0.2, "redness": 0.5}
+    assert Mix.from_tree(json.loads(config.model_dump_json())).types == {"embedding": 0.2, "redness": 0.5}
+    assert config.image.fingerprinted()["redness"] == {"gain": 0.5}
 
 
 OWN = {
@@ -238,17 +240,17 @@ OWN = {
 def test_its_settings_and_its_file_enter_the_fingerprint(project, kind):
     name, overrides, more = OWN[kind]
     stage, path = kind.split()[0], project / "users_own" / name
-    plain = fingerprints(load("tiny", overrides))
-    changed = fingerprints(load("tiny", [*overrides, more]))
+    plain = fingerprints(load_config("tiny", overrides))
+    changed = fingerprints(load_config("tiny", [*overrides, more]))
     assert {name for name in plain if plain[name] != changed[name]} == {stage}
     text = path.read_text()
     path.write_text(text + "# another version\n")
     source_digest.cache_clear()
-    edited = fingerprints(load("tiny", overrides))
+    edited = fingerprints(load_config("tiny", overrides))
     path.write_text(text)
     source_digest.cache_clear()
     assert {name for name in plain if plain[name] != edited[name]} == {stage}
-    assert fingerprints(load("tiny", overrides)) == plain
+    assert fingerprints(load_config("tiny", overrides)) == plain
 
 
 def test_a_tools_file_enters_the_fingerprint_of_what_it_plays_in_and_of_the_judges_scores(project, monkeypatch):
@@ -256,11 +258,11 @@ def test_a_tools_file_enters_the_fingerprint_of_what_it_plays_in_and_of_the_judg
     tools, path = ("users_own.tools.magnify",), project / "users_own" / "tools" / "magnify.py"
     monkeypatch.setattr(ROLLOUTS, "tools", tools)
     own = [f"conversation.tools=[{tools[0]}]"]
-    plain = [fingerprints(load("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
+    plain = [fingerprints(load_config("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
     text = path.read_text()
     path.write_text(text + "# another version\n")
     source_digest.cache_clear()
-    edited = [fingerprints(load("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
+    edited = [fingerprints(load_config("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
     path.write_text(text)
     source_digest.cache_clear()
     judged, unjudged = (
@@ -270,14 +272,14 @@ def test_a_tools_file_enters_the_fingerprint_of_what_it_plays_in_and_of_the_judg
 
 
 def test_a_protocols_file_enters_the_fingerprint_of_what_is_played():
-    plain, own = (fingerprints(load("tiny", more)) for more in ([], [f"conversation.protocol={PROTOCOL}"]))
+    plain, own = (fingerprints(load_config("tiny", more)) for more in ([], [f"conversation.protocol={PROTOCOL}"]))
     assert {"rollout", "evaluate", "demonstrate"} <= {name for name in plain if plain[name] != own[name]}
-    assert load("tiny", [f"conversation.protocol={PROTOCOL}"]).sources().keys() == {PROTOCOL}
+    assert load_config("tiny", [f"conversation.protocol={PROTOCOL}"]).sources().keys() == {PROTOCOL}
 
 
 def test_an_installed_entry_goes_by_its_name_and_is_in_the_schema():
     assert all(f"installed_{kind}" in registry for kind, registry in KINDS.items())
-    config = load("tiny", ["train.loss.loss_type=installed_losses", "train.loss.strength=2"])
+    config = load_config("tiny", ["train.loss.loss_type=installed_losses", "train.loss.strength=2"])
     assert config.train.loss.strength == 2 and config.sources().keys() == {"installed_losses"}
     schema = json.dumps(Config.model_json_schema())
     assert all(f'"{name}"' in schema for name in ("strength", "count", "installed_protocols", "installed_judges"))
@@ -285,7 +287,7 @@ def test_an_installed_entry_goes_by_its_name_and_is_in_the_schema():
 
 def test_the_resolved_config_survives_its_own_json():
     overrides = [f"train.loss.loss_type={LOSS}", f"data.source={SOURCE}", f"rewards.rules=[{RULE}]", *JUDGED]
-    config = load("tiny", [*overrides, "train.loss.strength=2", "image.redness.gain=2"])
+    config = load_config("tiny", [*overrides, "train.loss.strength=2", "image.redness.gain=2"])
     assert Config.model_validate(json.loads(config.model_dump_json())) == config
     assert pickle.loads(pickle.dumps(config)) == config  # as Dask sends it
     assert config.sources().keys() == {LOSS, SOURCE, RULE, JUDGE}
@@ -310,7 +312,7 @@ def test_the_resolved_config_survives_its_own_json():
 )
 def test_a_mistake_gets_one_sentence(overrides, said):
     with pytest.raises(UserError) as error:
-        load("tiny", overrides)
+        load_config("tiny", overrides)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -318,9 +320,9 @@ def test_a_mistake_gets_one_sentence(overrides, said):
     "overrides", [["rewards.rules=[users_own.rules.tool]"], ["image.types=[users_own.judges.self]"]]
 )
 def test_no_entry_takes_the_name_of_another(overrides):
-    config = load("tiny", overrides)
+    config = load_config("tiny", overrides)
     with pytest.raises(UserError, match="the name is taken"):
-        components(config.rewards, config.image)
+        load_components(config.rewards, config.image)
 
 
 def test_a_registry_looks_in_its_own_package_only():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.conversation.protocol import IMAGE, PROTOCOLS, Answer, Malformed, ToolCall, load_protocol
+from thinkimg.conversation.protocol import IMAGE_PART, PROTOCOLS, Answer, Malformed, ToolCall, load_protocol
 from thinkimg.images.toolbox import load_tools
 
 THINK, QWEN = load_protocol("think"), load_protocol("qwen")
@@ -156,7 +156,7 @@ def test_the_system_prompt_describes_the_protocol_and_every_tool(protocol):
 
 
 def test_observations_are_plain_in_one_protocol_and_tool_responses_in_the_other():
-    assert THINK.observation("t", image=True) == [IMAGE, {"type": "text", "text": "t"}]
+    assert THINK.observation("t", image=True) == [IMAGE_PART, {"type": "text", "text": "t"}]
     assert THINK.observation("t", image=False) == [{"type": "text", "text": "t"}]
     joined = [part.get("text", "IMAGE") for part in QWEN.observation("t", image=True)]
     assert "".join(joined) == "<tool_response>\nIMAGEt\n</tool_response>"

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from thinkimg.conversation.codec import Codec, banned_tokens
-from thinkimg.conversation.protocol import IMAGE, text
+from thinkimg.conversation.protocol import IMAGE_PART, text_part
 from thinkimg.conversation.tokens import ImageSlot, TokenError, TokenMismatch, TokenStream
 from thinkimg.errors import UserError
 from thinkimg.models.tiny import SPECIAL_TOKENS
@@ -19,7 +19,7 @@ fragments = st.one_of(
 )
 hostile = st.lists(fragments, max_size=8).map("".join)
 harmless = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(lambda value: "<|" not in value)
-contents = st.lists(st.one_of(st.just(IMAGE), harmless.map(text)), max_size=5)
+contents = st.lists(st.one_of(st.just(IMAGE_PART), harmless.map(text_part)), max_size=5)
 
 
 def specials(codec: Codec, ids: list[int]) -> list[int]:
@@ -43,15 +43,15 @@ def test_no_text_encodes_to_a_special_token(which, value):
 )
 def test_texts_cannot_add_special_tokens_to_prompt_or_observation(which, system, values):
     codec = which[0]()
-    content = [IMAGE, *map(text, values)]
-    neutral = [IMAGE, *[text("x") for _ in values]]
+    content = [IMAGE_PART, *map(text_part, values)]
+    neutral = [IMAGE_PART, *[text_part("x") for _ in values]]
     assert specials(codec, codec.prompt(system, content)) == specials(codec, codec.prompt(system and "x", neutral))
     assert specials(codec, codec.observation(content)) == specials(codec, codec.observation(neutral))
 
 
 @settings(deadline=None)  # the first example loads a tokenizer
 @given(codecs, harmless, contents)
-@example((qwen_codec, qwen_tokenizer), "\n\n x", [text("\n"), IMAGE, text(" \n"), text("\n\u0301")])
+@example((qwen_codec, qwen_tokenizer), "\n\n x", [text_part("\n"), IMAGE_PART, text_part(" \n"), text_part("\n\u0301")])
 def test_prompts_of_harmless_texts_equal_the_chat_templates(which, system, content):
     codec, tokenizer = which[0](), which[1]()
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": content}]
@@ -63,7 +63,7 @@ def test_prompts_of_harmless_texts_equal_the_chat_templates(which, system, conte
 @given(codecs, contents)
 def test_an_observation_continues_the_chat_template(which, content):
     codec, tokenizer = which[0](), which[1]()
-    first, turn = [IMAGE, text("q")], "<think>t</think>"
+    first, turn = [IMAGE_PART, text_part("q")], "<think>t</think>"
     roles = [("system", "s"), ("user", first), ("assistant", turn), ("user", content)]
     messages = [{"role": role, "content": value} for role, value in roles]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -103,7 +103,7 @@ def test_another_tokenizer_is_refused():
 def stream() -> TokenStream:
     codec = tiny_codec()
     slots = [ImageSlot("a", (1, 4, 4)), ImageSlot("b", (1, 2, 6))]
-    return TokenStream(codec, codec.prompt("s", [IMAGE, IMAGE, text("q")]), slots)
+    return TokenStream(codec, codec.prompt("s", [IMAGE_PART, IMAGE_PART, text_part("q")]), slots)
 
 
 def test_placeholders_expand_by_their_grids():
@@ -157,7 +157,7 @@ def test_sampled_tokens_are_kept_as_they_came():
     tokens, codec = stream(), tiny_codec()
     spelled = [*codec.encode("a"), *codec.encode("n"), *codec.encode("s"), codec.end]  # not what encode("ans") gives
     tokens.append_sampled(spelled, [-0.5, -1.0, -1.5, 0.0])
-    tokens.append_observation(codec.observation([IMAGE, text("seen")]), [ImageSlot("c", (1, 2, 2))])
+    tokens.append_observation(codec.observation([IMAGE_PART, text_part("seen")]), [ImageSlot("c", (1, 2, 2))])
     sampled = [i for i, role in zip(tokens.ids, tokens.roles, strict=True) if role == "sampled"]
     assert sampled == spelled and codec.encode("ans") != spelled[:-1] and tokens.logprobs == [-0.5, -1.0, -1.5, 0.0]
     assert tokens.images == ["a", "b", "c"] and np.array(tokens.grids).shape == (3, 3)
@@ -167,4 +167,4 @@ def test_nothing_follows_a_turn_without_its_end():
     tokens, codec = stream(), tiny_codec()
     tokens.append_sampled([5], [-1.0])
     with pytest.raises(AssertionError):
-        tokens.append_observation(codec.observation([text("seen")]), [])
+        tokens.append_observation(codec.observation([text_part("seen")]), [])

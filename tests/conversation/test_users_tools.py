@@ -11,11 +11,11 @@ from chat_codecs import tiny_codec
 from PIL import Image
 
 from thinkimg import records
-from thinkimg.analysis.figures import held
+from thinkimg.analysis.figures import holds_region
 from thinkimg.analysis.verify_calls import replay
-from thinkimg.config.load import load
-from thinkimg.conversation.episode import Episode, scripted
-from thinkimg.conversation.picture import picture
+from thinkimg.config.load import load_config
+from thinkimg.conversation.episode import ConversationSpec, Episode, play_script
+from thinkimg.conversation.picture import make_picture
 from thinkimg.conversation.protocol import Answer, ToolCall, load_protocol
 from thinkimg.conversation.regions import tool_images
 from thinkimg.errors import UserError
@@ -23,9 +23,10 @@ from thinkimg.images.decode import encode_png
 from thinkimg.images.toolbox import TOOLS, load_tools, user_sources
 from thinkimg.records import AnswerType, CallStatus, Sample, StopReason
 from thinkimg.rewards.judgement import Pair
-from thinkimg.rewards.pairs import processed
-from thinkimg.store.artifacts import Recipe, Store
-from thinkimg.tracking.traces import conversation
+from thinkimg.rewards.pairs import pair_images
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
+from thinkimg.tracking.traces import chat_messages
 
 MAGNIFY = '''"""Magnify a corner of the image."""
 
@@ -103,7 +104,7 @@ def project(tmp_path_factory):
 
 
 def configured(*tools: str):
-    return load(
+    return load_config(
         "tiny", [f"conversation.tools=[{', '.join(tools)}]", "images.max_pixels=50176", "images.min_pixels=784"]
     )
 
@@ -111,15 +112,15 @@ def configured(*tools: str):
 def play(*calls: tuple[str, dict], tools=OFFER):
     """(sample, pictures, trajectory) of scripted calls and an answer."""
     config = configured(*tools)
-    shown = picture(Image.fromarray(PIXELS), config.images)  # 448 x 224, seen at 308 x 140
+    shown = make_picture(Image.fromarray(PIXELS), config.images)  # 448 x 224, seen at 308 x 140
     sample = Sample("s", "q?", "a", AnswerType.TEXT, (), (shown.sha256,), "test", "train")
-    identity = {"trajectory_id": "t", "group_id": "g", "index": 0, "policy": "p"}
     limits = {"max_tokens": 9000, "max_turn_tokens": 500, "max_turns": 8, "max_images": 8}
     talk = config.conversation.model_copy(update={"system": None} | limits)
-    episode = Episode(sample, [shown], talk, config.images, tiny_codec(), **identity)
+    spec = ConversationSpec(talk, config.images, tiny_codec())
+    episode = Episode(sample, [shown], spec, policy="p", group_id="g", index=0)
     think = load_protocol("think")
     turns = [think.render_turn("t", ToolCall(*call)) for call in calls]
-    row = scripted(episode, [*turns, think.render_turn("t", Answer("a"))])
+    row = play_script(episode, [*turns, think.render_turn("t", Answer("a"))])
     assert row.stop is StopReason.ANSWER, row.error
     return episode, row
 
@@ -133,7 +134,7 @@ QUARTER = ("magnify", {"corner": "last", "share": 0.5})
 def test_a_config_takes_import_paths_and_entry_points_and_null_means_the_shipped_ones():
     offered = load_tools(configured(TOOL, "crop_image", "loupe").conversation.tools)
     assert list(offered) == ["magnify", "crop_image", "loupe"] and offered["magnify"].name == "magnify"
-    assert list(load_tools(load("tiny").conversation.tools)) == list(TOOLS.shipped) and len(TOOLS.shipped) == 11
+    assert list(load_tools(load_config("tiny").conversation.tools)) == list(TOOLS.shipped) and len(TOOLS.shipped) == 11
     assert "loupe" in TOOLS
 
 
@@ -209,23 +210,23 @@ def test_its_region_goes_on_through_later_calls():
     assert regions[0] == regions[1] == pytest.approx((0.5, 0.5, 1, 1))
     assert regions[2] == pytest.approx((0.5, 0.5, 0.75, 1))
     assert regions[3:] == [None, None], "a tool that states nothing, and what is cut from its image"
-    pairs = processed(row, episode.sample, OFFER)
+    pairs = pair_images(row, episode.sample, OFFER)
     assert [pair.region for pair in pairs] == regions and isinstance(pairs[0], Pair)
     assert [image.region for image in tool_images(row)] == [None] * 5, "to whom the tool is unknown"
 
 
 def test_a_call_that_takes_the_whole_image_is_worth_nothing():
     episode, row = play(("magnify", {"share": 0.99}))
-    assert processed(row, episode.sample, OFFER) == ["The magnify took the whole image."]
+    assert pair_images(row, episode.sample, OFFER) == ["The magnify took the whole image."]
 
 
 def test_it_counts_as_a_look_at_the_marked_region_and_traces_show_the_box():
     episode, row = play(QUARTER)
     size = Image.fromarray(PIXELS).size
-    assert held(row, (300, 150, 40, 40), size, OFFER) and not held(row, (10, 10, 40, 40), size, OFFER)
+    assert holds_region(row, (300, 150, 40, 40), size, OFFER) and not holds_region(row, (10, 10, 40, 40), size, OFFER)
     images = {shown.sha256: shown.image for shown in episode.pictures}
     parts = [
-        part for message in conversation(row, episode.sample, images.get, None, OFFER) for part in message["content"]
+        part for message in chat_messages(row, episode.sample, images.get, None, OFFER) for part in message["content"]
     ]
     texts = [part["text"] for part in parts if isinstance(part, dict) and "text" in part]
     assert "Taken from image 0, 448x224 pixels, at (224, 112, 448, 224):" in texts
@@ -240,11 +241,11 @@ def stored(root, episode, row, tools=OFFER):
 
     def samples(work):
         image = {"sha256": row.images[0], "data": encode_png(Image.fromarray(PIXELS)), "width": 448, "height": 224}
-        work.table("images.parquet", pa.Table.from_pylist([image], records.images()))
-        work.table("samples.parquet", pa.Table.from_pylist([records.to_row(episode.sample)], records.samples()))
+        work.table("images.parquet", pa.Table.from_pylist([image], records.image_schema()))
+        work.table("samples.parquet", pa.Table.from_pylist([records.to_row(episode.sample)], records.sample_schema()))
 
     def rows(work):
-        work.table("trajectories.parquet", pa.Table.from_pylist([records.to_row(row)], records.trajectories()))
+        work.table("trajectories.parquet", pa.Table.from_pylist([records.to_row(row)], records.trajectory_schema()))
 
     dataset, _ = store.build("dataset", Recipe("prepare", 1, records.SCHEMA_VERSION, {}), samples)
     settings = {

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.data.settings import Columns, DataConfig
 from thinkimg.data.source import RawRow, Refused, RowRefused, open_source, raw_row
 from thinkimg.errors import UserError
@@ -75,7 +75,7 @@ def parquet_table(images, records=RECORDS):
     return pa.table({"image": images, **columns})
 
 
-# every format -----------------------------------------------------------------------------------------------------------
+# every format ---------------------------------------------------------------------------------------------------------
 
 
 def test_jsonl_with_paths(folder):
@@ -113,7 +113,7 @@ def test_a_folder_as_imagefolder_has_it_also_with_tables_in_subfolders(folder, f
     [[png(i)] for i in range(20)],
     [f"pictures/{i}.png" for i in range(20)],
     [[f"pictures/{i}.png"] for i in range(20)],
-], ids=["struct", "struct of paths", "binary", "list of structs", "list of binaries", "paths", "list of paths"])  # fmt: skip
+], ids=["struct", "struct of paths", "binary", "structs", "binaries", "paths", "list of paths"])  # fmt: skip
 def test_parquet_with_images_as_people_have_them(folder, images):
     whole = parquet_table(images)
     pq.write_table(whole.slice(0, 12), folder / "a.parquet", row_group_size=5)
@@ -243,7 +243,7 @@ def test_answers_are_read_or_refused(answer_type, choices, answer, expected):
     assert (row.reason if isinstance(row, Refused) else row.answers[0]) == expected
 
 
-# hostile input ----------------------------------------------------------------------------------------------------------
+# hostile input --------------------------------------------------------------------------------------------------------
 
 
 def test_a_path_stays_inside_the_data_set(folder, tmp_path):
@@ -252,8 +252,9 @@ def test_a_path_stays_inside_the_data_set(folder, tmp_path):
     (folder / "way").symlink_to(tmp_path)
     (folder / "inner.png").symlink_to(folder / "pictures" / "1.png")
     (folder / "loop.png").symlink_to(folder / "loop.png")
-    names = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "way/secret.png", "pictures/../../secret.png", "/dev/zero",
-             "pictures", "nowhere.png", "loop.png", "\0", "\ud800", "a" * 5000, "file:///etc/passwd", "inner.png"]  # fmt: skip
+    names = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "way/secret.png", "pictures/../../secret.png"]
+    names += ["/dev/zero", "pictures", "nowhere.png", "loop.png", "\0", "\ud800", "a" * 5000, "file:///etc/passwd"]
+    names += ["inner.png"]
     path = write_jsonl(folder / "d.jsonl", [{**RECORDS[0], "image": name} for name in names])
     found = []
     for row in rows_of("jsonl", path):
@@ -309,7 +310,8 @@ def test_lines_that_are_no_rows_are_refused_in_their_place(folder, monkeypatch):
 
 def test_csv_lines_that_are_no_rows_are_refused_in_their_place(folder):
     lines = [b"file_name,question,answer", b"pictures/0.png,?,!", b"pictures/0.png,?", b"pictures/0.png,\xff,!", b"",
-             b'pictures/0.png,"two\nlines",!', b'pictures/0.png,"?"x,!', b"pictures/0.png,?,!", b'pictures/0.png,"?,!']  # fmt: skip
+             b'pictures/0.png,"two\nlines",!', b'pictures/0.png,"?"x,!', b"pictures/0.png,?,!",
+             b'pictures/0.png,"?,!']  # fmt: skip
     (folder / "metadata.csv").write_bytes(b"\n".join(lines))
     rows = rows_of("folder", folder)
     assert reasons(rows) == ["ok", "syntax", "text", "ok", "syntax", "ok", "syntax"]
@@ -352,7 +354,7 @@ def test_a_place_without_data_is_told(folder, source, message):
     with pytest.raises(UserError, match="There is no"):
         rows_of(source, folder / "nowhere")
     with pytest.raises(UserError, match=r"'data\.path' is missing"):
-        load("development", [f"data.source={source}"])
+        load_config("development", [f"data.source={source}"])
 
 
 def test_damaged_parquet_is_told(folder):
@@ -368,7 +370,7 @@ def test_damaged_parquet_is_told(folder):
         rows_of("parquet", folder / "b.parquet")
 
 
-# URLs -------------------------------------------------------------------------------------------------------------------
+# URLs -----------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from PIL import Image
 from single_stage import build_stage
 
 from thinkimg import records as schemas
-from thinkimg.analysis.figures import target
+from thinkimg.analysis.figures import marked_region
 from thinkimg.config.load import validate
 from thinkimg.errors import UserError
 from thinkimg.records import AnswerType, Sample, StopReason, Trajectory, Turn, TurnKind, from_row, to_row
@@ -23,7 +23,7 @@ from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.rewards.settings import RewardsConfig
 from thinkimg.rewards.user_function import UserFunction
-from thinkimg.stages.evaluate import report
+from thinkimg.stages.evaluate import summarise_evaluation
 from thinkimg.stages.prepare import prepare
 from thinkimg.store.artifacts import Store
 
@@ -39,9 +39,11 @@ OURS = sorted(
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(OURS) | st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(OURS) | st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 LOOKALIKES = st.sampled_from(
     [[1, 2, 30, 40], ["a", "b"], "detail", [{"name": "crop_image", "args": {}}], {"columns": {}}, "train", 3]
 )
@@ -56,8 +58,8 @@ def sample(columns: dict, **changes) -> Sample:
 def computed(one: Sample) -> tuple:
     batch = Batch([ROW], {"s": one}, config=RewardsConfig(), images=None)
     scores = score_answers(batch)
-    metrics = report([one], np.array([[ROW]], dtype=object), np.array([[scores[0].value]]))
-    return scores, metrics, target(one)
+    metrics = summarise_evaluation([one], np.array([[ROW]], dtype=object), np.array([[scores[0].value]]))
+    return scores, metrics, marked_region(one)
 
 
 @given(COLUMNS)
@@ -66,7 +68,7 @@ def test_nothing_that_is_computed_changes(columns):
         stored = to_row(sample(columns, **ours))
         again = from_row(Sample, json.loads(json.dumps(stored)))
         assert again == sample(columns, **ours)
-        assert stored.keys() == set(schemas.samples().names)
+        assert stored.keys() == set(schemas.sample_schema().names)
         assert computed(again) == computed(sample({}, **ours))
 
 
@@ -79,7 +81,7 @@ def test_a_reward_function_is_given_ours_by_name_and_all_of_theirs_together(colu
         return [0.5] * len(completions)
 
     function = UserFunction("own:mine", "mine", mine, b"")
-    (one,) = functions.score(function, Batch([ROW], {"s": sample(columns)}, config=RewardsConfig(), images=None))
+    (one,) = functions.score_with(function, Batch([ROW], {"s": sample(columns)}, config=RewardsConfig(), images=None))
     assert one.value == 0.5 and seen["columns"] == [columns]
     assert seen["answer"] == ["a"] and seen["final_answer"] == ["b"] and seen["question"] == ["?"]
     assert inspect.isfunction(seen["log_extra"]) and inspect.isfunction(seen["log_metric"])
@@ -102,7 +104,7 @@ def test_a_worked_solution_beside_the_answer_goes_through_prepare_and_evaluation
     samples = list(dataset.samples())
     assert len(samples) == 6 and all(one.columns == own and one.metadata == {} for one in samples)
     rows = np.array([[dataclasses.replace(ROW, answer="yes")]] * 6, dtype=object)
-    metrics = report(samples, rows, np.ones((6, 1)))
+    metrics = summarise_evaluation(samples, rows, np.ones((6, 1)))
     assert metrics["accuracy"] == 1 and not any("geometry" in name or "right" in name for name in metrics)
 
 

@@ -18,11 +18,14 @@ from PIL import Image
 from processes import title
 
 from thinkimg.engine import server as server_module
-from thinkimg.engine.client import EngineClient, EngineUnavailable, ImageRef, Sampling
+from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.engine.errors import EngineError
+from thinkimg.engine.request import ImageRef, Sampling
 from thinkimg.engine.server import Server, ServerSettings
+from thinkimg.engine.settings import EngineSettings
 from thinkimg.errors import UserError
 
+SETTINGS = ServerSettings(EngineSettings(dtype="float32", max_tokens=2048, max_images=16, max_pixels=10**6))
 SIZES = [(112, 84), (28, 28), (56, 196), (140, 28), (84, 84)]
 
 
@@ -166,18 +169,16 @@ def test_next_token_logprobs_are_those_of_transformers(engine, tiny_models, toke
     )
 
     async def reload_and_compare(client):
-        checksums, samples = [], []
+        samples = []
         for name, directory in [("v1", tiny_models[1]), ("v0", tiny_models[0])]:
             await client.load_weights(directory, name)
-            assert await client.version() == name
-            checksums.append(await client.checksum())
-            found = await client.next_token_logprobs(prompt(tokenizer, "How many?"), [image], candidates)
+            assert await client.versions() == {engine.url: name}
+            logprobs = await client.next_token_logprobs(prompt(tokenizer, "How many?"), [image], candidates)
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
             with torch.no_grad():
                 expected = model(**inputs).logits[0, -1].log_softmax(-1)[candidates]
-            np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+            np.testing.assert_allclose(logprobs, expected.numpy(), atol=1e-4)
             samples.append(await client.generate(prompt(tokenizer, "How many?"), [image], sampling))
-        assert checksums[0] != checksums[1]
         assert samples[0].token_ids != samples[1].token_ids
         assert [sample.weight_version for sample in samples] == ["v1", "v0"]
 
@@ -185,8 +186,9 @@ def test_next_token_logprobs_are_those_of_transformers(engine, tiny_models, toke
 
 
 def test_a_server_that_waits_keeps_no_core_busy(engine, tokenizer, picture, sampling):
-    """Without `engine.serve` the worker looks for its next task without a pause for a second after each, and the scheduler
-    for the worker's answer all the time."""
+    """Without `engine.serve` the worker polls for its next task for a second after each, and the scheduler polls for
+    the worker's answer all the time.
+    """
     processes = psutil.Process(engine.pid).children(recursive=True)
     schedulers = [process for process in processes if "EngineCore" in title(process.pid)]
 
@@ -203,7 +205,7 @@ def test_a_server_that_waits_keeps_no_core_busy(engine, tokenizer, picture, samp
 
 def test_sleep_and_wake_up_leave_the_answers_as_they_were(engine, tokenizer, picture, sampling):
     """As far as a CPU tells: its server takes both requests and keeps its memory."""
-    server = Server("owner/name", log_path=Path("never"), version="v0", settings=ServerSettings(sleeps=True))
+    server = Server("owner/name", log_path=Path("never"), version="v0", settings=replace(SETTINGS, sleeps=True))
     server.url, server._child = engine.url, SimpleNamespace(alive=True)
 
     async def answer():
@@ -214,7 +216,7 @@ def test_sleep_and_wake_up_leave_the_answers_as_they_were(engine, tokenizer, pic
     server.sleep()
     server.wake()
     assert asyncio.run(answer()) == before
-    assert "--enable-sleep-mode" in server_module.server_command("owner/name", 1, server.settings, None)
+    assert "--enable-sleep-mode" in server_module.server_command("owner/name", 1, server.settings)
 
 
 def test_failed_reload_does_not_go_by_the_old_name(engine, tiny_models, tmp_path):
@@ -222,10 +224,10 @@ def test_failed_reload_does_not_go_by_the_old_name(engine, tiny_models, tmp_path
         try:
             with pytest.raises(EngineError, match="collective_rpc"):
                 await client.load_weights(tmp_path / "missing", "v2")
-            assert await client.version() == "loading v2"
+            assert await client.versions() == {engine.url: "loading v2"}
         finally:
             await client.load_weights(tiny_models[0], "v0")
-        assert await client.version() == "v0"
+        assert await client.versions() == {engine.url: "v0"}
 
     ask([engine.url], run)
 
@@ -281,11 +283,11 @@ def test_refused_requests_are_told_at_once(engine, tokenizer, picture, sampling)
 def test_missing_model_is_the_users_mistake(tmp_path):
     for model in (tmp_path / "missing", tmp_path, "missing"):
         with pytest.raises(UserError, match=str(model)):
-            Server(model, log_path=tmp_path / "log", version="v0").start()
+            Server(model, log_path=tmp_path / "log", version="v0", settings=SETTINGS).start()
 
 
 @pytest.mark.parametrize(
-    ("code", "seconds", "told"),
+    ("code", "seconds", "message"),
     [
         (
             "print('ValueError: torch says: out of memory'); exit(7)",
@@ -293,19 +295,22 @@ def test_missing_model_is_the_users_mistake(tmp_path):
             ["status 7", "torch says", "Hint: lower gpu_memory"],
         ),
         (
-            "print('still thinking', flush=True); import time; time.sleep(60)",
+            "print('INFO Starting to load model x', flush=True); import time; time.sleep(60)",
             1,
-            ["not ready after 1 s", "still thinking"],
+            ["not ready after 1 s", "Starting to load model x"],
         ),
     ],
 )
-def test_server_that_does_not_come_up(tiny_models, tmp_path, monkeypatch, code, seconds, told):
+def test_server_that_does_not_come_up(tiny_models, tmp_path, monkeypatch, code, seconds, message):
     monkeypatch.setattr(server_module, "server_command", lambda *_: [sys.executable, "-c", code])
-    server = Server(tiny_models[0], log_path=tmp_path / "log", version="v0")
+    lines = []
+    server = Server(tiny_models[0], log_path=tmp_path / "log", version="v0", settings=SETTINGS, progress=lines.append)
     with pytest.raises(EngineError) as failure:
         server.start(timeout=seconds)
-    assert all(part in str(failure.value) for part in told)
+    assert all(part in str(failure.value) for part in message)
     assert not server.alive
+    phases = [line.rpartition(" (")[0] for line in lines]
+    assert phases == ["engine: loading vLLM", "engine: loading the model's weights"][: 1 + ("load model" in code)]
 
 
 def test_transient_failures_are_retried_and_versions_joined(fakes):

@@ -45,7 +45,7 @@ def start(prefect: PrefectServer, store: Path, happens: str) -> subprocess.Popen
 
 
 def ended_task(prefect: PrefectServer, child: dict) -> dict:
-    """The task run of the parent's that stands for a sub-flow, once it reads ended: the server hears of it by an event."""
+    """The task run that stands for a sub-flow, once it reads ended: the server learns of it by an event."""
 
     def task():
         found = prefect.ask(f"/task_runs/{child['parent_task_run_id']}")
@@ -108,12 +108,12 @@ def test_what_ends_the_pipeline_ends_the_stages_under_way(prefect, tmp_path, hap
 
 HOLD = """
 import time
-from flows._device import device
+from flows._device import hold_device
 from flows._flow import flow
 
 @flow("hold")
 def hold():
-    with device():
+    with hold_device():
         print("held", flush=True)
         time.sleep(600)
 

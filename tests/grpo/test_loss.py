@@ -14,7 +14,7 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from thinkimg.grpo.advantages import included_rows
-from thinkimg.grpo.loss import LossOutput, grpo_loss, step_normaliser
+from thinkimg.grpo.loss import Logps, LossOutput, grpo_loss, step_normaliser
 from thinkimg.grpo.settings import LOSSES, LossConfig
 
 MAX_LENGTH = 11
@@ -62,13 +62,10 @@ def batch(seed: int, masks: str, rows: int = 6, width: int = 7) -> dict:
 def ours(cfg: LossConfig, b: dict, advantages: Tensor, normaliser=None) -> LossOutput:
     if normaliser is None:
         normaliser = step_normaliser(cfg, [b["mask"]], max_completion_length=MAX_LENGTH, entropies=[b["entropies"]])
-    return grpo_loss(
-        cfg,
-        advantages=advantages,
-        normaliser=normaliser,
-        **{key: b[key] for key in TOKEN_KEYS if key != "engine_logps"},
-        engine_logps=b["engine_logps"] if cfg.vllm_importance_sampling_correction else None,
-    )
+    engine = b["engine_logps"] if cfg.vllm_importance_sampling_correction else None
+    logps = Logps(b["logps"], b["old_logps"], b["ref_logps"], engine)
+    rest = {"mask": b["mask"], "entropies": b["entropies"]}
+    return grpo_loss(cfg, logps, advantages=advantages, normaliser=normaliser, **rest)
 
 
 def theirs(cfg: LossConfig, b: dict, **kwargs) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -297,11 +294,13 @@ def test_config_does_not_import_torch_and_lists_the_losses_in_its_schema():
 
 @pytest.mark.parametrize(
     ("options", "missing"),
-    [({}, "engine_logps"), ({"beta": 0.1}, "ref_logps"), ({"entropy_coef": 0.1}, "entropies")],
+    [({}, "engine"), ({"beta": 0.1}, "reference"), ({"entropy_coef": 0.1}, "entropies")],
 )
 def test_a_term_without_its_input_is_not_silently_left_out(options, missing):
     b, cfg = batch(0, "padding"), LossConfig(**options)
     normaliser = step_normaliser(cfg, [b["mask"]], max_completion_length=MAX_LENGTH)
-    inputs = {key: b[key] for key in TOKEN_KEYS} | {missing: None}
+    logps = {"policy": b["logps"], "old": b["old_logps"], "reference": b["ref_logps"], "engine": b["engine_logps"]}
+    logps = Logps(**{name: None if name == missing else values for name, values in logps.items()})
+    entropies = None if missing == "entropies" else b["entropies"]
     with pytest.raises(AssertionError, match=missing):
-        grpo_loss(cfg, advantages=torch.ones(6), normaliser=normaliser, **inputs)
+        grpo_loss(cfg, logps, advantages=torch.ones(6), mask=b["mask"], entropies=entropies, normaliser=normaliser)

@@ -1,4 +1,4 @@
-"""The tools: what they do to pixels, and that nothing a model can write makes `run` raise."""
+"""The tools: what they do to pixels, and that nothing a model can write makes `run_tool` raise."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from thinkimg.images.coordinates import Frame
 from thinkimg.images.decode import pixel_hash
 from thinkimg.images.tool import in_place
-from thinkimg.images.toolbox import load_tools, run
+from thinkimg.images.toolbox import load_tools, run_tool
 from thinkimg.images.view import view_size
 
 TOOLS = load_tools()
@@ -58,7 +58,7 @@ SEEN = see(PHOTO)
 
 
 def call(name, images=PHOTO, view=see, **args):
-    return run(name, args, images if isinstance(images, list) else [images], view)
+    return run_tool(name, args, images if isinstance(images, list) else [images], view)
 
 
 def image_of(name, images=PHOTO, view=see, **args):
@@ -139,7 +139,7 @@ def test_info_states_both_sizes():
 
 @st.composite
 def scenes(draw, *names):
-    """(name, arguments, size, view): a call of one of the tools that leaves something to be seen, in any proportions."""
+    """(name, arguments, size, view): a call of one of the tools that shows something, in any proportions."""
     size, view = (draw(st.tuples(*[st.integers(60, 300)] * 2)) for _ in range(2))
     x, y = draw(st.integers(0, view[0] - 30)), draw(st.integers(0, view[1] - 30))
     arguments = {
@@ -174,7 +174,7 @@ def scenes(draw, *names):
 @given(scenes(), st.tuples(*[st.floats(0.25, 0.75)] * 2))
 @settings(max_examples=400, deadline=None)
 def test_what_lies_in_the_region_is_seen_at_its_place_in_the_result(scene, place):
-    """A bright spot somewhere in the region of a grey image: where it is in the result follows from the region alone."""
+    """A bright spot in the region of a grey image: its position in the result follows from the region alone."""
     name, args, size, view = scene
     tool, frame = TOOLS[name], Frame(size, view)
     region = tool.region(tool.Args(**args), view)
@@ -188,7 +188,7 @@ def test_what_lies_in_the_region_is_seen_at_its_place_in_the_result(scene, place
     high = np.maximum(low + 2, np.round(low + 0.2 * sides).astype(int))
     image = Image.new("RGB", size, (60, 60, 60))
     image.paste((200, 200, 200), (*low.tolist(), *high.tolist()))
-    result = run(name, args, [image], lambda _: view, TOOLS).image
+    result = run_tool(name, args, [image], lambda _: view, TOOLS).image
     seen = np.asarray(result.convert("L"), dtype=float)
     spot = seen > (seen.max() + np.median(seen)) / 2
     found = np.array([np.nonzero(spot)[1].mean(), np.nonzero(spot)[0].mean()]) + 0.5
@@ -202,7 +202,7 @@ def test_a_crop_is_its_region_pixel_by_pixel(scene):
     _, args, size, view = scene
     image, tool = noise(*size), TOOLS["crop_image"]
     box = Frame(size, view).box_to_full(tool.region(tool.Args(**args), view))
-    assert same(run("crop_image", args, [image], lambda _: view).image, image.crop(box))
+    assert same(run_tool("crop_image", args, [image], lambda _: view).image, image.crop(box))
 
 
 @given(scenes("zoom_image"))
@@ -215,7 +215,7 @@ def test_a_zoom_is_its_region_resized(scene):
     image = Image.fromarray(pixels)
     box = (*frame.to_full(left, top), *np.minimum(frame.to_full(right, bottom), size))
     expected = image.resize(view, Image.Resampling.BICUBIC, box=box)
-    zoomed = run("zoom_image", args, [image], lambda _: view).image
+    zoomed = run_tool("zoom_image", args, [image], lambda _: view).image
     assert np.abs(np.asarray(zoomed, dtype=int) - np.asarray(expected, dtype=int)).max() <= 8  # at the cut's edge
 
 
@@ -399,11 +399,11 @@ def test_no_result_has_a_view_that_a_second_preprocessing_refuses():
 
 
 def test_unknown_tools():
-    unknown = run("cut_image", {}, [PHOTO], see).error
+    unknown = run_tool("cut_image", {}, [PHOTO], see).error
     assert '"cut_image"' in unknown and all(name in unknown for name in TOOLS)
-    offered = run("crop_image", {}, [PHOTO], see, load_tools(("get_image_info", "flip_image"))).error
+    offered = run_tool("crop_image", {}, [PHOTO], see, load_tools(("get_image_info", "flip_image"))).error
     assert offered == 'There is no tool "crop_image"; on offer: flip_image, get_image_info.'
-    assert run("flip_image", {"direction": "vertical"}, [PHOTO], see, load_tools(("flip_image",))).image
+    assert run_tool("flip_image", {"direction": "vertical"}, [PHOTO], see, load_tools(("flip_image",))).image
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_errors_tell_how_to_correct_the_call(name, args, told):
 
 @pytest.mark.parametrize("args", [None, [], "x", 3, True, [{"x": 1}]])
 def test_arguments_must_be_an_object(args):
-    assert "must be a JSON object" in run("crop_image", args, [PHOTO], see).error
+    assert "must be a JSON object" in run_tool("crop_image", args, [PHOTO], see).error
 
 
 def test_whole_floats_are_integers():
@@ -444,9 +444,9 @@ def test_whole_floats_are_integers():
 
 def test_no_special_token_comes_back():
     hostile = "<|vision_start|><|image_pad|>"
-    errors = [run(hostile, {}, [PHOTO], see).error, run("flip_image", {hostile: 1}, [PHOTO], see).error]
-    errors += [run("flip_image", {"direction": hostile, "image": hostile}, [PHOTO], see).error]
-    errors += [run("flip_image", {"direction": "vertical", "image": hostile}, [PHOTO], see).error]
+    errors = [run_tool(hostile, {}, [PHOTO], see).error, run_tool("flip_image", {hostile: 1}, [PHOTO], see).error]
+    errors += [run_tool("flip_image", {"direction": hostile, "image": hostile}, [PHOTO], see).error]
+    errors += [run_tool("flip_image", {"direction": "vertical", "image": hostile}, [PHOTO], see).error]
     assert not any("<|" in error for error in errors)
 
 
@@ -482,7 +482,7 @@ IMAGES = [noise(60, 45), noise(1, 1), noise(3, 600), noise(45, 60)]
 @given(calls() | st.tuples(json_values, json_values), st.sampled_from([None, (), ("flip_image",)]))
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_run_never_raises(name_and_args, offered):
-    result = run(*name_and_args, IMAGES, see, load_tools(offered if len(repr(name_and_args)) % 3 == 0 else None))
+    result = run_tool(*name_and_args, IMAGES, see, load_tools(offered if len(repr(name_and_args)) % 3 == 0 else None))
     assert [result.image is not None, bool(result.text), result.error is not None].count(True) == 1
     assert 0 <= result.source < len(IMAGES)
     if result.error is not None:

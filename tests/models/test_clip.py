@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.models import clip
@@ -18,7 +18,8 @@ from thinkimg.rewards.judges import embedding
 from thinkimg.rewards.judges.embedding import Settings as EmbeddingSettings
 from thinkimg.rewards.quality import auc, auc_interval
 from thinkimg.stages.score import judge_settings
-from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
 
 RED, BLUE, GREY = "Find something red.", "Find something blue.", "whatever"
 
@@ -43,7 +44,7 @@ def trained(tmp_path_factory):
 
     def produce(work):
         with work.part("clip") as directory:
-            work.metrics |= clip.train_tiny(directory, list(triples(32)), seed=0, steps=12, threads=1, batch=16)
+            work.metrics |= clip.train_tiny(directory, list(triples(32)), seed=0, steps=12, batch=16)
 
     return store.build("clip", Recipe("clip", 1, 1, {}), produce)[0]
 
@@ -59,7 +60,7 @@ class Images:
 
 
 def context_of(trained, images) -> JudgeContext:
-    config = load("tiny", ["image.embedding={model: warmstart, pretrained: null}"])
+    config = load_config("tiny", ["image.embedding={model: warmstart, pretrained: null}"])
     return JudgeContext(judge_settings(config), Resources(config.where), None, None, trained, (), images)
 
 
@@ -93,7 +94,7 @@ def test_an_image_against_itself_is_no_preference_and_swapping_turns_it_around(t
 
 
 def test_its_vectors_are_unit_vectors_whatever_the_batch(trained):
-    encoder = clip.load(*clip.source(EmbeddingSettings(model="warmstart", pretrained=None), trained))
+    encoder = clip.load_encoder(*clip.locate_clip(EmbeddingSettings(model="warmstart", pretrained=None), trained))
     pictures = {str(i): picture((i, 50, 90), i) for i in range(5)}
     together = encoder.images(list(pictures), pictures.__getitem__)
     alone = np.concatenate([encoder.images([name], pictures.__getitem__) for name in pictures])
@@ -106,7 +107,7 @@ def test_an_encoder_is_kept_until_another_one_is_asked_for(trained, tmp_path):
     small = EmbeddingSettings(model="warmstart", pretrained=None)
     shutil.copytree(trained.path("clip"), tmp_path / "clip")
     local = EmbeddingSettings(model=f"local-dir:{tmp_path / 'clip'}", pretrained=None)
-    with Resources(load("tiny").where) as resources:
+    with Resources(load_config("tiny").where) as resources:
         first = resources.encoder(small, trained)
         assert resources.encoder(small, trained) is first
         other = resources.encoder(local, None)
@@ -115,7 +116,7 @@ def test_an_encoder_is_kept_until_another_one_is_asked_for(trained, tmp_path):
 
 
 def test_training_again_gives_the_same_bytes(trained, tmp_path):
-    again = clip.train_tiny(tmp_path / "again", list(triples(32)), seed=0, steps=12, threads=1, batch=16)
+    again = clip.train_tiny(tmp_path / "again", list(triples(32)), seed=0, steps=12, batch=16)
     assert again == {name: trained.metrics[name] for name in again}
     assert (tmp_path / "again" / clip.WEIGHTS).read_bytes() == (trained.path("clip") / clip.WEIGHTS).read_bytes()
 
@@ -128,7 +129,7 @@ def test_a_folder_is_known_by_its_content_and_a_missing_one_is_one_sentence(trai
     with pytest.raises(UserError, match="no CLIP model"):
         clip.weights_digest(EmbeddingSettings(model=f"local-dir:{tmp_path / 'gone'}", pretrained=None), None)
     with pytest.raises(UserError, match="can't be loaded"):
-        clip.load("ViT-of-nobody", None)
+        clip.load_encoder("ViT-of-nobody", None)
 
 
 def test_the_controls_of_the_measure_are_what_they_should_be():

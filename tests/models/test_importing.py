@@ -20,23 +20,23 @@ class Slow(MetaPathFinder):
 sys.meta_path.insert(0, Slow())
 
 def clip():
-    from thinkimg.models.clip import load
-    load("RN50", "nowhere")
+    from thinkimg.models.clip import load_encoder
+    load_encoder("RN50", "nowhere")
 
 def tiny():
     from thinkimg.models.settings import TinyModel
-    from thinkimg.models.tiny import geometry
+    from thinkimg.models.tiny import make_config
     names = ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    geometry(TinyModel(), {name: number for number, name in enumerate(names)})
+    make_config(TinyModel(), {name: number for number, name in enumerate(names)})
 
 def merged():
     from pathlib import Path
     from types import SimpleNamespace
-    from thinkimg.config.load import load
+    from thinkimg.config.load import load_config
     from thinkimg.models.base import BaseSource
     from thinkimg.resources import Resources
     policy = SimpleNamespace(is_full=False, digest="d", directory=Path("nowhere"))
-    with Resources(load("tiny", []).where) as resources:
+    with Resources(load_config("tiny", []).where) as resources:
         resources.weights(policy, BaseSource(path="x", revision=None, tiny=False))
 
 def run(function):

@@ -215,7 +215,7 @@ def patch():
 def story(kernel: Kernel, patch) -> tuple[Record, int]:
     """The life of a watchdog from its start to its death: what its record says then, and the caller's number."""
     patch.setattr(watchdog, "process_table", kernel.read)
-    patch.setattr(watchdog, "Handle", kernel.handle)
+    patch.setattr(watchdog, "ProcessHandle", kernel.handle)
     own = kernel.fork(1)
     guard = kernel.fork(own, ours=True, subreaper=True)
     kernel.lead(own)

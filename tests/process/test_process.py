@@ -50,7 +50,7 @@ def wait_for(condition, seconds):
 
 
 def alive(pid) -> bool:
-    return process.identity(int(pid)) is not None
+    return process.identify(int(pid)) is not None
 
 
 def start_stubborn(tmp_path):

@@ -14,11 +14,11 @@ import pytest
 from paths import REPOSITORY
 
 from thinkimg import process, watchdog
-from thinkimg.process import clear_leftovers, identity, parse_record, spawn
-from thinkimg.watchdog import Handle, descendants, process_table, signal_each
+from thinkimg.process import clear_leftovers, identify, parse_record, spawn
+from thinkimg.watchdog import ProcessHandle, descendants, process_table, signal_each
 
 BOOT = process.boot_id()
-ME = identity(os.getpid())
+ME = identify(os.getpid())
 GONE = {"pid": process.PID_MAX, "started": 1, "boot": BOOT}  # a number that no process gets
 
 
@@ -30,7 +30,7 @@ def wait_for(condition, seconds=10):
 
 
 def alive(pid) -> bool:
-    return identity(int(pid)) is not None
+    return identify(int(pid)) is not None
 
 
 def session(leader: int) -> list[int]:
@@ -70,7 +70,7 @@ def stranger(request):
 @pytest.mark.parametrize("members", ["first version", "none", "same pid", "same start", "other boot"])
 def test_a_stranger_with_a_number_of_a_stale_record_survives(run, stranger, members):
     leader, member = stranger
-    started, boot = identity(member)["started"], "another" if members == "other boot" else BOOT
+    started, boot = identify(member)["started"], "another" if members == "other boot" else BOOT
     record = {
         "name": "engine",
         "parent": GONE | {"boot": boot},
@@ -91,7 +91,7 @@ def test_a_record_of_the_first_version_whose_watchdog_hangs_still_ends_it_and_it
     """Its start time tells that it is the one, and the session has been its own without interruption."""
     monkeypatch.setattr(process, "WATCHDOG_TIMEOUT_S", 0.2)
     leader, member = orphaned("sleep 600 >/dev/null & echo $$ $!; exec >/dev/null; wait")
-    record = {"name": "engine", "parent": GONE, "watchdog": identity(leader)}
+    record = {"name": "engine", "parent": GONE, "watchdog": identify(leader)}
     (run / "engine-1-1.json").write_text(json.dumps(record))
     clear_leftovers()
     wait_for(lambda: not alive(leader) and not alive(member))
@@ -133,7 +133,7 @@ def test_a_watchdog_whose_record_has_strange_members_gets_no_signal(run, monkeyp
     monkeypatch.setattr(process, "WATCHDOG_TIMEOUT_S", 0.05)
     leader, member = stranger
     for members in STRANGE_MEMBERS:
-        record = {"parent": GONE, "watchdog": identity(member), "members": members}
+        record = {"parent": GONE, "watchdog": identify(member), "members": members}
         (run / "engine-1-1.json").write_text(json.dumps(record))
         assert clear_leftovers() == ["unknown"]
         assert list(run.iterdir()) == []
@@ -264,7 +264,9 @@ def test_leftovers_are_ended_those_that_came_after_the_last_look_too(run, tmp_pa
 
 def test_leftovers_that_fork_all_the_time_do_not_escape(run, tmp_path, monkeypatch):
     """As long as one of them runs it may leave a child of whom nobody knows, so they are stopped first."""
-    monkeypatch.setattr(watchdog, "BATCH", 3)  # those that vouch for the last of them are killed with the first
+    monkeypatch.setattr(
+        watchdog, "OPEN_PROCESSES", 3
+    )  # those that vouch for the last of them are killed with the first
     code = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -287,12 +289,12 @@ time.sleep(600)
 def test_the_command_is_recorded_before_it_runs(run):
     """So that there is no moment at which a SIGKILL of its watchdog leaves it behind."""
     (run / "child-1-1.json").write_text(
-        json.dumps({"name": "child", "parent": identity(os.getppid()), "watchdog": None})
+        json.dumps({"name": "child", "parent": identify(os.getppid()), "watchdog": None})
     )
-    command = watchdog.start(["sleep", "600"], watchdog.RecordWriter(str(run / "child-1-1")))
+    command = watchdog.start_command(["sleep", "600"], watchdog.RecordWriter(str(run / "child-1-1")))
     record = parse_record((run / "child-1-1.json").read_text())
     try:
-        assert record.members == {(command.pid, identity(command.pid)["started"])} and record.watchdog == ME
+        assert record.members == {(command.pid, identify(command.pid)["started"])} and record.watchdog == ME
     finally:
         command.kill()
         command.wait()
@@ -340,13 +342,13 @@ ctypes.CDLL(None).syscall({60 if os.uname().machine == "x86_64" else 93}, 0)
 
 def test_a_handle_never_reaches_a_later_process(monkeypatch):
     with subprocess.Popen(["sleep", "600"]) as first:
-        handle = Handle(first.pid)
+        handle = ProcessHandle(first.pid)
         handle.send(signal.SIGKILL)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("by number"))
     handle.send(signal.SIGKILL)
     handle.close()
     with pytest.raises(ProcessLookupError):
-        Handle(first.pid)
+        ProcessHandle(first.pid)
 
 
 def test_many_are_signalled_with_few_files_open():
@@ -358,7 +360,7 @@ def test_many_are_signalled_with_few_files_open():
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, before[1]))
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(watchdog, "BATCH", 10)
+            patch.setattr(watchdog, "OPEN_PROCESSES", 10)
             assert {pid for pid, _ in signal_each(lambda table: pids & table.keys(), signal.SIGKILL)} == pids
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg.images.toolbox import run
-from thinkimg.images.view import view, view_size
-from thinkimg.puzzles.scenes import MAKERS, SCALE, SIZE, Family, generate, photographs, puzzle, split_photographs
+from thinkimg.images.toolbox import run_tool
+from thinkimg.images.view import resize_to_view, view_size
+from thinkimg.puzzles.scenes import MAKERS, SCALE, SIZE, Family, make_puzzle, photographs, split_photographs
 
 LIMITS = {"min_pixels": 56 * 56, "max_pixels": (SIZE // SCALE) ** 2}
 PHOTOGRAPHS = ("astronaut", "hubble_deep_field", "gravel", "coffee", "china", "ihc")
@@ -44,17 +44,17 @@ def variants(family, name, seed):
 
 
 def seen(picture):
-    return np.asarray(view(Image.fromarray(picture), **LIMITS)).astype(int)
+    return np.asarray(resize_to_view(Image.fromarray(picture), **LIMITS)).astype(int)
 
 
 def solved(made):
     """What the model sees after the stated calls, each on the image before."""
     images = [Image.fromarray(made.picture)]
     for call in made.solution:
-        result = run(call.name, call.args, images, lambda image: view_size(*image.size, **LIMITS))
+        result = run_tool(call.name, call.args, images, lambda image: view_size(*image.size, **LIMITS))
         assert result.error is None and result.image is not None
         images.append(result.image)
-    return np.asarray(view(images[-1], **LIMITS)).astype(int)
+    return np.asarray(resize_to_view(images[-1], **LIMITS)).astype(int)
 
 
 @pytest.mark.parametrize(("family", "name", "seed"), [case for case in CASES if case[0] is not Family.TURNED])
@@ -92,7 +92,7 @@ def test_a_solved_puzzle_shows_the_pattern_of_its_answer_and_not_the_photograph_
 @given(st.sampled_from(list(Family)), st.integers(0, 2**32), st.integers(0, 1000))
 @settings(max_examples=15, deadline=None)
 def test_a_puzzle_depends_on_its_arguments_alone_and_its_crop_covers_the_target(family, seed, i):
-    make = partial(puzzle, [family], list(PHOTOGRAPHS), i, seed=seed)
+    make = partial(make_puzzle, [family], list(PHOTOGRAPHS), i, seed=seed)
     made, again = make(), make()
     assert np.array_equal(made.picture, again.picture)
     assert (made.answer, made.question, made.solution, made.target) == (
@@ -112,7 +112,7 @@ def test_a_puzzle_depends_on_its_arguments_alone_and_its_crop_covers_the_target(
 
 
 def test_families_take_turns_and_answers_are_even():
-    made = list(generate([Family.DETAIL, Family.TURNED], list(PHOTOGRAPHS), 120, seed=3))
+    made = [make_puzzle([Family.DETAIL, Family.TURNED], list(PHOTOGRAPHS), i, seed=3) for i in range(120)]
     assert [p.family for p in made[:3]] == [Family.DETAIL, Family.TURNED, Family.DETAIL]
     for family in (Family.DETAIL, Family.TURNED):
         answers = [p.answer for p in made if p.family is family]

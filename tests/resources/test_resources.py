@@ -1,5 +1,6 @@
-"""Engine, teacher and trainer: what is started, kept, started again, and ended. Stand-ins take notes, as only a GPU's server
-can sleep."""
+"""Engine, teacher and trainer: what is started, kept, started again, and ended. Stand-ins take notes, as only a GPU's
+server can sleep.
+"""
 
 import asyncio
 import os
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.settings import EngineSettings
 from thinkimg.models.base import BaseSource
@@ -23,7 +24,7 @@ BASE = BaseSource(path="nowhere", revision=None, tiny=True)
 
 
 def resources_of(tmp_path, *settings) -> Resources:
-    return Resources(load("tiny", [f"where.store={tmp_path}", *settings]).where, say=lambda line: None)
+    return Resources(load_config("tiny", [f"where.store={tmp_path}", *settings]).where, say=lambda line: None)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_a_server_that_made_room_comes_back_as_wide_as_it_was(tmp_path, notes):
         resources.server(POLICY, None, SETTINGS, BASE)
         resources.trainer  # noqa: B018
         narrow = SETTINGS.model_copy(update={"max_tokens": 512})
-        assert resources.server(POLICY, None, narrow, BASE).settings.max_model_len == 1024
+        assert resources.server(POLICY, None, narrow, BASE).settings.limits.max_tokens == 1024
         notes.clear()
         resources.server(POLICY, None, SETTINGS, BASE)
         assert notes == ["engine wakes"]
@@ -111,7 +112,7 @@ def test_a_kept_server_is_started_again_for_what_it_was_not_started_for(tmp_path
         settings = SETTINGS.model_copy(update=changes)
         arguments = (POLICY, None, settings, BASE) if server == "engine" else (POLICY, settings, BASE)
         running = (resources.server if server == "engine" else resources.teacher)(*arguments)
-        return [note.split()[1] for note in notes if "wakes" not in note], running.settings
+        return [note.split()[1] for note in notes if "wakes" not in note], running.settings.limits
 
     with resources_of(tmp_path) as resources:
         assert serve()[0] == ["starts"]
@@ -119,9 +120,9 @@ def test_a_kept_server_is_started_again_for_what_it_was_not_started_for(tmp_path
             assert serve(**covered)[0] == []
         for name, wider in (("max_tokens", 2048), ("max_images", 8), ("max_pixels", 4_000_000)):
             done, running = serve(**{name: wider})
-            assert done == ["stops", "starts"] and getattr(running, name.replace("tokens", "model_len")) == wider
+            assert done == ["stops", "starts"] and getattr(running, name) == wider
             assert serve()[0] == [], "the wider one serves who asked before"
-        assert (running.max_model_len, running.max_images, running.max_pixels) == (2048, 8, 4_000_000)
+        assert (running.max_tokens, running.max_images, running.max_pixels) == (2048, 8, 4_000_000)
         done, running = serve(dtype="bfloat16", max_images=2)
         assert done == ["stops", "starts"] and running.dtype == "bfloat16" and running.max_images == 8
         assert serve(dtype="bfloat16")[0] == [] and serve()[0] == ["stops", "starts"]
@@ -150,8 +151,8 @@ def test_two_threads_that_ask_for_one_policy_load_it_once(tmp_path, notes, monke
 
     def ask():
         both.wait()
-        client, adapter = asyncio.run(resources.engine(POLICY, SETTINGS, BASE))
-        held.append((loaded[-1], adapter, asyncio.run(client.versions())))
+        client = asyncio.run(resources.engine(POLICY, SETTINGS, BASE))
+        held.append((loaded[-1], asyncio.run(client.versions())))
 
     with resources_of(tmp_path) as resources:
         threads = [threading.Thread(target=ask) for _ in range(2)]
@@ -159,7 +160,7 @@ def test_two_threads_that_ask_for_one_policy_load_it_once(tmp_path, notes, monke
             thread.start()
         for thread in threads:
             thread.join()
-    assert loaded == ["d"] and held == [("d", None, {"http://127.0.0.1:1": "d"})] * 2
+    assert loaded == ["d"] and held == [("d", {"http://127.0.0.1:1": "d"})] * 2
     assert notes.count("engine starts") == 1
 
 

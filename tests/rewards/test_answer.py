@@ -17,15 +17,17 @@ from rewards_rows import batch, failed, sample, trajectory
 from thinkimg.records import AnswerType
 from thinkimg.rewards.batch import Score, Status
 from thinkimg.rewards.boxes import iou, read_box
-from thinkimg.rewards.maths import WORKER, check
+from thinkimg.rewards.maths import WORKER, verify_formulas
 from thinkimg.rewards.maths_worker import SECONDS
 from thinkimg.rewards.numbers import read_number
 from thinkimg.rewards.rules.answer import score
-from thinkimg.rewards.text import anls, choose, plain
+from thinkimg.rewards.text import anls, match_choice, normalise
 
 HOSTILE = [
-    "", " ", "\x00", "(" * 50_000 + ")" * 50_000, "x" * 200_000, " " * 200_000 + "x", "1" * 100_000, "1e999999999", "\ud7ff\U0010ffff",
-    "á̖" * 2_000, "__import__('os').system('touch pwned')", "{{7*7}}${7*7}", "[" * 5_000, "nan", "inf", "-inf", "1/0", "0/0",
+    "", " ", "\x00", "(" * 50_000 + ")" * 50_000, "x" * 200_000, " " * 200_000 + "x", "1" * 100_000, "1e999999999",
+    "\ud7ff\U0010ffff",
+    "á̖" * 2_000, "__import__('os').system('touch pwned')", "{{7*7}}${7*7}", "[" * 5_000, "nan", "inf", "-inf", "1/0",
+    "0/0",
     "[1, 2, 3]", "[1,2,3,1e999]", "1 2 3 4 5", "null", '{"x": 1}', "٣", "½", "九",
 ]  # fmt: skip
 IMAGE = Image.new("RGB", (112, 56))  # trajectories see it as 56 x 56
@@ -82,27 +84,27 @@ def test_what_names_no_choice_is_none(answer):
 
 
 def test_text_comes_before_letter_and_the_closer_reading_before_the_freer():
-    assert choose("A", ("B", "A")) == 1 and choose("(a)", ("B", "A")) == 1
-    assert choose("m2", ("m²", "m2")) == 1
-    assert choose("(0, 1]", ("[0, 1]", "(0, 1]")) == 1
-    assert choose("X", ("x", "X")) == 1 and choose("(X)", ("x", "X")) is None
-    assert choose("-5", ("5", "-5")) == 1 and choose(".5", ("5", ".5")) == 1
+    assert match_choice("A", ("B", "A")) == 1 and match_choice("(a)", ("B", "A")) == 1
+    assert match_choice("m2", ("m²", "m2")) == 1
+    assert match_choice("(0, 1]", ("[0, 1]", "(0, 1]")) == 1
+    assert match_choice("X", ("x", "X")) == 1 and match_choice("(X)", ("x", "X")) is None
+    assert match_choice("-5", ("5", "-5")) == 1 and match_choice(".5", ("5", ".5")) == 1
 
 
 words = st.text(st.characters(codec="utf-8", categories=["L", "N"]), min_size=1, max_size=8)
 
 
-@given(st.lists(words, min_size=2, max_size=6, unique_by=plain), st.data())
+@given(st.lists(words, min_size=2, max_size=6, unique_by=normalise), st.data())
 def test_every_choice_is_found_by_its_text_however_it_is_dressed(choices, data):
     index = data.draw(st.integers(0, len(choices) - 1))
     dress = data.draw(st.sampled_from(["{}", " {}\n", "({})", "{}.", "**{}**", '"{}".', "[({})]"]))
-    assert choose(dress.format(choices[index]), choices) == index
+    assert match_choice(dress.format(choices[index]), choices) == index
 
 
 @given(words, words)
 def test_comparing_texts_is_symmetric(a, b):
     for dress in ("{}", "({}).", " {} "):
-        assert (plain(dress.format(a)) == plain(b)) == (plain(a) == plain(dress.format(b)))
+        assert (normalise(dress.format(a)) == normalise(b)) == (normalise(a) == normalise(dress.format(b)))
 
 
 # Numbers
@@ -110,8 +112,10 @@ def test_comparing_texts_is_symmetric(a, b):
 
 @pytest.mark.parametrize(
     "text, value",
-    [("1,234.5", "1234.5"), ("50%", "0.5"), ("50 percent", "0.5"), ("1e3", "1000"), ("3/4", "0.75"), ("-3 / 4", "-0.75"), ("−5", "-5"),
-     ("2 million", "2000000"), ("$1.5 million", "1500000"), ("12 cm.", "12"), ("(5)", "5"), ("**5**", "5"), (".5", "0.5"), ("5.", "5")],
+    [("1,234.5", "1234.5"), ("50%", "0.5"), ("50 percent", "0.5"), ("1e3", "1000"), ("3/4", "0.75"),
+     ("-3 / 4", "-0.75"), ("−5", "-5"),
+     ("2 million", "2000000"), ("$1.5 million", "1500000"), ("12 cm.", "12"), ("(5)", "5"), ("**5**", "5"),
+     (".5", "0.5"), ("5.", "5")],
 )  # fmt: skip
 def test_numbers_as_people_write_them(text, value):
     assert read_number(text).value == Fraction(value)
@@ -127,8 +131,10 @@ def test_what_is_no_plain_number_is_not_guessed_at(text):
 
 @pytest.mark.parametrize(
     "answer, right, value",
-    [("101", "100", 1), ("101.01", "100", 0), ("99", "100", 1), ("98.99", "100", 0), ("-100", "100", 0), ("0", "0", 1), ("0.001", "0", 0),
-     ("50", "50%", 0), ("0.5", "50%", 1), ("12", "12 cm", 1), ("12 cm", "12", 1), ("12 cm", "12 mm", 0), ("5k", "5", 0), ("5x", "5", 0),
+    [("101", "100", 1), ("101.01", "100", 0), ("99", "100", 1), ("98.99", "100", 0), ("-100", "100", 0), ("0", "0", 1),
+     ("0.001", "0", 0),
+     ("50", "50%", 0), ("0.5", "50%", 1), ("12", "12 cm", 1), ("12 cm", "12", 1), ("12 cm", "12 mm", 0), ("5k", "5", 0),
+     ("5x", "5", 0),
      ("5k", "5k", 1), ("none", "None.", 1), ("5", "none", 0), ("1e999", "5", 0)],
 )  # fmt: skip
 def test_numbers_are_compared_within_the_tolerance(answer, right, value):
@@ -218,10 +224,12 @@ def test_a_box_is_answered_in_pixels_as_the_model_sees_them():
 
 
 def test_maths_answers_are_compared_as_formulas():
-    equal = [("0.5", r"\frac{1}{2}"), (r"$2\sqrt{2}$", r"\sqrt{8}"), ("(x-1)*(x+1)", "x^2-1"), ("x**2", "x^2"), (r"\boxed{3}", "x=3"),
-             (r"\{2, 1\}", r"\{1, 2\}"), ("0.333333", "1/3"), ("1.50", r"\frac32"), ("50\\%", "0.5"), ("Blue.", "blue"), ("1 + x", "x+1")]  # fmt: skip
+    equal = [("0.5", r"\frac{1}{2}"), (r"$2\sqrt{2}$", r"\sqrt{8}"), ("(x-1)*(x+1)", "x^2-1"), ("x**2", "x^2"),
+             (r"\boxed{3}", "x=3"),
+             (r"\{2, 1\}", r"\{1, 2\}"), ("0.333333", "1/3"), ("1.50", r"\frac32"), ("50\\%", "0.5"), ("Blue.", "blue"),
+             ("1 + x", "x+1")]  # fmt: skip
     different = [("0.51", r"\frac{1}{2}"), ("x^2+1", "x^2-1"), ("lube", "blue"), ("", "3"), ("x=", "3"), ("3", "]")]
-    verdicts = check(equal + different)
+    verdicts = verify_formulas(equal + different)
     assert [pair for pair in different if verdicts[pair].equal] == []
     assert [pair for pair in equal if not verdicts[pair].equal] == []
 
@@ -229,7 +237,9 @@ def test_maths_answers_are_compared_as_formulas():
 def test_a_formula_without_end_costs_two_seconds_and_not_its_neighbours():
     started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     endless = r"9^{9^{9^{9}}}"
-    verdicts = check([(endless, "3"), (endless, "3"), ("4/2", "2"), ("(" * 240 + ")" * 240, "3"), ("x" * 501, "3")])
+    verdicts = verify_formulas(
+        [(endless, "3"), (endless, "3"), ("4/2", "2"), ("(" * 240 + ")" * 240, "3"), ("x" * 501, "3")]
+    )
     assert [pair for pair, verdict in verdicts.items() if verdict.equal] == [("4/2", "2")]
     assert verdicts[endless, "3"].reason == f"Comparing the formulas took more than {SECONDS:g} s of CPU time."
     assert "too long" in verdicts["x" * 501, "3"].reason
@@ -249,16 +259,17 @@ def test_the_worker_ends_with_its_parent_even_while_it_computes():
 def test_no_text_of_the_model_is_ever_compiled():
     code = """
 import sys
-from thinkimg.rewards.maths_worker import close_eval, compare
+from thinkimg.rewards.maths_worker import close_eval, verify_pair
 close_eval()
 compiled = []
 sys.addaudithook(lambda event, args: compiled.append(str(args[0])) if event == "compile" else None)
 sys.addaudithook(lambda event, args: sys.exit(event) if event in ("os.system", "subprocess.Popen") else None)
-for text in ["__import__('os').system('id')", "4242+1", "1.4242", "4242.5", "4242\\\\%", "(4242)*(2)", "4242", "\\\\operatorname{eval}(4242)", "\\\\text{4242}", "$4242$"]:
-    compare("1/2", text)
-    compare(text, "1/2")
+for text in ["__import__('os').system('id')", "4242+1", "1.4242", "4242.5", "4242\\\\%", "(4242)*(2)", "4242",
+             "\\\\operatorname{eval}(4242)", "\\\\text{4242}", "$4242$"]:
+    verify_pair("1/2", text)
+    verify_pair(text, "1/2")
 sources = [source for source in compiled if "4242" in source or "system" in source]
 assert not sources, sources
-assert compare("8484.0", "4242 \\\\times 2.0") == (True, None)
+assert verify_pair("8484.0", "4242 \\\\times 2.0") == (True, None)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

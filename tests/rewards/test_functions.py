@@ -12,9 +12,9 @@ from rewards_rows import batch, call, failed, final, malformed, sample, trajecto
 
 from thinkimg.errors import UserError
 from thinkimg.rewards.batch import Score, Status
-from thinkimg.rewards.registry import components
+from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import JUDGES, RULES, ImageConfig, RewardsConfig
-from thinkimg.rewards.user_function import load
+from thinkimg.rewards.user_function import load_function
 
 IMAGE = Image.new("RGB", (3, 2))
 ROWS = [trajectory(final("a"), answer="a"), trajectory(final("abc"), answer="abc")]
@@ -34,13 +34,13 @@ def module(tmp_path, monkeypatch):
         (tmp_path / "own.py").write_text(body)
         sys.modules.pop("own", None)
         importlib.invalidate_caches()
-        load.cache_clear()
+        load_function.cache_clear()
         config = RewardsConfig(functions=(f"own:{name}",))
-        return components(config, ImageConfig())[name](batch(rows, one, Images(), functions=config.functions))
+        return load_components(config, ImageConfig())[name](batch(rows, one, Images(), functions=config.functions))
 
     yield write
     sys.modules.pop("own", None)
-    load.cache_clear()
+    load_function.cache_clear()
 
 
 def values(scores):
@@ -52,7 +52,7 @@ def test_a_function_of_trls_form_is_one_more_component(module):
     scores = module(body)
     assert values(scores) == [len(row.turns[-1].text) / 100 for row in ROWS]
     config = RewardsConfig(functions=("own:mine",))
-    assert list(components(config, ImageConfig(types=tuple(JUDGES)))) == [*sorted([*RULES, *JUDGES]), "mine"]
+    assert list(load_components(config, ImageConfig(types=tuple(JUDGES)))) == [*sorted([*RULES, *JUDGES]), "mine"]
     assert config.sources() == {"own:mine": hashlib.sha256(body.encode()).hexdigest()}
 
 
@@ -61,7 +61,9 @@ def test_the_source_on_record_is_the_one_that_runs(module, tmp_path):
     config = RewardsConfig(functions=("own:mine",))
     recorded = config.sources()
     (tmp_path / "own.py").write_text("def mine(completions, **columns): return [0.25, 0.25]")
-    assert values(components(config, ImageConfig())["mine"](batch(ROWS))) == [1, 1] and config.sources() == recorded
+    assert (
+        values(load_components(config, ImageConfig())["mine"](batch(ROWS))) == [1, 1] and config.sources() == recorded
+    )
 
 
 def test_it_is_called_as_trl_calls_it(module, tmp_path):
@@ -91,8 +93,10 @@ def mine(prompts, completions, completion_ids, images, **columns):
     ]]  # fmt: skip
     assert ids == [[7, 8, 9]] and sizes == [[[3, 2]]]
     assert columns == {
-        "question": ["Which colour?"], "answer": ["blue"], "answers": [["blue"]], "answer_type": ["choice"], "choices": [["red", "blue"]],
-        "sample_id": ["s0"], "source": ["test"], "final_answer": ["red"], "level": [3], "trainer_state": None, "columns": [own],
+        "question": ["Which colour?"], "answer": ["blue"], "answers": [["blue"]], "answer_type": ["choice"],
+        "choices": [["red", "blue"]],
+        "sample_id": ["s0"], "source": ["test"], "final_answer": ["red"], "level": [3], "trainer_state": None,
+        "columns": [own],
         "targets": [[[1, 2.5, 3, 4]]],
     }  # fmt: skip
 
@@ -100,7 +104,9 @@ def mine(prompts, completions, completion_ids, images, **columns):
 def test_trls_own_functions_run_unchanged():
     """think_format_reward of TRL reads the first message of each completion."""
     path = "trl.rewards:think_format_reward"
-    assert values(components(RewardsConfig(functions=(path,)), ImageConfig())["think_format_reward"](batch(ROWS))) == [
+    assert values(
+        load_components(RewardsConfig(functions=(path,)), ImageConfig())["think_format_reward"](batch(ROWS))
+    ) == [
         1,
         1,
     ]
@@ -164,12 +170,12 @@ def test_failed_conversations_are_missing_and_not_shown(module):
 @pytest.mark.parametrize(
     "body, says",
     [("raise KeyError('width')", "own:mine failed: KeyError: 'width'"),
-     ("return [0.5]", "gave 1 values for 2 completions"),
-     ("return [0.5] * 3", "gave 3 values for 2 completions"),
+     ("return [0.5]", "returned 1 values for 2 completions"),
+     ("return [0.5] * 3", "returned 3 values for 2 completions"),
      ("return 0.5", "failed: TypeError"),
      ("return None", "failed: TypeError"),
      ("return ['0.5', '0.5']", "failed: TypeError: '0.5' is no number"),
-     ("columns['log_extra']('a', [1]); return [1, 1]", "gave 1 values of a for 2 completions")],
+     ("columns['log_extra']('a', [1]); return [1, 1]", "returned 1 values of a for 2 completions")],
 )  # fmt: skip
 def test_a_function_that_breaks_the_contract_is_named(module, body, says):
     with pytest.raises(UserError, match="The reward function own:mine") as caught:
@@ -179,9 +185,12 @@ def test_a_function_that_breaks_the_contract_is_named(module, body, says):
 
 @pytest.mark.parametrize(
     "path, says",
-    [("own", "is no import path"), ("own:", "is no import path"), ("own:a.b", "is no import path"), (":f", "is no import path"),
-     ("own.py:f", "cannot be imported"), ("missing_module:f", "cannot be imported"), ("math:nothing", "no function 'nothing'"),
-     ("math:pi", "no function 'pi'"), ("own:plain", "does not take all columns"), ("own:answer", "cannot be called 'answer'"),
+    [("own", "is no import path"), ("own:", "is no import path"), ("own:a.b", "is no import path"),
+    (":f", "is no import path"),
+     ("own.py:f", "cannot be imported"), ("missing_module:f", "cannot be imported"),
+     ("math:nothing", "no function 'nothing'"),
+     ("math:pi", "no function 'pi'"), ("own:plain", "does not take all columns"),
+     ("own:answer", "cannot be called 'answer'"),
      ("own:total", "cannot be called 'total'"), ("own:Callable", "has no source")],
 )  # fmt: skip
 def test_a_function_that_cannot_be_used_is_refused_before_anything_runs(module, path, says):
@@ -196,7 +205,7 @@ Callable = Own()
 """
     module(body, rows=[])
     with pytest.raises(UserError) as caught:
-        components(RewardsConfig(functions=(path,)), ImageConfig())
+        load_components(RewardsConfig(functions=(path,)), ImageConfig())
     assert says in str(caught.value)
 
 
@@ -208,4 +217,4 @@ def test_a_module_that_raises_is_the_users_mistake(module):
 def test_two_functions_of_one_name_are_refused(module):
     module("def mine(completions, **columns): return []", rows=[])
     with pytest.raises(UserError, match="the name is taken"):
-        components(RewardsConfig(functions=("own:mine", "own:mine")), ImageConfig())
+        load_components(RewardsConfig(functions=("own:mine", "own:mine")), ImageConfig())

@@ -1,4 +1,4 @@
-"""The image rewards as functions of what the judges found: which image counts, what is worth nothing, who falls back."""
+"""Image rewards as functions of judgements: the image that counts, images that are worth nothing, fallbacks."""
 
 import json
 import math
@@ -14,14 +14,14 @@ from rewards_rows import call, failed, final, malformed, sample, trajectory
 from thinkimg.records import CallStatus
 from thinkimg.rewards.batch import Batch, Status
 from thinkimg.rewards.judge import Judge
-from thinkimg.rewards.judgement import Identity, Judgement, Pair
+from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 from thinkimg.rewards.judges import attention, self, teacher
-from thinkimg.rewards.pairs import degenerate, processed
-from thinkimg.rewards.registry import components
+from thinkimg.rewards.pairs import find_defect, pair_images
+from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import JUDGES, ImageConfig, RewardsConfig
 
 SHA, ONE, TWO, THREE = ("ab" * 32, *(letter * 64 for letter in "123"))
-WHO = Identity("embedding", "m", "w", "p")
+WHO = JudgeIdentity("embedding", "m", "w", "p")
 
 
 def shown(image: str, status: CallStatus = CallStatus.OK, source: int = 0, tool: str = "crop_image", **args):
@@ -51,15 +51,15 @@ def batch(rows, judgements, **image) -> Batch:
 
 
 def test_only_the_named_judges_are_components():
-    names = list(components(RewardsConfig(), ImageConfig(types=("self", "embedding"))))
+    names = list(load_components(RewardsConfig(), ImageConfig(types=("self", "embedding"))))
     assert names == ["answer", "embedding", "format", "self", "tool"]
-    assert not set(components(RewardsConfig(), ImageConfig(types=()))) & set(JUDGES)
+    assert not set(load_components(RewardsConfig(), ImageConfig(types=()))) & set(JUDGES)
 
 
 @pytest.mark.parametrize("which, value", [("final", 0.25), ("best", 0.75), ("mean", 0.5)])
 def test_which_of_several_images_counts(which, value):
     rows = [row(shown(ONE), shown(TWO), final())]
-    (found,) = components(RewardsConfig(), ImageConfig())["embedding"](
+    (found,) = load_components(RewardsConfig(), ImageConfig())["embedding"](
         batch(rows, judged(one=0.75, two=0.25), which=which)
     )
     assert found.value == value and found.status is Status.OK
@@ -90,9 +90,9 @@ def test_a_failed_judgement_and_a_failed_conversation_are_missing_with_their_rea
 
 def test_images_in_which_nothing_can_be_seen():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    assert degenerate(noise) is None
-    assert "one colour" in degenerate(Image.new("RGB", (64, 64), (3, 4, 5)))
-    assert "sliver" in degenerate(noise.resize((64, 4))) and "sliver" in degenerate(noise.resize((400, 10)))
+    assert find_defect(noise) is None
+    assert "one colour" in find_defect(Image.new("RGB", (64, 64), (3, 4, 5)))
+    assert "sliver" in find_defect(noise.resize((64, 4))) and "sliver" in find_defect(noise.resize((400, 10)))
 
 
 fractions = st.tuples(*[st.integers(0, 55)] * 2, *[st.integers(1, 56)] * 2).filter(
@@ -106,7 +106,7 @@ def test_the_region_of_a_crop_of_a_crop_is_the_part_of_the_part(outer, inner):
         x, y, width, height = box
         return shown(image, source=source, x=x, y=y, width=width, height=height)
 
-    first, second = processed(row(crop(outer, 0, ONE), crop(inner, 1, TWO), final()), sample())
+    first, second = pair_images(row(crop(outer, 0, ONE), crop(inner, 1, TWO), final()), sample())
     assert first.region == pytest.approx(
         (outer[0] / 56, outer[1] / 56, (outer[0] + outer[2]) / 56, (outer[1] + outer[3]) / 56)
     )
@@ -119,7 +119,7 @@ def test_the_region_of_a_crop_of_a_crop_is_the_part_of_the_part(outer, inner):
 
 def test_a_turned_image_has_no_region_and_what_is_cut_from_it_neither():
     turned = shown(ONE, tool="rotate_image", angle=90)
-    assert [pair.region for pair in processed(row(turned, shown(TWO, source=1), final()), sample())] == [None, None]
+    assert [pair.region for pair in pair_images(row(turned, shown(TWO, source=1), final()), sample())] == [None, None]
 
 
 logps = st.floats(-50, 0)
@@ -127,21 +127,21 @@ logps = st.floats(-50, 0)
 
 @given(a=logps, b=logps, c=logps, d=logps)
 def test_swapping_the_two_images_turns_the_preference_around(a, b, c, d):
-    value = self.verdict([a, b], [c, d]).value
+    value = self.judge_ratings([a, b], [c, d]).value
     assert 0 <= value <= 1
     # What was the processed image is now the original: the two orders change places.
-    assert self.verdict([c, d], [a, b]).value == pytest.approx(1 - value, abs=1e-12)
-    assert self.verdict([a, b], [a, b]).value == pytest.approx(0.5)  # a judge that looks at positions only
+    assert self.judge_ratings([c, d], [a, b]).value == pytest.approx(1 - value, abs=1e-12)
+    assert self.judge_ratings([a, b], [a, b]).value == pytest.approx(0.5)  # a judge that looks at positions only
 
 
 def test_a_judge_without_either_rating_has_no_value():
-    assert self.verdict([-math.inf, -math.inf], [0.0, -1.0]).value is None
+    assert self.judge_ratings([-math.inf, -math.inf], [0.0, -1.0]).value is None
 
 
 def test_relative_attention_is_half_where_the_question_looks_no_more_than_any_text():
-    assert attention.verdict({"question": 0.2, "generic": 0.2}, "0/text").value == 0.5
-    assert attention.verdict({"question": 0.3, "generic": 0.1}, "0/text").value == 0.75
-    assert attention.verdict({"question": 0.3, "generic": 0.0}, "0/text").value is None
+    assert attention.judge_masses({"question": 0.2, "generic": 0.2}, "0/text").value == 0.5
+    assert attention.judge_masses({"question": 0.3, "generic": 0.1}, "0/text").value == 0.75
+    assert attention.judge_masses({"question": 0.3, "generic": 0.0}, "0/text").value is None
 
 
 def group(name: str, *images: str):

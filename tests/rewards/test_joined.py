@@ -5,7 +5,7 @@ import pytest
 from ledger_store import COMPONENTS, GROUPS, group, make_dataset, make_rollouts, make_scores
 
 from thinkimg.errors import UserError
-from thinkimg.rewards.joined import counts, join
+from thinkimg.rewards.joined import is_counted, join
 from thinkimg.store.artifacts import Store
 
 FINE, WRONG = {"error": None}, {"error": "Begin with one <think>…</think>."}
@@ -26,7 +26,7 @@ FINE, WRONG = {"error": None}, {"error": "Begin with one <think>…</think>."}
     ],
 )
 def test_a_row_counts_unless_it_failed_or_ran_out_of_turns_with_every_turn_in_order(stop, turns, expected):
-    assert counts(stop, turns) == expected
+    assert is_counted(stop, turns) == expected
 
 
 def test_rows_stand_in_the_order_of_the_rollouts_whatever_the_parts(tmp_path):

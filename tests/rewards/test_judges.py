@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.conversation import compare
 from thinkimg.engine.client import EngineClient
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
-from thinkimg.images.patches import patches
+from thinkimg.images.patches import extract_patches
 from thinkimg.resources import Resources
 from thinkimg.rewards import judging
 from thinkimg.rewards.context import JudgeContext
@@ -28,16 +28,17 @@ from thinkimg.rewards.judge import Judge
 from thinkimg.rewards.judgement import Judgement, Pair
 from thinkimg.rewards.judges import self as policy_judge
 from thinkimg.rewards.judges import teacher
-from thinkimg.stages.score import judge_pairs, judge_settings, ledger_name
-from thinkimg.store.artifacts import Recipe, Store
-from thinkimg.store.image_table import ImageTable, encode, image_writer
+from thinkimg.stages.score import judge_pairs, judge_settings, name_ledger
+from thinkimg.store.artifacts import Store
+from thinkimg.store.image_table import ImageTable, encode_lossless, image_writer
+from thinkimg.store.manifest import Recipe
 from thinkimg.trainer.forward.packing import mrope_positions
 
 QUESTIONS = ("Which way do the stripes run?", "The scene is too dark. Which letter is it?")
 
 
 class World:
-    """Pictures in an artifact, pairs of them, and a context whose policy is the model that the `engine` fixture serves."""
+    """Images in an artifact, pairs of them, and a context whose policy is the model that `engine` serves."""
 
     def __init__(self, root: Path, model: Path, url: str, media: Path):
         self.root, self.store = root, Store(root / "store")
@@ -49,7 +50,7 @@ class World:
         def images(work):
             with work.part("images.parquet") as path, image_writer(path) as add:
                 for sha in sorted(self.pictures):
-                    add(sha, encode(self.pictures[sha]), *self.pictures[sha].size)
+                    add(sha, encode_lossless(self.pictures[sha]), *self.pictures[sha].size)
 
         def policy(work):
             import shutil
@@ -70,7 +71,7 @@ class World:
         return self.context(f"image.teacher={json.dumps(settings)}", f"where.teacher={json.dumps(where)}")
 
     def context(self, *overrides: str) -> JudgeContext:
-        config = load("tiny", overrides)
+        config = load_config("tiny", overrides)
         return JudgeContext(
             judge_settings(config), RunningServer(self, config.where), self.policy, self.policy, None,
             (self.table,), ImageTable([self.table]),
@@ -87,7 +88,7 @@ class RunningServer(Resources):
     media = property(lambda self: self.world.media)
 
     async def engine(self, policy, settings, base):
-        return EngineClient([self.world.url], media="file"), None
+        return EngineClient([self.world.url], media="file")
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +107,14 @@ def reference(world: World, pair: Pair, *, swapped: bool) -> list[float]:
         for sha in ((pair.processed, pair.original) if swapped else (pair.original, pair.processed))
     ]
     codec, grids = context.codec, np.array([one.grid for one in shown])
-    compact = np.array(compare.prompt(codec, pair.question))
+    compact = np.array(compare.encode_comparison(codec, pair.question))
     counts = np.ones(len(compact), dtype=int)
     counts[compact == codec.image] = [one.grid[1] * one.grid[2] // 4 for one in shown]
     tokens = np.repeat(compact, counts)
     with torch.no_grad():
         logits = model(
             input_ids=torch.from_numpy(tokens)[None], image_grid_thw=torch.from_numpy(grids),
-            pixel_values=torch.from_numpy(np.concatenate([patches(one.view) for one in shown])),
+            pixel_values=torch.from_numpy(np.concatenate([extract_patches(one.view) for one in shown])),
             position_ids=torch.from_numpy(mrope_positions(tokens, codec.image, grids))[:, None],
         ).logits[0, -1]  # fmt: skip
     return logits.log_softmax(-1)[compare.rating_tokens(codec)].tolist()
@@ -134,8 +135,8 @@ def test_the_endpoint_sees_the_very_prompt_of_the_policys_judgement(world):
     from openai import OpenAI
 
     context, pair = world.context(), world.pairs[1]
-    urls = [teacher.data_url(context, sha) for sha in (pair.original, pair.processed)]
-    request = teacher.request(pair.question, urls, prefix=True)
+    urls = [teacher.encode_view(context, sha) for sha in (pair.original, pair.processed)]
+    request = teacher.build_messages(pair.question, urls, prefix=True)
     request["extra_body"] |= {"return_tokens_as_token_ids": True}
     with OpenAI(base_url=f"{world.url}/v1", api_key="none") as client:
         answer = client.chat.completions.create(
@@ -146,9 +147,9 @@ def test_the_endpoint_sees_the_very_prompt_of_the_policys_judgement(world):
 
     async def ask() -> list[float]:
         async with EngineClient([world.url], media="file") as engine:
-            refs = policy_judge.references([pair], context, world.media)
+            refs = policy_judge.encode_views([pair], context, world.media)
             shown = [refs[pair.original], refs[pair.processed]]
-            return await engine.next_token_logprobs(compare.prompt(context.codec, pair.question), shown, ids)
+            return await engine.next_token_logprobs(compare.encode_comparison(context.codec, pair.question), shown, ids)
 
     np.testing.assert_allclose([entry.logprob for entry in entries], asyncio.run(ask()), atol=1e-3)
     assert len(set(ids)) == 20
@@ -274,7 +275,7 @@ def test_without_a_fallback_the_stage_stops_with_one_sentence(world):
         teacher.judge(world.pairs[:1], context)
     assert "fallback=self" in caught.value.hint
     nowhere = world.teaching(model="Qwen/X", where={"url": None})
-    with pytest.raises(UserError, match="not known where"):
+    with pytest.raises(UserError, match="has no endpoint"):
         teacher.judge(world.pairs[:1], nowhere)
 
 
@@ -287,15 +288,15 @@ def test_what_was_judged_before_is_not_judged_again(world):
         return policy_judge.judge(pairs, context)
 
     counting = Judge("self", SimpleNamespace(identity=policy_judge.identity, judge=judge))
-    first = judging.ask(counting, world.pairs[:4], context, lambda component, keys: {})
-    table = judging.table({("self", pair): one for pair, one in zip(world.pairs, first, strict=False)})
+    first = judging.ask_judge(counting, world.pairs[:4], context, lambda component, keys: {})
+    table = judging.build_ledger({("self", pair): one for pair, one in zip(world.pairs, first, strict=False)})
     scores, _ = world.store.build(
         "scores", Recipe("score", 1, 1, {"n": 1}), lambda work: work.table("judgements-self-00000.parquet", table)
     )
-    known = judging.earlier(world.store, "of other rollouts")
-    again = judging.ask(counting, world.pairs, context, known)
+    known = judging.make_lookup(world.store, "of other rollouts")
+    again = judging.ask_judge(counting, world.pairs, context, known)
     assert calls == [4, 2] and again[:4] == first
-    assert judging.read(scores.path("judgements-self-00000.parquet")) == {
+    assert judging.read_ledger(scores.path("judgements-self-00000.parquet")) == {
         ("self", pair): one for pair, one in zip(world.pairs, first, strict=False)
     }
 
@@ -303,17 +304,17 @@ def test_what_was_judged_before_is_not_judged_again(world):
 def test_an_image_that_cannot_be_read_is_missing_and_one_of_one_colour_is_worth_nothing(world):
     context = world.context()
     gone = Pair(QUESTIONS[0], world.pairs[0].original, "0" * 64)
-    found = judging.unfit(gone, context)
+    found = judging.reject_unfit(gone, context)
     assert found.value is None and "can't be read" in found.reason
-    assert judging.unfit(world.pairs[0], context) is None
+    assert judging.reject_unfit(world.pairs[0], context) is None
     stored = "1" * 64
 
     def images(work):
         with work.part("images.parquet") as path, image_writer(path) as add:
-            add(stored, encode(world.pictures[world.pairs[0].original]), 112, 112)
+            add(stored, encode_lossless(world.pictures[world.pairs[0].original]), 112, 112)
 
     context.images.add(world.store.build("dataset", Recipe("test", 1, 1, {"hash": "wrong"}), images)[0])
-    found = judging.unfit(Pair(QUESTIONS[0], world.pairs[0].original, stored), context)
+    found = judging.reject_unfit(Pair(QUESTIONS[0], world.pairs[0].original, stored), context)
     assert found.value is None and "have another hash" in found.reason
 
 
@@ -338,7 +339,7 @@ def test_a_judge_that_fails_takes_nothing_from_the_others(world, monkeypatch):
     with world.store.create("scores", Recipe("score", 1, 1, {"n": 2})) as work:
         with pytest.raises(RuntimeError, match="no luck"):
             judge_pairs(work, context, 0, pairs, lambda component, keys: {})
-        assert work.has(ledger_name(0, "calm")) and not work.has(ledger_name(0, "broken"))
+        assert work.has(name_ledger(0, "calm")) and not work.has(name_ledger(0, "broken"))
         failing.clear()
         judge_pairs(work, context, 0, pairs, lambda component, keys: {})
         assert sorted(asked) == [("broken", 6), ("broken", 6), ("calm", 6)]

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import advantages, mix_rewards
 from thinkimg.rewards.joined import Joined
 from thinkimg.rewards.mix import Mix, read_mix
-from thinkimg.stages.train import check_mix, weigh
-from thinkimg.store.manifest import canonical
+from thinkimg.stages.train import check_mix, compute_advantages
+from thinkimg.store.manifest import canonical_json
 
 GROUPS, SIZE = 4, 4
 NAMES = ("answer", "self", "teacher", "embedding")
@@ -88,21 +88,23 @@ def test_a_missing_judgement_has_no_influence(found, right, valid, conditional):
 def test_a_mix_read_back_from_a_manifest_gives_the_same_bits():
     import json
 
-    config = load("tiny", ["mix={tool: 0.3, answer: 0.1, image: 0.7, format: 0.2}", "image.types=[self, embedding]"])
+    config = load_config(
+        "tiny", ["mix={tool: 0.3, answer: 0.1, image: 0.7, format: 0.2}", "image.types=[self, embedding]"]
+    )
     rng = np.random.default_rng(0)
     components = {name: rng.uniform(size=400) for name in ("tool", "format", *NAMES)}
-    stored = json.loads(canonical(Mix.of_settings(config.mix, config.image).slice()))
+    stored = json.loads(canonical_json(Mix.from_config(config.mix, config.image).fingerprinted()))
     assert list(stored["mix"]) != list(config.mix)
     ids = np.repeat(np.arange(50), 8)
     joined = Joined([""] * 400, ids, np.array([""] * 400), np.ones(400, dtype=bool), components)
-    one, _ = weigh(Mix.of_settings(config.mix, config.image), config.train, joined)
-    np.testing.assert_array_equal(one, Mix.of(stored).totals(components, ids))
+    one, _ = compute_advantages(Mix.from_config(config.mix, config.image), config.train, joined)
+    np.testing.assert_array_equal(one, Mix.from_tree(stored).totals(components, ids))
 
 
 def test_settings_of_image_count_only_where_the_mix_names_it():
     def slices(*overrides):
-        config = load("tiny", list(overrides))
-        return Mix.of_settings(config.mix, config.image).slice()
+        config = load_config("tiny", list(overrides))
+        return Mix.from_config(config.mix, config.image).fingerprinted()
 
     plain = "mix={answer: 1.0}"
     assert slices(plain) == slices(plain, "image.only_if_right=true", "image.types=[self]") == {"mix": {"answer": 1.0}}
@@ -121,23 +123,23 @@ def test_settings_of_image_count_only_where_the_mix_names_it():
 )
 def test_a_mix_that_cannot_be_is_refused_at_once(overrides, said):
     with pytest.raises(UserError, match=said):
-        check_mix(load("tiny", overrides))
+        check_mix(load_config("tiny", overrides))
 
 
 @pytest.mark.parametrize(
     ("tree", "said"),
     [
-        (None, "has no mix"),
-        ({"mix": [1]}, "has no mix"),
-        ({"mix": {"answer": "much"}}, "'answer'"),
-        ({"mix": {"answer": True}}, "'answer'"),
-        ({"mix": {"answer": -1}}, "'answer'"),
-        ({"mix": {"answer": float("nan")}}, "'answer'"),
+        (None, "'mix'"),
+        ({"mix": [1]}, "'mix'"),
+        ({"mix": {"answer": "much"}}, "'mix.answer'"),
+        ({"mix": {"answer": True}}, "'mix.answer'"),
+        ({"mix": {"answer": -1}}, "'mix.answer'"),
+        ({"mix": {"answer": float("nan")}}, "'mix.answer'"),
         ({"mix": {"answr": 1}}, "'answr'"),
         ({"mix": {"answer": 1}, "imagee": {}}, "'imagee'"),
         ({"mix": {"image": 1}, "image": {"layers": 3}}, "'image.layers'"),
         ({"mix": {"image": 1}, "image": 3}, "'image'"),
-        ({"mix": {"image": 1}, "image": {"types": "self"}}, "do not fit"),
+        ({"mix": {"image": 1}, "image": {"types": "self"}}, "'image.types'"),
         ({"mix": {"image": 1}, "image": {"weights": {"attention": 1}}}, "'attention'"),
     ],
 )

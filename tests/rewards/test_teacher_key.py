@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.engine.settings import TeacherEndpoint
 from thinkimg.errors import UserError
 from thinkimg.rewards.judges.teacher import api_key, connect
@@ -29,7 +29,7 @@ ENVIRONMENT = {
 
 @contextmanager
 def recorder(redirect: str | None = None):
-    """An endpoint that notes the headers of what it is asked, and answers nothing or sends on; yields (url, headers)."""
+    """Yield (url, headers) of an endpoint that notes the headers of requests, and answers nothing or redirects."""
     seen: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -92,7 +92,7 @@ def test_a_name_and_a_password_go_to_their_host_and_are_shown_to_nobody(environm
         where = TeacherEndpoint(url=first.replace("//", "//bob:canary-password@"))
         ask(where)
     assert seen_first[0]["authorization"].startswith("Basic ") and "authorization" not in seen[0]
-    shown = load("tiny", [f"where.teacher.url={where.url}"]).where.public()
+    shown = load_config("tiny", [f"where.teacher.url={where.url}"]).where.public()
     assert "canary" not in json.dumps(shown) + caplog.text and "bob" in shown["teacher"]["url"]
 
 
@@ -100,7 +100,8 @@ HOSTS = st.one_of(
     st.sampled_from(
         [
             "api.openai.com.example.org", "example.org/api.openai.com", "api.openai.com@example.org", "openai.com",
-            "api.openai.com:8443", "xapi.openai.com", "localhost:8000", "127.0.0.1", "[::1]:8000", "example.org?api.openai.com",
+            "api.openai.com:8443", "xapi.openai.com", "localhost:8000", "127.0.0.1", "[::1]:8000",
+            "example.org?api.openai.com",
             "example.org#@api.openai.com", "api.openai.com.", "user:api.openai.com@example.org",
         ]
     ),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder, Handle, Interrupted, Scheduler
@@ -21,7 +21,7 @@ from thinkimg.stages.stage import Input, Slice, Stage
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset
 
-CONFIG = load("tiny")
+CONFIG = load_config("tiny")
 SOON_S = 20.0  # a test that waits for longer has found a fault
 ENGINE, TRAINER = frozenset({"engine"}), frozenset({"trainer"})
 

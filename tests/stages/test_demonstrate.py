@@ -8,16 +8,16 @@ import pytest
 from single_stage import build_stage
 from users_photographs import photographs
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.conversation import compare
 from thinkimg.conversation.codec import Codec
 from thinkimg.errors import UserError
-from thinkimg.puzzles.demonstrations import right_calls
+from thinkimg.puzzles.demonstrations import has_right_calls
 from thinkimg.records import StopReason, TurnKind
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder
-from thinkimg.stages.demonstrate import demonstrate, start_directory
+from thinkimg.stages.demonstrate import demonstrate, locate_start
 from thinkimg.stages.prepare import prepare
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset, Demonstrations
@@ -32,7 +32,7 @@ def demonstrations(config: Config, store: Store) -> tuple[Dataset, Demonstration
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    config = load("tiny", ["data.train=240", "data.held_out=8", "warmstart.pairs=24"])
+    config = load_config("tiny", ["data.train=240", "data.held_out=8", "warmstart.pairs=24"])
     return config, *demonstrations(config, Store(tmp_path_factory.mktemp("store")))
 
 
@@ -52,7 +52,7 @@ def test_demonstrations_are_wrong_as_often_as_the_flaws_say_and_their_answers_ar
     kinds, right_guesses, guesses = Counter(), 0, 0
     for row in scripted.trajectories():
         sample = samples[row.sample_id]
-        kind = "guess" if len(row.turns) == 1 else "right" if right_calls(sample, row) else "wrong_call"
+        kind = "guess" if len(row.turns) == 1 else "right" if has_right_calls(sample, row) else "wrong_call"
         kinds[kind] += 1
         if kind == "right":
             assert row.answer == sample.answer
@@ -66,7 +66,7 @@ def test_demonstrations_are_wrong_as_often_as_the_flaws_say_and_their_answers_ar
 
 
 def test_without_tools_the_right_answer_is_demonstrated(tmp_path):
-    config = load("tiny", ["data.train=12", "data.held_out=8", "conversation.tools=[]"])
+    config = load_config("tiny", ["data.train=12", "data.held_out=8", "conversation.tools=[]"])
     dataset, scripted = demonstrations(config, Store(tmp_path))
     answers = {sample.sample_id: sample.answer for sample in dataset.split("train")}
     assert all(len(row.turns) == 1 and row.answer == answers[row.sample_id] for row in scripted.trajectories())
@@ -77,7 +77,7 @@ def test_every_known_pair_is_compared_in_both_orders_with_the_rating_as_the_only
     store = Store(scripted.directory.parents[2])
     known = {row["sample_id"]: row for row in store.origin(scripted, "pairs").rows()}
     with Resources(config.where) as resources:
-        codec = Codec.load(start_directory(demonstrate.settings(config), dataset, resources))
+        codec = Codec.load(locate_start(demonstrate.settings(config), dataset, resources))
     ratings = compare.rating_tokens(codec)
     compared = list(scripted.trajectories(table="comparisons"))
     assert len(compared) == 4 * len(known) == 4 * 24
@@ -87,7 +87,7 @@ def test_every_known_pair_is_compared_in_both_orders_with_the_rating_as_the_only
         helps = [{pair["right"]: 2, pair["original"]: 1, pair["wrong"]: 0}[sha] for sha in row.images]
         assert row.roles == (0,) * (len(row.tokens) - 1) + (1,)
         assert row.tokens[-1] == ratings[int(np.argmax(helps))] and row.answer == compare.RATINGS[np.argmax(helps)]
-        assert row.tokens[:-1] == tuple(compare.prompt(codec, pair["question"]))
+        assert row.tokens[:-1] == tuple(compare.encode_comparison(codec, pair["question"]))
         assert row.tokens.count(codec.image) == 2 and len(row.grids) == 2
         seen[tuple(helps)] += 1
     assert seen == {(1, 2): 24, (2, 1): 24, (1, 0): 24, (0, 1): 24}
@@ -95,15 +95,16 @@ def test_every_known_pair_is_compared_in_both_orders_with_the_rating_as_the_only
 
 def test_a_users_own_demonstrations(tmp_path):
     data = photographs(tmp_path)
-    dataset, _ = build_stage(prepare, load("tiny", data), Store(tmp_path / "store"))
+    dataset, _ = build_stage(prepare, load_config("tiny", data), Store(tmp_path / "store"))
     sample = dataset.split("train")[0]
     turns = [
-        '<think>Closer.</think><tool>{"name": "crop_image", "args": {"x": 0, "y": 0, "width": 40, "height": 40}}</tool>',
+        '<think>Closer.</think><tool>{"name": "crop_image", "args": '
+        '{"x": 0, "y": 0, "width": 40, "height": 40}}</tool>',
         f"<think>Yes.</think><answer>{sample.answer}</answer>",
     ]
     path = tmp_path / "demonstrations.jsonl"
     path.write_text(json.dumps({"sample_id": sample.sample_id, "turns": turns}) + "\n")
-    config = load("tiny", [*data, f"warmstart.demonstrations={path}"])
+    config = load_config("tiny", [*data, f"warmstart.demonstrations={path}"])
     _, scripted = demonstrations(config, Store(tmp_path / "store"))
     (row,) = scripted.trajectories()
     assert row.answer == sample.answer and row.turns[0].image is not None

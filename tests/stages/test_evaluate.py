@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkimg.puzzles.scenes import Family, generate, photographs
+from thinkimg.puzzles.scenes import Family, make_puzzle, photographs
 from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
-from thinkimg.stages.evaluate import bootstrap, report, wilson
-from thinkimg.stages.rollout import draw, summary
+from thinkimg.stages.evaluate import bootstrap_interval, summarise_evaluation
+from thinkimg.stages.rollout import draw_samples, summarise_rows
 
 
 def sample(number: int, answer: str = "a", metadata: dict | None = None) -> Sample:
@@ -34,33 +34,20 @@ def call(name: str, args: str, status: CallStatus = CallStatus.OK, source: int =
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 5))
 def test_every_sample_is_drawn_once_before_any_is_drawn_again(count, per_iteration, seed):
     samples = [sample(i) for i in range(count)]
-    iterations = [[s.sample_id for s in draw(samples, per_iteration, i, seed)] for i in range(1, 9)]
+    iterations = [[s.sample_id for s in draw_samples(samples, per_iteration, i, seed)] for i in range(1, 9)]
     times = Counter(s.sample_id for s in samples)
     for drawn in iterations:
         assert len(drawn) == len(set(drawn)) == min(count, per_iteration)
         times.update(drawn)
         assert max(times.values()) - min(times.values()) <= 1
-    assert [s.sample_id for s in draw(samples, per_iteration, 3, seed)] == iterations[2]
-
-
-@given(st.integers(0, 300), st.integers(1, 300))
-def test_wilson_holds_the_share_and_stays_within_bounds(right, count):
-    right = min(right, count)
-    low, high = wilson(right, count)
-    assert 0 <= low <= right / count + 1e-12 and right / count - 1e-12 <= high <= 1
-    assert wilson(2 * right, 2 * count)[1] - wilson(2 * right, 2 * count)[0] < high - low
-
-
-def test_wilson_is_the_published_interval():
-    assert wilson(15, 50) == pytest.approx(
-        (0.191, 0.4375), abs=5e-4
-    )  # statsmodels proportion_confint(15, 50, method="wilson")
+    assert [s.sample_id for s in draw_samples(samples, per_iteration, 3, seed)] == iterations[2]
 
 
 def test_bootstrap_is_repeatable_and_holds_the_mean():
     values = np.random.default_rng(1).uniform(size=80)
-    low, high = bootstrap(values)
-    assert low < values.mean() < high and (low, high) == bootstrap(values)
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high and (low, high) == bootstrap_interval(values)
+    assert bootstrap_interval(values[:1]) == (values[0], values[0])
 
 
 def solved(puzzle, answer: str) -> tuple[Sample, Trajectory]:
@@ -77,7 +64,7 @@ def solved(puzzle, answer: str) -> tuple[Sample, Trajectory]:
 
 
 def test_accuracy_is_broken_down_into_arguments_and_reading():
-    puzzles = list(generate(list(Family), sorted(photographs())[:3], 8, seed=3))
+    puzzles = [make_puzzle(list(Family), sorted(photographs())[:3], i, seed=3) for i in range(8)]
     pairs = [solved(puzzle, puzzle.answer) for puzzle in puzzles]
     wrong = next(choice for choice in puzzles[0].choices if choice != puzzles[0].answer)
     asked, row = pairs[0]
@@ -87,7 +74,7 @@ def test_accuracy_is_broken_down_into_arguments_and_reading():
     pairs[1] = asked, replace(row, turns=(row.turns[-1],), images=("o",), grids=((1, 8, 8),), sizes=((112, 112),))
     rows = np.array([[row, row] for _, row in pairs], dtype=object)
     values = np.array([[float(row.answer == asked.answer)] * 2 for asked, row in pairs])
-    found = report([asked for asked, _ in pairs], rows, values)
+    found = summarise_evaluation([asked for asked, _ in pairs], rows, values)
     assert found["accuracy"] == found["avg_at_k"] == 7 / 8
     assert found["tool_rate"] == found["right_arguments"] == 7 / 8
     assert found["right_reading"] == pytest.approx(6 / 7)
@@ -100,7 +87,7 @@ def test_a_failed_call_is_no_use_of_a_tool():
     failed = call("crop_image", "{}", CallStatus.ERROR)
     asked = sample(0, metadata={"family": "dark", "solution": []})
     rows = np.array([[trajectory((failed, Turn("", TurnKind.ANSWER)))]], dtype=object)
-    assert report([asked], rows, np.array([[1.0]]))["tool_rate"] == 0
+    assert summarise_evaluation([asked], rows, np.array([[1.0]]))["tool_rate"] == 0
 
 
 def test_summary_counts_calls_ends_and_tokens():
@@ -114,7 +101,7 @@ def test_summary_counts_calls_ends_and_tokens():
         ),
         trajectory((Turn("", TurnKind.MALFORMED, tokens=2),), None, StopReason.MAX_TURNS),
     ]
-    found = summary(rows)
+    found = summarise_rows(rows)
     assert found["tool/rate"] == 0.5 and found["tool/calls"] == 1.0
     assert found["tool/ok"] == found["tool/duplicate"] == 0.5
     assert found["stop/answer"] == found["stop/max_turns"] == 0.5
@@ -145,10 +132,10 @@ def test_summary_counts_calls_ends_and_tokens():
 def test_right_calls_follow_the_coordinates_through_the_images(calls, right):
     import json
 
-    from thinkimg.puzzles.demonstrations import right_calls
+    from thinkimg.puzzles.demonstrations import has_right_calls
 
     asked = replace(sample(0, metadata={"family": "detail", "solution": []}), targets=((112, 224, 112, 112),))
     turns = tuple(call(name, json.dumps(args), source=source) for name, args, source in calls)
     images = ("o", *("i" for _ in turns))
     row = replace(trajectory(turns), images=images, sizes=((112, 112),) * len(images))
-    assert right_calls(asked, row) is right
+    assert has_right_calls(asked, row) is right

@@ -11,13 +11,13 @@ import pytest
 from grpo_world import FULL, World
 
 from thinkimg import records
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.records import StopReason
 from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.resources import Resources
-from thinkimg.stages.stage import build
+from thinkimg.stages.stage import build_artifact
 from thinkimg.stages.train import train
-from thinkimg.store.artifacts import Recipe
+from thinkimg.store.manifest import Recipe
 
 REWARDS = {"t0": 0.0, "t1": 1.0, "t2": 0.5, "t3": 0.0, "t4": 1.0, "t5": 0.2}
 
@@ -27,7 +27,8 @@ def policy(world):
     """The base as a policy artifact, whose digest is the weights' version."""
 
     def write(work):
-        work.directory_part("policy", lambda path: shutil.copytree(world.policies["full"], path, dirs_exist_ok=True))
+        with work.part("policy") as path:
+            shutil.copytree(world.policies["full"], path)
 
     return world.store.build("policy", Recipe("warmstart", 1, 1, {}), write)[0]
 
@@ -36,7 +37,7 @@ def config():
     train = {"learning_rate": 0.01, "token_budget": 400, "min_std": 0.02, "parity": {"trajectories": 4}}
     overrides = [f"train.{key}={value}" for key, value in train.items() if key != "parity"]
     images = ["images.min_pixels=784", "images.max_pixels=7056", "mix={answer: 1.0}", "rollout.temperature=0.9"]
-    tree = load("tiny", [*overrides, *images, "conversation.max_tokens=100"])
+    tree = load_config("tiny", [*overrides, *images, "conversation.max_tokens=100"])
     return tree.model_copy(update={"model": FULL})
 
 
@@ -67,12 +68,12 @@ def run(world, policy, name: str, trajectories, rewards) -> tuple:
         | {"answer": {"value": rewards[t.trajectory_id], "status": "ok", "reason": None, "evidence": None}}
         for t in trajectories
     ]
-    table = pa.Table.from_pylist(rows, records.scores(["answer"]))
+    table = pa.Table.from_pylist(rows, records.score_schema(["answer"]))
     scores = world.build("scores", name, lambda work: work.table("scores.parquet", table))
     inputs = {"dataset": world.store.resolve(world.images), "policy": policy, "rollouts": rollouts, "scores": scores}
     settings = config()
     with InProcess(settings.where, world) as resources:
-        trained, _ = build(train, train.settings(settings), inputs, world.store, resources, force=True)
+        trained, _ = build_artifact(train, train.settings(settings), inputs, world.store, resources, force=True)
     return policy_files(trained), dict(trained.metrics), resources.orders
 
 

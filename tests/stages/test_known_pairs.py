@@ -2,18 +2,18 @@
 
 from single_stage import build_stage, recipe_of
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.conversation.protocol import ToolCall
 from thinkimg.images.decode import pixel_hash
-from thinkimg.puzzles.known_pairs import processed
+from thinkimg.puzzles.known_pairs import apply_calls
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder
-from thinkimg.stages.known_pairs import PAIRS, known_pairs
+from thinkimg.stages.known_pairs import CLIP_PAIRS, known_pairs
 from thinkimg.stages.prepare import prepare
 from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
 
-CONFIG = load("tiny", ["data.train=16", "data.held_out=8", "warmstart.pairs=12"])
+CONFIG = load_config("tiny", ["data.train=16", "data.held_out=8", "warmstart.pairs=12"])
 
 
 def test_each_row_is_a_puzzle_whose_right_image_is_that_of_its_solution(tmp_path):
@@ -30,7 +30,7 @@ def test_each_row_is_a_puzzle_whose_right_image_is_that_of_its_solution(tmp_path
         assert row["question"] == sample.question and row["family"] == sample.metadata["family"]
         assert row["original"] == sample.images[0]
         calls = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
-        assert row["right"] == pixel_hash(processed(originals.decoded(row["original"]), calls))
+        assert row["right"] == pixel_hash(apply_calls(originals.decoded(row["original"]), calls))
         assert len({row["original"], row["right"], row["wrong"]}) == 3
         assert all(pixel_hash(images.decoded(row[name])) == row[name] for name in ("original", "right", "wrong"))
     assert store.verify(pairs) == []
@@ -53,11 +53,11 @@ def test_split_count_and_seed_define_them_and_the_puzzles_are_made_first_where_t
     assert dataset == build_stage(prepare, CONFIG, store)[0]
 
     def fingerprint(*overrides, **parameters):
-        config = load("tiny", ["data.train=16", "data.held_out=8", "warmstart.pairs=12", *overrides])
+        config = load_config("tiny", ["data.train=16", "data.held_out=8", "warmstart.pairs=12", *overrides])
         return recipe_of(known_pairs, config, dataset=dataset, **parameters).fingerprint
 
     assert fingerprint() == fingerprint(split="train", count=12) == fingerprint("iterations=2") == pairs.fingerprint
     others = [fingerprint(split="held_out"), fingerprint(count=11), fingerprint("seed=3")]
     assert len({pairs.fingerprint, *others}) == 4
-    for_the_clip = load("tiny", ["warmstart.pairs=0"])  # alone
-    assert known_pairs.settings(for_the_clip).count == PAIRS
+    for_the_clip = load_config("tiny", ["warmstart.pairs=0"])  # alone
+    assert known_pairs.settings(for_the_clip).count == CLIP_PAIRS

@@ -1,4 +1,6 @@
-"""The prepare stage: every row is stored or refused with a reason, nothing is on both sides, and the same gives the same."""
+"""The prepare stage: every row is stored or refused with a reason, nothing is on both sides, and the same gives the
+same.
+"""
 
 import io
 import json
@@ -10,7 +12,7 @@ from PIL import Image
 from single_stage import build_stage, recipe_of
 
 from thinkimg import records as schemas
-from thinkimg.config.load import load, validate
+from thinkimg.config.load import load_config, validate
 from thinkimg.errors import UserError
 from thinkimg.images.decode import decode, pixel_hash
 from thinkimg.stages import prepare as module
@@ -107,7 +109,7 @@ def test_a_users_images_are_stored_once_and_as_they_are_where_all_readers_agree(
         kept += table.get(pixel_hash(image)) == data
     assert kept == 11  # RGB, upright
     rows = artifact.table("images")
-    assert rows.schema == schemas.images() and rows.num_rows == len(set(rows["sha256"].to_pylist())) == 20
+    assert rows.schema == schemas.image_schema() and rows.num_rows == len(set(rows["sha256"].to_pylist())) == 20
 
 
 def test_no_image_is_on_both_sides_and_limits_are_applied_after_the_split(tmp_path):
@@ -202,7 +204,7 @@ def test_the_place_of_the_files_does_not_count_but_their_content(tmp_path):
 
 
 def test_a_killed_run_goes_on_from_its_closed_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 8)
+    monkeypatch.setattr(module, "SAMPLES_PER_PART", 8)
     path, _ = good(tmp_path / "set")
     settings = config(source="jsonl", path=path)
     whole, _ = prepare(settings, Store(tmp_path / "whole"))
@@ -225,18 +227,18 @@ def test_a_killed_run_goes_on_from_its_closed_parts(tmp_path, monkeypatch):
             prepare(settings, store)
         stored = []
         with monkeypatch.context() as patch:
-            patch.setattr("thinkimg.data.prepared.storable", count_calls(stored))
+            patch.setattr("thinkimg.data.prepared.keep_or_encode", count_calls(stored))
             artifact, _ = prepare(settings, store)
         assert artifact.digest == whole.digest
         assert len(stored) < 40 or name == "images-00000.parquet"
 
 
 def count_calls(calls):
-    from thinkimg.store.image_table import storable
+    from thinkimg.store.image_table import keep_or_encode
 
     def counted(data, image):
         calls.append(data)
-        return storable(data, image)
+        return keep_or_encode(data, image)
 
     return counted
 
@@ -257,4 +259,4 @@ def test_a_file_that_changes_between_the_passes_is_told(tmp_path, monkeypatch):
 
 def test_the_puzzles_are_refused_at_a_size_at_which_they_are_not_puzzles(tmp_path):
     with pytest.raises(UserError, match="112"):
-        prepare(load("development"), Store(tmp_path))
+        prepare(load_config("development"), Store(tmp_path))

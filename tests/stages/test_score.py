@@ -17,8 +17,8 @@ from rewards_rows import call, failed, final, malformed, sample, trajectory
 from single_stage import build_stage, recipe_of
 
 from thinkimg import records
-from thinkimg.config.load import load
-from thinkimg.dry_run import look
+from thinkimg.config.load import load_config
+from thinkimg.dry_run import preview
 from thinkimg.errors import UserError
 from thinkimg.records import AnswerType, Trajectory, to_row
 from thinkimg.resources import Resources
@@ -27,19 +27,20 @@ from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judge import load_judges
 from thinkimg.rewards.judgement import Pair
 from thinkimg.rewards.settings import RULES
-from thinkimg.rewards.user_function import load as load_function
+from thinkimg.rewards.user_function import load_function as load_function
 from thinkimg.scheduler import Builder, Plan
 from thinkimg.stages import score as module
 from thinkimg.stages import train_clip
-from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import IDENTITY
+from thinkimg.store.manifest import Recipe
 
 SHA = "ab" * 32
 
 
 def config(**rewards):
     overrides = [f"rewards.{name}={json.dumps(value)}" for name, value in rewards.items()]
-    return load("tiny", ["image.types=[]", *overrides])
+    return load_config("tiny", ["image.types=[]", *overrides])
 
 
 def score(config, dataset, rollouts, store, **options):
@@ -53,9 +54,9 @@ def table(rows, schema):
 def make_dataset(store, answer="red"):
     def produce(work):
         rows = [replace(sample(answer, AnswerType.CHOICE, ("red", "blue")), sample_id=f"s{i}") for i in range(4)]
-        work.table("samples.parquet", table([to_row(row) for row in rows], records.samples()))
+        work.table("samples.parquet", table([to_row(row) for row in rows], records.sample_schema()))
         images = [{"sha256": SHA, "data": b"never decoded", "width": 8, "height": 8}]
-        work.table("images.parquet", table(images, records.images()))
+        work.table("images.parquet", table(images, records.image_schema()))
 
     return store.build("dataset", Recipe("prepare", 1, 1, {"answer": answer}), produce)[0]
 
@@ -64,9 +65,9 @@ def make_rollouts(store, dataset, parts):
     def produce(work):
         for number, rows in enumerate(parts):
             work.table(
-                f"trajectories-{number:05}.parquet", table([to_row(row) for row in rows], records.trajectories())
+                f"trajectories-{number:05}.parquet", table([to_row(row) for row in rows], records.trajectory_schema())
             )
-            work.table(f"images-{number:05}.parquet", table([], records.images()))
+            work.table(f"images-{number:05}.parquet", table([], records.image_schema()))
 
     sizes = [[row.trajectory_id for row in part] for part in parts]
     return store.build("rollouts", Recipe("rollout", 1, 1, {"parts": sizes}, {"dataset": dataset.reference}), produce)[
@@ -109,6 +110,21 @@ def own(tmp_path, monkeypatch):
     )
 
 
+def test_progress_counts_trajectories_while_they_are_judged_and_never_falls():
+    steps = []
+    tally = module.Tally(lambda done, total: steps.append((done, total)), 30)
+    tally.begin(20)
+    tally.expect(8)
+    tally.judge(2)
+    tally.judge(6)
+    tally.expect(8)  # a judge takes over for another
+    tally.judge(4)
+    tally.judge(4)
+    tally.score(20)
+    tally.score(10)
+    assert steps == [(5, 30), (20, 30), (20, 30), (20, 30), (20, 30), (30, 30)]
+
+
 def test_every_trajectory_has_a_row_and_every_component_a_column(made, own):
     store, dataset, rollouts = made
     steps = []
@@ -122,7 +138,7 @@ def test_every_trajectory_has_a_row_and_every_component_a_column(made, own):
     }  # fmt: skip
     names = [*RULES.shipped, "luck"]
     rows = [row for part in artifact.table_files("scores") for row in pq.read_table(part).to_pylist()]
-    assert pq.read_schema(artifact.path("scores-00000.parquet")) == records.scores(names)
+    assert pq.read_schema(artifact.path("scores-00000.parquet")) == records.score_schema(names)
     for row, played in zip(rows, [row for part in PARTS for row in part], strict=True):
         assert [row[name] for name in IDENTITY] == [getattr(played, name) for name in IDENTITY]
         for name in names:
@@ -182,7 +198,7 @@ def test_what_defines_the_scores_is_in_the_fingerprint(made, own, tmp_path):
     }
     assert len(different) == 4
     elsewhere = ["where.workers=1", "mix={answer: 1}", "image.types=[]", "image.only_if_right=true"]
-    assert fingerprint() == of(load("tiny", elsewhere))
+    assert fingerprint() == of(load_config("tiny", elsewhere))
 
 
 POLICY = Stand("policy", "d")
@@ -208,7 +224,7 @@ def test_the_precision_of_the_model_that_judges_is_in_fingerprint_and_in_the_key
 
     def names(*overrides):
         """(the scores' fingerprint, judge -> key of its judgement of a pair)"""
-        config = load("tiny", [f"image.types={types}", *ADAPTER, *overrides])
+        config = load_config("tiny", [f"image.types={types}", *ADAPTER, *overrides])
         recipe, settings = recipe_of(module.score, config, **inputs), module.judge_settings(config)
         context = JudgeContext(settings, None, inputs["player"], inputs["first"], inputs["clip"], (), None)
         judges, pair = load_judges(config.image), Pair("Which colour?", SHA, "cd" * 32)
@@ -274,7 +290,9 @@ def test_rollouts_without_a_processed_image_need_no_judge_and_an_empty_part_no_r
     """No CLIP is loaded: there is none here by that name."""
     store = Store(tmp_path / "store")
     dataset = make_dataset(store)
-    settings = load("tiny", ["image.types=[embedding]", "image.embedding={model: nobodys-clip, pretrained: null}"])
+    settings = load_config(
+        "tiny", ["image.types=[embedding]", "image.embedding={model: nobodys-clip, pretrained: null}"]
+    )
     artifact, _ = score(settings, dataset, make_rollouts(store, dataset, [group(0), []]), store)
     column = [row["embedding"] for row in artifact.table("scores").to_pylist()]
     assert [(one["value"], one["status"]) for one in column] == [(0.0, "zero")] * 3 + [(None, "missing")]
@@ -331,13 +349,13 @@ def test_a_broken_function_fails_the_stage_by_name_and_leaves_no_artifact(made, 
 def test_a_clip_that_is_not_there_is_trained_first_and_a_dry_run_names_what_is_missing(stages, monkeypatch):
     monkeypatch.setattr(train_clip, "STEPS", 2)
     overrides = ["image.types=[embedding]", "image.embedding={model: warmstart, pretrained: null}"]
-    config, store = load("tiny", [*SETTINGS, *overrides]), stages.store
+    config, store = load_config("tiny", [*SETTINGS, *overrides]), stages.store
     dataset, rollouts = stages.made["prepare"], stages.made["rollout"]
 
     def shown():
         plan = Plan(config)
         plan.require(module.score, rollouts=rollouts)
-        return [line.split() for line in look(plan, store)]
+        return [line.split() for line in preview(plan, store)]
 
     (puzzles, pairs, clip, scores), before = shown(), sorted(store.root.rglob("*"))
     assert puzzles == ["puzzles", "Cached", f"dataset/{dataset.short}"]

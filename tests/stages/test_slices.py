@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from recorded_stages import SETTINGS, CopyingTrainer, Recorded, RecordedResources
 
 from thinkimg import records
-from thinkimg.config.load import CHOOSERS, load
+from thinkimg.config.load import CHOOSERS, load_config
 from thinkimg.config.tree import Config
 from thinkimg.engine.errors import EngineError
 from thinkimg.errors import UserError
@@ -35,13 +35,15 @@ from thinkimg.scheduler import Builder
 from thinkimg.stages import rollout, train_clip
 from thinkimg.stages.names import stage_names
 from thinkimg.stages.prepare import puzzles
-from thinkimg.stages.stage import Job, Slice, Stage, build, complete, open_stage
+from thinkimg.stages.stage import Job, Slice, Stage, build_artifact, complete_inputs, load_stage
 from thinkimg.store import manifest
-from thinkimg.store.artifacts import Recipe, Store, directory_digest
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe, directory_digest
 
-STAGES: dict[str, Stage] = {name: open_stage(name) for name in stage_names()} | {"puzzles": puzzles}
+STAGES: dict[str, Stage] = {name: load_stage(name) for name in stage_names()} | {"puzzles": puzzles}
 JUDGED = [  # of two presets
-    "image.types=[self, teacher, attention, embedding]", "image.weights={self: 1, teacher: 1, attention: 1, embedding: 1}",
+    "image.types=[self, teacher, attention, embedding]",
+    "image.weights={self: 1, teacher: 1, attention: 1, embedding: 1}",
     "mix={tool: 0.3, answer: 0.3, image: 0.4}",
 ]  # fmt: skip
 BASES = {
@@ -161,7 +163,9 @@ def changes(tmp_path_factory, own_code):
     def found(base: str) -> list[Change]:
         preset, overrides = BASES[base]
         special = values(base, tmp_path_factory.mktemp("values"))
-        listed = [(name, [f"{name}={json.dumps(value)}"]) for name, value in every_setting(load(preset, overrides))]
+        listed = [
+            (name, [f"{name}={json.dumps(value)}"]) for name, value in every_setting(load_config(preset, overrides))
+        ]
         listed = [one for one in listed if one[0] not in special]
         listed += [(name, option) for name, options in special.items() for option in options]
         if base != "whole":  # no stage knows whose policy it is when it asks where things run
@@ -169,7 +173,7 @@ def changes(tmp_path_factory, own_code):
         made = []
         for name, option in listed:
             try:
-                made.append(Change(name, tuple(option), load(preset, [*overrides, *option])))
+                made.append(Change(name, tuple(option), load_config(preset, [*overrides, *option])))
             except UserError:
                 made.append(Change(name, tuple(option), None))
         return made
@@ -199,7 +203,7 @@ def fingerprints(stage: Stage, changes: list[Change]):
 def test_where_a_slice_differs_the_fingerprint_does_and_only_there(changes):
     used = set()
     for base in BASES:
-        config = load(*BASES[base])
+        config = load_config(*BASES[base])
         for name, stage in STAGES.items():
             if not stage.wanted(config):
                 continue
@@ -219,7 +223,7 @@ def test_where_a_slice_differs_the_fingerprint_does_and_only_there(changes):
 
 
 def test_a_stage_takes_some_other_value_of_every_setting(changes):
-    configs = [load(*base) for base in BASES.values()]
+    configs = [load_config(*base) for base in BASES.values()]
     assert all(any(map(stage.wanted, configs)) for stage in STAGES.values())
     for base in BASES:
         loaded = {change.name for change in changes(base) if change.config is not None}
@@ -234,7 +238,7 @@ def test_every_setting_was_given_another_value(changes):
 
 
 def test_the_parameters_of_a_run_are_in_the_fingerprint():
-    config = load(*BASES["whole"])
+    config = load_config(*BASES["whole"])
     others = {"iteration": 2, "samples": 1, "blind": True, "split": "held_out", "count": 2}
     for name, stage in STAGES.items():
         for parameter in stage.parameters:
@@ -258,7 +262,7 @@ CONVERSING = {"demonstrate", "warmstart", "rollout", "evaluate"}
     ],
 )
 def test_a_users_own_code_is_in_the_fingerprint_of_each_stage_that_may_run_it(overrides, path, stages, own_code):
-    config = load(BASES["whole"][0], [*BASES["whole"][1], *overrides])
+    config = load_config(BASES["whole"][0], [*BASES["whole"][1], *overrides])
     expected = digest((own_code / f"{path.split('.')[1].split(':')[0]}.py").read_bytes())
     with unopened_sources():
         for name, stage in STAGES.items():
@@ -272,7 +276,7 @@ def test_a_stage_sees_its_slice_its_inputs_and_where_things_run_and_nothing_else
     fields = {"settings", "inputs", "work", "store", "resources", "progress", "map"}
     assert {field.name for field in dataclasses.fields(Job)} == fields
     assert typing.get_type_hints(Resources.__init__)["where"] is ResourcesConfig
-    config = load(*BASES["whole"])
+    config = load_config(*BASES["whole"])
     for name, stage in STAGES.items():
         assert list(inspect.signature(stage.run).parameters) == ["job"], name
         settings = stage.settings(config)
@@ -309,13 +313,13 @@ class SpyEngine:
     async def __aexit__(self, *error):
         pass
 
-    async def generate(self, prompt, images, sampling, adapter):
+    async def generate(self, prompt, images, sampling):
         shown = [(one.uuid, digest(one.data)) for one in images]
-        self.see("generate", prompt, shown, dataclasses.asdict(sampling), adapter)
+        self.see("generate", prompt, shown, dataclasses.asdict(sampling))
         raise Seen
 
-    async def next_token_logprobs(self, prompt, images, tokens, adapter):
-        self.see("rate", prompt, [(one.uuid, digest(one.data)) for one in images], tokens, adapter)
+    async def next_token_logprobs(self, prompt, images, tokens):
+        self.see("rate", prompt, [(one.uuid, digest(one.data)) for one in images], tokens)
         return [-1.0, -2.0]
 
 
@@ -356,7 +360,7 @@ class Spies(Resources):
 
     async def engine(self, policy, settings, base):
         self.see("engine", policy.digest, settings.model_dump(), base.entry())
-        return SpyEngine(self.see), None
+        return SpyEngine(self.see)
 
     def teacher(self, first, settings, base):
         self.see("teacher", first.digest, settings.model_dump(), base.entry())
@@ -375,7 +379,7 @@ class Runs:
     """Tiny inputs of every stage, and runs of it against spies."""
 
     def __init__(self, root: Path):
-        self.config, self.store, self.count = load(*BASES["whole"]), Store(root / "inputs"), 0
+        self.config, self.store, self.count = load_config(*BASES["whole"]), Store(root / "inputs"), 0
         with RecordedResources(self.config.where) as resources:
             builder = Builder(self.config, self.store, resources)
             data = builder.make(STAGES["prepare"])
@@ -385,7 +389,8 @@ class Runs:
             rollouts = builder.make(STAGES["rollout"], policy=policy)
             clip = builder.make(STAGES["train_clip"], pairs=pairs)
         self.made = {
-            "dataset": data, "pairs": pairs, "demonstrations": scripts, "policy": policy, "rollouts": rollouts, "clip": clip,
+            "dataset": data, "pairs": pairs, "demonstrations": scripts, "policy": policy, "rollouts": rollouts,
+            "clip": clip,
             "player": policy, "first": policy, "scores": self.scores(rollouts, data),
         }  # fmt: skip
 
@@ -397,17 +402,17 @@ class Runs:
             row | {name: score | {"value": rng.uniform(0.1, 1)} for name in names}
             for row in rollouts.rows(["trajectory_id", "sample_id", "group_id"])
         ]
-        table = pa.Table.from_pylist(rows, records.scores(list(names)))
+        table = pa.Table.from_pylist(rows, records.score_schema(list(names)))
         recipe = Recipe("score", 1, 1, {}, {"rollouts": rollouts.reference, "dataset": data.reference})
         return self.store.build("scores", recipe, lambda work: work.table("scores.parquet", table))[0]
 
     def see(self, stage: Stage, config: Config) -> tuple[list[str], str | None]:
         """Run it; returns what the spies saw, and the artifact's digest, None where a spy ended the run."""
-        settings, inputs = stage.settings(config), complete(stage, config, self.made, self.store)
+        settings, inputs = stage.settings(config), complete_inputs(stage, config, self.made, self.store)
         self.count += 1
         store = Store(self.store.root.parent / f"{self.count}")  # else judgements of the run before would be taken
         with Spies(config.where) as resources, no_config(), contextlib.suppress(Seen):
-            artifact, _ = build(stage, settings, inputs, store, resources)
+            artifact, _ = build_artifact(stage, settings, inputs, store, resources)
             return sorted(resources.seen), artifact.digest
         return sorted(resources.seen), None
 
@@ -439,7 +444,8 @@ KEPT = {  # these are not changed
     "train_clip": {"where.trainer.threads": "on a CPU results are bit-equal at a fixed number"},
 }
 REACHED = {
-    "warmstart": {"trainer"}, "train": {"trainer"}, "rollout": {"engine", "generate"}, "evaluate": {"engine", "generate"},
+    "warmstart": {"trainer"}, "train": {"trainer"}, "rollout": {"engine", "generate"},
+    "evaluate": {"engine", "generate"},
     "score": {"engine", "rate", "teacher", "trainer", "encoder"},
 }  # fmt: skip
 
@@ -455,7 +461,9 @@ def test_what_is_outside_of_its_slice_reaches_neither_engine_nor_trainer(name, r
             with contextlib.suppress(UserError):
                 if stage.settings(change.config) == stage.settings(config):
                     outside.setdefault(change.name, change.overrides)
-    other = load(BASES["whole"][0], [*BASES["whole"][1], *(one for overrides in outside.values() for one in overrides)])
+    other = load_config(
+        BASES["whole"][0], [*BASES["whole"][1], *(one for overrides in outside.values() for one in overrides)]
+    )
     assert stage.settings(other) == stage.settings(config)
     assert len([one for one in outside if one.startswith("where.")]) > 20 and other.where != config.where
     seen, made = runs.see(stage, config)

@@ -9,8 +9,10 @@ from thinkimg.errors import UserError
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
 from thinkimg.stages.train import check_optimizer, train, trim_optimizers
-from thinkimg.store.artifacts import Artifact, Recipe, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact, Recipe
 from thinkimg.trainer import checkpoint
+from thinkimg.trainer.policy import train_only
 
 FULL = ModelConfig(dtype="float32", adaptation="full")
 NAME = "policy/optimizer.safetensors"
@@ -19,7 +21,7 @@ NAME = "policy/optimizer.safetensors"
 def chain(store: Store, base: Path, length: int) -> list[Artifact]:
     """A warm-started policy and policies of `length` iterations."""
     held = checkpoint.from_base(Base("tiny", directory=str(base)), FULL, "cpu", seed=0)
-    parameters = held.train_only(vision=False)
+    parameters = train_only(held.model, held.config, vision=False)
     made: list[Artifact] = []
     for number in range(length + 1):
         if number:
@@ -53,15 +55,15 @@ def test_the_last_two_are_kept_and_the_others_still_serve(tmp_path, tiny_models)
         assert store.verify(policy) == [] and Artifact.open(policy.directory).checked("policy").is_dir()
     old = checkpoint.load(made[2].directory / "policy", FULL, "cpu")
     with pytest.raises(UserError, match="optimizer state is gone"):
-        old.resume_optimizer(old.train_only(vision=False), 0.0)
+        old.resume_optimizer(train_only(old.model, old.config, vision=False), 0.0)
     new = checkpoint.load(made[3].directory / "policy", FULL, "cpu")
-    assert new.resume_optimizer(new.train_only(vision=False), 0.0).state
+    assert new.resume_optimizer(train_only(new.model, new.config, vision=False), 0.0).state
 
 
 def test_one_that_is_missing_without_a_mark_is_damage(tmp_path, tiny_models):
     store = Store(tmp_path)
     policy = chain(store, tiny_models[0], 1)[-1]
     (policy.directory / NAME).unlink()
-    assert [problem.what for problem in store.verify(policy)] == ["missing"]
+    assert [problem.detail for problem in store.verify(policy)] == ["missing"]
     with pytest.raises(UserError, match="not what was published"):
         Artifact.open(policy.directory)

@@ -18,8 +18,10 @@ from disk import Crash, Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thinkimg import __version__
 from thinkimg.errors import UserError
-from thinkimg.store.artifacts import Problem, Recipe, Reference, Store, directory_digest, fingerprint
+from thinkimg.store.artifacts import Problem, Store
+from thinkimg.store.manifest import Recipe, Reference, directory_digest
 from thinkimg.store.tables import write_table
 
 RECIPE = Recipe(
@@ -44,13 +46,10 @@ def toy_stage(work, clock=0.0, made=None):
 
     table("rows-00000.parquet", [1, 2])
     if not work.has("adapter"):
-
-        def save(directory):
-            (directory / "nested").mkdir()
+        with work.part("adapter") as directory:
+            (directory / "nested").mkdir(parents=True)
             (directory / "nested/model.safetensors").write_bytes(bytes(range(256)))
             (directory / "config.json").write_text("{}")
-
-        work.directory_part("adapter", save)
     table("rows-00001.parquet", [3])
     table("timings.parquet", [clock])
     work.metrics["accuracy"] = 0.5
@@ -78,7 +77,7 @@ def reversed_keys(value):
 @given(st.dictionaries(st.text(), json_values, max_size=4), st.dictionaries(st.text(), json_values, max_size=4))
 def test_fingerprint_depends_on_values_and_not_on_key_order(one, other):
     def of(config):
-        return fingerprint("s", 1, 1, config, {})
+        return Recipe("s", 1, 1, config).fingerprint
 
     assert of(one) == of(reversed_keys(one)) == of(json.loads(json.dumps(one)))
     assert (of(one) == of(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
@@ -93,13 +92,23 @@ def test_fingerprint_is_golden_and_every_part_of_a_recipe_counts():
         dict(stage_version=2),
         dict(schema_version=2),
         dict(config={"a": 2}),
-        dict(inputs={"d": "0"}),
+        dict(inputs={"d": Reference("dataset", "0")}),
         dict(sources={"f": "0"}),
         dict(packages={"p": "1"}),
     ]
-    assert len({fingerprint(**{**base, **change}) for change in [{}, *changed]}) == 8
+    assert len({Recipe(**{**base, **change}).fingerprint for change in [{}, *changed]}) == 8
     with pytest.raises(UserError, match="NaN"):
-        fingerprint("s", 1, 1, {"a": float("nan")}, {})
+        _ = Recipe("s", 1, 1, {"a": float("nan")}).fingerprint
+
+
+def test_the_version_is_in_the_manifest_and_in_no_fingerprint_or_digest(tmp_path, monkeypatch):
+    first = build(tmp_path)
+    assert first.manifest["host"]["thinkimg"] == __version__
+    monkeypatch.setattr("thinkimg.store.manifest.__version__", "9.0.0")
+    assert Store(tmp_path).build("toy", RECIPE, toy_stage) == (first, True)
+    second = build(tmp_path, force=True)
+    assert second.manifest["host"]["thinkimg"] == "9.0.0"
+    assert (second.fingerprint, second.digest) == (first.fingerprint, first.digest)
 
 
 # finding and making ---------------------------------------------------------------------------------------------------
@@ -110,9 +119,10 @@ def test_build_makes_once_then_finds_and_force_makes_another_attempt_of_equal_di
 
     def produce(work):
         calls.append(work.attempt)
+        work.seed, work.where = 7, {"url": Path("/x")}
         toy_stage(work, clock=float(len(calls)))
 
-    first, cached = store.build("toy", RECIPE, produce, seed=7, where={"url": Path("/x")})
+    first, cached = store.build("toy", RECIPE, produce)
     assert not cached and store.build("toy", RECIPE, produce) == (first, True) and calls == ["0001"]
     second, cached = store.build("toy", RECIPE, produce, force=True)
     assert not cached and second.attempt == "0002" and store.find("toy", RECIPE.fingerprint) == second
@@ -177,12 +187,12 @@ def test_resolve_takes_a_path_a_reference_or_a_unique_prefix_and_names_candidate
     for reference in (one.directory, one.directory.parent, one.reference, str(one.reference), f"tin/{one.short}"):
         assert store.resolve(reference, "tin") == one
     assert store.resolve(one.short, "tin") == one
-    with pytest.raises(UserError, match=f"several.*tin/{one.short}, toy/{one.short}"):
+    with pytest.raises(UserError, match=f"Several.*tin/{one.short}, toy/{one.short}"):
         store.resolve(one.short)
     with pytest.raises(UserError, match="of kind tin, not toy"):
         store.resolve(one.directory, "toy")
     for nothing in ("", "xyz"):
-        with pytest.raises(UserError, match="no toy under .* and 12 more"):
+        with pytest.raises(UserError, match="No toy under .* and 12 more"):
             store.resolve(nothing, "toy")
 
 
@@ -358,7 +368,7 @@ def test_a_full_or_unwritable_disk_is_one_clear_sentence_and_the_next_run_gets_t
     for stop_at in range(1, events + 1, 5):
         root = tmp_path / str(stop_at)
         Disk(monkeypatch, stop_at, OSError(code, os.strerror(code)))
-        with pytest.raises(UserError, match=f"^cannot [a-z]+ {root}.*: {os.strerror(code)}"):
+        with pytest.raises(UserError, match=f"^Cannot [a-z]+ {root}.*: {os.strerror(code)}"):
             build(root)
         Disk(monkeypatch)
         assert Store(root).verify(build(root)) == []
@@ -366,14 +376,14 @@ def test_a_full_or_unwritable_disk_is_one_clear_sentence_and_the_next_run_gets_t
 
 def test_a_real_file_in_the_way_and_a_real_full_device(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot make .*file: File exists"):
+    with pytest.raises(UserError, match=r"Cannot make .*file: File exists"):
         build(tmp_path / "file")
 
     def fill(work):
         with work.part("log.txt"), open("/dev/full", "w") as file:
             file.write("x")
 
-    with pytest.raises(UserError, match=r"cannot write .*log\.txt: No space left"):
+    with pytest.raises(UserError, match=r"Cannot write .*log\.txt: No space left"):
         Store(tmp_path).build("toy", RECIPE, fill)
 
     def read_elsewhere(work):
@@ -403,7 +413,8 @@ def test_sweep_lists_what_a_failed_run_left_and_leaves_work_in_progress_alone(tm
 
 STAGE = textwrap.dedent("""
     import sys, time
-    from thinkimg.store.artifacts import Recipe, Store
+    from thinkimg.store.artifacts import Store
+    from thinkimg.store.manifest import Recipe
 
     def produce(work):
         work.text("first.txt", "closed")

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from thinkimg.store.artifacts import Recipe, Store
-from thinkimg.tracking.records import records
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
+from thinkimg.tracking.records import load_records
 
 WORKERS, FINGERPRINTS = 4, 8
 
 BUILD = textwrap.dedent("""
     import os, random, sys, time
-    from thinkimg.store.artifacts import Recipe, Store
+    from thinkimg.store.artifacts import Store
+    from thinkimg.store.manifest import Recipe
 
     store, noise = Store(sys.argv[1]), random.Random(int(sys.argv[2]))
     numbers = list(range(int(sys.argv[3])))
@@ -76,7 +78,7 @@ def test_every_fingerprint_is_made_once_whoever_asks_in_whatever_order(tmp_path)
 
 def test_two_loops_of_one_config_do_not_tear_each_others_record(tmp_path):
     run_all(RECORD, (tmp_path, "one"), (tmp_path, "other"))
-    (record,) = records(Store(tmp_path))
+    (record,) = load_records(Store(tmp_path))
     assert record.config["who"] in ("one", "other") and record.iteration(59).metrics == {"eval/accuracy": 0.5}
     left = sorted(path.name for path in Path(tmp_path, "loops").iterdir())
     assert left == [".lock", "abababababababab.json"]

@@ -77,7 +77,7 @@ WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symli
 class Audit:
     """Python's audit events that change something under a root while the file layer is not at work in that thread.
 
-    What native code writes (Parquet, safetensors) raises no event of its own; it goes to the name that a "write" has given.
+    Native code (Parquet, safetensors) raises no event of its own; it writes to the name that a "write" has given.
     """
 
     def __init__(self):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from thinkimg.errors import UserError
 from thinkimg.images.decode import decode, pixel_hash
-from thinkimg.store.artifacts import Recipe, Store
-from thinkimg.store.image_table import ImageTable, encode, image_writer, storable
+from thinkimg.store.artifacts import Store
+from thinkimg.store.image_table import ImageTable, encode_lossless, image_writer, keep_or_encode
+from thinkimg.store.manifest import Recipe
 
 
 def noise(seed, width=40, height=30, mode="RGB"):
@@ -30,7 +31,7 @@ def publish(root, name, images):
     def produce(work):
         with work.part("images-00000.parquet") as path, image_writer(path) as add:
             for image in images:
-                add(pixel_hash(image), encode(image), *image.size)
+                add(pixel_hash(image), encode_lossless(image), *image.size)
 
     return Store(root).build("toy", recipe, produce)[0]
 
@@ -55,7 +56,7 @@ def rotated_exif():
 ])  # fmt: skip
 def test_a_file_is_kept_only_if_every_reader_sees_the_same_in_it(data, kept):
     image = decode(data)
-    stored = storable(data, image)
+    stored = keep_or_encode(data, image)
     assert (stored == data) is kept
     with Image.open(io.BytesIO(stored)) as plain:
         assert plain.mode == "RGB" and plain.size == image.size and plain.tobytes() == image.tobytes()
@@ -65,7 +66,7 @@ def test_a_file_is_kept_only_if_every_reader_sees_the_same_in_it(data, kept):
 @pytest.mark.parametrize("size", [(1, 1), (33, 7), (16384, 82)])
 def test_encoding_is_lossless_up_to_any_side(size):
     image = noise(1, *size)
-    assert decode(encode(image)).tobytes() == image.tobytes()
+    assert decode(encode_lossless(image)).tobytes() == image.tobytes()
 
 
 def test_images_are_found_across_artifacts_and_row_groups(tmp_path):
@@ -76,7 +77,7 @@ def test_images_are_found_across_artifacts_and_row_groups(tmp_path):
     table.add(two)
     assert len(table) == 40
     for image in reversed(images):
-        assert table.get(pixel_hash(image)) == encode(image)
+        assert table.get(pixel_hash(image)) == encode_lossless(image)
         assert table.decoded(pixel_hash(image)).tobytes() == image.tobytes()
     with pytest.raises(KeyError, match="no image"):
         table.get("0" * 64)

@@ -16,17 +16,18 @@ from paths import REPOSITORY
 from single_stage import build_stage, recipe_of
 
 from thinkimg import records
-from thinkimg.analysis.export import export
+from thinkimg.analysis.export import export_policy
 from thinkimg.analysis.verify_calls import replay
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.records import Trajectory, from_row, to_row
 from thinkimg.stages.demonstrate import demonstrate
 from thinkimg.stages.prepare import prepare
 from thinkimg.store import files
 from thinkimg.store import gc as collector
-from thinkimg.store.artifacts import Recipe, Reference, Store
-from thinkimg.store.lineage import Graph, draw
+from thinkimg.store.artifacts import Store
+from thinkimg.store.lineage import Graph, draw_tree
+from thinkimg.store.manifest import Recipe, Reference
 
 BASE = Reference("base", "ab" * 32)
 
@@ -83,7 +84,7 @@ def names(artifacts):
 
 def test_the_tree_goes_from_the_data_straight_down_to_the_policy(tmp_path):
     store, made = two_mixes(tmp_path)
-    lines = [*draw(Graph.of(store), str(made["policy2"].reference))]
+    lines = [*draw_tree(Graph.of(store), str(made["policy2"].reference))]
     line = ["data", "first", "rollouts1", "scores1", "policy1", "rollouts2", "scores2", "policy2", "evaluation2"]
     for text, name in zip(lines, line, strict=True):
         sign = "◉" if name == "policy2" else "●"
@@ -95,24 +96,24 @@ def test_the_tree_goes_from_the_data_straight_down_to_the_policy(tmp_path):
 
 def test_other_mixes_and_evaluations_are_branches(tmp_path):
     store, made = two_mixes(tmp_path)
-    lines = [*draw(Graph.of(store), str(made["scores1"].reference))]
-    assert [text for text in lines if made["other"].short in text][0].startswith("├─● policy")
+    lines = [*draw_tree(Graph.of(store), str(made["scores1"].reference))]
+    assert [text for text in lines if made["other"].short in text][0].startswith("└── ● policy")
     assert "mix tool=1" in "\n".join(lines) and len(lines) == 11
-    alone = [*draw(Graph.of(store), str(made["other"].reference))]
+    alone = [*draw_tree(Graph.of(store), str(made["other"].reference))]
     assert len(alone) == 5 and made["policy1"].short not in "\n".join(alone)
-    whole = [*draw(Graph.of(store), str(made["other"].reference), everything=True)]
+    whole = [*draw_tree(Graph.of(store), str(made["other"].reference), everything=True)]
     assert len(whole) == 11 and sum("◉" in text for text in whole) == 1
 
 
 def test_what_is_gone_is_told_and_a_long_line_is_drawn(tmp_path):
     store, made = two_mixes(tmp_path)
     shutil.rmtree(made["rollouts1"].directory)
-    text = "\n".join(draw(Graph.of(store), str(made["policy2"].reference)))
+    text = "\n".join(draw_tree(Graph.of(store), str(made["policy2"].reference)))
     assert f"rollouts {made['rollouts1'].short} (gone)" in text
     policy = made["policy2"]
     for number in range(150):
         policy = make(store, "policy", "train", {"policy": policy.reference}, {"mix": {"answer": float(number)}})
-    assert len([*draw(Graph.of(store), str(policy.reference))]) > 150
+    assert len([*draw_tree(Graph.of(store), str(policy.reference))]) > 150
 
 
 # collecting -----------------------------------------------------------------------------------------------------------
@@ -120,27 +121,27 @@ def test_what_is_gone_is_told_and_a_long_line_is_drawn(tmp_path):
 
 def test_nothing_that_a_line_of_training_needs_is_removed(tmp_path):
     store, made = two_mixes(tmp_path)
-    todo = collector.plan(store)
+    todo = collector.find_garbage(store)
     assert names(todo.kept) == names([made["policy2"], made["other"]])
-    assert (todo.remove, todo.drop, todo.left) == ([], [], [])
+    assert (todo.remove, todo.drop, todo.remains) == ([], [], [])
 
 
 def test_what_no_kept_policy_needs_goes_and_the_rest_stays_as_it_was(tmp_path):
     store, made = two_mixes(tmp_path)
     orphan = make(store, "scores", "score", {"rollouts": made["rollouts1"].reference}, {"other": "rewards"})
-    todo = collector.plan(store, [made["policy1"]])
+    todo = collector.find_garbage(store, [made["policy1"]])
     gone = [made[name] for name in ("other", "scores2", "policy2", "evaluation2")]
     # rollouts2 was played by the kept policy: the beginning of its next iteration, as are their scores
     assert names(todo.remove) == names([*gone, orphan]) - names([made["scores2"]])
     collector.collect(store, todo)
     assert names(store.list()) == names(made.values()) - names(todo.remove)
     assert all(store.verify(artifact) == [] for artifact in store.list())
-    assert collector.plan(store, [made["policy1"]]).remove == []
+    assert collector.find_garbage(store, [made["policy1"]]).remove == []
 
 
 def test_of_old_ancestors_the_files_go_and_the_manifests_stay(tmp_path):
     store, made = two_mixes(tmp_path)
-    todo = collector.plan(store, [made["policy2"]], keep_last=1)
+    todo = collector.find_garbage(store, [made["policy2"]], keep_last=1)
     assert names(todo.drop) == names(made[name] for name in ("first", "rollouts1", "scores1", "policy1"))
     before = {artifact.directory: artifact.manifest for artifact in store.list()}
     collector.collect(store, todo)
@@ -150,17 +151,17 @@ def test_of_old_ancestors_the_files_go_and_the_manifests_stay(tmp_path):
     assert old.dropped and sorted(path.name for path in old.directory.iterdir()) == ["manifest.json"]
     with pytest.raises(UserError, match=f"policy/{old.short} were dropped by gc.*--force"):
         old.checked("policy")
-    assert "files dropped" in "\n".join(draw(Graph.of(store), str(made["policy2"].reference)))
-    assert collector.plan(store, [made["policy2"]], keep_last=1).drop == []
+    assert "files dropped" in "\n".join(draw_tree(Graph.of(store), str(made["policy2"].reference)))
+    assert collector.find_garbage(store, [made["policy2"]], keep_last=1).drop == []
     with pytest.raises(UserError, match="would keep no policy"):
-        collector.plan(store, [], keep_last=0)
+        collector.find_garbage(store, [], keep_last=0)
 
 
 def test_the_policy_that_the_kl_term_is_measured_against_keeps_its_files(tmp_path):
     store, made = two_mixes(tmp_path)
     inputs = {"policy": made["policy2"].reference, "reference": made["first"].reference}
     last = make(store, "policy", "train", inputs, {"mix": {"answer": 2.0}})
-    dropped = names(collector.plan(store, [last], keep_last=1).drop)
+    dropped = names(collector.find_garbage(store, [last], keep_last=1).drop)
     assert str(made["policy2"].reference) in dropped and str(made["first"].reference) not in dropped
 
 
@@ -183,7 +184,9 @@ def test_a_collection_that_is_killed_anywhere_gets_through(tmp_path, monkeypatch
         copy = Store(root)
         monkeypatch.setattr(files, "hook", hook)
         with contextlib.suppress(Crash):
-            collector.collect(copy, collector.plan(copy, [copy.resolve(str(made["policy1"].reference))], keep_last=1))
+            collector.collect(
+                copy, collector.find_garbage(copy, [copy.resolve(str(made["policy1"].reference))], keep_last=1)
+            )
         monkeypatch.setattr(files, "hook", lambda event, *paths: None)
         return copy
 
@@ -216,7 +219,7 @@ def test_a_mark_that_outlived_its_artifact_does_not_hit_the_next_attempt(tmp_pat
 
 def test_nothing_is_collected_while_a_stage_is_at_work(tmp_path):
     store, made = two_mixes(tmp_path)
-    todo = collector.plan(store, [made["policy1"]])
+    todo = collector.find_garbage(store, [made["policy1"]])
     started, leave = threading.Event(), threading.Event()
 
     def produce(work):
@@ -227,7 +230,7 @@ def test_nothing_is_collected_while_a_stage_is_at_work(tmp_path):
     worker.start()
     assert started.wait(10)
     try:
-        with pytest.raises(UserError, match="a stage is at work on toy/"):
+        with pytest.raises(UserError, match="A stage is at work on toy/"):
             collector.collect(store, todo)
     finally:
         leave.set()
@@ -239,7 +242,7 @@ def test_a_damaged_manifest_stops_a_collection(tmp_path):
     store, made = two_mixes(tmp_path)
     (made["scores1"].directory / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is not what was published"):
-        collector.plan(store)
+        collector.find_garbage(store)
 
 
 # replaying ------------------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def test_a_damaged_manifest_stops_a_collection(tmp_path):
 def demonstrated(tmp_path_factory):
     """A real data set and its scripted conversations, with the tools' images."""
     settings = ["data.train=12", "data.held_out=4", "conversation.max_images=8", "warmstart.pairs=0"]
-    config, store = load("tiny", settings), Store(tmp_path_factory.mktemp("replay"))
+    config, store = load_config("tiny", settings), Store(tmp_path_factory.mktemp("replay"))
     dataset, _ = build_stage(prepare, config, store)
     made, _ = build_stage(demonstrate, config, store, dataset=dataset)
     return store, made, recipe_of(demonstrate, config, dataset=dataset)
@@ -285,7 +288,9 @@ def test_a_forged_call_is_found_though_every_hash_is_right(demonstrated, tmp_pat
     def produce(work):
         with work.part("images.parquet") as path:
             shutil.copyfile(made.path("images.parquet"), path)
-        work.table("trajectories.parquet", pa.Table.from_pylist([to_row(row) for row in rows], records.trajectories()))
+        work.table(
+            "trajectories.parquet", pa.Table.from_pylist([to_row(row) for row in rows], records.trajectory_schema())
+        )
 
     artifact, _ = copy.build("demonstrations", recipe, produce)
     assert copy.verify(artifact) == []
@@ -306,7 +311,7 @@ def test_without_its_data_set_nothing_is_replayed_and_that_is_said(demonstrated,
 
 def test_a_pack_has_all_that_an_auditor_needs_and_proves_itself(tmp_path):
     store, made = two_mixes(tmp_path / "store")
-    pack = export(store, made["policy2"], tmp_path / "out" / "pack")
+    pack = export_policy(store, made["policy2"], tmp_path / "out" / "pack")
     subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=pack, check=True)
     listed = {line.split("  ")[1] for line in (pack / "SHA256SUMS").read_text().splitlines()}
     assert listed == set(files.files_under(pack)) - {"SHA256SUMS"}
@@ -320,11 +325,11 @@ def test_a_pack_has_all_that_an_auditor_needs_and_proves_itself(tmp_path):
     stages = json.loads((pack / "config.json").read_text())["stages"]
     assert stages[str(made["policy2"].reference)]["mix"] == {"answer": 1.0}
     assert made["policy2"].short in (pack / "lineage.txt").read_text()
-    with pytest.raises(UserError, match="something at .* already"):
-        export(store, made["policy2"], pack)
+    with pytest.raises(UserError, match="exists already"):
+        export_policy(store, made["policy2"], pack)
     (made["policy1"].directory / "policy/model/weights").write_text("x" * 64)
     with pytest.raises(UserError, match="damaged: policy/model/weights"):
-        export(store, made["policy1"], tmp_path / "other")
+        export_policy(store, made["policy1"], tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -350,9 +355,9 @@ def test_the_commands_take_prefixes_and_tell_mistakes_in_a_sentence(tmp_path):
     assert "11 of 11 artifacts are as they were published." in thinkimg("verify", cwd=tmp_path).stdout
     for arguments, said in (
         (["show", "nothing"], "begins with 'nothing'"),
-        (["show", "policy/"], "several artifacts begin with 'policy/'"),
+        (["show", "policy/"], "Several artifacts begin with 'policy/'"),
         (["ls", "--store", "elsewhere"], "no artifact store at elsewhere"),
-        (["export", made["scores1"].fingerprint[:8], "pack"], "no policy under artifacts begins"),
+        (["export", made["scores1"].fingerprint[:8], "pack"], "No policy under artifacts begins"),
     ):
         refused = thinkimg(*arguments, cwd=tmp_path)
         assert refused.returncode == 2 and refused.stderr.startswith("thinkimg: ") and said in refused.stderr

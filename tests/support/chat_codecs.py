@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny import SPECIAL_TOKENS, write_processor, write_tokenizer
 
 CORPUS = [
@@ -47,7 +46,7 @@ def directory() -> Path:
 def tiny_directory() -> Path:
     (path := directory() / "tiny").mkdir()
     write_tokenizer(path, CORPUS, 512)
-    write_processor(path, TinyModel())
+    write_processor(path)
     return path
 
 

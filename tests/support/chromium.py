@@ -28,7 +28,8 @@ class Chromium:
         self._home, self._number = home / "profile", 0
         self._child = spawn(
             [
-                program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}",
+                program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                f"--window-size={width},{height}",
                 "--remote-debugging-port=0", "--disable-dev-shm-usage", f"--user-data-dir={self._home}", "about:blank",
             ],
             name="chromium", env=os.environ | {"HOME": str(home)}, log_path=home / "chromium.log",

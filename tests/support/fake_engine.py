@@ -1,11 +1,15 @@
-"""An engine's server without an engine, for tests of its client: answers as a script says, and keeps what it was sent."""
+"""An engine's server without an engine, for tests of its client.
+
+Answers as a script says, and keeps what it was sent.
+"""
 
 import asyncio
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from thinkimg.engine.client import EngineClient, ImageRef, Sampling
+from thinkimg.engine.client import EngineClient
+from thinkimg.engine.request import ImageRef, Sampling
 
 PLAIN = Sampling(temperature=1.0, max_tokens=1, seed=0, stop_token_ids=())
 

@@ -1,6 +1,7 @@
-"""Recorder of fingerprints: every stage, each preset, each single setting, made-up inputs, whatever versions of packages.
+"""Recorder of fingerprints: every stage, each preset, each single setting, made-up inputs, whatever versions of
+packages.
 
-    python tests/support/fingerprints.py            compares with tests/support/golden/fingerprints.json, and prints what differs
+    python tests/support/fingerprints.py            prints what differs from tests/support/golden/fingerprints.json
     python tests/support/fingerprints.py --write    records anew
 
 For each preset the file holds every stage's fingerprint, and for each setting those of the stages that it changes.
@@ -18,14 +19,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.conversation.protocol import PROTOCOLS
 from thinkimg.data.settings import SOURCES
 from thinkimg.errors import UserError
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.registry import Registry
-from thinkimg.store.artifacts import Artifact, Recipe
+from thinkimg.store.manifest import Artifact, Recipe
 
 RECORD = Path(__file__).parent / "golden" / "fingerprints.json"
 PRESETS = ("tiny", "development", "memory-efficient", "balanced", "high-quality", "research")
@@ -84,14 +85,15 @@ def fingerprints(config: Config) -> dict[str, str]:
     from thinkimg.stages.warmstart import warmstart
 
     inputs = {
-        "dataset": DATASET, "pairs": PAIRS, "demonstrations": SCRIPTS, "policy": POLICY, "rollouts": ROLLOUTS, "scores": SCORES,
-        "player": POLICY, "first": POLICY, "reference": POLICY, "clip": CLIP,
+        "dataset": DATASET, "pairs": PAIRS, "demonstrations": SCRIPTS, "policy": POLICY, "rollouts": ROLLOUTS, "scores":
+        SCORES, "player": POLICY, "first": POLICY, "reference": POLICY, "clip": CLIP,
     }  # fmt: skip
     ends = config.evaluate.samples_ends
     boxes = [
         ("prepare", prepare, {}), ("pairs", known_pairs, {}), ("demonstrate", demonstrate, {}),
         ("warmstart", warmstart, {}), ("clip", train_clip, {}), ("rollout", rollout, {"iteration": 1}),
-        ("rollout 2", rollout, {"iteration": 2}), ("evaluate", evaluate, {}), ("evaluate ends", evaluate, {"samples": ends}),
+        ("rollout 2", rollout, {"iteration": 2}), ("evaluate", evaluate, {}), ("evaluate ends",
+        evaluate, {"samples": ends}),
         ("evaluate blind", evaluate, {"blind": True}), ("score", score, {}), ("train", train, {}),
     ]  # fmt: skip
     found = {}
@@ -129,12 +131,12 @@ def record() -> dict[str, dict]:
 def under(preset: str) -> dict[str, dict]:
     """{"": fingerprints of the preset, "<setting>=<value>": those that are others with it, or a refusal}."""
     base = [] if preset == "tiny" else NO_DATA
-    plain = fingerprints(load(preset, base))
+    plain = fingerprints(load_config(preset, base))
     changes: dict[str, dict] = {"": plain}
-    for name, value in settings(load(preset, base)):
+    for name, value in settings(load_config(preset, base)):
         override = f"{name}={json.dumps(value)}"
         try:
-            changed = fingerprints(load(preset, [*base, override]))
+            changed = fingerprints(load_config(preset, [*base, override]))
         except (UserError, ValidationError) as error:
             changes[override] = {"refused": str(error).splitlines()[0][:60]}
             continue

@@ -1,4 +1,7 @@
-"""Recorder of the flows' forms: `python tests/support/forms.py` compares with tests/support/golden/forms.json, `--write` records."""
+"""Recorder of the flows' forms.
+
+`python tests/support/forms.py` compares with tests/support/golden/forms.json, `--write` records.
+"""
 
 import json
 import sys

@@ -11,16 +11,18 @@ from PIL import Image
 
 from thinkimg import records
 from thinkimg.images.decode import pixel_hash
-from thinkimg.images.view import grid
+from thinkimg.images.view import count_patches
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig, TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.records import StopReason, Trajectory
-from thinkimg.store.artifacts import Artifact, Recipe, Store
-from thinkimg.store.image_table import encode, image_writer
+from thinkimg.store.artifacts import Store
+from thinkimg.store.image_table import encode_lossless, image_writer
+from thinkimg.store.manifest import Artifact, Recipe
 from thinkimg.trainer import checkpoint, grpo_job
 from thinkimg.trainer.forward.logprobs import Scorer
-from thinkimg.trainer.optimise import Ranks, score_all
+from thinkimg.trainer.passes import Passes
+from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import Patches, read_rows
 from thinkimg.trainer.settings import ParityConfig, TrainConfig, WarmstartConfig
 
@@ -58,11 +60,12 @@ class World:
         rows = read_rows(self.rollouts("unscored", self.trajectories), image_token)
         pixels = Patches([self.images], min_pixels=784, max_pixels=7056)
         scorer = Scorer(policy.model, pixels, temperature=0.9, banned=BANNED, features={})
-        logps, _ = score_all(policy, scorer, pixels, rows, 400)
+        passes = Passes(policy, Ranks(), scorer, pixels, rows, 400, packed=False)
+        logps, _ = passes.score(range(len(rows)))
         pixels.close()
         self.trajectories = [
             dataclasses.replace(t, logprobs=tuple(map(float, logp)))
-            for t, logp in zip(self.trajectories, logps, strict=True)
+            for t, (_, logp) in zip(self.trajectories, sorted(logps.items()), strict=True)
         ]
         self.artifact = self.rollouts("rollouts", self.trajectories)
 
@@ -78,7 +81,7 @@ class World:
         return Trajectory(
             **NAMES | {"trajectory_id": f"t{i}"}, group_id=f"g{i // 2}", index=i % 2, tokens=tuple(map(int, tokens)),
             roles=tuple(roles), logprobs=(0.0,) * roles.count(1), images=keys,
-            grids=tuple(grid(*self.pictures[key].size) for key in keys), stop=StopReason.ANSWER, weights="v0",
+            grids=tuple(count_patches(*self.pictures[key].size) for key in keys), stop=StopReason.ANSWER, weights="v0",
             sizes=tuple(self.pictures[key].size for key in keys),
         )  # fmt: skip
 
@@ -89,12 +92,12 @@ class World:
         def write(work):
             with work.part("images.parquet") as path, image_writer(path) as add:
                 for key, picture in pictures.items():
-                    add(key, encode(picture), *picture.size)
+                    add(key, encode_lossless(picture), *picture.size)
 
         return self.build("dataset", name, write).directory
 
     def rollouts(self, name: str, trajectories: list[Trajectory]):
-        table = pa.Table.from_pylist([records.to_row(t) for t in trajectories], records.trajectories())
+        table = pa.Table.from_pylist([records.to_row(t) for t in trajectories], records.trajectory_schema())
         return self.build("rollouts", name, lambda work: work.table("trajectories.parquet", table))
 
     def advantages(self, values: dict[str, float]) -> str:
@@ -107,8 +110,8 @@ class World:
         values = {f"t{i}": (-1.0) ** i * (1 + i / 10) for i in range(6)}  # t6 and t7 are excluded
         base = dataclasses.asdict(self.base) if model.adaptation == "lora" else None
         return {
-            "kind": "train", "policy": {"directory": str(self.policies[model.adaptation]), "digest": "v0"}, "base": base,
-            "model": model.model_dump(mode="json"), "train": train.model_dump(mode="json"),
+            "kind": "train", "policy": {"directory": str(self.policies[model.adaptation]), "digest": "v0"},
+            "base": base, "model": model.model_dump(mode="json"), "train": train.model_dump(mode="json"),
             "rollouts": str(self.artifact.directory), "advantages": self.advantages(values), "reference": None,
             "images": {"tables": [str(self.images)], "min_pixels": 784, "max_pixels": 7056},
             "conversation": {"temperature": 0.9, "banned": list(BANNED), "max_tokens": 100},

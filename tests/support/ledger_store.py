@@ -8,13 +8,13 @@ import pyarrow as pa
 from rewards_rows import call, failed, final, malformed, sample, trajectory
 
 from thinkimg import records
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.records import AnswerType, StopReason, to_row
 from thinkimg.rewards.joined import join
 from thinkimg.rewards.mix import Mix
-from thinkimg.stages.train import advantages_table, train, weigh
-from thinkimg.store.artifacts import Recipe
+from thinkimg.stages.train import advantages_table, compute_advantages, train
+from thinkimg.store.manifest import Recipe
 
 SHA, CROP = "ab" * 32, "cd" * 32
 COMPONENTS = ("answer", "embedding", "format", "self", "tool")
@@ -27,7 +27,7 @@ MIX = [
 
 
 def settings(root, *overrides: str) -> Config:
-    return load("tiny", [f"where.store={root}", "where.tracking.enabled=false", *MIX, *overrides])
+    return load_config("tiny", [f"where.store={root}", "where.tracking.enabled=false", *MIX, *overrides])
 
 
 def group(number: int) -> list[records.Trajectory]:
@@ -52,9 +52,9 @@ def make_dataset(store, target=None):
     def produce(work):
         rows = [sample("red", AnswerType.CHOICE, ("red", "blue"), targets=targets) for _ in range(GROUPS)]
         rows = [to_row(replace(row, sample_id=f"s{i}", images=(SHA,))) for i, row in enumerate(rows)]
-        work.table("samples.parquet", pa.Table.from_pylist(rows, records.samples()))
+        work.table("samples.parquet", pa.Table.from_pylist(rows, records.sample_schema()))
         image = {"sha256": SHA, "data": b"never decoded", "width": 112, "height": 112}
-        work.table("images.parquet", pa.Table.from_pylist([image], records.images()))
+        work.table("images.parquet", pa.Table.from_pylist([image], records.image_schema()))
 
     return store.build("dataset", Recipe("prepare", 1, 1, {"target": target}), produce)[0]
 
@@ -65,9 +65,9 @@ def make_rollouts(store, dataset, groups=None, number=1):
     def produce(work):
         for part, rows in enumerate((groups[: GROUPS // 2], groups[GROUPS // 2 :])):
             rows = [to_row(row) for one in rows for row in one]
-            work.table(f"trajectories-{part:05}.parquet", pa.Table.from_pylist(rows, records.trajectories()))
+            work.table(f"trajectories-{part:05}.parquet", pa.Table.from_pylist(rows, records.trajectory_schema()))
         image = {"sha256": CROP, "data": b"never decoded", "width": 28, "height": 28}
-        work.table("images-00000.parquet", pa.Table.from_pylist([image], records.images()))
+        work.table("images-00000.parquet", pa.Table.from_pylist([image], records.image_schema()))
 
     recipe = Recipe("rollout", 1, 1, {"iteration": number}, {"dataset": dataset.reference})
     return store.build("rollouts", recipe, produce)[0]
@@ -84,9 +84,9 @@ def make_scores(store, dataset, rollouts, change=lambda row: None, model="judge"
     judged = [judgement(row, model) for row in rows if row["self"]["evidence"]]
 
     def produce(work):
-        work.table("scores-00000.parquet", pa.Table.from_pylist(rows, records.scores(list(COMPONENTS))))
+        work.table("scores-00000.parquet", pa.Table.from_pylist(rows, records.score_schema(list(COMPONENTS))))
         if kept:
-            work.table("judgements-00000.parquet", pa.Table.from_pylist(judged, records.judgements()))
+            work.table("judgements-00000.parquet", pa.Table.from_pylist(judged, records.judgement_schema()))
 
     inputs = {"dataset": dataset.reference, "rollouts": rollouts.reference}
     recipe = Recipe("score", 1, 1, {"components": list(COMPONENTS), "judge": {"model": model}} | config, inputs)
@@ -120,6 +120,6 @@ def judgement(row, model):
 def make_policy(store, dataset, rollouts, scores, config):
     """As the stage makes it, but for the training."""
     settings, joined = train.settings(config), join(rollouts, scores)
-    table = advantages_table(joined, *weigh(Mix.of(settings.mix), settings.train, joined))
+    table = advantages_table(joined, *compute_advantages(Mix.from_tree(settings.mix), settings.train, joined))
     recipe = train.recipe(settings, {"dataset": dataset, "policy": dataset, "rollouts": rollouts, "scores": scores})
     return store.build("policy", recipe, lambda work: work.table("advantages.parquet", table))[0]

@@ -1,4 +1,4 @@
-"""A process of a trainer that loses a part of its weights; a module of its own, as a spawned process imports it by name."""
+"""Process of a trainer that loses a part of its weights; a module, as a spawned process imports it by name."""
 
 import json
 import os
@@ -18,22 +18,22 @@ def lossy_rank(rank: int, port: int, spool: str, job: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    from thinkimg.trainer.forward import fsdp as shards
+    from thinkimg.trainer.forward import fsdp
 
     worker = Worker(Path(spool), 2)
     policy = worker._load(job, FULL, Base(**job["base"]))
     references = checksums.expected(policy, worker.ranks)
-    shards.shard(policy.model, worker.accelerator.device)
+    fsdp.shard(policy.model, worker.accelerator.device)
     values = {"expected": references, "actual": checksums.measure(checksums.floating(policy), worker.ranks)}
     (Path(spool) / f"sums-{rank}.json").write_text(json.dumps(values))
-    shard = shards.shard
+    shard = fsdp.shard
 
     def lossy(model, device) -> None:
         shard(model, device)
         if rank == 1:
-            shards.local(model.get_parameter(LOST)).data.zero_()
+            fsdp.local(model.get_parameter(LOST)).data.zero_()
 
-    shards.shard = lossy
+    fsdp.shard = lossy
     answer = worker._answer
 
     def kept(job: dict, lines: Path) -> dict:

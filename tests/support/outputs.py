@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 SETTINGS = [
-    "iterations=2", "data.train=24", "data.held_out=8", "warmstart.steps=20", "warmstart.pairs=24", "warmstart.batch=16",
+    "iterations=2", "data.train=24", "data.held_out=8", "warmstart.steps=20", "warmstart.pairs=24",
+    "warmstart.batch=16",
     "rollout.samples=4", "rollout.group_size=4", "evaluate.samples=4", "evaluate.samples_ends=8", "evaluate.k=2",
     "image.types=[self, teacher, attention, embedding]", "mix={format: 0.2, tool: 0.3, answer: 0.3, image: 0.2}",
     "image.only_if_right=false", "train.parity.max_kl=1.0",

@@ -1,4 +1,4 @@
-"""One training step in a process of its own: the memory that preflight.py predicts and what the kernel then says."""
+"""One training step in a process of its own: the memory that memory.py predicts, and the kernel's measurement."""
 
 import argparse
 import ctypes
@@ -16,7 +16,9 @@ from thinkimg.trainer import memory
 from thinkimg.trainer.checkpoint import from_base
 from thinkimg.trainer.forward.logprobs import Scorer, unwrap
 from thinkimg.trainer.forward.packing import Conversation
-from thinkimg.trainer.optimise import checkpointing, split
+from thinkimg.trainer.micro_batches import split
+from thinkimg.trainer.policy import train_only
+from thinkimg.trainer.stepper import checkpoint_activations
 
 TINY = TinyModel(hidden_size=256, layers=6, heads=4)
 
@@ -24,8 +26,10 @@ TINY = TinyModel(hidden_size=256, layers=6, heads=4)
 def group(
     image_token: int, *, images: int, turns: int, size: int, words: int = 60, seed: int = 0
 ) -> list[Conversation]:
-    """Rows of one prompt with `images` pictures of 12 x 12 tokens, and `turns` turns of so many words with a tool's picture
-    each; without images the tools have none either."""
+    """Return rows of one prompt with `images` pictures of 12 x 12 tokens, and `turns` turns of so many words.
+
+    Each turn ends with a tool's picture, if the prompt has any.
+    """
     rng = np.random.default_rng(seed)
     grid, tool = (1, 24, 24), (1, 16, 20)
     rows = []
@@ -72,7 +76,7 @@ def main() -> None:
         dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16, train_vision=args.train_vision
     )
     policy = from_base(Base("tiny", directory=str(args.model)), config, "cpu", seed=0)
-    parameters = policy.train_only(vision=args.train_vision)
+    parameters = train_only(policy.model, config, vision=args.train_vision)
     geometry = unwrap(policy.model).config
     made: dict[str, np.ndarray] = {}
 
@@ -91,19 +95,17 @@ def main() -> None:
         scorer = Scorer(policy.model, pixels, temperature=0.9, banned=(3,), features=features)
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        if args.checkpointing:
-            checkpointing(policy, True)
-        logps, _ = scorer(*one_batch(rows), entropy=True)
-        logps.sum().backward()
-        checkpointing(policy, False)
+        with checkpoint_activations(policy.model, args.checkpointing):
+            logps, _ = scorer(*one_batch(rows), entropy=True)
+            logps.sum().backward()
         optimizer.step()
 
     shape = {"images": args.images, "turns": args.turns, "size": args.size, "words": args.words}
     small = {"images": args.images, "turns": 1, "size": 1}
     step(group(geometry.image_token_id, **small), torch.optim.SGD(list(parameters.values()), lr=0.0))
     rows = group(geometry.image_token_id, **shape, seed=1)
-    how = memory.How(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
-    need = memory.need(geometry, config, *one_batch(rows), how)
+    options = memory.StepOptions(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
+    predicted = memory.predict(memory.Step(geometry, config, *one_batch(rows), options))
     made.clear()
     for parameter in parameters.values():
         parameter.grad = None
@@ -114,7 +116,7 @@ def main() -> None:
     for _ in range(2):  # the second has the moments of the first
         step(rows, optimizer)
     measured = status("VmHWM") - before
-    print(json.dumps({"predicted": need.total, "measured": measured, "parts": vars(need)}))
+    print(json.dumps({"predicted": predicted.total, "measured": measured, "parts": vars(predicted)}))
 
 
 if __name__ == "__main__":

@@ -12,26 +12,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.episode import Episode, scripted
-from thinkimg.conversation.picture import picture
+from thinkimg.conversation.episode import ConversationSpec, Episode, play_script
+from thinkimg.conversation.picture import make_picture
 from thinkimg.conversation.protocol import load_protocol
-from thinkimg.puzzles.demonstrations import script
+from thinkimg.puzzles.demonstrations import write_script
 from thinkimg.resources import Resources
 from thinkimg.stages import rollout
-from thinkimg.stages.stage import build, complete, open_stage
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.stages.stage import build_artifact, complete_inputs, load_stage
+from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
+from thinkimg.store.manifest import Artifact
 
 SETTINGS = [
-    "data.train=4", "data.held_out=2", "rollout.samples=2", "rollout.group_size=2", "evaluate.samples=2", "evaluate.k=1",
+    "data.train=4", "data.held_out=2", "rollout.samples=2", "rollout.group_size=2", "evaluate.samples=2",
+    "evaluate.k=1",
     "where.workers=2", "where.tracking.enabled=false", "mix={answer: 1.0}", "image.types=[]", "warmstart.pairs=0",
 ]  # fmt: skip
 STAGES = ("prepare", "demonstrate", "warmstart", "rollout", "score", "train", "evaluate")
 ROLES = {
-    "prepare": "dataset", "demonstrate": "demonstrations", "warmstart": "policy", "rollout": "rollouts", "score": "scores",
+    "prepare": "dataset", "demonstrate": "demonstrations", "warmstart": "policy", "rollout": "rollouts",
+    "score": "scores",
 }  # fmt: skip
 
 
@@ -57,7 +60,7 @@ class Recorded:
 
     def __init__(self, settings, dataset, policy, resources):
         self.settings, self.policy, self.codec = settings, policy, Codec.load(policy.vocabulary)
-        self.images, self.flaws = ImageTable([dataset]), load("tiny", SETTINGS).warmstart.flaws
+        self.images, self.flaws = ImageTable([dataset]), load_config("tiny", SETTINGS).warmstart.flaws
         self.pool = ThreadPoolExecutor(1)  # as one thread's operations have an order
 
     async def __aenter__(self):
@@ -71,14 +74,14 @@ class Recorded:
             yield spec, self.episode(spec)
 
     def episode(self, spec):
-        sample, view, conversation = spec.sample, self.settings.images, self.settings.conversation
+        sample, settings = spec.sample, self.settings
+        pictures = [make_picture(self.images.decoded(sha), settings.images) for sha in sample.images]
+        rules = ConversationSpec(settings.conversation, settings.images, self.codec)
         episode = Episode(
-            sample, [picture(self.images.decoded(sha), view) for sha in sample.images], conversation, view, self.codec,
-            trajectory_id=f"{sample.sample_id}-{spec.index}", group_id=sample.sample_id, index=spec.index,
-            policy=self.policy.digest,
-        )  # fmt: skip
-        form = load_protocol(conversation.protocol)
-        scripted(episode, script(sample, form, self.flaws, np.random.default_rng(spec.index), tools=True))
+            sample, pictures, rules, policy=self.policy.digest, group_id=sample.sample_id, index=spec.index
+        )
+        form = load_protocol(settings.conversation.protocol)
+        play_script(episode, write_script(sample, form, self.flaws, np.random.default_rng(spec.index), tools=True))
         return episode
 
 
@@ -86,22 +89,22 @@ class Stages:
     """The stages by name, each on the recorded outputs of those before it."""
 
     def __init__(self, root: Path, resources: Resources):
-        self.config, self.store, self.resources = load("tiny", SETTINGS), Store(root / "whole"), resources
+        self.config, self.store, self.resources = load_config("tiny", SETTINGS), Store(root / "whole"), resources
         self.made: dict[str, Artifact] = {}
         for name in STAGES:
             self.made[name] = self.run(name, self.store)
 
     def run(self, name: str, store: Store, *, config: Config | None = None, force: bool = False) -> Artifact:
-        stage, config = open_stage(name), config or self.config
+        stage, config = load_stage(name), config or self.config
         given = {role: self.made[made] for made, role in ROLES.items() if made in self.made}
-        inputs = complete(stage, config, given, self.store)
-        return build(stage, stage.settings(config), inputs, store, self.resources, force=force)[0]
+        inputs = complete_inputs(stage, config, given, self.store)
+        return build_artifact(stage, stage.settings(config), inputs, store, self.resources, force=force)[0]
 
 
 @contextlib.contextmanager
 def recorded(root: Path) -> Iterator[Stages]:
     """The stages under a root; their conversations are recorded for as long."""
-    where = load("tiny", SETTINGS).where
+    where = load_config("tiny", SETTINGS).where
     with pytest.MonkeyPatch.context() as patch, RecordedResources(where) as resources:
         patch.setattr(rollout, "open_sampler", Recorded)
         patch.setattr(Recorded, "episode", cached(Recorded.episode))

@@ -29,12 +29,17 @@ def final(text: str = "red") -> Turn:
 
 
 def trajectory(*turns: Turn, answer: str | None = None, stop: StopReason | None = None, **changes) -> Trajectory:
-    """Ends with an answer if one is given; without turns this is the only one. Images are seen at 14 pixels per patch."""
+    """Ends with an answer if one is given; without turns this is the only one.
+
+    Images are seen at 14 pixels per patch.
+    """
     turns = turns or ((final(answer),) if answer is not None else (malformed(),))
     stop = stop or (StopReason.MAX_TURNS if answer is None else StopReason.ANSWER)
     row = Trajectory(
-        trajectory_id="t0", sample_id="s0", group_id="g0", index=0, policy="p", tokens=(1, 2, 7, 8, 9), roles=(0, 0, 1, 1, 2),
-        logprobs=(-0.5, -0.25), images=("ab" * 32,), grids=((1, 4, 4),), turns=turns, answer=answer, stop=stop, error=None,
+        trajectory_id="t0", sample_id="s0", group_id="g0", index=0, policy="p", tokens=(1, 2, 7, 8, 9),
+        roles=(0, 0, 1, 1, 2),
+        logprobs=(-0.5, -0.25), images=("ab" * 32,), grids=((1, 4, 4),), turns=turns,
+        answer=answer, stop=stop, error=None,
         weights="v0", sizes=(),
     )  # fmt: skip
     sizes = tuple((14 * wide, 14 * high) for _, high, wide in changes.get("grids", row.grids))

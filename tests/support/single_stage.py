@@ -5,8 +5,9 @@ from typing import Any
 
 from thinkimg.config.tree import Config
 from thinkimg.resources import Resources
-from thinkimg.stages.stage import Mapper, Progress, Stage, build, complete
-from thinkimg.store.artifacts import Artifact, Recipe, Store
+from thinkimg.stages.stage import Mapper, Progress, Stage, build_artifact, complete_inputs
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact, Recipe
 
 
 def build_stage(
@@ -19,13 +20,16 @@ def build_stage(
     map: Mapper = builtins.map,
     **inputs_and_parameters: Any,
 ) -> tuple[Artifact, bool]:
-    """Find or make the stage's artifact; returns it, and whether it was there. Inputs with a lineage may be left out."""
+    """Find or make the stage's artifact; returns it, and whether it was there.
+
+    Inputs with a lineage may be left out.
+    """
     stage.check(config)
     parameters = {name: value for name, value in inputs_and_parameters.items() if name in stage.parameters}
-    inputs = complete(stage, config, inputs_and_parameters, store)
+    inputs = complete_inputs(stage, config, inputs_and_parameters, store)
     settings = stage.settings(config, **parameters)
     with Resources(config.where) as resources:
-        return build(stage, settings, inputs, store, resources, force=force, progress=progress, map=map)
+        return build_artifact(stage, settings, inputs, store, resources, force=force, progress=progress, map=map)
 
 
 def recipe_of(stage: Stage, config: Config, **inputs_and_parameters: Any) -> Recipe:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 from single_stage import build_stage
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.stages.prepare import prepare
 from thinkimg.stages.rollout import rollout
 from thinkimg.stages.score import score
-from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
 
 TEXT_ONLY = ["image.types=[]", "where.tracking.enabled=false"]
 ROUNDS, SAMPLES, SIZE = 8, 32, 8
@@ -46,15 +47,17 @@ def rollouts(root: Path, model: Path) -> None:
     store = Store(root / "store")
 
     def fill(work):
-        work.directory_part("policy", lambda path: shutil.copytree(model, path / "model"))
+        with work.part("policy") as path:
+            shutil.copytree(model, path / "model")
 
     policy, _ = store.build("policy", Recipe("warmstart", 1, 1, {}), fill)
     print(json.dumps({"policy": policy.digest}), flush=True)
     url = sys.stdin.readline().strip()
-    config = load(
+    config = load_config(
         "tiny",
         [
-            *TEXT_ONLY, f"where.store={store.root}", f"where.engine.urls=[{url}]", f"data.train={ROUNDS * SAMPLES}", "data.held_out=2",
+            *TEXT_ONLY, f"where.store={store.root}", f"where.engine.urls=[{url}]",
+            f"data.train={ROUNDS * SAMPLES}", "data.held_out=2",
             f"rollout.samples={SAMPLES}", f"rollout.group_size={SIZE}", "warmstart.pairs=0",
         ],
     )  # fmt: skip
@@ -74,7 +77,7 @@ def rows(root: Path) -> None:
     played = store.resolve(by_kind["rollouts"].reference)
     counted = sum(batch.num_rows for batch in played.batches("trajectories", ["trajectory_id"]))
     peaks["open"] = memory("VmHWM")
-    scores, _ = build_stage(score, load("tiny", TEXT_ONLY), store, dataset=by_kind["dataset"], rollouts=played)
+    scores, _ = build_stage(score, load_config("tiny", TEXT_ONLY), store, dataset=by_kind["dataset"], rollouts=played)
     peaks["score"] = memory("VmHWM")
     print(json.dumps(peaks | {"rows": counted, "scored": sum(entry["rows"] for entry in scores.files.values())}))
 

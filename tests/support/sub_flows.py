@@ -13,10 +13,10 @@ import time
 
 from prefect.runtime import flow_run
 
-from flows._device import device
+from flows._device import hold_device
 from flows._flow import flow
 from flows._run import PrefectRun
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.resources import Resources
 from thinkimg.stages.stage import Input, Job, Slice, Stage
@@ -84,9 +84,9 @@ def report(iteration: int, made: dict) -> None:
 
 @flow(name="pipeline")
 def pipeline() -> str:
-    config = load("tiny", [f"where.store={STORE}", "where.tracking.enabled=false"])
+    config = load_config("tiny", [f"where.store={STORE}", "where.tracking.enabled=false"])
     print(flow_run.id, flush=True)
-    with Resources(config.where, device=device) as resources:
+    with Resources(config.where, device=hold_device) as resources:
         run = PrefectRun(config, Store(STORE), resources, on_report=report)
         if HAPPENS == "device":
             only = run(invent("only", occupy))

@@ -13,7 +13,8 @@ from thinkimg import records
 from thinkimg.config.load import validate
 from thinkimg.images.decode import encode_png, pixel_hash
 from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
-from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
 from thinkimg.tracking.connection import Connection
 from thinkimg.tracking.loop import open_loop
 from thinkimg.tracking.settings import TrackingConfig
@@ -49,7 +50,7 @@ def image_table(images):
             {"sha256": key, "data": encode_png(image), "width": image.width, "height": image.height}
             for key, image in rows.items()
         ],
-        records.images(),
+        records.image_schema(),
     )
 
 
@@ -112,7 +113,7 @@ def value_of(row, component):
 
 def make(store, kind, stage, config, inputs, fill):
     recipe = Recipe(stage, 1, records.SCHEMA_VERSION, config, {name: a.reference for name, a in inputs.items()})
-    return store.build(kind, recipe, fill, seed=7)[0]
+    return store.build(kind, recipe, fill)[0]
 
 
 def make_dataset(store):
@@ -121,7 +122,9 @@ def make_dataset(store):
 
     def fill(work):
         work.table("images.parquet", image_table(photos))
-        work.table("samples.parquet", pa.Table.from_pylist([records.to_row(s) for s in samples], records.samples()))
+        work.table(
+            "samples.parquet", pa.Table.from_pylist([records.to_row(s) for s in samples], records.sample_schema())
+        )
         work.metrics["samples"] = len(samples)
 
     return make(store, "dataset", "prepare", {"source": "puzzles"}, {}, fill), samples, photos
@@ -129,7 +132,9 @@ def make_dataset(store):
 
 def make_policy(store, step, mix, inputs):
     def fill(work):
-        work.directory_part("adapter", lambda path: (path / "weights.bin").write_bytes(f"{step} {mix}".encode()))
+        with work.part("adapter") as path:
+            path.mkdir()
+            (path / "weights.bin").write_bytes(f"{step} {mix}".encode())
         work.metrics |= {"loss": 1.0 / (step + 1), "parity/kl": 0.01}
 
     return make(store, "policy", "train" if step else "warmstart", {"step": step, "mix": mix}, inputs, fill)
@@ -154,7 +159,8 @@ def make_rollouts(store, dataset, samples, photos, step, policy):
     def fill(work):
         work.table("images.parquet", image_table(crops))
         work.table(
-            "trajectories.parquet", pa.Table.from_pylist([records.to_row(row) for row in rows], records.trajectories())
+            "trajectories.parquet",
+            pa.Table.from_pylist([records.to_row(row) for row in rows], records.trajectory_schema()),
         )
         work.metrics["tool/calls"] = 1.0
 
@@ -169,7 +175,7 @@ def make_rollouts(store, dataset, samples, photos, step, policy):
             }
             for row in rows
         ]
-        work.table("scores.parquet", pa.Table.from_pylist(table, records.scores(list(COMPONENTS))))
+        work.table("scores.parquet", pa.Table.from_pylist(table, records.score_schema(list(COMPONENTS))))
         work.metrics |= {name: sum(value_of(row, name) for row in rows) / len(rows) for name in COMPONENTS}
 
     return rollouts, make(store, "scores", "score", {}, {"rollouts": rollouts}, fill_scores)
@@ -191,7 +197,7 @@ def run_loop(store, config, iterations=2, status="FINISHED", after=lambda step: 
             tracker.log_iteration(step, artifacts={"rollout": rollouts, "score": scores})
             tracker.log_iteration(step, {"reward/total": 0.5 + step / 100}, {"train": policy, "evaluate": evaluation})
             after(step)
-        tracker.log_table("summary", [{"step": 0, "accuracy": 0.3}, {"step": 1, "note": "better"}])
+        tracker.record.tables["summary"] = [{"step": 0, "accuracy": 0.3}, {"step": 1, "note": "better"}]
     return tracker
 
 

@@ -18,7 +18,7 @@ LOSS = Loss(per_token, token_mean)
 '''
 BRACKETS = '''"""A call in square brackets."""
 
-from thinkimg.conversation.protocol import IMAGE, Protocol, call_json, text
+from thinkimg.conversation.protocol import IMAGE_PART, Protocol, render_json, text_part
 
 
 class Brackets(Protocol):
@@ -34,10 +34,10 @@ class Brackets(Protocol):
         return thought + "\\n\\n"
 
     def render_call(self, name, args):
-        return f"[[{call_json(name, self.args_key, args)}]]"
+        return f"[[{render_json(name, self.args_key, args)}]]"
 
     def observation(self, value, *, image):
-        return [IMAGE] * image + [text(value)]
+        return [IMAGE_PART] * image + [text_part(value)]
 
 
 PROTOCOL = Brackets()

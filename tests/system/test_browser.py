@@ -1,4 +1,7 @@
-"""MLflow as people see it: a headless Chromium on a real `mlflow server`. THINKIMG_SCREENSHOTS=directory keeps the pictures."""
+"""MLflow as people see it: a headless Chromium on a real `mlflow server`.
+
+THINKIMG_SCREENSHOTS=directory keeps the pictures.
+"""
 
 import os
 import shlex
@@ -13,7 +16,7 @@ from chromium import Chromium, wait
 from tracking_store import MIXES, run_loop, settings
 
 from thinkimg.process import spawn
-from thinkimg.tracking.loop import compare_link, sync, ui_command
+from thinkimg.tracking.loop import compare_link, sync_store, ui_command
 
 pytestmark = pytest.mark.long
 
@@ -32,7 +35,7 @@ def shots(tmp_path):
 def served(store, tmp_path):
     """Two mixes that start from the same rollouts, and what `thinkimg track ui` shows: (their trackers, address)."""
     trackers = [run_loop(store, settings(store, mix)) for mix in MIXES]
-    sync(store)
+    sync_store(store)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,6 +109,9 @@ def test_a_trace_is_a_chat_with_its_images_and_rewards(served, browser, shots):
     browser.wait_for(*chat, "<answer>left</answer>")
     places = [browser.text().rindex(text) for text in chat]
     assert places == sorted(places)
-    sizes = "[...document.images].map(image => [image.naturalWidth, image.naturalHeight]).filter(size => size[1] in {168: 0, 42: 0})"
+    sizes = (
+        "[...document.images].map(image => [image.naturalWidth, image.naturalHeight])"
+        ".filter(size => size[1] in {168: 0, 42: 0})"
+    )
     wait(lambda: browser.run(sizes) == [[224, 168], [224, 168], [56, 42]], "three images", lambda: browser.run(sizes))
     browser.screenshot(shots / "trace.png")

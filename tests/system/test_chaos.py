@@ -1,4 +1,5 @@
-"""The loop under SIGKILL at random moments, a fifth of them while it recovers: at the end nothing tells that it happened.
+"""The loop under SIGKILL at random moments, a fifth of them while it recovers: at the end nothing tells that it
+happened.
 
 THINKIMG_KILLS=300 THINKIMG_SEED=7 pytest tests/system/test_chaos.py -m long -s     more of them, or the same again
 """
@@ -19,6 +20,7 @@ import pytest
 from paths import REPOSITORY
 
 from thinkimg.engine.server import Server, ServerSettings
+from thinkimg.engine.settings import EngineConfig, EngineSettings
 from thinkimg.store.artifacts import Store
 
 pytestmark = pytest.mark.long
@@ -133,7 +135,8 @@ def whole(tmp_path_factory) -> Loop:
 def outside(whole, tmp_path_factory):
     """A server that outlives the loops."""
     policy = next(whole.store.list("policy"))
-    settings = ServerSettings(max_model_len=1024, cpu_kvcache_gib=1, max_num_seqs=32)
+    limits = EngineSettings(dtype="float32", max_tokens=1024, max_images=16, max_pixels=10**6)
+    settings = ServerSettings(limits, EngineConfig(cpu_kvcache_gib=1, max_num_seqs=32))
     log = tmp_path_factory.mktemp("outside") / "engine.log"
     with Server(policy.checked("policy/model"), log_path=log, version="other", settings=settings) as server:
         yield server
@@ -156,8 +159,8 @@ def test_nothing_is_lost_and_nothing_done_twice(engine, whole, tmp_path, request
     rng, loop, iterations = random.Random(f"{SEED} {engine}"), Loop(tmp_path / "place", *where), 2
     kills, recovery_s, closed, shared_memory = 0, 20.0, {}, set()
     while kills < KILLS[engine]:
-        # Moments are counted in what the loop does, so that they are all over its life on slow and fast machines, and in
-        # the short stages as often as in the long ones.
+        # Moments are counted in what the loop does, so that they are all over its life on slow and fast machines, and
+        # in the short stages as often as in the long ones.
         recovering = kills % 5 == 4
         changes = 0 if recovering else rng.randint(1, CHANGES[engine])
         delay = rng.random() * recovery_s if recovering else rng.expovariate(1 / TAIL_S)

@@ -1,4 +1,7 @@
-"""A real Prefect server and a real process worker: deployed, scheduled, run from stored artifacts, cancelled, refused."""
+"""A real Prefect server and a real process worker.
+
+Deployed, scheduled, run from stored artifacts, cancelled, refused.
+"""
 
 import json
 import subprocess
@@ -26,7 +29,14 @@ mix: {format: 0.2, tool: 0.3, answer: 0.5}
 rollout: {samples: 4, group_size: 2}
 train: {steps: 1}
 evaluate: {samples: 4, samples_ends: 4, k: 0}
-where: {engine: {cpu_kvcache_gib: 1, max_num_seqs: 16}, tracking: {traces: 1}}
+where: {engine: {cpu_kvcache_gib: 1, max_num_seqs: 16}, tracking: {traces: 1}, functions_allow: [allowed]}
+"""
+REWARD = """
+from pathlib import Path
+Path(__file__).with_suffix(".imported").touch()
+
+def short(completions, **columns):
+    return [1 / len(turns) for turns in completions]
 """
 pytestmark = pytest.mark.long
 
@@ -110,7 +120,8 @@ def test_bad_input_is_refused_before_it_is_scheduled(prefect, deployment, parame
 
 def test_a_scheduled_loop_fires_and_shows_what_it_made(prefect, scheduled):
     assert scheduled["state_type"] == "COMPLETED", scheduled["state"]["message"]
-    assert scheduled["auto_scheduled"]
+    assert scheduled["auto_scheduled"] and scheduled["name"] == "nano answer=0.5 format=0.2 tool=0.3 seed=0"
+    assert {"score 1", "train 1", "evaluate 0"} <= set(prefect.children(scheduled["id"]))
     store = Store(prefect.place / "artifacts")
     assert len([*store.list("policy")]) == 2 and len([*store.list("evaluation")]) == 2
     shown = prefect.artifacts(scheduled["id"])
@@ -137,10 +148,26 @@ def test_one_stage_runs_from_stored_artifacts(prefect, scheduled):
         prefect.cli("deployment", "run", "score/score", *arguments, *options, "--watch")
         run = prefect.runs("score")[-1]
         assert (run["state_type"], run["state_name"]) == ("COMPLETED", state)
+        assert run["name"] == f"score {rollouts.fingerprint[:8]}"
         shown = prefect.artifacts(run["id"])
         assert "reward/answer" in shown["thinkimg-score"]["data"] and "/runs/" in shown["thinkimg-mlflow"]["data"]
     (made,) = {str(artifact.reference) for artifact in store.list()} - before
     assert made.startswith("scores/") and store.verify(store.resolve(made)) == []
+
+
+def test_user_code_runs_where_the_preset_allows_its_module(prefect, scheduled):
+    (rollouts,) = Store(prefect.place / "artifacts").list("rollouts")
+    for module, state in (("spy", "FAILED"), ("allowed", "COMPLETED")):
+        path = prefect.place / f"{module}.py"
+        path.write_text(REWARD)
+        own = "overrides=" + json.dumps([f"rewards.functions=['{module}:short']"])
+        options = ["--param", f"rollouts={rollouts.fingerprint[:8]}", "--param", own, "--watch"]
+        prefect.cli("deployment", "run", "score/score", *options, code=int(state == "FAILED"))
+        run = prefect.runs("score")[-1]
+        assert run["state_type"] == state, run["state"]["message"]
+        assert path.with_suffix(".imported").exists() == (state == "COMPLETED")
+        if state == "FAILED":
+            assert "can't name spy:short in rewards.functions" in run["state"]["message"]
 
 
 def test_a_stage_that_fails_says_so_in_a_sentence(prefect, scheduled):
@@ -148,7 +175,7 @@ def test_a_stage_that_fails_says_so_in_a_sentence(prefect, scheduled):
     run = prefect.runs("score")[-1]
     assert (
         run["state_type"] == "FAILED"
-        and "no rollouts under artifacts begins with '0123456789'" in run["state"]["message"]
+        and "No rollouts under artifacts begins with '0123456789'" in run["state"]["message"]
     )
 
 

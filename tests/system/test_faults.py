@@ -18,15 +18,16 @@ from fake_engine import PLAIN, FakeServer, generate_many, image
 from paths import REPOSITORY
 from recorded_stages import Recorded
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.engine import client
 from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.engine.errors import EngineError
 from thinkimg.errors import UserError
 from thinkimg.stages import rollout
 from thinkimg.store import artifacts
-from thinkimg.store.artifacts import Recipe, Store
-from thinkimg.tracking.loop import log_stage, open_loop, sync
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
+from thinkimg.tracking.loop import log_stage, open_loop, sync_store
 
 MINUTE = 60.0
 
@@ -79,9 +80,9 @@ class Hanging(FakeServer):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    assert client.PATIENCE_S + client.HEALTH_S < MINUTE
-    monkeypatch.setattr(client, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(client, "HEALTH_S", 0.3)
+    assert client.HEALTH_AFTER_S + client.HEALTH_TIMEOUT_S < MINUTE
+    monkeypatch.setattr(client, "HEALTH_AFTER_S", 0.3)
+    monkeypatch.setattr(client, "HEALTH_TIMEOUT_S", 0.3)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def hanging(request):
 
 
 def test_an_engine_or_judge_that_hangs_is_told_in_a_sentence(hanging, impatient):
-    with pytest.raises(EngineUnavailable, match=f"^{hanging.url} hangs: it says nothing any more\nHint: "):
+    with pytest.raises(EngineUnavailable, match=f"^{hanging.url} hangs: it does not answer\nHint: "):
         generate_many([hanging.url], 3)
 
 
@@ -278,7 +279,7 @@ def counting(sample, seen):
 @pytest.fixture
 def tracked(tmp_path):
     store = Store(tmp_path / "artifacts")
-    config = load("tiny", [f"where.store={store.root}"])
+    config = load_config("tiny", [f"where.store={store.root}"])
     with open_loop(config, store):
         pass
     return config, store
@@ -312,7 +313,7 @@ def test_a_locked_mlflow_database_later_is_a_warning_and_sync_mends_it(tracked, 
             holder.close()
         assert time.monotonic() - started < MINUTE
         assert "MLflow did not take" in caplog.text and "thinkimg track sync" in caplog.text
-    assert sync(store).points == 0  # leaving the loop has added it
+    assert sync_store(store).points == 0  # leaving the loop has added it
     import mlflow
 
     engine = mlflow.MlflowClient(f"sqlite:///{store.root.resolve() / 'mlflow.db'}")
@@ -323,7 +324,7 @@ def test_a_locked_mlflow_database_later_is_a_warning_and_sync_mends_it(tracked, 
 def test_a_stage_is_made_though_mlflow_is_gone(tmp_path, caplog):
     store = Store(tmp_path)
     artifact = store.build("toy", Recipe("toy", 1, 1, {}), lambda work: None)[0]
-    settings = load("tiny", ["where.tracking.uri=http://127.0.0.1:1"]).where.tracking
+    settings = load_config("tiny", ["where.tracking.uri=http://127.0.0.1:1"]).where.tracking
     started = time.monotonic()
     assert log_stage(artifact, store, settings) is None
     assert time.monotonic() - started < MINUTE and "MLflow did not take" in caplog.text
@@ -337,8 +338,10 @@ def prepare(place: Path, **environment: str) -> tuple[subprocess.CompletedProces
     settings = ["data.train=4", "data.held_out=2", "where.tracking.enabled=false"]
     started = time.monotonic()
     done = subprocess.run(
-        [*command, *(part for setting in settings for part in ("--set", setting))], cwd=place, capture_output=True, text=True,
-        env=os.environ | {"PREFECT_HOME": str(place / "prefect"), "PYTHONPATH": str(REPOSITORY)} | environment, timeout=300,
+        [*command, *(part for setting in settings for part in ("--set", setting))], cwd=place,
+        capture_output=True, text=True,
+        env=os.environ | {"PREFECT_HOME": str(place / "prefect"),
+        "PYTHONPATH": str(REPOSITORY)} | environment, timeout=300,
     )  # fmt: skip
     return done, time.monotonic() - started
 
@@ -370,7 +373,7 @@ def test_what_prefect_does_not_take_is_a_warning(tmp_path, caplog, monkeypatch):
         monkeypatch.setattr(_ui, name, refuse)
     monkeypatch.setattr(_ui._server, "is_embedded", lambda: False)
     _ui.show_artifact(artifact, False, "http://127.0.0.1/run")
-    with _ui.bar("score") as tell:
-        tell(1, 2)
+    with _ui.show_bar("score") as show:
+        show(1, 2)
     for what in ("a table", "a link", "progress"):
         assert f"Prefect did not take {what} (ConnectionError: database is locked)" in caplog.text

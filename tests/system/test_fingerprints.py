@@ -8,14 +8,14 @@ import json
 import pytest
 from fingerprints import NO_DATA, PRESETS, RECORD, differences, fingerprints, under
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 
 RECORDED = json.loads(RECORD.read_text())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_has_the_recorded_fingerprints(preset):
-    assert fingerprints(load(preset, [] if preset == "tiny" else NO_DATA)) == RECORDED[preset][""]
+    assert fingerprints(load_config(preset, [] if preset == "tiny" else NO_DATA)) == RECORDED[preset][""]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "balanced"])  # a whole policy and an adapter

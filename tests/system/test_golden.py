@@ -1,7 +1,7 @@
 """A stage whose output changes must raise its VERSION: else a store would hold two meanings under one fingerprint.
 
-When a test here fails after a deliberate change, raise the version of the stage (or SCHEMA_VERSION, where a table has changed:
-these digests are of version 2) and write the new digest beside it. A digest belongs to the pinned packages as
+When a test here fails after a deliberate change, raise the version of the stage (or SCHEMA_VERSION, where a table has
+changed: these digests are of version 2) and write the new digest beside it. A digest belongs to the pinned packages as
 well: with others it may differ without any change of ours, and so does the fingerprint.
 """
 
@@ -10,18 +10,18 @@ import hashlib
 import numpy as np
 import pytest
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.resources import Resources
-from thinkimg.rewards.joined import Joined, counts
+from thinkimg.rewards.joined import Joined, is_counted
 from thinkimg.rewards.mix import Mix
 from thinkimg.scheduler import Builder
 from thinkimg.stages.demonstrate import demonstrate
 from thinkimg.stages.known_pairs import known_pairs
 from thinkimg.stages.prepare import prepare
 from thinkimg.stages.score import score
-from thinkimg.stages.train import train, weigh
-from thinkimg.store.artifacts import Artifact, Store
-from thinkimg.store.manifest import canonical
+from thinkimg.stages.train import compute_advantages, train
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact, canonical_json
 
 GOLDEN = {
     "prepare": (2, "4ea45763c038cf235ddbaea666ac164058c79e91cabd6c41baa3762f32c2c616"),
@@ -38,7 +38,7 @@ MIX = "mix={format: 0.2, tool: 0.3, answer: 0.5}"
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> dict[str, tuple[int, str]]:
     """Stage -> (version, digest of what it makes of a small data set)."""
-    config, store = load("tiny", OVERRIDES), Store(tmp_path_factory.mktemp("golden"))
+    config, store = load_config("tiny", OVERRIDES), Store(tmp_path_factory.mktemp("golden"))
     with Resources(config.where) as resources:
         builder = Builder(config, store, resources)
         dataset = builder.make(prepare)
@@ -57,17 +57,17 @@ def outputs(tmp_path_factory) -> dict[str, tuple[int, str]]:
 
 def digest(artifact: Artifact, table: str) -> str:
     """Of the rows: images stand in them by the hash of their pixels, which no encoder's version changes."""
-    return hashlib.sha256(canonical(artifact.table(table).to_pylist()).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(artifact.table(table).to_pylist()).encode()).hexdigest()
 
 
 def weighed(scores: Artifact) -> str:
-    config = load("tiny", [*OVERRIDES, MIX])
+    config = load_config("tiny", [*OVERRIDES, MIX])
     groups, stops = np.repeat(["a", "b", "c"], 4), np.array(["answer"] * 11 + ["max_turns"])
-    counted = np.array([counts(stop, []) for stop in stops])
+    counted = np.array([is_counted(stop, []) for stop in stops])
     joined = Joined(scores.identities()[0], groups, stops, counted, scores.values())
-    totals, result = weigh(Mix.of_settings(config.mix, config.image), config.train, joined)
+    totals, result = compute_advantages(Mix.from_config(config.mix, config.image), config.train, joined)
     shown = [np.round(totals, 9).tolist(), np.round(result.advantages, 9).tolist(), [str(r) for r in result.reasons]]
-    return hashlib.sha256(canonical(shown).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(shown).encode()).hexdigest()
 
 
 @pytest.mark.parametrize("stage", sorted(GOLDEN))

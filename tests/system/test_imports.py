@@ -1,4 +1,7 @@
-"""What import-linter cannot see: imports within functions, modules found by name, code in packages, patches, start-up."""
+"""What import-linter cannot see.
+
+Imports within functions, modules found by name, code in packages, patches, start-up.
+"""
 
 import ast
 import re
@@ -88,9 +91,7 @@ def test_packages_hold_no_code():
         name = ".".join(package.relative_to(REPOSITORY).parts)
         docstring, *code = modules()[name].body
         assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant), name
-        if name == "thinkimg":
-            assert [ast.unparse(node).partition(" = ")[0] for node in code] == ["__version__"]
-        elif code:
+        if code and name != "thinkimg":  # it has a version, and imports what users take from it late: docs/test_api.py
             wrong.append(name)
     assert len(packages) > 20 and not wrong
 
@@ -161,7 +162,8 @@ def discovered(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def test_what_is_found_by_name_lies_below():
     """An entry of a registry, a program, a lazy command: each is an import that no tool sees."""
-    names = {(module, line, name) for module, tree in modules().items() for line, name in discovered(tree)}
+    below = {module: tree for module, tree in modules().items() if module != "thinkimg"}  # which is above all
+    names = {(module, line, name) for module, tree in below.items() for line, name in discovered(tree)}
     targets = {name for _, _, name in names}
     kinds = {"thinkimg.images.tools", "thinkimg.rewards.judges", "thinkimg.grpo.losses", "thinkimg.data.sources"}
     assert targets >= kinds | {"thinkimg.trainer.worker", "thinkimg.engine.serve", "thinkimg.cli.artifacts", "flows"}

@@ -1,4 +1,7 @@
-"""The demo's own loop, whole: does the policy come to use its tools, and does its accuracy come through their images?"""
+"""The demo's own loop, whole.
+
+Does the policy come to use its tools, and does its accuracy come through their images?
+"""
 
 import os
 import subprocess
@@ -6,8 +9,9 @@ import sys
 
 import pytest
 
-from thinkimg.config.load import load
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.config.load import load_config
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.records import load_record, loop_id
 
 pytestmark = pytest.mark.long
@@ -15,7 +19,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory) -> dict[str, Artifact]:
-    """Of the warm-started policy, the final one, and the final one with grey images in place of those that tools make."""
+    """Evaluations of the warm-started policy, the final one, and the final one with grey tool images."""
     place = tmp_path_factory.mktemp("learning")
     environment = os.environ | {"PREFECT_HOME": str(place / "prefect")}
 
@@ -24,7 +28,7 @@ def evaluations(tmp_path_factory) -> dict[str, Artifact]:
         subprocess.run(command, cwd=place, env=environment, check=True, timeout=3000)
 
     thinkimg("run")
-    config, store = load("tiny"), Store(place / "artifacts")
+    config, store = load_config("tiny"), Store(place / "artifacts")
     record = load_record(store, loop_id(config))
     final = record.iteration(config.iterations).artifacts
     thinkimg("evaluate", "--policy", final["train"].fingerprint, "--samples", "100", "--blind")

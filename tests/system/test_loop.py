@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from paths import SUPPORT
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.records import Trajectory, from_row
 from thinkimg.store.artifacts import Store
 
@@ -230,4 +230,4 @@ def test_the_schema_of_presets_is_json(place):
     process = subprocess.run([sys.executable, "-m", "thinkimg", "schema"], capture_output=True, text=True, check=True)
     schema = json.loads(process.stdout)
     assert schema["properties"]["iterations"]["minimum"] == 1
-    assert load("tiny").preset == "tiny"
+    assert load_config("tiny").preset == "tiny"

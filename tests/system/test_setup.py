@@ -14,8 +14,8 @@ from paths import REPOSITORY
 from thinkimg import closure
 from thinkimg.errors import UserError
 
-# Stands for the interpreter: `-m venv` copies it, pip and uv only note their arguments. pip knows a CPU torch unless $NO_TORCH,
-# and fails where $NO_INDEX is set; `-m venv` is broken off before pip is there where $KILL is set.
+# Stands for the interpreter: `-m venv` copies it, pip and uv only note their arguments. pip knows a CPU torch unless
+# $NO_TORCH, and fails where $NO_INDEX is set; `-m venv` is broken off before pip is there where $KILL is set.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
@@ -193,8 +193,8 @@ def test_the_closures_are_names_and_versions_and_hold_what_is_declared():
         (True, 2, "-1", None),
         (True, 1, None, r"This machine has 1 GPU, .* CPU\. Hint: .*make setup CLOSURE=gpu"),
         (True, 8, "3,4", r"This machine has 8 GPUs"),
-        (False, 0, None, r"NVIDIA GPUs, but there is none.*CLOSURE=cpu"),
-        (False, 2, "", r"NVIDIA GPUs, but there is none"),
+        (False, 0, None, r"NVIDIA GPUs, but no GPU is visible.*CLOSURE=cpu"),
+        (False, 2, "", r"NVIDIA GPUs, but no GPU is visible"),
     ],
 )
 def test_packages_of_another_machine_are_refused(monkeypatch, cpu, gpus, hidden, refused):
@@ -226,22 +226,23 @@ def test_what_has_no_device_files_is_listed_by_nvidia_smi(monkeypatch, tmp_path)
 
 
 def test_nothing_is_started_beside_an_unused_gpu(monkeypatch, tmp_path):
-    from thinkimg.config.load import load
+    from thinkimg.config.load import load_config
+    from thinkimg.engine.server import ServerSettings
     from thinkimg.engine.settings import EngineSettings
     from thinkimg.models.base import BaseSource
-    from thinkimg.resources import Resources, serve
+    from thinkimg.resources import Resources, exec_server
     from thinkimg.trainer.client import serve_rank
 
     monkeypatch.setattr(closure, "glob", lambda pattern: [pattern])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    config = load("tiny", [f"where.store={tmp_path}", "where.trainer={nodes: 2, processes: 2, address: 'a:1'}"])
+    config = load_config("tiny", [f"where.store={tmp_path}", "where.trainer={nodes: 2, processes: 2, address: 'a:1'}"])
     policy, base = SimpleNamespace(digest="d"), BaseSource.of(config.model)
     settings = EngineSettings(dtype="float32", max_tokens=1, max_images=1, max_pixels=1)
     with Resources(config.where) as resources:
         starts = [
             lambda: resources.trainer, lambda: resources.server(policy, None, settings, base),
             lambda: resources.teacher(policy, settings, base),
-            lambda: serve(config.where, settings, base, None, None, host="127.0.0.1", port=1),
+            lambda: exec_server(ServerSettings(settings), base, None, host="127.0.0.1", port=1),
             lambda: serve_rank(config.where.trainer, 1),
         ]  # fmt: skip
         for start in starts:
@@ -256,7 +257,7 @@ def test_a_loop_beside_an_unused_gpu_ends_in_a_sentence_before_anything_starts(m
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     store = tmp_path / "store"
     with pytest.raises(SystemExit) as end:
-        cli.guarded(lambda: cli.app(["run", "--preset", "tiny", "--set", f"where.store={store}"]))
+        cli.run_guarded(lambda: cli.app(["run", "--preset", "tiny", "--set", f"where.store={store}"]))
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not store.exists()
 
 

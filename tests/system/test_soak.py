@@ -22,7 +22,8 @@ from soak_child import ROUNDS, SAMPLES, SIZE
 from thinkimg import records
 from thinkimg.conversation.codec import Codec
 from thinkimg.records import AnswerType, to_row
-from thinkimg.store.artifacts import Recipe, Store
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
 
 pytestmark = pytest.mark.long
 
@@ -137,16 +138,19 @@ def child(command: str, *arguments: Path, **environment: str) -> subprocess.Pope
 def make_store(root: Path, parts: int) -> None:
     """A data set of one sample, and rollouts in which one part is repeated."""
     store, sha = Store(root), "ab" * 32
-    image = pa.Table.from_pylist([{"sha256": sha, "data": b"never decoded", "width": 8, "height": 8}], records.images())
+    image = pa.Table.from_pylist(
+        [{"sha256": sha, "data": b"never decoded", "width": 8, "height": 8}], records.image_schema()
+    )
 
     def data(work):
         rows = [to_row(sample("red", AnswerType.CHOICE, ("red", "blue")))]
-        work.table("samples.parquet", pa.Table.from_pylist(rows, records.samples()))
+        work.table("samples.parquet", pa.Table.from_pylist(rows, records.sample_schema()))
         work.table("images.parquet", image)
 
     def played(work):
         kinds = [
-            trajectory(call(x=1), final("red"), answer="red"), trajectory(answer="blue"), trajectory(malformed()), failed(),
+            trajectory(call(x=1), final("red"), answer="red"), trajectory(answer="blue"),
+            trajectory(malformed()), failed(),
         ]  # fmt: skip
         rows = [
             to_row(
@@ -156,7 +160,7 @@ def make_store(root: Path, parts: int) -> None:
             )
             for i in range(ROWS)
         ]
-        work.table("trajectories-00000.parquet", pa.Table.from_pylist(rows, records.trajectories()))
+        work.table("trajectories-00000.parquet", pa.Table.from_pylist(rows, records.trajectory_schema()))
         template = work.path("trajectories-00000.parquet").read_bytes()
         for number in range(1, parts):
             with work.part(f"trajectories-{number:05}.parquet") as path:

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from single_stage import build_stage
 
-from thinkimg.config.load import load
-from thinkimg.engine.server import Server, ServerSettings, answers
+from thinkimg.config.load import load_config
+from thinkimg.engine.server import Server, ServerSettings, is_healthy
+from thinkimg.engine.settings import EngineConfig, EngineSettings
 from thinkimg.process import free_port, spawn
 from thinkimg.records import StopReason
 from thinkimg.resources import Resources
@@ -26,8 +27,10 @@ from thinkimg.watchdog import descendants
 pytestmark = pytest.mark.long
 
 SETTINGS = [
-    "data.train=24", "data.held_out=4", "warmstart.steps=2", "warmstart.batch=8", "rollout.samples=24", "rollout.group_size=4",
-    "conversation.max_turns=3", "conversation.max_turn_tokens=32", "where.engine.concurrency=16", "where.tracking.enabled=false",
+    "data.train=24", "data.held_out=4", "warmstart.steps=2", "warmstart.batch=8", "rollout.samples=24",
+    "rollout.group_size=4",
+    "conversation.max_turns=3", "conversation.max_turn_tokens=32", "where.engine.concurrency=16",
+    "where.tracking.enabled=false",
     "image.types=[]", "warmstart.pairs=0",
 ]  # fmt: skip
 
@@ -35,7 +38,7 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("engines"))
-    config = load("tiny", [*SETTINGS, f"where.store={store.root}"])
+    config = load_config("tiny", [*SETTINGS, f"where.store={store.root}"])
     with Resources(config.where) as resources:
         builder = Builder(config, store, resources)
         dataset = builder.make(prepare)
@@ -48,23 +51,26 @@ def servers(made, tmp_path_factory):
     """Two servers on a core each; they hold the policy under a version of their own, so that it is loaded first."""
     _, _, policy = made
     logs = tmp_path_factory.mktemp("logs")
-    found = [
-        Server(
-            policy.checked("policy/model"), log_path=logs / f"{core}.log", version="other", name=f"engine-{core}",
-            settings=ServerSettings(max_model_len=1024, cpu_kvcache_gib=1, max_num_seqs=16, cpu_threads_bind=str(core)),
-        )
-        for core in (0, 1)
-    ]  # fmt: skip
-    starts = [threading.Thread(target=server.start) for server in found]
+    limits = EngineSettings(dtype="float32", max_tokens=1024, max_images=16, max_pixels=10**6)
+    started = []
+    for core in (0, 1):
+        engine = EngineConfig(cpu_kvcache_gib=1, max_num_seqs=16, cpu_threads_bind=str(core))
+        started.append(
+            Server(
+                policy.checked("policy/model"), log_path=logs / f"{core}.log", version="other",
+                settings=ServerSettings(limits, engine), name=f"engine-{core}",
+            )
+        )  # fmt: skip
+    starts = [threading.Thread(target=server.start) for server in started]
     try:
         for thread in starts:
             thread.start()
         for thread in starts:
             thread.join()
-        assert all(server.alive for server in found)
-        yield found
+        assert all(server.alive for server in started)
+        yield started
     finally:
-        for server in found:
+        for server in started:
             server.stop()
 
 
@@ -78,7 +84,7 @@ def play(made, servers, progress=lambda done, total: None, **settings):
     store, dataset, policy = made
     urls = "[" + ", ".join(server.url for server in servers) + "]"
     extra = [f"{name}={value}" for name, value in settings.items()]
-    config = load("tiny", [*SETTINGS, f"where.store={store.root}", f"where.engine.urls={urls}", *extra])
+    config = load_config("tiny", [*SETTINGS, f"where.store={store.root}", f"where.engine.urls={urls}", *extra])
     return build_stage(rollout, config, store, dataset=dataset, policy=policy, force=True, progress=progress)[0]
 
 
@@ -111,7 +117,7 @@ def test_a_server_started_by_hand_plays_the_same(made, whole, tmp_path):
     options = [part for setting in settings for part in ("--set", setting)]
     with spawn([*command, *options], name="served", log_path=tmp_path / "served.log") as served:
         deadline = time.monotonic() + 300
-        while not answers(f"http://127.0.0.1:{port}/health"):
+        while not is_healthy(f"http://127.0.0.1:{port}/health"):
             assert served.alive and time.monotonic() < deadline, served.log_tail()
             time.sleep(0.5)
         assert play(made, [SimpleNamespace(url=f"http://127.0.0.1:{port}")]).digest == whole.digest

@@ -32,8 +32,8 @@ def wheel(tmp_path_factory) -> Path:
 def outside(wheel, tmp_path_factory):
     """Runs `thinkimg` from the wheel in an empty folder, and returns what it printed.
 
-    The environment is new and holds the wheel alone; the packages that it needs are those of this environment, which comes
-    without its editable thinkimg and without its torchvision hook, as `.pth` files count in site-packages only.
+    The environment is new and holds the wheel alone; the packages that it needs are those of this environment, which
+    comes without its editable thinkimg and without its torchvision hook, as `.pth` files count in site-packages only.
     """
     home = tmp_path_factory.mktemp("outside")
     venv.create(home / "env", with_pip=False)
@@ -69,7 +69,8 @@ def outside(wheel, tmp_path_factory):
 
 def test_it_holds_the_packages_with_their_data_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "thinkimg", "flows"], cwd=REPOSITORY, capture_output=True, text=True)  # fmt: skip
+    command = ["git", "ls-files", "-co", "--exclude-standard", "thinkimg", "flows"]
+    tracked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     expected = {name for name in tracked.stdout.split() if (REPOSITORY / name).is_file()}
     assert len(expected) > 100 and expected <= names
     hook = {"_thinkimg_cpu_torch_hook.py", "_thinkimg_cpu_torch_hook.pth"}

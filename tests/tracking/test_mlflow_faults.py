@@ -10,8 +10,8 @@ import tracking_store
 from tracking_store import contents, make_dataset, run_loop, settings
 
 from thinkimg.errors import UserError
-from thinkimg.tracking.loop import open_loop, sync
-from thinkimg.tracking.records import LoopRecord, headline, load_record, loop_id, records, save_record
+from thinkimg.tracking.loop import open_loop, sync_store
+from thinkimg.tracking.records import LoopRecord, headline, load_record, load_records, loop_id, save_record
 
 store = tracking_store.store
 
@@ -34,7 +34,7 @@ def test_later_failure_warns_once_and_sync_repairs(store, caplog):
     assert sorted(warnings) == ["MLflow did not take runs", "MLflow did not take stages"]
     assert tracker.record.iterations[-1].step == 2 and tracker.record.status == "FINISHED"
     shutil.copy(aside, database)
-    report = sync(store)
+    report = sync_store(store)
     assert report.loops == 0 and report.points > 5 and report.traces == 3
     run = contents(store)[0][tracker.record.loop_id]
     assert run["status"] == "FINISHED" and set(run["points"].values()) == {1} and len(run["traces"]) == 6
@@ -60,7 +60,7 @@ def test_records_survive_the_disk(store, caplog):
     (store.root / "loops/torn.json").write_text('{"format": 1, ')
     with pytest.raises(UserError, match=r"torn\.json is no loop record"):
         load_record(store, "torn")
-    assert [r.loop_id for r in records(store)] == ["abc"] and "torn" in caplog.text
+    assert [r.loop_id for r in load_records(store)] == ["abc"] and "torn" in caplog.text
 
 
 def test_interrupted_sync_goes_on(store, monkeypatch):
@@ -96,12 +96,12 @@ def test_interrupted_sync_goes_on(store, monkeypatch):
     for limit in range(0, 99, 4):  # further each time, and over what the one before has left half done
         calls["left"] = limit
         try:
-            report = sync(store)
+            report = sync_store(store)
             break
         except ConnectionError:
             interruptions += 1
     calls["left"] = 99
-    assert interruptions > 3 and dataclasses.astuple(sync(store)) == (0,) * 5, report
+    assert interruptions > 3 and dataclasses.astuple(sync_store(store)) == (0,) * 5, report
     found, models = contents(store)
     run = found[tracker.record.loop_id]
     assert run["status"] == "FINISHED" and set(run["points"].values()) == {1} == set(run["traces"].values())

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tracking_store import MIXES, contents, run_loop, settings
 
 from thinkimg.tracking.connection import Connection, load_mlflow
-from thinkimg.tracking.loop import log_stage, open_loop, sync, ui_command
+from thinkimg.tracking.loop import log_stage, open_loop, sync_store, ui_command
 from thinkimg.tracking.projection import flatten, input_digest
 from thinkimg.tracking.records import loop_id
 from thinkimg.tracking.settings import TrackingConfig
@@ -54,6 +54,12 @@ def test_two_mixes_outage_and_sync(store, caplog):
     )
     assert "eval/detail/accuracy" not in keys[0], "a value of None is no point"
     assert [run["tags"]["mix"] for run in runs] == ["answer=0.5 format=0.2 tool=0.3", "answer=1"]
+    assert [run["name"].rpartition(" ")[0] for run in runs] == [
+        "answer=0.5 format=0.2 tool=0.3 seed=7",
+        "answer=1 seed=7",
+    ]
+    stages = {key: run["name"] for key, run in before.items() if "/" in key}
+    assert all(name == f"{before[key]['tags']['stage']} {key.split('/')[1][:12]}" for key, name in stages.items())
     assert runs[0]["tags"]["mix_hash"] != runs[1]["tags"]["mix_hash"] and runs[0]["tags"]["seed"] == "7"
     assert {step: value for name, step, value in runs[0]["points"] if name == "eval/accuracy"} == pytest.approx(
         {0: 0.3, 1: 0.43, 2: 0.53}
@@ -68,7 +74,7 @@ def test_two_mixes_outage_and_sync(store, caplog):
     assert sum(versions.values()) == 5  # 2 mixes x 2 iterations, and the one that both began with
     assert current == trackers[1].record.references("policy")[-1][1].digest
 
-    report = sync(store)
+    report = sync_store(store)
     assert dataclasses.astuple(report) == (0,) * 5
     assert contents(store) == (before, models)
 
@@ -77,7 +83,7 @@ def test_two_mixes_outage_and_sync(store, caplog):
     # Two processes at once that also have to make a new database: without a lock both crash, or everything doubles.
     program = (
         "import sys; from dataclasses import astuple; from thinkimg.store.artifacts import Store; "
-        "from thinkimg.tracking.loop import sync; print(*astuple(sync(Store(sys.argv[1]))))"
+        "from thinkimg.tracking.loop import sync_store; print(*astuple(sync_store(Store(sys.argv[1]))))"
     )
     started = [subprocess.Popen([sys.executable, "-c", program, store.root], stdout=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate()[0] for process in started]
@@ -97,7 +103,7 @@ def test_two_mixes_outage_and_sync(store, caplog):
 def test_disabled_then_synced(store):
     tracker = run_loop(store, settings(store, enabled=False), iterations=1)
     assert load_mlflow().MlflowClient(f"sqlite:///{store.root}/mlflow.db").get_experiment_by_name("thinkimg") is None
-    report = sync(store)
+    report = sync_store(store)
     assert (report.loops, report.traces, report.policies) == (1, 3, 2) and report.stages == len(list(store.list()))
     assert contents(store)[0][tracker.record.loop_id]["status"] == "FINISHED"
 
@@ -105,7 +111,7 @@ def test_disabled_then_synced(store):
 def test_who_consumed(store):
     """The search that an auditor makes: which runs consumed an artifact."""
     run_loop(store, settings(store, traces=0), iterations=1)
-    sync(store)
+    sync_store(store)
     connection = Connection(store.root, TrackingConfig())
     (dataset,) = store.list("dataset")
     found = connection.client.search_runs(
@@ -132,7 +138,7 @@ def test_continued_loop_is_the_same_run(store):
     assert (run["status"], run["tags"]["iterations"]) == ("KILLED", "9")
     latest = tracker.connection.client.get_run(tracker._run.run_id).data.metrics
     assert latest["eval/accuracy"] == 0.25 and latest["reward/total"] == 0.52
-    assert dataclasses.astuple(sync(store))[2] == 0
+    assert dataclasses.astuple(sync_store(store))[2] == 0
 
 
 def test_the_machine_is_watched_while_the_loop_runs(store, monkeypatch):
@@ -147,7 +153,7 @@ def test_the_machine_is_watched_while_the_loop_runs(store, monkeypatch):
         assert client.get_run(run).info.status == "FINISHED" and "SystemMetricsMonitor" not in threads()
     steps = [point.step for point in client.get_metric_history(run, "system/cpu_utilization_percentage")]
     assert steps == list(range(len(steps))) and len(steps) >= 1
-    assert dataclasses.astuple(sync(store))[2] == 0
+    assert dataclasses.astuple(sync_store(store))[2] == 0
 
 
 def threads():

@@ -14,7 +14,7 @@ from tracking_store import COMPONENTS, MIXES, PHOTO, picture, run_loop, sample_o
 from thinkimg.images.decode import pixel_hash
 from thinkimg.records import CallStatus, StopReason, Turn, TurnKind
 from thinkimg.tracking.records import load_record
-from thinkimg.tracking.traces import Candidate, conversation, select, with_box
+from thinkimg.tracking.traces import Candidate, chat_messages, draw_box, select_trajectories
 
 store = tracking_store.store
 
@@ -56,9 +56,9 @@ def test_selection(values, count):
         Candidate(f"t{number}", failed, math.nan if total is None else total, spread)
         for number, (total, spread, failed) in enumerate(values)
     ]
-    chosen = select(rows, count)
+    chosen = select_trajectories(rows, count)
     assert len({name for name, _ in chosen}) == len(chosen) == min(count, len(rows))
-    assert chosen == select(rows[::-1], count)
+    assert chosen == select_trajectories(rows[::-1], count)
     scored = {row.trajectory_id: row.total for row in rows if not row.failed and not math.isnan(row.total)}
     for name, why in chosen:
         assert why not in ("best", "worst", "disagreeing") or name in scored
@@ -68,7 +68,7 @@ def test_selection(values, count):
 
 def test_box_frames_what_was_taken():
     image = Image.new("RGB", (100, 80))
-    framed = with_box(image, (20, 30, 40, 50))
+    framed = draw_box(image, (20, 30, 40, 50))
     assert framed.crop((20, 30, 40, 50)).tobytes() == image.crop((20, 30, 40, 50)).tobytes(), "outside, not over it"
     assert [framed.getpixel((18, y)) for y in (29, 40)] == [(255, 0, 0)] * 2 and image.getbbox() is None
 
@@ -90,8 +90,8 @@ def test_zoom_and_failed_trajectories_can_be_shown():
         5,
     )
     wrong = Turn("<tool>", TurnKind.TOOL, "crop_image", None, CallStatus.ERROR, "x is missing", tokens=5)
-    shown = conversation(dataclasses.replace(row, turns=(zoom, wrong)), sample, lambda _: photo, "Be brief.")
+    shown = chat_messages(dataclasses.replace(row, turns=(zoom, wrong)), sample, lambda _: photo, "Be brief.")
     assert [part["type"] for part in shown[4]["content"]] == ["text", "image_url"] * 2
     assert shown[-1]["content"] == "x is missing" and shown[0]["role"] == "system"
     failed = dataclasses.replace(row, turns=(), stop=StopReason.FAILED, error="engine gone")
-    assert [message["role"] for message in conversation(failed, sample, lambda _: photo, None)] == ["user"]
+    assert [message["role"] for message in chat_messages(failed, sample, lambda _: photo, None)] == ["user"]

@@ -11,6 +11,7 @@ from thinkimg.models.tiny import create_tiny
 from thinkimg.trainer import checkpoint
 from thinkimg.trainer.forward.logprobs import Scorer, unwrap
 from thinkimg.trainer.forward.shared_prompts import share_groups
+from thinkimg.trainer.policy import train_only
 from thinkimg.trainer.rows import Patches, read_rows
 
 FOUR = LORA.model_copy(update={"load_in_4bit": True})
@@ -44,7 +45,7 @@ def make(base: Base, config):
 
 def passes(policy, world) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """As a job has them: log-probabilities without gradients, and the adapter's gradients of their sum."""
-    chosen = policy.train_only(vision=False)
+    chosen = train_only(policy.model, policy.config, vision=False)
     image_token = unwrap(policy.model).config.image_token_id
     rows = read_rows(world.artifact, image_token)
     pixels = Patches([world.images], min_pixels=784, max_pixels=7056)

@@ -18,7 +18,7 @@ from thinkimg.models.base import Base
 from thinkimg.trainer import checkpoint, warmstart_job
 from thinkimg.trainer.client import Trainer, TrainerError, launch_command
 from thinkimg.trainer.grpo_job import deal
-from thinkimg.trainer.optimise import Ranks
+from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import Row
 from thinkimg.trainer.settings import ParityConfig, TrainerConfig
 from thinkimg.watchdog import descendants
@@ -75,12 +75,12 @@ def test_where_packing_can_not_be_right_rows_are_padded(world, monkeypatch, capl
     whole = world.train(world.job(f"packed {why}"))
     if why == "obstacle":
         monkeypatch.setattr(
-            "thinkimg.trainer.forward.shared_prompts.obstacle", lambda config: "it looks through a window"
+            "thinkimg.trainer.forward.shared_prompts.find_obstacle", lambda config: "it looks through a window"
         )
     else:
         monkeypatch.setattr("thinkimg.trainer.packing_check.LIMITS", {"float32": -1.0})
     padded = world.train(world.job(f"padded {why}"))
-    assert "prompts are not shared" in caplog.text
+    assert "Prompts are not shared" in caplog.text
     assert (whole["metrics"]["packing/fallback"], padded["metrics"]["packing/fallback"]) == (0, 1)
     assert 0 < whole["metrics"]["packing/computed"] <= 1
     assert padded["metrics"]["grad_norm"] == pytest.approx(whole["metrics"]["grad_norm"], rel=1e-5)
@@ -142,7 +142,7 @@ def other_temperature(world, job):
         (shifted, "Engine and trainer disagree.*token .* of trajectory"),
         (swapped_pixels, "have the hash"),
         (other_weights, "sampled with the weights v0"),
-        (other_limits, "patches to the engine"),
+        (other_limits, "patches in the engine"),
         (other_temperature, "Engine and trainer disagree"),
     ],
 )

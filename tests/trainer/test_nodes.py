@@ -22,7 +22,7 @@ LIMIT_S = 60
 
 
 def second_node(where: TrainerConfig, log: Path) -> process.Child:
-    """By the command in the README."""
+    """By the command in docs/trainer.md."""
     settings = where.model_dump(include={"processes", "nodes", "address", "threads"})
     sets = [part for key, value in settings.items() for part in ("--set", f"where.trainer.{key}={value}")]
     return process.spawn([sys.executable, "-m", "thinkimg", "trainer", "--rank", "1", *sets], name="node", log_path=log)

@@ -7,11 +7,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from thinkimg.images.patches import image_tokens, patches
+from thinkimg.images.patches import extract_patches, image_tokens
 from thinkimg.models.base import Base
 from thinkimg.trainer.checkpoint import from_base
-from thinkimg.trainer.forward.logprobs import Scorer, token_logps
-from thinkimg.trainer.forward.packing import Conversation, micro_batches, mrope_positions
+from thinkimg.trainer.forward.logprobs import Scorer, compute_logps
+from thinkimg.trainer.forward.packing import Conversation, batch_by_length, mrope_positions
 from thinkimg.trainer.forward.vision import attend_chunks
 
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -73,7 +73,7 @@ def test_patches_are_those_of_the_image_processor(sides, seed):
     processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1280)
     expected = processor(Image.fromarray(array), return_tensors="np")
     assert expected["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
-    np.testing.assert_allclose(patches(Image.fromarray(array)), expected["pixel_values"], atol=2e-6)
+    np.testing.assert_allclose(extract_patches(Image.fromarray(array)), expected["pixel_values"], atol=2e-6)
 
 
 def test_batched_logps_are_those_of_single_forward_passes_of_transformers(policy, tiny_models):
@@ -111,7 +111,7 @@ def test_token_logps_process_logits_as_the_engine_does(count):
     torch.manual_seed(0)
     head, banned = torch.nn.Linear(8, 50, bias=False), torch.tensor([3, 40])
     states, targets = torch.randn(count, 8, requires_grad=True), torch.randint(4, 40, (count,))
-    logps, entropies = token_logps(
+    logps, entropies = compute_logps(
         head, states, targets, temperature=0.7, banned=banned, entropy=True, entropy_grad=True
     )
     logits = head(states)
@@ -123,7 +123,7 @@ def test_token_logps_process_logits_as_the_engine_does(count):
     (gradient,) = torch.autograd.grad((logps - 0.1 * entropies).sum(), states)
     assert torch.isfinite(gradient).all()
     with torch.no_grad():
-        assert torch.equal(token_logps(head, states, targets, temperature=0.7, banned=banned)[0], logps)
+        assert torch.equal(compute_logps(head, states, targets, temperature=0.7, banned=banned)[0], logps)
 
 
 @settings(max_examples=20, deadline=None)
@@ -141,7 +141,7 @@ def test_chunks_attend_to_themselves_only(lengths):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200))
 def test_micro_batches_hold_each_row_once_and_keep_to_the_budget(lengths, budget):
     rows = [Conversation(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), (), np.zeros((0, 3))) for n in lengths]
-    batches = list(micro_batches(rows, budget))
+    batches = list(batch_by_length(rows, budget))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget

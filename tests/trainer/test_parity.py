@@ -56,7 +56,7 @@ def test_an_image_swapped_for_one_of_the_same_size_trips_it(world):
     job = world.job("swap", rollouts=str(world.rollouts("swap", rows).directory))
     job["images"] = job["images"] | {"tables": [str(world.images), str(table)]}
     message = refused(world, job, "Engine and trainer disagree")
-    assert "none of these explains it" in message and "Pixels: by the number of images" in message
+    assert "None of these explains it" in message and "By the number of images" in message
 
 
 def test_a_changed_pad_trips_it(world):
@@ -68,7 +68,10 @@ def test_a_changed_pad_trips_it(world):
     refused(world, world.job("pad", rollouts=str(rollouts.directory)), "placeholders")
     (row, *_) = read_rows(world.artifact, image_token)
     parity.check_tokens([row], image_token)
-    for change, message in ((with_a_word_for_a_pad, "image tokens, and grids of"), (with_a_pad_moved, "interrupted")):
+    for change, message in (
+        (with_a_word_for_a_pad, "has 5 image tokens, and its grids 6"),
+        (with_a_pad_moved, "interrupted"),
+    ):
         talk = dataclasses.replace(row.conversation, tokens=change(row.conversation.tokens, image_token))
         with pytest.raises(UserError, match=message):
             parity.check_tokens([dataclasses.replace(row, conversation=talk)], image_token)
@@ -92,7 +95,7 @@ def test_a_stale_adapter_trips_it_by_name_and_by_number(world):
     newer = {"directory": str(world.root / "newer"), "digest": "v1"}
     refused(world, world.job("stale", model=LORA, policy=newer), "sampled with the weights v0")
     claimed = world.job("stale", model=LORA, policy=newer | {"digest": "v0"})
-    assert "none of these explains it" in refused(world, claimed, "Engine and trainer disagree")
+    assert "None of these explains it" in refused(world, claimed, "Engine and trainer disagree")
 
 
 @pytest.mark.parametrize(
@@ -114,9 +117,10 @@ def test_the_refusal_names_the_cause(world, change, cause):
             return [scorer([row.conversation])[0].numpy() for row in rows]
 
     seen = [dataclasses.replace(row, engine=e) for row, e in zip(rows, engine(**options | change), strict=True)]
-    said = parity_diagnosis.split(held, pixels, seen, engine(**options), **options)
+    scorer = logprobs.Scorer(held.model, pixels, features={}, **options)
+    said = parity_diagnosis.explain(held, scorer, options["banned"], seen, engine(**options))
     pixels.close()
-    assert f"most of it goes with: {cause}" in said
+    assert f"Most of it goes with: {cause}" in said
 
 
 def test_float32_and_back_changes_no_bit(world):

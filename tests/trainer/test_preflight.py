@@ -1,9 +1,10 @@
-"""The memory preflight against a process of its own, and what it says where memory is short."""
+"""The memory check against a process of its own, and its refusal where memory is short."""
 
 import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from preflight_child import group
 from transformers import AutoConfig
 
 from thinkimg.analysis import forecast
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer import memory
-from thinkimg.trainer.memory import How
-from thinkimg.trainer.optimise import computed, split
+from thinkimg.trainer.memory import Requirement, Step, StepOptions
+from thinkimg.trainer.micro_batches import count_tokens, split
 
 FULL = ModelConfig(dtype="float32", adaptation="full")
 LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4)
@@ -39,10 +40,10 @@ def geometry(tiny_models):
     return AutoConfig.from_pretrained(tiny_models[0])
 
 
-def batch(geometry, **shape):
-    rows = group(geometry.image_token_id, **shape)
+def step(geometry, model=FULL, *, images=1, turns=1, size=2, **options) -> Step:
+    rows = group(geometry.image_token_id, images=images, turns=turns, size=size)
     packed = split(rows, [0] * len(rows), 10**6, geometry.image_token_id)[0]
-    return [rows[i] for i in packed.rows], packed.units
+    return Step(geometry, model, [rows[i] for i in packed.rows], packed.units, StepOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -59,62 +60,71 @@ def test_the_peak_is_predicted_within_15_percent(case, tmp_path):
 
 
 def test_a_refusal_says_what_to_lower(geometry):
-    rows, units = batch(geometry, images=1, turns=1, size=8)
-    options = {"token_budget": 4096}
-    need = memory.check(geometry, FULL, rows, units, How(), **options, free=10**12)
+    large = step(geometry, size=8)
+    needed = memory.check(large, 10**12)
     with pytest.raises(UserError, match="activations of .* tokens") as caught:
-        memory.check(geometry, FULL, rows, units, How(), **options, free=int(need.total * 0.7))
-    assert "train.token_budget from 4096 to" in caught.value.hint and "gradient_checkpointing=true" in caught.value.hint
+        memory.check(large, int(needed.total * 0.7))
+    assert "train.token_budget to" in caught.value.hint and "gradient_checkpointing=true" in caught.value.hint
     with pytest.raises(UserError) as caught:  # not even a row fits
-        memory.check(geometry, FULL, rows, units, How(checkpointing=True), **options, free=need.trained + 1000)
+        memory.check(step(geometry, size=8, checkpointing=True), needed.optimizer + 1000)
     assert "images.max_pixels" in caught.value.hint and "token_budget" not in caught.value.hint
     assert "model.adaptation=lora" in caught.value.hint
 
 
-def test_what_makes_a_step_larger_needs_more(geometry):
-    shape = {"images": 1, "turns": 1, "size": 2}
+def test_a_larger_step_needs_more(geometry):
+    def predict(model=FULL, **options) -> Requirement:
+        return memory.predict(step(geometry, model, **options))
 
-    def need(model=FULL, shape=shape, **how) -> memory.Need:
-        return memory.need(geometry, model, *batch(geometry, **shape), How(**how))
-
-    small = need()
+    small = predict()
     for more in ({"images": 2}, {"turns": 2}, {"size": 4}):
-        assert need(shape=shape | more).activations > small.activations
-    assert need(checkpointing=True).activations < small.activations
-    assert need(LORA).trained < small.trained / 10
-    trained = need(train_vision=True)
-    assert trained.trained > small.trained and trained.activations > small.activations and not trained.vision
-    assert need(entropy_grad=True).activations > small.activations
-    halves = need(processes=2)
-    assert halves.trained < small.trained and halves.weights < small.weights and halves.gathered
-    four = need(LORA.model_copy(update={"load_in_4bit": True}))
-    assert four.weights < need(LORA).weights and four.gathered
+        assert predict(**more).activations > small.activations
+    assert predict(checkpointing=True).activations < small.activations
+    assert predict(LORA).optimizer < small.optimizer / 10
+    trained = predict(train_vision=True)
+    assert trained.optimizer > small.optimizer and trained.activations > small.activations
+    assert predict(entropy_grad=True).activations > small.activations
+    halves = predict(shards=2)
+    assert halves.optimizer < small.optimizer and halves.weights < small.weights and halves.unsharded
+    four = predict(LORA.model_copy(update={"load_in_4bit": True}))
+    assert four.weights < predict(LORA).weights and four.unsharded
 
 
-def test_going_through_it_draws_nothing_at_random(geometry):
+def test_other_images_of_the_job_are_kept_too(geometry):
+    own = step(geometry)
+    job = replace(own, job_grids=own.grids | {f"other {key}": grid for key, grid in own.grids.items()})
+    more, alone = memory.predict(job), memory.predict(own)
+    assert more.images > alone.images and more.activations == alone.activations
+    assert memory.predict(replace(job, options=StepOptions(on_gpu=True))).images < more.images  # patches lie elsewhere
+
+
+def test_a_prediction_draws_nothing_at_random(geometry):
     """Else a resumed job would not be the uninterrupted one."""
     before = torch.get_rng_state()
-    memory.need(geometry, LORA, *batch(geometry, images=1, turns=1, size=2), How(checkpointing=True))
+    memory.predict(step(geometry, LORA, checkpointing=True))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_padding_counts_and_a_shared_prompt_counts_once(geometry):
-    rows, units = batch(geometry, images=1, turns=1, size=8)
-    assert computed(rows, units) < computed(rows, None)
-    packed, padded = (memory.need(geometry, LORA, rows, how, How()) for how in (units, None))
-    assert packed.activations < padded.activations and packed.vision == padded.vision
+    packed = step(geometry, LORA, size=8)
+    padded = replace(packed, units=None)
+    assert count_tokens(packed.rows, packed.units) < count_tokens(packed.rows, None)
+    assert memory.predict(packed).activations < memory.predict(padded).activations
 
 
 def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
-    """In the shapes of Qwen2.5-VL-7B, of which two layers tell what all need, for they are equal: each keeps as much for the
-    backward pass, and with checkpointing its input."""
+    """In the shapes of Qwen2.5-VL-7B, by the difference of two layers and one, for all layers are equal.
+
+    Each keeps as much for the backward pass, and with checkpointing its input.
+    """
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     from workload import SEVEN_B, config_of
 
-    def of(layers: int, *settings: str) -> memory.Need:
+    def of(layers: int, *settings: str) -> Requirement:
         geometry = config_of(SEVEN_B)
         geometry.text_config.num_hidden_layers, geometry.vision_config.depth = layers, 1
-        found, tokens = forecast.worst(load("balanced", ["rollout.group_size=16", *settings]), geometry)
+        found, tokens = forecast.predict_largest(
+            load_config("balanced", ["rollout.group_size=16", *settings]), geometry
+        )
         assert tokens <= 8192
         return found
 
@@ -123,7 +133,7 @@ def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
     layer = 2 * (2 * hidden**2 + 2 * hidden * 512 + 3 * hidden * middle)  # bytes in bfloat16
     adapters = rank * (4 * hidden + 2 * (hidden + 512) + 3 * (hidden + middle))
     assert two.weights - one.weights == pytest.approx(layer + 4 * adapters, rel=0.01)
-    assert two.trained - one.trained == 12 * adapters
+    assert two.optimizer - one.optimizer == 12 * adapters
     assert two.activations - one.activations == pytest.approx(2 * hidden * tokens, rel=0.15)
     whole = (
         of(2, "train.gradient_checkpointing=false").activations
@@ -133,15 +143,15 @@ def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
 
 
 def test_a_forecast_says_what_to_lower_where_a_step_does_not_fit(monkeypatch):
-    config = load("tiny")
-    assert "fits in" in forecast.forecast(config)
-    monkeypatch.setattr(forecast, "room", lambda _: 10**7)
-    assert "lower train.token_budget" in forecast.forecast(config)
+    config = load_config("tiny")
+    assert "fits in" in forecast.forecast_memory(config)
+    monkeypatch.setattr(forecast, "free_memory", lambda _: 10**7)
+    assert "lower train.token_budget" in forecast.forecast_memory(config)
 
 
 def test_the_rows_of_a_forecast_keep_to_the_config():
-    config = load("tiny", ["rollout.group_size=4", "conversation.max_turns=3"])
-    rows, groups = forecast.conversations(config, 9)
+    config = load_config("tiny", ["rollout.group_size=4", "conversation.max_turns=3"])
+    rows, groups = forecast.longest_rows(config, 9)
     assert groups[:5] == [0, 0, 0, 0, 1]
     assert all(len(row.tokens) <= config.conversation.max_tokens for row in rows)
     assert all(len(row.images) == 3 and (row.tokens == 9).sum() == 3 * 16 for row in rows)

@@ -1,5 +1,6 @@
-"""Two processes on a CPU (gloo): they hold the files' weights, their accumulated gradients are one process's, and FSDP2's
-step is that of DDP."""
+"""Two processes on a CPU (gloo): they hold the files' weights, and their accumulated gradients are one process's.
+
+FSDP2's step is that of DDP."""
 
 import json
 import multiprocessing
@@ -14,14 +15,14 @@ from lossy_rank import LOST, lossy_rank
 from paths import REPOSITORY
 from safetensors.torch import load_file, save_file
 
-from thinkimg.config.load import load
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.models.base import Base
 from thinkimg.process import free_port
 from thinkimg.trainer import checkpoint, checksums
-from thinkimg.trainer.checkpoint import Policy
 from thinkimg.trainer.client import Trainer, accelerate_settings
-from thinkimg.trainer.optimise import Ranks
+from thinkimg.trainer.policy import PolicyModel, load_model
+from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.settings import TrainerConfig
 from thinkimg.trainer.worker import Worker
 
@@ -119,7 +120,7 @@ def test_an_fsdp2_step_is_ddps(world, steps, name):
     (gradients, ddp), (found, fsdp) = (tensors(steps[name, way][0]) for way in ("ddp", "fsdp2"))
     assert worst(found, gradients) < 1e-5
     assert fsdp.keys() == ddp.keys()
-    # Adam divides by the gradient's size: what is rounding in the one is rounding in the other, ten thousand times larger.
+    # Adam divides by the gradient's size: rounding in the one is rounding in the other, ten thousand times larger.
     update = {key: ddp[key] - before[key] for key in ddp if gradients_of(key, gradients)}
     assert worst({key: fsdp[key] - before[key] for key in update}, update) < 1e-3
 
@@ -217,7 +218,7 @@ def base(request, world, tmp_path_factory) -> Base:
         head = torch.randn(280, 32, generator=torch.Generator().manual_seed(0))
         save_file(weights | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
     if request.param == "several files":
-        model = checkpoint.load_model(directory, FULL, "cpu")
+        model = load_model(directory, FULL, "cpu")
         (directory / "model.safetensors").unlink()
         model.save_pretrained(directory, max_shard_size="50KB")
         assert len(list(directory.glob("*.safetensors"))) > 2
@@ -244,7 +245,7 @@ def test_checksums_of_files_are_those_of_what_was_loaded(base, model, dtype):
         assert totals == pytest.approx(summed(base), rel=1e-9)
 
 
-def breakable(world, name: str) -> Policy:
+def breakable(world, name: str) -> PolicyModel:
     base = world.base if name == "lora" else None
     return checkpoint.load(world.policies[name], MODELS[name], "cpu", base)
 
@@ -270,7 +271,7 @@ def test_a_parameter_that_is_not_the_files_is_refused(world, name):
             with torch.no_grad():
                 change(parameter)
                 with pytest.raises(
-                    UserError, match=rf"^1 of {len(references)} parameters in process 0 .* {key}\. Hint"
+                    UserError, match=rf"^In process 0 of the trainer 1 of {len(references)} parameters .* {key}\. Hint"
                 ):
                     checksums.verify(policy, references, Ranks())
                 parameter.copy_(before)
@@ -289,12 +290,12 @@ def test_an_adapters_second_matrix_is_compared(world):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_parameter_in_no_file_is_refused(world, name, tmp_path):
     policy = breakable(world, name)
-    shutil.copytree(policy.weights, tmp_path / "base")
+    shutil.copytree(policy.weights_directory, tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
     weights = load_file(path)
     del weights["visual.merger.mlp.2.bias"]
     save_file(weights, path, metadata={"format": "pt"})
-    policy.weights = tmp_path / "base"
+    policy.weights_directory = tmp_path / "base"
     with pytest.raises(UserError, match=r"^1 parameters .* the first is model\.visual\.merger\.mlp\.2\.bias\."):
         checksums.expected(policy, Ranks())
 
@@ -343,7 +344,7 @@ def test_a_lost_shard_fails_the_job_in_every_process(world, tmp_path):
     names = ("answer-0.json", "answer-1.json", "000001.result.json")
     for error in (json.loads((tmp_path / name).read_text())["error"] for name in names):
         assert error["user"] and error["message"].startswith(
-            "1 of 56 parameters in process 0 of the trainer are not those"
+            "In process 0 of the trainer 1 of 56 parameters differ from the files"
         )
         assert LOST in error["message"]
     assert not Path(job["output"]).exists()
@@ -370,4 +371,4 @@ def test_a_preset_goes_by_its_name(name, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["fsdp3", "fsdp2.yaml", "./fsdp2", "", "accelerate/fsdp2.yaml", "."])
 def test_an_accelerate_config_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match=r"has to be ddp or fsdp2 or the path of a file, and '.*' is none of these\.$"):
-        load(overrides=[f"where.trainer.accelerate_config='{name}'"])
+        load_config(overrides=[f"where.trainer.accelerate_config='{name}'"])

@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.images.patches import patches
-from thinkimg.images.view import grid
+from thinkimg.images.patches import extract_patches
+from thinkimg.images.view import count_patches
 from thinkimg.rewards.judges.attention import GENERIC, encode_prompt
-from thinkimg.trainer import attention_job
-from thinkimg.trainer.attention_job import Reader, attention_rows, conversations, coverage, measure, split
+from thinkimg.trainer.attention_job import compute_coverage, conversations, measure, read_attention, split
+from thinkimg.trainer.forward.attention import Reader, StopForward
 from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.packed_attention import use_packed_attention
 
 SIZES = ((84, 56), (56, 56))
 
@@ -20,7 +21,9 @@ SIZES = ((84, 56), (56, 56))
 def model(tiny_models):
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_models[0], dtype=torch.float32).eval()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_models[0], dtype=torch.float32).eval()
+    use_packed_attention(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,11 @@ def codec(tiny_models) -> Codec:
 def pictures() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]
-    return {name: patches(image) for name, image in zip(("a", "b"), images, strict=True)}
+    return {name: extract_patches(image) for name, image in zip(("a", "b"), images, strict=True)}
 
 
 def pair(codec: Codec, question: str) -> dict:
-    grids = [grid(*size) for size in SIZES]
+    grids = [count_patches(*size) for size in SIZES]
     prompts = [encode_prompt(codec, question), encode_prompt(codec, GENERIC)]
     return {"images": ["a", "b"], "grids": grids, "region": None, "prompts": prompts}
 
@@ -55,9 +58,8 @@ def test_it_reads_what_transformers_eager_attention_shows(model, codec, pictures
     ]
     scorer = Scorer(model, pictures.__getitem__, temperature=1.0, banned=(), features={})
     with torch.no_grad():
-        read = attention_rows(scorer, rows, [0, 1])
+        read = read_attention(scorer, rows, [0, 1])
     maps = split(read, rows, codec.image)
-    before = model.config._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})
     try:
         for row, found in zip(rows, maps, strict=True):
@@ -75,21 +77,19 @@ def test_it_reads_what_transformers_eager_attention_shows(model, codec, pictures
                 np.testing.assert_allclose(found[layer, "text"], seen[:-1].mean(0), atol=2e-6)
                 np.testing.assert_allclose(found[layer, "last"], seen[-1], atol=2e-6)
     finally:
-        model.set_attn_implementation({"text_config": before})
+        use_packed_attention(model)
 
 
-def test_it_stops_after_the_last_layer_and_leaves_the_model_as_it_was(model, codec, pictures):
+def test_it_stops_after_the_last_layer(model, codec, pictures):
     ran = []
     hooks = [
         layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
         for i, layer in enumerate(model.model.language_model.layers)
     ]
-    before = model.model.language_model.config._attn_implementation
     scorer = Scorer(model, pictures.__getitem__, temperature=1.0, banned=(), features={})
     with torch.no_grad():
-        attention_rows(scorer, conversations(pair(codec, "Which way?"), codec.image), [0])
-    assert ran == [] and Reader.current is None
-    assert model.model.language_model.config._attn_implementation == before
+        read_attention(scorer, conversations(pair(codec, "Which way?"), codec.image), [0])
+    assert ran == []
     for hook in hooks:
         hook.remove()
 
@@ -102,9 +102,9 @@ def test_planted_attention_is_found():
     key[0, :, 3, 0] = key[1, :, 5, 0] = 50.0
     row, column = torch.tensor([0, 0, 1]), torch.tensor([2, 7, 11])
     reader = Reader([7], row, column)
-    with pytest.raises(attention_job._Enough):
-        reader.look(7, query, key, 1.0)
-    found = reader.read[7]
+    with pytest.raises(StopForward):
+        reader.read(7, query, key, 1.0)
+    found = reader.attention[7]
     assert found[0, :3].tolist() == pytest.approx([1 / 3] * 3) and found[0, 3:].sum() == 0  # token 3 is still to come
     assert found[1, 3] == pytest.approx(1.0) and found[2, 5] == pytest.approx(1.0)
 
@@ -122,7 +122,7 @@ def test_the_share_of_the_region_is_that_of_the_relative_attention_in_it():
 
 
 def test_small_grids_and_whole_images_have_no_region():
-    assert coverage((1, 14, 16), (0.0, 0.0, 0.5, 0.5)) is None  # 7 x 8 tokens
-    assert coverage((1, 16, 16), None) is None and coverage((1, 16, 16), (0.0, 0.0, 1.0, 1.0)) is None
-    cover = coverage((1, 16, 16), (0.0, 0.0, 0.5 / 8, 1.0))
+    assert compute_coverage((1, 14, 16), (0.0, 0.0, 0.5, 0.5)) is None  # 7 x 8 tokens
+    assert compute_coverage((1, 16, 16), None) is None and compute_coverage((1, 16, 16), (0.0, 0.0, 1.0, 1.0)) is None
+    cover = compute_coverage((1, 16, 16), (0.0, 0.0, 0.5 / 8, 1.0))
     assert cover.reshape(8, 8)[:, 0].tolist() == pytest.approx([0.5] * 8) and cover.sum() == pytest.approx(4)

@@ -14,19 +14,20 @@ from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.checkpoint import from_base
 from thinkimg.trainer.forward.flex import BLOCK, block_mask, blocks, bucket
 from thinkimg.trainer.forward.logprobs import Scorer
-from thinkimg.trainer.forward.packed_attention import Layout, packed_attention, visible
+from thinkimg.trainer.forward.packed_attention import Layout, attend_packed
 from thinkimg.trainer.forward.packing import Conversation, mrope_positions
 from thinkimg.trainer.forward.shared_prompts import (
     Span,
     Unit,
-    common_prefix,
-    cost,
-    image_spans,
-    obstacle,
+    count_common_prefix,
+    count_unit_tokens,
+    find_image_spans,
+    find_obstacle,
     pack,
     pad,
     plan,
 )
+from thinkimg.trainer.policy import train_only
 
 FULL = ModelConfig(dtype="float32", adaptation="full", train_vision=True)
 LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4, lora_alpha=8)
@@ -48,7 +49,7 @@ def policies(base):
     found = Policies()
     for name, config in (("full", FULL), ("lora", LORA)):
         policy = from_base(base, config, "cpu", seed=0)
-        policy.train_only(vision=name == "full")
+        train_only(policy.model, config, vision=name == "full")
         found[name] = policy
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -176,6 +177,15 @@ def test_packed_groups_are_single_rows(policies, image_token, described, name, s
     assert_same_gradients(accumulated, reference)
 
 
+def attended(spans):
+    """Yield for each token the packed indices that it attends to."""
+    for start, length, parent in spans:
+        prefix = np.arange(spans[parent].start, spans[parent].start + spans[parent].length)
+        for i in range(start, start + length):
+            own = np.arange(start, i + 1)
+            yield own if spans[parent].start == start else np.concatenate([prefix, own])
+
+
 @pytest.mark.parametrize("length", [5, 16, 130, 300])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_attention_sees_its_own_row_and_the_prompt_only(length, dtype):
@@ -188,9 +198,9 @@ def test_attention_sees_its_own_row_and_the_prompt_only(length, dtype):
         for heads in (4, 2, 2)
     )
     mask = torch.zeros(total, total, dtype=torch.bool)
-    for i, seen in enumerate(visible(spans)):
+    for i, seen in enumerate(attended(spans)):
         mask[i, seen] = True
-    found, _ = packed_attention(
+    found, _ = attend_packed(
         None, query, key, value, None, scaling=0.3, layout=Layout(spans, query.device), dropout=0.0
     )
     wide = [x.double() for x in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))]
@@ -218,11 +228,13 @@ def test_plans_hold_each_row_once_and_keep_to_the_budget(image_token, described,
     for units in batches:
         group = names[units[0].rows[0]]
         longest = max(len(row.tokens) for row, name in zip(rows, names, strict=True) if name == group)
-        assert sum(cost(unit, rows) for unit in units) <= (budget if len(units) > 1 else max(budget, longest))
+        assert sum(count_unit_tokens(unit, rows) for unit in units) <= (
+            budget if len(units) > 1 else max(budget, longest)
+        )
         for unit in units:
             assert len({names[i] for i in unit.rows}) == 1
             first = rows[unit.rows[0]]
-            assert all(common_prefix(first, rows[i], image_token) >= unit.prefix for i in unit.rows)
+            assert all(count_common_prefix(first, rows[i], image_token) >= unit.prefix for i in unit.rows)
             positions = [mrope_positions(rows[i].tokens, image_token, rows[i].grids) for i in unit.rows]
             assert all(np.array_equal(p[:, : unit.prefix], positions[0][:, : unit.prefix]) for p in positions)
 
@@ -233,13 +245,13 @@ def test_a_prefix_tells_images_by_content_and_splits_none(image_token):
 
     a = row(0)
     whole = len(a.tokens)
-    assert common_prefix(a, row(0), image_token) == whole
-    assert common_prefix(a, row(0, tail=(31,)), image_token) == whole - 1
-    second = image_spans(a, image_token)[1][0]
-    assert common_prefix(a, row(1), image_token) == second  # the same pads, another picture
-    assert common_prefix(a, row(0, side=(2, 3)), image_token) == second  # begins alike, goes on longer
+    assert count_common_prefix(a, row(0), image_token) == whole
+    assert count_common_prefix(a, row(0, tail=(31,)), image_token) == whole - 1
+    second = find_image_spans(a, image_token)[1][0]
+    assert count_common_prefix(a, row(1), image_token) == second  # the same pads, another picture
+    assert count_common_prefix(a, row(0, side=(2, 3)), image_token) == second  # begins alike, goes on longer
     other = dataclasses.replace(a, grids=np.array([[1, 4, 6], [1, 2, 8]]))  # as many pads, another shape
-    assert common_prefix(a, other, image_token) == second
+    assert count_common_prefix(a, other, image_token) == second
 
 
 def test_rows_that_begin_otherwise_are_not_shared_with(image_token):
@@ -259,7 +271,7 @@ def test_the_vision_tower_sees_each_unique_image_once_per_pass(policies, image_t
     monkeypatch.setattr(visual, "forward", lambda flat, **k: seen.append(len(flat)) or forward(flat, **k))
     scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
     for _ in range(2):
-        scorer(rows, [Unit((0, 1, 2), common_prefix(rows[0], rows[1], image_token))])
+        scorer(rows, [Unit((0, 1, 2), count_common_prefix(rows[0], rows[1], image_token))])
     assert seen == [24 + 4]
 
 
@@ -275,7 +287,7 @@ def test_block_masks_hide_nothing_that_is_seen(lengths):
     if more := -total % BLOCK:
         spans.append(Span(total, more, len(spans)))
     expected = np.zeros((total + more, total + more), dtype=bool)
-    for i, seen in enumerate(visible(spans)):
+    for i, seen in enumerate(attended(spans)):
         expected[i, seen] = True
     mask = block_mask(spans, torch.device("cpu"))
     q = torch.arange(total + more)
@@ -295,7 +307,7 @@ def test_flex_attention_is_the_packed_attention(policies, image_token):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 512, 16, generator=generator) for heads in (6, 2, 2))
     layout = Layout(packed.spans, query.device)
-    expected, _ = packed_attention(None, query, key, value, None, scaling=0.25, layout=layout)
+    expected, _ = attend_packed(None, query, key, value, None, scaling=0.25, layout=layout)
     found = flex_attention(query, key, value, block_mask=layout.block_mask, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
 
@@ -321,4 +333,4 @@ def test_models_that_can_not_be_packed_are_told(policies, change, reason):
     config = copy.deepcopy(policies["full"].model.config.text_config)
     for key, value in change.items():
         setattr(config, key, value)
-    assert (obstacle(config) is None) if reason is None else (reason in obstacle(config))
+    assert (find_obstacle(config) is None) if reason is None else (reason in find_obstacle(config))

@@ -1,1 +1,9 @@
-"""Figures of an iteration and what is read back from stored artifacts, without an engine and without a GPU."""
+"""Analyses of stored artifacts; none needs a GPU, and only `calibrate` starts an engine or a trainer.
+
+flows/loop.py ─► alarms ──► figures             an iteration's figures, and the alarms on them
+              └► console_report                 lines and tables of a loop
+cli ─┬─► explain, remix, diff ──► joined        a reward's origin, other mixes, two scores compared
+     ├─► verify_calls, export                   tool calls replayed, a policy packed
+     ├─► forecast                               memory of a training step, before it runs
+     └─► calibrate                              settings of the attention judge
+"""

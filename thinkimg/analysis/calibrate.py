@@ -1,4 +1,4 @@
-"""Calibration of the attention judge: every layer and kind of query rows on known pairs: chosen on one half, told on the other."""
+"""Calibration of the attention judge: AUC of every layer and kind of query rows on known pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from thinkimg.config.tree import Config
 from thinkimg.models.base import BaseSource
-from thinkimg.resources import Resources, base_directory
+from thinkimg.resources import Resources, locate_base
 from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judgement import Pair
 from thinkimg.rewards.judges import attention
@@ -21,41 +21,46 @@ from thinkimg.store.kinds import Policy
 
 
 @dataclass(frozen=True)
-class Place:
-    """AUC of right against wrong processing with its 95 % interval, on the half that chooses and on the other one."""
+class LayerAuc:
+    """AUC of right against wrong processing, (value, low, high) with its 95 % interval, on two halves of the pairs."""
 
     layer: int
     rows: str
-    chosen_on: tuple[float, float, float]
-    told_on: tuple[float, float, float]
+    selection: tuple[float, float, float]
+    """On the half that chooses layer and rows."""
+    test: tuple[float, float, float]
+    """On the other half."""
 
 
-def calibrate_attention(config: Config, policy: Policy, store: Store, *, count: int) -> list[Place]:
-    """All places, the best on the choosing half first."""
+def calibrate_attention(config: Config, policy: Policy, store: Store, *, count: int) -> list[LayerAuc]:
+    """Return every layer and kind of rows, the best on the selection half first. count: pairs, at most."""
     with Resources(config.where) as resources:
         pairs = Builder(config, store, resources).make(known_pairs, split="held_out", count=count)
         context = JudgeContext(judge_settings(config), resources, policy, None, None, (pairs,), ImageTable([pairs]))
         rows = pairs.rows()
         right, wrong = (known_side(rows, name) for name in ("right", "wrong"))
-        found = attention.look([*right, *wrong], context, range(layers(policy, context.settings.base)))
-    places = []
-    order = np.random.default_rng(config.seed).permutation(len(rows))  # the families stand in turn
-    for place in found[0]:
-        values = [attention.verdict(one[place], place).value for one in found]
+        measured = attention.measure_attention(
+            [*right, *wrong], context, range(count_layers(policy, context.settings.base))
+        )
+    results = []
+    order = np.random.default_rng(config.seed).permutation(len(rows))  # shuffled, as families of puzzles take turns
+    for key in measured[0]:
+        values = [attention.judge_masses(masses[key], key).value for masses in measured]
         sides = np.array([0.5 if value is None else value for value in values]).reshape(2, -1)
-        layer, _, kind = place.partition("/")
+        layer, _, kind = key.partition("/")
         halves = [auc_interval(*sides[:, half]) for half in np.array_split(order, 2)]
-        places.append(Place(int(layer), kind, *halves))
-    return sorted(places, key=lambda one: -one.chosen_on[0])
+        results.append(LayerAuc(int(layer), kind, *halves))
+    return sorted(results, key=lambda result: -result.selection[0])
 
 
 def known_side(rows: Sequence[dict[str, str]], side: str) -> list[Pair]:
-    """Each question with the original and the image of one side, "right" or "wrong"."""
+    """Return each question with its original and the image of one side, "right" or "wrong"."""
     return [Pair(row["question"], row["original"], row[side]) for row in rows]
 
 
-def layers(policy: Policy, base: BaseSource) -> int:
+def count_layers(policy: Policy, base: BaseSource) -> int:
+    """Return the number of the policy's decoder layers."""
     from transformers import AutoConfig
 
-    directory = policy.model_directory if policy.is_full else base_directory(base)
+    directory = policy.model_directory if policy.is_full else locate_base(base)
     return AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers

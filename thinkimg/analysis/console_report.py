@@ -1,105 +1,115 @@
-"""Report of a loop on the console: one line per iteration as it goes, and the table of all of them."""
+"""Console report of a loop: a line per iteration as it ends, its alarms, and the table of all iterations."""
+
+from collections.abc import Iterable, Mapping
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from thinkimg.analysis.alarms import WINDOW, Finding, Z
-from thinkimg.analysis.calibrate import Place
+from thinkimg.analysis.calibrate import LayerAuc
 from thinkimg.config.tree import Config
 from thinkimg.console import console, say
-from thinkimg.store.artifacts import Artifact
+from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.loop import ui_command
 from thinkimg.tracking.records import LoopRecord
 
-
-def step(record: LoopRecord, number: int) -> None:
-    """One line on an iteration."""
-    found = record.iteration(number).metrics
-    parts = [f"{name.removeprefix('reward/')} {value:.2f}" for name, value in sorted(found.items())
-             if name.startswith("reward/") and name.count("/") == 1 and name != "reward/total"]  # fmt: skip
-    accuracy = f"held-out accuracy {percent(found, 'eval/accuracy')} (95 %: {interval(found)})"
-    seconds = sum(value for name, value in found.items() if name.startswith("time/"))
-    say(f"iteration {number}: {accuracy}, {', '.join([*parts, f'{seconds:.0f} s'])}")
+TOTAL, FALLBACK = "reward/total", "reward/teacher_fallback"
 
 
-def final(record: LoopRecord, policy: Artifact, config: Config) -> None:
-    """The table, how to open MLflow, and where the policy is."""
-    console.print(table(record))
+def print_iteration(record: LoopRecord, number: int) -> None:
+    """Print one line: held-out accuracy, mean rewards, seconds."""
+    metrics = record.iteration(number).metrics
+    rewards = [f"{name.removeprefix('reward/')} {metrics[name]:.2f}" for name in reward_keys(metrics) if name != TOTAL]
+    accuracy = f"held-out accuracy {percent(metrics, 'eval/accuracy')} (95 %: {interval(metrics)})"
+    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
+    say(f"iteration {number}: {accuracy}, {', '.join([*rewards, f'{seconds:.0f} s'])}")
+
+
+def reward_keys(names: Iterable[str]) -> list[str]:
+    """Return those of mean rewards, sorted."""
+    return sorted({name for name in names if name.startswith("reward/") and name.count("/") == 1})
+
+
+def print_summary(record: LoopRecord, policy: Artifact, config: Config) -> None:
+    """Print the table of all iterations, the command that opens MLflow, and the policy's path."""
+    console.print(iterations_table(record))
     if config.where.tracking.enabled:
         say(f"Open MLflow with: {ui_command(config.where.store, config.where.tracking)}")
     say(f"Final policy: {policy.directory / 'policy'}")
 
 
-def table(record: LoopRecord) -> Table:
-    """Per iteration: every reward component, tool rate, held-out accuracy with its 95 % interval, seconds per stage."""
+def iterations_table(record: LoopRecord) -> Table:
+    """Return, per iteration: mean rewards, tool rate, held-out accuracy with its 95 % interval, seconds per stage."""
     rows = [(iteration.step, iteration.metrics) for iteration in record.iterations]
-    rewards = sorted(
-        {name for _, found in rows for name in found if name.startswith("reward/") and name.count("/") == 1}
-        - {"reward/teacher_fallback"}
-        | {"reward/teacher_fallback" for _, found in rows if found.get("reward/teacher_fallback")}
-    )
+    rewards = reward_keys(name for _, metrics in rows for name in metrics if name != FALLBACK or metrics[name])
     once, again = stage_times(record)
-    caption = "Mean rewards of the rollouts; held-out accuracy after the iteration (0: before training); seconds per stage (setup: of those that run once)."
-    shown = Table(title=record.name, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    caption = (
+        "Mean rewards of the rollouts; held-out accuracy after the iteration (0: before training); "
+        "seconds per stage (setup: stages that run once)."
+    )
+    table = Table(title=record.name, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     names = [name.removeprefix("reward/") for name in rewards]
     headings = ["it.", *names, "tool rate", "accuracy", "95 %", "avg@k"]
     for heading in [*headings, "setup", *(name.removeprefix("time/").removesuffix("_s") for name in again)]:
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for number, found in rows:
-        cells = [str(number), *(decimal(found, name) for name in rewards), percent(found, "eval/tool_rate")]
-        cells += [percent(found, "eval/accuracy"), interval(found), percent(found, "eval/avg_at_k")]
-        setup = sum(found.get(name, 0.0) for name in once)
-        shown.add_row(*cells, f"{setup:.0f}" if setup else "", *(decimal(found, name, 0) for name in again))
-    return shown
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, metrics in rows:
+        cells = [str(number), *(decimal(metrics, name) for name in rewards), percent(metrics, "eval/tool_rate")]
+        cells += [percent(metrics, "eval/accuracy"), interval(metrics), percent(metrics, "eval/avg_at_k")]
+        setup = sum(metrics.get(name, 0.0) for name in once)
+        table.add_row(*cells, f"{setup:.0f}" if setup else "", *(decimal(metrics, name, 0) for name in again))
+    return table
 
 
 def stage_times(record: LoopRecord) -> tuple[list[str], list[str]]:
-    """Keys of the stages' seconds, in the order of the pipeline: of those that run once, and of those of every iteration."""
+    """Return the keys of the stages' seconds, in pipeline order: of those that run once, and of the others."""
     of_steps = [
         [name for name in step.metrics if name.startswith("time/") and name.count("/") == 1 and name.endswith("_s")]
         for step in record.iterations[:2]
     ]
-    again = of_steps[1] if len(of_steps) > 1 else []
-    return [name for name in (of_steps[0] if of_steps else []) if name not in again], again
+    once, again = (*of_steps, [], [])[:2]
+    return [name for name in once if name not in again], again
 
 
-def calibration(places: list[Place], count: int = 8) -> None:
-    """The best places at which to read attention, and how to set the first."""
-    shown = Table(title="Attention tells right from wrong processing", box=box.SIMPLE_HEAD, pad_edge=False,
-                  caption="AUC with its 95 % interval: on the half of the pairs that chooses, and on the other half.")  # fmt: skip
-    for heading in ("layer", "rows", "chosen on", "told on"):
-        shown.add_column(heading, justify="right")
-    for place in places[:count]:
-        halves = ["{:.3f} [{:.3f}, {:.3f}]".format(*half) for half in (place.chosen_on, place.told_on)]
-        shown.add_row(str(place.layer), place.rows, *halves)
-    console.print(shown)
-    say(f"Use it with --set image.attention.layer={places[0].layer} --set image.attention.rows={places[0].rows}")
+def print_calibration(results: list[LayerAuc], count: int = 8) -> None:
+    """Print the best layers and query rows of the attention judge, and the settings that choose the first."""
+    caption = "AUC with its 95 % interval: on the half of the pairs that selects, and on the other half."
+    title = "Attention on right against wrong processing"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("layer", "rows", "selection half", "test half"):
+        table.add_column(heading, justify="right")
+    for result in results[:count]:
+        halves = ["{:.3f} [{:.3f}, {:.3f}]".format(*half) for half in (result.selection, result.test)]
+        table.add_row(str(result.layer), result.rows, *halves)
+    console.print(table)
+    say(f"Use it with --set image.attention.layer={results[0].layer} --set image.attention.rows={results[0].rows}")
 
 
-def alarms(findings: list[Finding], step: int) -> None:
-    """The table of an iteration's alarms, if any fired."""
-    if not any(one.fired for one in findings):
+def print_alarms(findings: list[Finding], step: int) -> None:
+    """Print the table of an iteration's alarms, if any fired."""
+    if not any(finding.fired for finding in findings):
         return
-    caption = f"Means of the last {WINDOW} iterations with intervals of {Z:g} standard errors; every iteration's table is kept."
-    shown = Table(title=f"Alarms of iteration {step}", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    caption = f"Means of the last {WINDOW} iterations ± {Z:g} standard errors; alarms without data are left out."
+    table = Table(title=f"Alarms of iteration {step}", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("alarm", "", "value", "interval", "limit", "why"):
-        shown.add_column(heading, justify="left" if heading in ("alarm", "", "why") else "right")
-    for one in findings:
-        figures = [f"{value:.3g}" if value is not None else "" for value in (one.value, one.low, one.high, one.limit)]
-        between = f"{figures[1]} … {figures[2]}" if one.value is not None else ""
-        shown.add_row(one.alarm, "ALARM" if one.fired else "", figures[0], between, figures[3], Text(one.why))
-    console.print(shown)
+        table.add_column(heading, justify="left" if heading in ("alarm", "", "why") else "right")
+    for finding in findings:
+        if finding.value is not None:
+            figures = (finding.value, finding.low, finding.high, finding.limit)
+            value, low, high, limit = (f"{figure:.3g}" for figure in figures)
+            fired = "ALARM" if finding.fired else ""
+            table.add_row(finding.alarm, fired, value, f"{low} … {high}", limit, Text(finding.why))
+    console.print(table)
 
 
-def decimal(found: dict[str, float], name: str, digits: int = 2) -> str:
-    return f"{found[name]:.{digits}f}" if name in found else ""
+def decimal(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:
+    return f"{metrics[name]:.{digits}f}" if name in metrics else ""
 
 
-def percent(found: dict[str, float], name: str) -> str:
-    return f"{100 * found[name]:.0f} %" if name in found else ""
+def percent(metrics: Mapping[str, float], name: str) -> str:
+    return f"{100 * metrics[name]:.0f} %" if name in metrics else ""
 
 
-def interval(found: dict[str, float]) -> str:
-    low, high = found.get("eval/accuracy_low"), found.get("eval/accuracy_high")
+def interval(metrics: Mapping[str, float]) -> str:
+    low, high = metrics.get("eval/accuracy_low"), metrics.get("eval/accuracy_high")
     return "" if low is None or high is None else f"{100 * low:.0f}–{100 * high:.0f}"

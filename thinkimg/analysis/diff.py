@@ -1,66 +1,68 @@
-"""Two scores artifacts compared: first what they were made with, then which values differ, and what is behind that."""
+"""Comparison of two scores artifacts: their settings and inputs, the values that differ, and the reasons."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
-from thinkimg.analysis.explain import judgement_keys, readable
+from thinkimg.analysis.explain import judgement_keys, parse_evidence
 from thinkimg.store.kinds import Scores
 from thinkimg.store.manifest import Artifact
 
-PARTS = ("value", "status", "reason", "evidence")
-JUDGED = ("judge", "model", "weights", "prompt", "question", "original", "processed", "value", "reason", "evidence",
-          "unreachable")  # fmt: skip
+SCORE_FIELDS = ("value", "status", "reason", "evidence")
+JUDGEMENT_FIELDS = (
+    *("judge", "model", "weights", "prompt", "question", "original", "processed"),
+    *("value", "reason", "evidence", "unreachable"),
+)
 ABSENT = "(none)"
-"""In the place of a setting that only one of two recipes has."""
+"""Value of a setting that only the other recipe has."""
 
 
-def diff(one: Scores, other: Scores) -> dict[str, Any]:
-    """JSON: `recipe` (what differs between the two, dotted key -> [one, other]), `only_in` (trajectories and components of
-    one alone), `rows` (one entry per trajectory and component that differ) and `components` (their summary).
+def compare_scores(first: Scores, second: Scores) -> dict[str, Any]:
+    """Return all that differs, as JSON.
 
-    The same artifact twice gives empty lists. Rows are in order of `one`.
+    recipe: dotted key -> [first, second] of settings, inputs, functions and packages that differ.
+    only_in: trajectories and components that one of the two alone has.
+    rows: an entry per trajectory and component with another score, in the order of `first`.
+    components: a summary of the rows of each component.
     """
-    rows = [{row["trajectory_id"]: row for row in scores.rows()} for scores in (one, other)]
-    columns = [scores.components for scores in (one, other)]
+    rows = [{row["trajectory_id"]: row for row in scores.rows()} for scores in (first, second)]
+    columns = [scores.components for scores in (first, second)]
     both = [name for name in columns[0] if name in columns[1]]
     pairs = [(rows[0][name], rows[1][name]) for name in rows[0] if name in rows[1]]
     cells = [
-        (before["trajectory_id"], name, plain(before[name]), plain(after[name]))
+        (before["trajectory_id"], name, parse_score(before[name]), parse_score(after[name]))
         for before, after in pairs
         for name in both
         if before[name] != after[name]
     ]
     cells = [cell for cell in cells if cell[2] != cell[3]]
     verdicts = [
-        scores.judgements(key for cell in cells for key in judgement_keys(cell[place]["evidence"]))
-        for place, scores in ((2, one), (3, other))
+        scores.judgements(key for cell in cells for key in judgement_keys(cell[column]["evidence"]))
+        for column, scores in ((2, first), (3, second))
     ]
-    changed = [entry(*cell, *verdicts) for cell in cells]
+    changed = [describe_change(*cell, *verdicts) for cell in cells]
     return {
-        "one": str(one.reference),
-        "other": str(other.reference),
-        "recipe": recipes(one, other),
+        "one": str(first.reference),
+        "other": str(second.reference),
+        "recipe": compare_recipes(first, second),
         "only_in": {
-            "one": {
-                "trajectories": [name for name in rows[0] if name not in rows[1]],
-                "components": [name for name in columns[0] if name not in columns[1]],
-            },
-            "other": {
-                "trajectories": [name for name in rows[1] if name not in rows[0]],
-                "components": [name for name in columns[1] if name not in columns[0]],
-            },
+            side: {
+                "trajectories": [name for name in rows[i] if name not in rows[1 - i]],
+                "components": [name for name in columns[i] if name not in columns[1 - i]],
+            }
+            for i, side in enumerate(("one", "other"))
         },
         "compared": len(pairs),
-        "components": {name: summary([row for row in changed if row["component"] == name]) for name in both},
+        "components": {name: summarise([row for row in changed if row["component"] == name]) for name in both},
         "rows": changed,
     }
 
 
-def recipes(one: Artifact, other: Artifact) -> dict[str, list[Any]]:
-    """Dotted key -> [one, other] of the settings, inputs (by digest), functions and packages that differ."""
-    flat = [dict(_flat(_recipe(artifact))) for artifact in (one, other)]
+def compare_recipes(first: Artifact, second: Artifact) -> dict[str, list[Any]]:
+    """Return dotted key -> [first, second] of settings, inputs (by digest), functions and packages that differ."""
+    flat = [dict(_flatten(_recipe(artifact))) for artifact in (first, second)]
     keys = sorted(flat[0].keys() | flat[1].keys())
     pairs = {key: [side.get(key, ABSENT) for side in flat] for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -71,42 +73,42 @@ def _recipe(artifact: Artifact) -> dict[str, Any]:
     return recipe | {"inputs": {name: entry["digest"] for name, entry in recipe["inputs"].items()}}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def plain(score: Mapping[str, Any]) -> dict[str, Any]:
-    """A score with its evidence read."""
+def parse_score(score: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a score with its evidence parsed."""
     evidence = score["evidence"]
-    return {name: score[name] for name in PARTS} | {"evidence": json.loads(evidence) if evidence else None}
+    return {name: score[name] for name in SCORE_FIELDS} | {"evidence": json.loads(evidence) if evidence else None}
 
 
-def entry(
+def describe_change(
     trajectory_id: str, component: str, before: dict, after: dict, judged_before: Mapping, judged_after: Mapping
 ) -> dict[str, Any]:
-    """A value that differs, and why: which of its parts, and what differs between the judgements behind it."""
+    """Return a changed score with its reasons: the fields that differ, and what differs in its judgements."""
     why = [name for name in ("status", "reason") if before[name] != after[name]]
     keys = [judgement_keys(score["evidence"]) for score in (before, after)]
     changes: list[dict[str, list[Any]]] = []
     if keys[0] != keys[1]:
         changes = [
-            judgement(judged_before.get(first), judged_after.get(second), first, second)
-            for first, second in _paired(*keys)
-            if first != second
+            compare_judgements(judged_before.get(old), judged_after.get(new), old, new)
+            for old, new in zip_longest(*keys)  # both list the same questions in the same order
+            if old != new
         ]
-    else:  # one key is one model, weights, prompt and images: where the verdicts differ, the judge does not repeat itself
+    else:  # a key stands for model, weights, prompt and images: another verdict means that the judge is not repeatable
         changes = [
-            judgement(judged_before[key], judged_after[key], key, key)
+            compare_judgements(judged_before[key], judged_after[key], key, key)
             for key in keys[0]
             if key in judged_before and key in judged_after
         ]
     changes = [change for change in changes if change]
     why += [f"judgement: {name}" for name in dict.fromkeys(name for change in changes for name in change)]
-    why += [f"evidence: {name}" for name in evidence(before["evidence"], after["evidence"])]
+    why += [f"evidence: {name}" for name in compare_evidence(before["evidence"], after["evidence"])]
     return {
         "trajectory_id": trajectory_id,
         "component": component,
@@ -118,24 +120,18 @@ def entry(
     }
 
 
-def _paired(one: list[str], other: list[str]) -> Iterator[tuple[str | None, str | None]]:
-    """By place: both list the same questions in the same order."""
-    for place in range(max(len(one), len(other))):
-        yield one[place] if place < len(one) else None, other[place] if place < len(other) else None
-
-
-def judgement(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, first: str | None, second: str | None
+def compare_judgements(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, old_key: str | None, new_key: str | None
 ) -> dict[str, list[Any]]:
-    """Field -> [before, after] of what differs; the keys where one of the two judgements is not stored."""
+    """Return field -> [before, after] of what differs; the keys where one of the two judgements is not stored."""
     if before is None or after is None:
-        return {"key": [first, second]}
-    sides = [readable(dict(side)) for side in (before, after)]
-    return {name: [side.get(name) for side in sides] for name in JUDGED if sides[0].get(name) != sides[1].get(name)}
+        return {"key": [old_key, new_key]}
+    old, new = (parse_evidence(dict(side)) for side in (before, after))
+    return {name: [old.get(name), new.get(name)] for name in JUDGEMENT_FIELDS if old.get(name) != new.get(name)}
 
 
-def evidence(before: Any, after: Any) -> list[str]:
-    """The keys of the evidence that differ, but for the judgements; "all" where it is no mapping on both sides."""
+def compare_evidence(before: Any, after: Any) -> list[str]:
+    """Return the keys of the evidence that differ, without the judgements; "all" where it is not two mappings."""
     if before == after:
         return []
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
@@ -147,8 +143,8 @@ def evidence(before: Any, after: Any) -> list[str]:
     ]
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the changed values of one component: how many, their mean and largest change, and how often each reason."""
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the number of changed values of one component, their mean and largest change, and a count per reason."""
     changes = [row["change"] for row in rows if row["change"] is not None]
     return {
         "changed": len(rows),

@@ -1,4 +1,4 @@
-"""The whole story of one trajectory's reward: what was said and shown, what each component made of it, and what came of it."""
+"""Explanation of one trajectory's reward: conversation, components with their judgements, totals and advantage."""
 
 import json
 from dataclasses import asdict
@@ -14,41 +14,45 @@ from thinkimg.records import Sample, StopReason, Trajectory
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import IDENTITY, Dataset, Rollouts, Scores
 
-SHOWN = 5  # candidates in an error
+EXAMPLES = 5  # of ids, in an error
 
 
-def find(store: Store, prefix: str, scores: Scores | None = None) -> tuple[Scores, str, list[Scores]]:
-    """(scores, trajectory id, other scores of it) for the beginning of an id: the scores made last, unless they are named.
+def find_trajectory(store: Store, prefix: str, scores: Scores | None = None) -> tuple[Scores, str, list[Scores]]:
+    """Return (scores, trajectory id, other scores of it) for the beginning of an id; the newest scores unless given.
 
-    Raises UserError where no trajectory or several begin so.
+    Raises UserError where no trajectory, or several, begin with the prefix.
     """
-    places: dict[str, list[Scores]] = {}
-    every: list[str] = []
-    for artifact in [scores] if scores else sorted(store.list("scores"), key=lambda one: one.manifest["finished"]):
+    scores_of: dict[str, list[Scores]] = {}
+    all_ids: dict[str, None] = {}
+    candidates = [scores] if scores else sorted(store.list("scores"), key=lambda entry: entry.manifest["finished"])
+    for artifact in candidates:
         ids, _ = artifact.identities()
-        every += ids
+        all_ids |= dict.fromkeys(ids)
         for name in ids:
             if name.startswith(prefix):
-                places.setdefault(name, []).append(artifact)
-    if prefix in places:
-        places = {prefix: places[prefix]}
-    if len(places) == 1 and prefix:
-        [(name, found)] = places.items()
-        return found[-1], name, found[:-1]
-    where = f"in {scores.reference}" if scores else f"in the scores under {store.root}"
-    listed = ", ".join(list(places or dict.fromkeys(every))[:SHOWN])
-    left = len(places or set(every)) - SHOWN
-    hint = f"There are {listed}{f' and {left} more' if left > 0 else ''}." if listed else "There are no scores yet."
-    what = f"{len(places)} trajectories {where} begin" if places else f"No trajectory {where} begins"
-    raise UserError(f"{what} with '{prefix}'.", hint=hint)
+                scores_of.setdefault(name, []).append(artifact)
+    if prefix in scores_of:
+        scores_of = {prefix: scores_of[prefix]}
+    if len(scores_of) == 1 and prefix:
+        [(name, artifacts)] = scores_of.items()
+        return artifacts[-1], name, artifacts[:-1]
+    where = f"in {scores.reference}" if scores else f"in the scores in {store.root}"
+    ids = list(scores_of or all_ids)
+    more = f" and {len(ids) - EXAMPLES} more" if len(ids) > EXAMPLES else ""
+    hint = f"There are {', '.join(ids[:EXAMPLES])}{more}." if ids else "There are no scores yet."
+    count = f"{len(scores_of)} trajectories {where} begin" if scores_of else f"No trajectory {where} begins"
+    raise UserError(f"{count} with '{prefix}'.", hint=hint)
 
 
-def story(store: Store, scores: Scores, trajectory_id: str, config: Config) -> dict[str, Any]:
-    """All of it as JSON: see the keys. config: whose mix is shown where no policy was trained on the scores."""
+def explain_reward(store: Store, scores: Scores, trajectory_id: str, config: Config) -> dict[str, Any]:
+    """Return the explanation as JSON. config.
+
+    Its mix is shown where no policy was trained on the scores, if it fits.
+    """
     scored = open_scores(scores, store)
     dataset = store.origin(scored.rollouts, "dataset")
-    row, sample = played(scored.rollouts, dataset, trajectory_id)
-    place = scored.ids.index(trajectory_id)
+    row, sample = read_trajectory(scored.rollouts, dataset, trajectory_id)
+    index = scored.ids.index(trajectory_id)
     return {
         "trajectory_id": trajectory_id,
         "sample_id": row.sample_id,
@@ -68,13 +72,18 @@ def story(store: Store, scores: Scores, trajectory_id: str, config: Config) -> d
         "stop": str(row.stop),
         "error": row.error,
         "turns": [asdict(turn) for turn in row.turns],
-        "images": images(row, sample, scored.rollouts, dataset),
-        "components": components(scores, trajectory_id),
-        "weighed": [weighed(scored, weighing, row, place) for weighing in weighings(store, scores, config)],
+        "images": describe_images(row, sample, scored.rollouts, dataset),
+        "components": read_components(scores, trajectory_id),
+        "weighed": [
+            weigh_trajectory(scored, weighing, row, index)
+            for weighing in weighings(store, scores, config)
+            if set(scored.components).issuperset(weighing.mix.columns())
+        ],
     }
 
 
-def played(rollouts: Rollouts, dataset: Dataset, trajectory_id: str) -> tuple[Trajectory, Sample]:
+def read_trajectory(rollouts: Rollouts, dataset: Dataset, trajectory_id: str) -> tuple[Trajectory, Sample]:
+    """Return a trajectory and its sample. Raises UserError where one of them is missing."""
     row = next(rollouts.trajectories(ids=[trajectory_id]), None)
     if row is None:
         raise UserError(f"{rollouts.reference} has no trajectory {trajectory_id}.")
@@ -84,8 +93,8 @@ def played(rollouts: Rollouts, dataset: Dataset, trajectory_id: str) -> tuple[Tr
     return row, sample
 
 
-def images(row: Trajectory, sample: Sample, rollouts: Rollouts, dataset: Dataset) -> list[dict[str, Any]]:
-    """Each image of the conversation in order: hash, size in pixels, size as the model saw it, and where it came from."""
+def describe_images(row: Trajectory, sample: Sample, rollouts: Rollouts, dataset: Dataset) -> list[dict[str, Any]]:
+    """Return each image of the conversation in order: hash, size in pixels, size as the model saw it, origin."""
     sizes = rollouts.image_sizes(dataset, set(row.images))
     makers = [None] * len(sample.images) + [number for number, turn in enumerate(row.turns) if turn.image is not None]
     entries = []
@@ -105,44 +114,48 @@ def images(row: Trajectory, sample: Sample, rollouts: Rollouts, dataset: Dataset
     return entries
 
 
-def components(scores: Scores, trajectory_id: str) -> dict[str, dict[str, Any]]:
-    """Component -> value, status, reason, evidence, and the judgements that the evidence names, as they are stored."""
+def read_components(scores: Scores, trajectory_id: str) -> dict[str, dict[str, Any]]:
+    """Return component -> value, status, reason, evidence, and the stored judgements that the evidence names."""
     row = next(scores.rows(ids=[trajectory_id]))
-    found = {name: score for name, score in row.items() if name not in IDENTITY}
-    for score in found.values():
+    components = {name: score for name, score in row.items() if name not in IDENTITY}
+    for score in components.values():
         score["evidence"] = score["evidence"] and json.loads(score["evidence"])
-    keys = {name: judgement_keys(score["evidence"]) for name, score in found.items()}
-    stored = scores.judgements(key for some in keys.values() for key in some)
-    for name, score in found.items():
-        score["judgements"] = [readable(stored[key]) if key in stored else {"key": key} for key in keys[name]]
-    return found
+    keys = {name: judgement_keys(score["evidence"]) for name, score in components.items()}
+    stored = scores.judgements(key for names in keys.values() for key in names)
+    for name, score in components.items():
+        score["judgements"] = [parse_evidence(stored[key]) if key in stored else {"key": key} for key in keys[name]]
+    return components
 
 
 def judgement_keys(evidence: Any) -> list[str]:
+    """Return the keys of the judgements that a component's evidence names."""
     named = evidence.get("judgements") if isinstance(evidence, dict) else None
     return [key for key in named if isinstance(key, str)] if isinstance(named, list) else []
 
 
-def readable(judgement: dict[str, Any]) -> dict[str, Any]:
+def parse_evidence(judgement: dict[str, Any]) -> dict[str, Any]:
+    """Return a judgement with its evidence parsed."""
     evidence = judgement.get("evidence")
     return judgement | {"evidence": json.loads(evidence) if isinstance(evidence, str) and evidence else evidence}
 
 
-def weighed(scored: Scored, weighing: Weighing, row: Trajectory, place: int) -> dict[str, Any]:
-    """Return the terms that one mix made of the trajectory, and its group. Where a policy was trained: the rows that it was trained with.
+def weigh_trajectory(scored: Scored, weighing: Weighing, row: Trajectory, index: int) -> dict[str, Any]:
+    """Return the terms of a trajectory's total under one mix, and the rows of its group.
 
-    terms: name in the mix, column, weight, value that was added (None where the column has none), whether it is the
-    group's mean, weight x value. group: every row of the group with total, advantage, included and reason.
+    terms: name in the mix, column, weight, value (None where the column has none), group_mean (whether the value is the
+    group's mean), adds (weight x value). group: total, advantage, included and reason of every row; as stored with the
+    policy where one was trained.
     """
     totals, result = weighing.of(scored)
-    members = np.flatnonzero(scored.groups == scored.groups[place])
+    members = np.flatnonzero(scored.groups == scored.groups[index])
     columns = weighing.mix.values(scored.components)
     terms = []
-    for name, column, weight in weighing.mix.parts():
+    for name, column, weight in weighing.mix.terms():
         values = columns[name, column]
         present = members[scored.counted[members] & ~np.isnan(values[members])]
-        missing = bool(np.isnan(values[place]))
-        value = float(values[present].mean()) if missing and len(present) else None if missing else float(values[place])
+        missing = bool(np.isnan(values[index]))
+        counting = present if missing else [index]
+        value = float(values[counting].mean()) if len(counting) else None
         terms.append(
             {
                 "name": name,
@@ -153,7 +166,6 @@ def weighed(scored: Scored, weighing: Weighing, row: Trajectory, place: int) -> 
                 "adds": weight * (value or 0.0),
             }
         )
-    reason = result.reasons[place]
     used = weighing.policy.advantages() if weighing.policy is not None else None
     group = [
         {
@@ -167,15 +179,17 @@ def weighed(scored: Scored, weighing: Weighing, row: Trajectory, place: int) -> 
         else {name: value for name, value in used[scored.ids[i]].items() if name != "group_id"}
         for i in members
     ]
-    own = next(one for one in group if one["trajectory_id"] == row.trajectory_id)
+    own = next(entry for entry in group if entry["trajectory_id"] == row.trajectory_id)
     return {
         "by": weighing.name,
         "trained": used is not None,
-        **weighing.mix.slice(),
+        **weighing.mix.fingerprinted(),
         "terms": terms,
         **{name: value for name, value in own.items() if name != "trajectory_id"},
         "included": own["included"] and not _masked(weighing, row),
-        "why": why(reason, weighing, row, totals[place], totals[members[scored.counted[members]]]),
+        "why": explain_inclusion(
+            result.reasons[index], weighing, row, totals[index], totals[members[scored.counted[members]]]
+        ),
         "group": group,
     }
 
@@ -184,22 +198,18 @@ def _masked(weighing: Weighing, row: Trajectory) -> bool:
     return weighing.mask_truncated and row.stop is StopReason.TRUNCATED
 
 
-def why(reason: Inclusion, weighing: Weighing, row: Trajectory, total: float, totals: np.ndarray) -> str:
-    """One sentence. totals: (n,) of the group's counted rows."""
+def explain_inclusion(reason: Inclusion, weighing: Weighing, row: Trajectory, total: float, totals: np.ndarray) -> str:
+    """Return one sentence on why the row is in the loss or not. totals: (n,) of the group's counted rows."""
     spread = f"{np.std(totals, ddof=1):.3g}" if len(totals) > 1 else "0"
     match reason:
         case Inclusion.INVALID if row.stop is StopReason.FAILED:
-            return "Left out: the conversation failed, which says nothing about the policy."
+            return "Left out: the conversation failed for a reason that is not the policy's."
         case Inclusion.INVALID:
-            return (
-                f"Left out: it ended by {row.stop} with every turn in order, and might have been right with more room."
-            )
+            return f"Left out: it ended by {row.stop} with every turn in order; with more room it might be right."
         case Inclusion.ALONE:
-            return "Left out: no other row of its group counts, so that there is nothing to compare it with."
+            return "Left out: no other row of its group counts, so it can't be compared."
         case Inclusion.SILENT:
-            return (
-                f"Left out: the totals of its group have a deviation of {spread}, below min_std {weighing.min_std:g}."
-            )
+            return f"Left out: its group's totals have a standard deviation of {spread}, below {weighing.min_std:g}."
     if _masked(weighing, row):
-        return "Left out: a turn reached its token limit, and mask_truncated_completions is on; it counts in its group."
-    return f"In the loss: its total is {total:.3g}, its group's mean {totals.mean():.3g} (deviation {spread})."
+        return "Left out by mask_truncated_completions: a turn reached its token limit. It counts in its group."
+    return f"In the loss: its total is {total:.3g}, its group's mean {totals.mean():.3g} (standard deviation {spread})."

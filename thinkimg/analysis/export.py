@@ -1,4 +1,4 @@
-"""Packing a policy for somebody who has nothing else: weights, template, tools, config, and what all of it came from."""
+"""Export of a policy as a self-contained directory: weights, template, tools, config, manifests of its ancestors."""
 
 import hashlib
 import inspect
@@ -10,94 +10,87 @@ from thinkimg import __version__
 from thinkimg.errors import UserError
 from thinkimg.images.toolbox import TOOLS, load_tools
 from thinkimg.store import files
-from thinkimg.store.artifacts import Artifact, Store
-from thinkimg.store.lineage import Graph, draw
-from thinkimg.store.manifest import MANIFEST, git_revision
-from thinkimg.tracking.records import records
+from thinkimg.store.artifacts import Store
+from thinkimg.store.lineage import Graph, draw_tree
+from thinkimg.store.manifest import MANIFEST, Artifact, git_revision
+from thinkimg.tracking.records import LoopRecord, load_records
 
 SUMS = "SHA256SUMS"
 README = """# A policy that thinkimg {version} trained
 
     policy/                  the weights ({adaptation}), tokenizer and processor, as Hugging Face's libraries read them
-    chat_template.jinja      the template that it was trained with; the base model's own knows no tools
+    chat_template.jinja      the template that it was trained with; the base model's own has no tools
     system.txt               the system prompt that it was trained with
-    tools.json               the tools on offer: description, JSON Schema of the arguments, hash of the code
-    config.json              the resolved config of its loop, and the slice of it that each ancestor's stage has read
+    tools.json               its tools: description, JSON Schema of the arguments, hash of the code
+    config.json              the resolved config of its loop, and the part of it that each ancestor's stage used
     manifest.json            its own manifest: recipe, inputs, hash of every file, metrics, versions, host
-    ancestors/               the manifests of all that it was made from, and of its evaluations
+    ancestors/               the manifests of all its ancestors, and of its evaluations
     lineage.txt              the same as a tree
     {sums}               the hash of every file here: `sha256sum --check {sums}`
 
-A manifest ends with `seal`, the sha256 of the manifest without it (JSON, sorted keys, indent 1), and its `fingerprint` is the
-sha256 of the canonical JSON of its recipe. `digest` is taken over names, sizes and hashes of the content files; `inputs`
-in the recipe name the digests of the ancestors.
+A manifest ends with `seal`, the sha256 of the manifest without it (JSON, sorted keys, indent 1). Its `fingerprint` is
+the sha256 of the canonical JSON of its recipe. `digest` covers names, sizes and hashes of the content files. The
+recipe's `inputs` have the digests of the ancestors.
 """
 
 
-def export(store: Store, policy: Artifact, target: Path) -> Path:
-    """Write the pack into the directory `target`, which must not exist; it is there whole or not at all.
+def export_policy(store: Store, policy: Artifact, target: Path) -> Path:
+    """Write the export to the new directory `target`, in one step, and return its path.
 
-    Raises UserError if there is something at `target`, the policy's files are damaged or dropped, or it has no template.
+    Raises UserError if `target` exists, the policy's files are damaged or dropped, or it has no template.
     """
     if target.exists():
-        raise UserError(f"there is something at {target} already", hint="name a directory that does not exist")
+        raise UserError(f"{target} exists already.", hint="Name a directory that does not exist.")
     problems = store.verify(policy)
     if problems:
-        raise UserError(f"{policy.reference} is damaged: {problems[0]}", hint="make it again with --force")
+        raise UserError(f"{policy.reference} is damaged: {problems[0]}.", hint="Make it again with --force.")
     files.make_directory(target.absolute().parent)
     with files.replacing(target.absolute()) as pack:
         pack.mkdir()
-        fill(store, policy, pack)
+        write_pack(store, policy, pack)
         sums = [f"{files.sha256(pack / name)}  {name}\n" for name in files.files_under(pack)]
         (pack / SUMS).write_text("".join(sums))
     return target
 
 
-def fill(store: Store, policy: Artifact, pack: Path) -> None:
+def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
+    """Write all files of an export but the checksums."""
     graph, name = Graph.of(store), str(policy.reference)
     shutil.copytree(policy.checked("policy"), pack / "policy")
     shutil.copyfile(policy.directory / MANIFEST, pack / MANIFEST)
     ancestors = [
         graph.artifacts[entry] for entry in sorted(graph.ancestors([name]) - {name}) if entry in graph.artifacts
     ]
-    evaluations = [graph.artifacts[entry] for entry in graph.made.get(name, []) if entry.startswith("evaluation/")]
+    evaluations = [graph.artifacts[entry] for entry in graph.products.get(name, []) if entry.startswith("evaluation/")]
     (pack / "ancestors").mkdir()
     for artifact in (*ancestors, *evaluations):
-        shutil.copyfile(
-            artifact.directory / MANIFEST,
-            pack / "ancestors" / f"{artifact.kind}-{artifact.fingerprint}-{artifact.attempt}.json",
-        )
-    loop = loop_of(store, policy)
+        target = pack / "ancestors" / f"{artifact.kind}-{artifact.fingerprint}-{artifact.attempt}.json"
+        shutil.copyfile(artifact.directory / MANIFEST, target)
+    loop = find_loop(store, policy)
     slices = {str(artifact.reference): artifact.manifest["recipe"]["config"] for artifact in (*ancestors, policy)}
-    write_json(pack / "config.json", {"loop": loop.config if loop else None, "stages": slices})
-    conversation = next(
-        (
-            config["conversation"]
-            for config in reversed(slices.values())
-            if "protocol" in config.get("conversation", {})
-        ),
-        {},
-    )
-    write_json(pack / "tools.json", definitions(conversation.get("tools")))
+    save_json(pack / "config.json", {"loop": loop.config if loop else None, "stages": slices})
+    conversations = [config.get("conversation", {}) for config in slices.values()]
+    conversation = next((settings for settings in reversed(conversations) if "protocol" in settings), {})
+    save_json(pack / "tools.json", describe_tools(conversation.get("tools")))
     system = loop.system if loop else conversation.get("system")
     (pack / "system.txt").write_text((system or "") + "\n", encoding="utf-8")
-    (pack / "chat_template.jinja").write_text(template(pack / "policy"), encoding="utf-8")
-    (pack / "lineage.txt").write_text("\n".join(draw(graph, name)) + "\n", encoding="utf-8")
+    (pack / "chat_template.jinja").write_text(read_template(pack / "policy"), encoding="utf-8")
+    (pack / "lineage.txt").write_text("\n".join(draw_tree(graph, name)) + "\n", encoding="utf-8")
     adaptation = policy.manifest["recipe"]["config"]["model"].get("adaptation", "full")
     text = README.format(version=__version__, adaptation=adaptation, sums=SUMS)
     (pack / "README.md").write_text(text, encoding="utf-8")
 
 
-def loop_of(store: Store, policy: Artifact):
-    """The record of the loop that made or used the policy; None if a single stage made it."""
-    for record in records(store):
+def find_loop(store: Store, policy: Artifact) -> LoopRecord | None:
+    """Return the record of the loop that made or used the policy; None if a single stage made it."""
+    for record in load_records(store):
         if any(reference.digest == policy.digest for _, reference in record.references("policy")):
             return record
     return None
 
 
-def template(policy: Path) -> str:
-    """The chat template beside the weights or the adapter, as Jinja."""
+def read_template(policy: Path) -> str:
+    """Return the chat template beside the weights or the adapter, as Jinja."""
     for path in sorted(policy.glob("*/chat_template.jinja")):
         return path.read_text(encoding="utf-8")
     for path in sorted(policy.glob("*/chat_template.json")):
@@ -105,11 +98,13 @@ def template(policy: Path) -> str:
     for path in sorted(policy.glob("*/tokenizer_config.json")):
         if "chat_template" in (config := json.loads(path.read_bytes())):
             return config["chat_template"]
-    raise UserError("the policy has no chat template", hint="put the base model's beside its tokenizer and train again")
+    raise UserError(
+        "The policy has no chat template.", hint="Put it beside the base model's tokenizer and train again."
+    )
 
 
-def definitions(names: list[str] | None) -> dict:
-    """The offered tools as this version of the code has them; None: all of them."""
+def describe_tools(names: list[str] | None) -> dict:
+    """Return the definitions of tools in this version of the code. names: None for all."""
     offered = load_tools(None if names is None else tuple(names))
     tools = [
         {
@@ -124,5 +119,5 @@ def definitions(names: list[str] | None) -> dict:
     return {"thinkimg": __version__, "git": git_revision(), "tools": tools}
 
 
-def write_json(path: Path, value: object) -> None:
+def save_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

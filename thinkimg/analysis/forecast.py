@@ -1,4 +1,4 @@
-"""Forecast of the memory preflight before anything runs: of a step over rows as long as the config lets them become."""
+"""Forecast of a training step's memory before anything runs, for rows as long as the config allows."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 
 from thinkimg.config.tree import Config
-from thinkimg.conversation.episode import system_prompt
+from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.errors import UserError
 from thinkimg.images.patches import image_tokens
 from thinkimg.models import tiny
@@ -14,83 +14,89 @@ from thinkimg.models.base import BaseSource
 from thinkimg.trainer import memory
 from thinkimg.trainer.client import accelerate_settings
 from thinkimg.trainer.forward.packing import Conversation
-from thinkimg.trainer.optimise import computed, split
+from thinkimg.trainer.micro_batches import count_tokens, split
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
 
-LETTERS = 3  # at least, of the system prompt in a token
+LETTERS_PER_TOKEN = 3  # of the system prompt, at least
 
 
-def forecast(config: Config) -> str:
-    """One line: what a step takes, what is free, and what to lower where that is less."""
+def forecast_memory(config: Config) -> str:
+    """Return one line: the memory of a step, the free memory, and the settings to lower if it does not fit."""
     try:
-        base = geometry(config)
+        base = base_config(config)
     except OSError:
-        return f"memory         not known: the config.json of {config.model.path} can't be had"
-    found, tokens = worst(config, base)
-    need, free = f"{found.total / memory.GB:.1f} GB", room(config)
-    line = f"memory         a step of {tokens} tokens takes up to {need} beside {found.weights / memory.GB:.1f} GB of weights"
-    left = free - found.weights
-    if found.total <= left:
+        return f"memory         unknown: the config.json of {config.model.path} is not available"
+    step, tokens = predict_largest(config, base)
+    free = free_memory(config)
+    total, weights = (f"{size / memory.GB:.1f} GB" for size in (step.total, step.weights))
+    line = f"memory         a step of {tokens} tokens takes up to {total} beside {weights} of weights"
+    if step.total <= free - step.weights:
         return f"{line}: fits in {free / memory.GB:.1f} GB"
     lower = "train.token_budget, rollout.group_size, conversation.max_turns, images.max_pixels"
     lower += "" if config.train.gradient_checkpointing else "; or set train.gradient_checkpointing=true"
-    return f"{line}, and {free / memory.GB:.1f} GB are free: lower {lower}"
+    return f"{line}, but only {free / memory.GB:.1f} GB are free: lower {lower}"
 
 
-def worst(config: Config, base: "Qwen2_5_VLConfig") -> tuple[memory.Need, int]:
-    """The need of the largest micro-batch that there can be, and its tokens. base: as `geometry` gives it."""
+def predict_largest(config: Config, base: "Qwen2_5_VLConfig") -> tuple[memory.Requirement, int]:
+    """Return the memory of the largest possible micro-batch, and its tokens."""
     import torch
 
-    rows, groups = conversations(config, base.image_token_id)
-    batches = split(
-        rows, groups if config.train.shared_prompts else None, config.train.token_budget, base.image_token_id
+    rows, groups = longest_rows(config, base.image_token_id)
+    groups = groups if config.train.shared_prompts else None
+    batches = [
+        ([rows[i] for i in batch.rows], batch.units)
+        for batch in split(rows, groups, config.train.token_budget, base.image_token_id)
+    ]
+    options = memory.StepOptions(
+        checkpointing=config.train.gradient_checkpointing,
+        train_vision=config.model.train_vision,
+        entropy_grad=config.train.loss.entropy_coef != 0,
+        temperature=config.rollout.temperature,
+        on_gpu=torch.cuda.is_available(),
+        shards=count_shards(config),
     )
-    largest = max(batches, key=lambda batch: computed([rows[i] for i in batch.rows], batch.units))
-    chosen = [rows[i] for i in largest.rows]
-    how = memory.How(
-        checkpointing=config.train.gradient_checkpointing, train_vision=config.model.train_vision,
-        entropy_grad=config.train.loss.entropy_coef != 0, temperature=config.rollout.temperature,
-        cuda=torch.cuda.is_available(), processes=processes_that_share(config),
-    )  # fmt: skip
-    made = min(config.conversation.max_turns, config.conversation.max_images) - 1  # images of tools in a row
-    count = config.rollout.samples * (1 + config.rollout.group_size * made)
-    images = dict.fromkeys(map(str, range(count)), picture(config))
-    return memory.need(base, config.model, chosen, largest.units, how, images), computed(chosen, largest.units)
+    tool_images = min(config.conversation.max_turns, config.conversation.max_images) - 1  # of a row
+    count = config.rollout.samples * (1 + config.rollout.group_size * tool_images)
+    images = dict.fromkeys(map(str, range(count)), largest_grid(config))
+    step = memory.Step(base, config.model, *max(batches, key=lambda batch: count_tokens(*batch)), options, images)
+    return memory.predict(step), step.tokens
 
 
-def geometry(config: Config) -> "Qwen2_5_VLConfig":
-    """Of the base model, from its config.json; a tiny one's from its settings. OSError if it can't be had."""
+def base_config(config: Config) -> "Qwen2_5_VLConfig":
+    """Return the base model's config.json; a tiny one's from its settings. Raises OSError if it is not available."""
     if config.model.tiny is not None:
         first = config.model.tiny.vocab_size - len(tiny.SPECIAL_TOKENS)
-        return tiny.geometry(config.model.tiny, {token: first + i for i, token in enumerate(tiny.SPECIAL_TOKENS)})
+        return tiny.make_config(config.model.tiny, {token: first + i for i, token in enumerate(tiny.SPECIAL_TOKENS)})
     from transformers import AutoConfig
 
     base = BaseSource.of(config.model).entry()
-    found = AutoConfig.from_pretrained(base["directory"] or base["name"], revision=base["revision"])
-    if found.model_type != "qwen2_5_vl":
-        raise UserError(f"{config.model.path} is a {found.model_type}, not a qwen2_5_vl.")
-    return found
+    model = AutoConfig.from_pretrained(base["directory"] or base["name"], revision=base["revision"])
+    if model.model_type != "qwen2_5_vl":
+        raise UserError(f"{config.model.path} is a {model.model_type}, not a qwen2_5_vl.")
+    return model
 
 
-def picture(config: Config) -> np.ndarray:
-    """Grid of the largest picture."""
+def largest_grid(config: Config) -> np.ndarray:
+    """Return the grid of patches of the largest picture."""
     return np.array([1, 2, 2 * max(config.images.max_pixels // 28**2, 1)])
 
 
-def conversations(config: Config, image_token: int) -> tuple[list[Conversation], list[int]]:
-    """Rows of one process's share of a step, no more than a micro-batch can hold, and their groups: one image to a sample, and
-    as many full turns with a tool's image each as turns, images and tokens allow."""
-    talk, grid = config.conversation, picture(config)
+def longest_rows(config: Config, image_token: int) -> tuple[list[Conversation], list[int]]:
+    """Return the longest rows of one process's share of a step, and their groups; no more than a micro-batch can hold.
+
+    Each sample has one image, and as many full turns with a tool's image as turns, images and tokens allow.
+    """
+    talk, grid = config.conversation, largest_grid(config)
     shown = image_tokens(grid)
-    system = system_prompt(talk)
+    system = render_system_prompt(talk)
     per_process = -(-config.rollout.samples // config.train.steps // config.where.trainer.processes)
     rows, groups = [], []
     while len(groups) < per_process * config.rollout.group_size:
         number, index = divmod(len(rows), config.rollout.group_size)
-        # Text ids are those of a row, so that a group shares its prompt and no more.
-        parts = [(1 + len(system) // LETTERS, 0, False), (shown, image_token, False)]
+        # Rows have text ids of their own, so that a group shares its prompt and nothing else.
+        parts = [(1 + len(system) // LETTERS_PER_TOKEN, 0, False), (shown, image_token, False)]
         keys = [f"{number}"]
         for turn in range(talk.max_turns):
             parts.append((talk.max_turn_tokens, 1 + index, True))
@@ -104,22 +110,20 @@ def conversations(config: Config, image_token: int) -> tuple[list[Conversation],
         scored = np.concatenate([np.full(length, sampled) for length, _, sampled in parts])
         rows.append(Conversation(tokens, scored, tuple(keys), np.array([grid] * len(keys))))
         groups.append(number)
-        if (
-            sum(len(row.tokens) for row in rows) > 2 * config.train.token_budget
-            and index + 1 == config.rollout.group_size
-        ):
+        full = sum(len(row.tokens) for row in rows) > 2 * config.train.token_budget
+        if full and index + 1 == config.rollout.group_size:
             break
     return rows, groups
 
 
-def processes_that_share(config: Config) -> int:
-    """Over how many the layers are spread."""
+def count_shards(config: Config) -> int:
+    """Return the number of processes that share the layers."""
     where = config.where.trainer
     return where.processes if accelerate_settings(where).get("distributed_type") == "FSDP" else 1
 
 
-def room(config: Config) -> int:
-    """Bytes of this machine's GPU, or of its main memory, that are free beside the engine that a loop keeps."""
+def free_memory(config: Config) -> int:
+    """Return the free bytes of this machine's GPU, or of its main memory, beside the engine that a loop keeps."""
     import torch
 
     engine = config.where.engine

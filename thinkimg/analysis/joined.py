@@ -1,4 +1,4 @@
-"""Scores with all that their mix needs, and the policies that were trained on them."""
+"""Scores joined with their rollouts, and the mixes that they were or could be weighed with."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +9,14 @@ from thinkimg.config.tree import Config
 from thinkimg.grpo.advantages import AdvantageResult, advantages
 from thinkimg.rewards.joined import Joined, join
 from thinkimg.rewards.mix import Mix
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Rollouts, Scores
+from thinkimg.store.manifest import Artifact
 
 
 @dataclass(frozen=True)
 class Scored(Joined):
-    """One iteration's scores, with their artifacts."""
+    """Joined columns of one iteration, with their artifacts."""
 
     scores: Scores
     rollouts: Rollouts
@@ -23,7 +24,7 @@ class Scored(Joined):
 
 @dataclass(frozen=True)
 class Weighing:
-    """A mix and what advantages are made with: of a policy that was trained, or of the config at hand."""
+    """Settings that turn scores into advantages: those of a trained policy, or of a config."""
 
     name: str
     mix: Mix
@@ -33,7 +34,7 @@ class Weighing:
     policy: Artifact | None = None
 
     def of(self, joined: Joined) -> tuple[np.ndarray, AdvantageResult]:
-        """Totals and advantages, as stages.train makes them."""
+        """Return totals and advantages, as stages.train computes them."""
         totals = joined.totals(self.mix)
         return totals, advantages(
             totals, joined.groups, joined.counted, scale_rewards=self.scale_rewards, min_std=self.min_std
@@ -41,29 +42,27 @@ class Weighing:
 
 
 def open_scores(scores: Scores, store: Store) -> Scored:
+    """Return scores joined with their rollouts."""
     rollouts = store.origin(scores, "rollouts")
     return Scored(**vars(join(rollouts, scores)), scores=scores, rollouts=rollouts)
 
 
-def trained(store: Store, scores: Artifact) -> list[Artifact]:
-    """The policies that these scores were trained on, oldest first."""
-    found = []
-    for policy in store.list("policy"):
-        used = policy.manifest["recipe"]["inputs"].get("scores")
-        if used and used["digest"] == scores.digest:
-            found.append(policy)
-    return sorted(found, key=lambda policy: policy.manifest["finished"])
+def trained_policies(store: Store, scores: Artifact) -> list[Artifact]:
+    """Return the policies that were trained on these scores, oldest first."""
+    inputs = ((policy, policy.inputs.get("scores")) for policy in store.list("policy"))
+    policies = [policy for policy, used in inputs if used and used.digest == scores.digest]
+    return sorted(policies, key=lambda policy: policy.manifest["finished"])
 
 
 def weighings(store: Store, scores: Artifact, config: Config) -> list[Weighing]:
-    """Of each policy that was trained on the scores, oldest first; of the config where there is none."""
-    found = []
-    for policy in trained(store, scores):
-        recipe = policy.manifest["recipe"]["config"]
-        found.append(_weighing(f"policy/{policy.short}", Mix.of(recipe), recipe["train"], policy))
-    if found:
-        return found
-    mix = Mix.of_settings(config.mix, config.image)
+    """Return that of each policy that was trained on the scores, oldest first; the config's where there is none."""
+    recipes = [(policy, policy.manifest["recipe"]["config"]) for policy in trained_policies(store, scores)]
+    if recipes:
+        return [
+            _weighing(f"policy/{policy.short}", Mix.from_tree(recipe), recipe["train"], policy)
+            for policy, recipe in recipes
+        ]
+    mix = Mix.from_config(config.mix, config.image)
     return [_weighing(f"preset {config.preset}", mix, config.train.model_dump(mode="json"), None)]
 
 

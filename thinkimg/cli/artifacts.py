@@ -1,62 +1,65 @@
-"""`thinkimg artifacts …`: looking at what the stages made, proving it, clearing it up, and handing it on."""
+"""Verbs of `thinkimg artifacts`: list, show, trace, verify, clean up and export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
+from thinkimg.cli.flags import ArtifactFlag, StoreFlag
 from thinkimg.errors import UserError
 
-app = App(name="artifacts", help="What the stages made: list, show, lineage, verify, gc, export.")
+if TYPE_CHECKING:
+    from thinkimg.store.artifacts import Store
 
-Root = Annotated[Path, Parameter(name="--store", help="Root of the artifact store (where.store).")]
-Reference = Annotated[str, Parameter(help="An artifact: the beginning of its fingerprint, or its path.")]
+app = App(name="artifacts", help="List, show, trace, verify, clean up and export artifacts.")
+
 ROOT = Path("artifacts")
 
 
-def opened(root: Path):
+def open_store(root: Path) -> "Store":
+    """Return the store at `root`. Raises UserError if there is none."""
     from thinkimg.store.artifacts import Store
 
     if not root.is_dir():
-        raise UserError(f"there is no artifact store at {root}", hint="name its root with --store")
+        raise UserError(f"There is no artifact store at {root}.", hint="Give its root with --store.")
     return Store(root)
 
 
 @app.command
 def ls(
-    kind: Annotated[str | None, Parameter(help="Only artifacts of this kind.")] = None, *, store: Root = ROOT
+    kind: Annotated[str | None, Parameter(help="Only artifacts of this kind.")] = None, *, store: StoreFlag = ROOT
 ) -> None:
     """List all artifacts, oldest first."""
     from rich import box
     from rich.table import Table
 
-    from thinkimg.console import console, size
-    from thinkimg.store.lineage import what
+    from thinkimg.console import console, format_size
+    from thinkimg.store.lineage import describe
 
-    found = sorted(opened(store).list(kind), key=lambda artifact: artifact.manifest["finished"])
-    if not found:
-        print(f"There is no artifact{f' of kind {kind}' if kind else ''} under {store}.")
+    artifacts = sorted(open_store(store).list(kind), key=lambda artifact: artifact.manifest["finished"])
+    if not artifacts:
+        print(f"There is no artifact{f' of kind {kind}' if kind else ''} in {store}.")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, justify in (("kind", "left"), ("fingerprint", "left"), ("made (UTC)", "left"), ("size", "right")):
+    for heading, justify in (("kind", "left"), ("fingerprint", "left"), ("finished (UTC)", "left"), ("size", "right")):
         table.add_column(heading, justify=justify, no_wrap=True)
     table.add_column("")
-    for artifact in found:
+    for artifact in artifacts:
         attempt = f" #{int(artifact.attempt)}" if artifact.attempt != "0001" else ""
         when = artifact.manifest["finished"][:16].replace("T", " ")
-        bytes_ = "dropped" if artifact.dropped else size(artifact.size)
-        table.add_row(artifact.kind, artifact.short + attempt, when, bytes_, what(artifact))
+        size = "dropped" if artifact.dropped else format_size(artifact.size)
+        table.add_row(artifact.kind, artifact.short + attempt, when, size, describe(artifact))
     console.print(table, markup=False)
 
 
 @app.command
-def show(reference: Reference, *, store: Root = ROOT) -> None:
-    """Print an artifact's manifest as YAML, without what the library alone needs."""
+def show(reference: ArtifactFlag, *, store: StoreFlag = ROOT) -> None:
+    """Print the readable part of an artifact's manifest as YAML."""
     import yaml
 
-    from thinkimg.console import size
+    from thinkimg.console import format_size
 
-    artifact = opened(store).resolve(reference)
+    artifact = open_store(store).resolve(reference)
     manifest = artifact.manifest
     recipe = manifest["recipe"]
     inputs = recipe["inputs"].items()
@@ -76,63 +79,63 @@ def show(reference: Reference, *, store: Root = ROOT) -> None:
         "git": manifest["git"],
         "host": manifest["host"],
         "where": manifest["where"],
-        "files": {name: size(entry["size"]) for name, entry in artifact.files.items()},
+        "files": {name: format_size(entry["size"]) for name, entry in artifact.files.items()},
     }
     if artifact.dropped:
-        tree["files"] = f"dropped by gc ({size(artifact.size)}): only the manifest is kept"
+        tree["files"] = f"dropped by gc ({format_size(artifact.size)}): only the manifest is kept"
     print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command
 def lineage(
-    reference: Reference,
+    reference: ArtifactFlag,
     *,
-    all: Annotated[bool, Parameter(help="Also what else was made from its ancestors.", negative=[])] = False,
-    store: Root = ROOT,
+    all: Annotated[bool, Parameter(help="Draw all descendants of its ancestors as well.", negative=[])] = False,
+    store: StoreFlag = ROOT,
 ) -> None:
-    """Draw what an artifact came from, up to the data, and what was made from it."""
-    from thinkimg.store.lineage import Graph, draw
+    """Draw the ancestors of an artifact, from the data down, and its descendants."""
+    from thinkimg.store.lineage import Graph, draw_tree
 
-    opened_store = opened(store)
+    opened_store = open_store(store)
     artifact = opened_store.resolve(reference)
-    for line in draw(Graph.of(opened_store), str(artifact.reference), everything=all):
+    for line in draw_tree(Graph.of(opened_store), str(artifact.reference), everything=all):
         print(line)
 
 
 @app.command
 def verify(
-    *references: Reference,
-    hashes_only: Annotated[bool, Parameter(help="Hash the files, do not replay the tool calls.", negative=[])] = False,
-    store: Root = ROOT,
+    *references: ArtifactFlag,
+    hashes_only: Annotated[bool, Parameter(help="Hash files only; replay no tool calls.", negative=[])] = False,
+    store: StoreFlag = ROOT,
 ) -> None:
-    """Hash every file again and replay every tool call; all artifacts unless some are named. Exit code 1 on damage."""
+    """Hash every file and replay every tool call of artifacts; of all if none is named. Exit code 1 on damage."""
     from thinkimg.analysis.verify_calls import can_replay, replay
-    from thinkimg.console import progress
+    from thinkimg.console import show_progress
     from thinkimg.store.kinds import open_artifact
     from thinkimg.store.manifest import MANIFEST
 
-    opened_store = opened(store)
+    opened_store = open_store(store)
     if references:
-        places = [opened_store.resolve(reference).directory for reference in references]
-    else:  # those too whose manifest is damaged, which a list leaves out
-        places = sorted(place.parent for place in store.glob(f"*/*/*/{MANIFEST}") if place.parent.name.isdigit())
+        directories = [opened_store.resolve(reference).directory for reference in references]
+    else:  # a list would leave out those whose manifest is damaged
+        directories = sorted(path.parent for path in store.glob(f"*/*/*/{MANIFEST}") if path.parent.name.isdigit())
     damaged = 0
-    for place in places:
-        problems, said = opened_store.verify(place), []
-        label = f"{place.parent.parent.name}/{place.parent.name[:12]}/{place.name}"
+    for directory in directories:
+        problems, checks = opened_store.verify(directory), []
+        label = f"{directory.parent.parent.name}/{directory.parent.name[:12]}/{directory.name}"
         if not problems and not hashes_only:
-            artifact = open_artifact(place)
-            said.append("files dropped" if artifact.dropped else f"{len(artifact.files)} files")
+            artifact = open_artifact(directory)
+            checks.append("files dropped" if artifact.dropped else f"{len(artifact.files)} files")
             if can_replay(artifact):
-                with progress(f"verify {label[:24]}") as show_progress:
-                    again = replay(artifact, opened_store, show_progress)
-                problems += again.problems
-                said.append(again.note or f"{again.calls} tool calls replayed, {again.images} images")
+                with show_progress(f"verify {label[:24]}") as progress:
+                    result = replay(artifact, opened_store, progress)
+                problems += result.problems
+                checks.append(result.note or f"{result.calls} tool calls replayed, {result.images} images hashed")
         damaged += bool(problems)
-        print(f"{'DAMAGED' if problems else 'ok':<8}{label}  {', '.join(said)}".rstrip())
+        print(f"{'DAMAGED' if problems else 'ok':<8}{label}  {', '.join(checks)}".rstrip())
         for problem in problems:
             print(f"        {problem}")
-    print(f"{len(places) - damaged} of {len(places)} artifacts are as they were published.")
+    print(f"{len(directories) - damaged} of {len(directories)} artifacts are as they were published.")
     if damaged:
         raise SystemExit(1)
 
@@ -142,45 +145,46 @@ def gc(
     *,
     keep: Annotated[
         list[str] | None,
-        Parameter(help="A policy to keep; may be repeated. Left out: the last of every line.", negative=[]),
+        Parameter(help="A policy to keep; may be repeated. Left out: the last policy of each line.", negative=[]),
     ] = None,
     keep_last: Annotated[
-        int | None, Parameter(help="Drop the files, not the manifests, of all but so many policies of each line.")
+        int | None,
+        Parameter(help="Keep the files of the last N policies of each line; of older ones only the manifests."),
     ] = None,
-    yes: Annotated[bool, Parameter(help="Do it; without this it is only shown.", negative=[])] = False,
-    store: Root = ROOT,
+    yes: Annotated[bool, Parameter(help="Delete; left out, the plan is only shown.", negative=[])] = False,
+    store: StoreFlag = ROOT,
 ) -> None:
-    """Remove what no kept policy needs."""
-    from thinkimg.console import size
+    """Delete artifacts that no kept policy needs."""
+    from thinkimg.console import format_size
     from thinkimg.store import gc as collector
 
-    opened_store = opened(store)
+    opened_store = open_store(store)
     policies = [opened_store.resolve(reference, "policy") for reference in keep or ()]
-    todo = collector.plan(opened_store, policies, keep_last)
+    todo = collector.find_garbage(opened_store, policies, keep_last)
     for policy in todo.kept:
-        print(f"keep    policy/{policy.short}/{policy.attempt} and what it was made from")
+        print(f"keep    policy/{policy.short}/{policy.attempt} and its ancestors")
     for word, chosen in (("remove", todo.remove), ("drop", todo.drop)):
         for artifact in chosen:
-            print(f"{word:<8}{artifact.kind}/{artifact.short}/{artifact.attempt}  {size(artifact.size)}")
-    for path in todo.left:
+            print(f"{word:<8}{artifact.kind}/{artifact.short}/{artifact.attempt}  {format_size(artifact.size)}")
+    for path in todo.remains:
         print(f"remove  {path.relative_to(store)} (left by a run that died)")
-    if not (todo.remove or todo.drop or todo.left):
-        print("There is nothing to collect.")
+    if not (todo.remove or todo.drop or todo.remains):
+        print("There is nothing to delete.")
         return
-    freed = size(todo.freed)
+    freed = format_size(todo.freed)
     if yes:
         collector.collect(opened_store, todo)
         print(f"{freed} freed.")
     else:
-        print(f"{freed} would be freed; nothing was changed. Add --yes to do it.")
+        print(f"{freed} would be freed; nothing was deleted. Add --yes to do it.")
 
 
 @app.command
 def export(
-    policy: Reference, target: Annotated[Path, Parameter(help="A new directory.")], *, store: Root = ROOT
+    policy: ArtifactFlag, target: Annotated[Path, Parameter(help="A new directory.")], *, store: StoreFlag = ROOT
 ) -> None:
-    """Pack a policy with its template, tools, config, and the manifests of its ancestors."""
-    from thinkimg.analysis.export import export as pack
+    """Export a policy with its chat template, tools, config, and the manifests of its ancestors."""
+    from thinkimg.analysis.export import export_policy
 
-    opened_store = opened(store)
-    print(pack(opened_store, opened_store.resolve(policy, "policy"), target))
+    opened_store = open_store(store)
+    print(export_policy(opened_store, opened_store.resolve(policy, "policy"), target))

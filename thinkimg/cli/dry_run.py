@@ -1,27 +1,28 @@
-"""What `--dry-run` prints: the resolved config, what the store holds, and the memory of a training step."""
+"""Output of `--dry-run`: the resolved config, the state of each stage, and the memory of a training step."""
 
 import yaml
 
-from thinkimg.analysis.forecast import forecast
+from thinkimg.analysis.forecast import forecast_memory
 from thinkimg.config.tree import Config
-from thinkimg.dry_run import look
+from thinkimg.dry_run import preview
 from thinkimg.pipeline import pipeline
 from thinkimg.scheduler import Plan
 from thinkimg.store.artifacts import Store
 
 
-def show_pipeline(config: Config) -> None:
-    """Print a loop's."""
+def print_pipeline(config: Config) -> None:
+    """Print the dry run of a loop."""
     plan = Plan(config)
     pipeline(plan, config)
-    show(plan)
+    print_plan(plan)
 
 
-def show(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
+    """Print the dry run of planned stages."""
     config = plan.config
     tree = config.model_dump(mode="json") | {"where": config.where.public()}
     print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    for line in look(plan, Store(config.where.store)):
+    for line in preview(plan, Store(config.where.store)):
         print(line, flush=True)
     if any(handle.stage.name == "train" for handle in plan.handles):
-        print(forecast(config))
+        print(forecast_memory(config))

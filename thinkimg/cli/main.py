@@ -1,4 +1,4 @@
-"""The command line: every stage and the loop, from presets and overrides."""
+"""Verbs of the command line: every stage, the loop, servers, and MLflow."""
 
 import os
 from typing import Annotated
@@ -6,42 +6,31 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from thinkimg import __version__
+from thinkimg.cli.flags import ArtifactFlag, DryRunFlag, PresetFlag, SetFlag, open_config
 from thinkimg.cli.scores import ledger
-from thinkimg.exit import guarded
+from thinkimg.exit import run_guarded
 from thinkimg.stages.names import stage_names
 
 app = App(name="thinkimg", help="Teach a vision-language model to think with images.", version=__version__)
-
-
-Preset = Annotated[str, Parameter(name=["--preset", "-p"], help="Name of a preset, or the path of a YAML file.")]
-Set = Annotated[
-    list[str] | None, Parameter(name=["--set", "-s"], help="A setting, as a.b=value; may be repeated.", negative=[])
-]
-DryRun = Annotated[
-    bool, Parameter(help="Print the resolved config and what is there already, do nothing.", negative=[])
-]
-Reference = Annotated[str, Parameter(help="An artifact: the beginning of its fingerprint, or its path.")]
 
 for stage, line in stage_names().items():
     app.command(f"thinkimg.cli.stages:{stage}", name=stage.replace("_", "-"), help=line)
 
 
 @app.command
-def run(*, preset: Preset = "development", set: Set = None, dry_run: DryRun = False) -> None:
-    """Run the whole loop, or go on with it."""
-    from thinkimg.config.load import load
-
-    config = load(preset, set or ())
+def run(*, preset: PresetFlag = "development", set: SetFlag = None, dry_run: DryRunFlag = False) -> None:
+    """Run the whole loop, or continue it."""
+    config, _ = open_config(preset, set)  # a mistake in it is reported before anything starts
     if dry_run:
-        from thinkimg.cli.dry_run import show_pipeline
+        from thinkimg.cli.dry_run import print_pipeline
 
-        show_pipeline(config)
+        print_pipeline(config)
         return
     from flows import _server
     from thinkimg.closure import check_closure
 
     check_closure()
-    _server.start()  # while the stages are imported
+    _server.start_server()  # while the stages are imported
     from flows.loop import loop
 
     loop(preset=preset, overrides=set or [])
@@ -50,130 +39,127 @@ def run(*, preset: Preset = "development", set: Set = None, dry_run: DryRun = Fa
 @app.command
 def serve(
     *,
-    policy: Annotated[
-        Reference | None, Parameter(help="Start with its weights. Left out: with the base model's.")
-    ] = None,
+    policy: Annotated[str | None, Parameter(help="Policy whose weights to serve. Left out: the base model's.")] = None,
     host: Annotated[
-        str, Parameter(help="Address to listen at. Whoever reaches it can change the weights.")
+        str, Parameter(help="Address to listen on. Whoever reaches it can change the weights.")
     ] = "127.0.0.1",
-    port: int = 8000,
-    preset: Preset = "development",
-    set: Set = None,
+    port: Annotated[int, Parameter(help="Port to listen on.")] = 8000,
+    preset: PresetFlag = "development",
+    set: SetFlag = None,
 ) -> None:
-    """Run a vLLM server for the `where.engine.urls` of loops and judges, until it is stopped."""
-    from thinkimg import resources
-    from thinkimg.config.load import load
+    """Run a vLLM server until it is stopped; a loop uses it by `where.engine.urls`."""
+    from thinkimg import closure, resources
+    from thinkimg.engine.server import ServerSettings
     from thinkimg.models.base import BaseSource
     from thinkimg.stages.rollout import settings_of
-    from thinkimg.store.artifacts import Store
 
-    config = load(preset, set or ())
-    weights = Store(config.where.store).resolve(policy, "policy") if policy else None
-    rank = config.model.lora_rank if config.model.adaptation == "lora" else None
-    engine, base = settings_of(config).engine, BaseSource.of(config.model)
-    resources.serve(config.where, engine, base, weights, rank, host=host, port=port)
+    config, store = open_config(preset, set)
+    weights = store.resolve(policy, "policy") if policy else None
+    rank = config.model.lora_rank if config.model.adaptation == "lora" and not closure.on_cpu() else None
+    server = ServerSettings(settings_of(config).engine, config.where.engine, rank)
+    resources.exec_server(server, BaseSource.of(config.model), weights, host=host, port=port)
 
 
 @app.command
 def trainer(
     *,
-    rank: Annotated[int, Parameter(help="Of this node: 1, 2, …; 0 is the loop's own.")],
-    preset: Preset = "development",
-    set: Set = None,
+    rank: Annotated[int, Parameter(help="Rank of this node: 1, 2, …; the loop's own node has 0.")],
+    preset: PresetFlag = "development",
+    set: SetFlag = None,
 ) -> None:
-    """Train for a loop that runs on another node, with the same settings as that; until interrupted."""
-    from thinkimg.config.load import load
+    """Train for a loop on another node until interrupted; takes the same settings as the loop."""
     from thinkimg.trainer.client import serve_rank
 
-    serve_rank(load(preset, set or ()).where.trainer, rank)
+    serve_rank(open_config(preset, set)[0].where.trainer, rank)
 
 
 @app.command
 def deployments() -> None:
-    """Print prefect.yaml, with a deployment of the loop and of each stage."""
-    from flows._deployments import deployments
+    """Print prefect.yaml: a deployment of the loop and of each stage."""
+    from flows._deployments import render_deployments
 
-    print(deployments(), end="")
+    print(render_deployments(), end="")
 
 
 @app.command
-def schema() -> None:
+def schema(
+    *,
+    markdown: Annotated[bool, Parameter(help="Print the page docs/configuration.md instead.", negative=[])] = False,
+) -> None:
     """Print the JSON Schema of presets, for editors."""
     import json
 
+    if markdown:
+        from thinkimg.cli.configuration import page
+
+        print(page(), end="")
+        return
     from thinkimg.config.tree import Config
 
-    found = Config.model_json_schema()
+    tree = Config.model_json_schema()
     extends = {
         "type": "string",
         "description": "Preset that this one starts from: a name, or a path relative to this file.",
     }
-    found["properties"] = {"extends": extends} | found["properties"]
-    print(json.dumps(found, indent=1))
+    tree["properties"] = {"extends": extends} | tree["properties"]
+    print(json.dumps(tree, indent=1))
 
 
 app.command(
     "thinkimg.cli.artifacts:app",
     name="artifacts",
-    help="What the stages made: list, show, lineage, verify, gc, export.",
+    help="List, show, trace, verify, clean up and export artifacts.",
 )
 
-track = App(name="track", help="MLflow, the projection of the store.")
+track = App(name="track", help="Bring MLflow up to date with the store, and show it.")
 app.command(track)
 
 
 @track.command
-def sync(*, preset: Preset = "development", set: Set = None) -> None:
-    """Add to MLflow what it lacks; doing it again adds nothing."""
-    from thinkimg.config.load import load
-    from thinkimg.store.artifacts import Store
-    from thinkimg.tracking import loop
+def sync(*, preset: PresetFlag = "development", set: SetFlag = None) -> None:
+    """Add to MLflow what it lacks of the store; a second time adds nothing."""
+    from thinkimg.tracking.loop import sync_store
 
-    config = load(preset, set or ())
-    print(loop.sync(Store(config.where.store), config.where.tracking))
+    config, store = open_config(preset, set)
+    print(sync_store(store, config.where.tracking))
 
 
 @track.command
-def ui(*, preset: Preset = "tiny", set: Set = None) -> None:
-    """Show MLflow at http://127.0.0.1:5000 until it is stopped."""
-    from thinkimg.config.load import load
+def ui(*, preset: PresetFlag = "tiny", set: SetFlag = None) -> None:
+    """Serve MLflow's UI at http://127.0.0.1:5000 until it is stopped."""
     from thinkimg.tracking.loop import compare_link, ui_command
 
-    config = load(preset, set or ())
+    config, _ = open_config(preset, set)
     command = ui_command(config.where.store, config.where.tracking)
     link = compare_link(config.where.store, config.where.tracking)
-    print(f"{command}\nCompare mixes at {link}", flush=True)
+    print(f"{command}\nCompare mixes at: {link}", flush=True)
     os.execvp("sh", ["sh", "-c", f"exec env {command}"])
 
 
 app.update(ledger)
 
-calibrate = App(name="calibrate", help="Find what a judge needs to know about a model.")
+calibrate = App(name="calibrate", help="Find the settings of a judge for a model.")
 app.command(calibrate)
 
 
 @calibrate.command
 def attention(
-    policy: Reference,
+    policy: ArtifactFlag,
     *,
-    pairs: Annotated[int, Parameter(help="How many of the built-in puzzles to try it on, at most.")] = 100,
-    preset: Preset = "tiny",
-    set: Set = None,
+    pairs: Annotated[int, Parameter(help="Number of built-in puzzles to try it on, at most.")] = 100,
+    preset: PresetFlag = "tiny",
+    set: SetFlag = None,
 ) -> None:
-    """Layer and query rows at which attention tells right from wrong processing of the built-in puzzles."""
+    """Find the layer and query rows whose attention best tells right from wrong processing of built-in puzzles."""
     from thinkimg.analysis.calibrate import calibrate_attention
-    from thinkimg.analysis.console_report import calibration
-    from thinkimg.config.load import load
-    from thinkimg.store.artifacts import Store
+    from thinkimg.analysis.console_report import print_calibration
 
-    config = load(preset, set or ())
-    store = Store(config.where.store)
-    player = store.resolve(policy, "policy")
-    calibration(calibrate_attention(config, player, store, count=pairs))
+    config, store = open_config(preset, set)
+    print_calibration(calibrate_attention(config, store.resolve(policy, "policy"), store, count=pairs))
 
 
 def main() -> None:
-    guarded(app)
+    run_guarded(app)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command of each stage, made from the stage: `thinkimg.cli.stages.score` is `thinkimg score`."""
+"""Commands of the stages, each made from its stage: `thinkimg.cli.stages.score` is `thinkimg score`."""
 
 import inspect
 from collections.abc import Callable
@@ -6,55 +6,47 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from thinkimg.stages.stage import Stage, open_stage, shown
-
-Preset = Annotated[str, Parameter(name=["--preset", "-p"], help="Name of a preset, or the path of a YAML file.")]
-Set = Annotated[
-    list[str] | None, Parameter(name=["--set", "-s"], help="A setting, as a.b=value; may be repeated.", negative=[])
-]
-DryRun = Annotated[
-    bool, Parameter(help="Print the resolved config and what is there already, do nothing.", negative=[])
-]
-Force = Annotated[bool, Parameter(help="Make a new attempt even if there is one.", negative=[])]
+from thinkimg.cli.flags import ARTIFACT_HELP, DryRunFlag, ForceFlag, PresetFlag, SetFlag, open_config
+from thinkimg.stages.stage import Stage, list_inputs, load_stage
 
 
 def __getattr__(name: str) -> Callable[..., None]:
-    """The command of a stage, made when it is asked for: `thinkimg --help` imports none."""
+    """Return a stage's command, made when it is asked for: `thinkimg --help` imports no stage."""
     if name.startswith("_"):
         raise AttributeError(name)
-    return command(open_stage(name))
+    return make_command(load_stage(name))
 
 
-def command(stage: Stage) -> Callable[..., None]:
-    """Return the command of a stage; its flags are those of its form."""
+def make_command(stage: Stage) -> Callable[..., None]:
+    """Return the command of a stage; its flags are the fields of its form."""
 
     def run(**flags: Any) -> None:
-        bound = signature(stage).bind(**flags)
-        bound.apply_defaults()  # flags that are left out are not handed in
+        bound = signature_of(stage).bind(**flags)
+        bound.apply_defaults()  # cyclopts hands in only the flags that are given
         run_stage(stage, **bound.arguments)
 
     run.__name__, run.__doc__ = stage.label, stage.help
-    run.__signature__ = signature(stage)
+    run.__signature__ = signature_of(stage)
     run.__annotations__ = {name: flag.annotation for name, flag in run.__signature__.parameters.items()}
     return run
 
 
-def signature(stage: Stage) -> inspect.Signature:
+def signature_of(stage: Stage) -> inspect.Signature:
+    """Return the flags of a stage's command."""
     flags: dict[str, tuple[Any, Any]] = {}
-    text = "An artifact: the beginning of its fingerprint, or its path."
-    for role in shown(stage):
+    for role in list_inputs(stage):
         if stage.reads[role].origin is None:
-            flags[role] = Annotated[str, Parameter(help=text)], inspect.Parameter.empty
+            flags[role] = Annotated[str, Parameter(help=ARTIFACT_HELP)], inspect.Parameter.empty
         else:
-            help_ = f"{text} Left out: the one that the others were made from."
-            flags[role] = Annotated[str | None, Parameter(help=help_)], None
+            text = f"{ARTIFACT_HELP} Left out: taken from the lineage of the others, or made first."
+            flags[role] = Annotated[str | None, Parameter(help=text)], None
     for name, parameter in stage.parameters.items():
         flags[name] = Annotated[parameter.type, Parameter(help=parameter.description)], parameter.default
     flags |= {
-        "preset": (Preset, "development"),
-        "set": (Set, None),
-        "dry_run": (DryRun, False),
-        "force": (Force, False),
+        "preset": (PresetFlag, "development"),
+        "set": (SetFlag, None),
+        "dry_run": (DryRunFlag, False),
+        "force": (ForceFlag, False),
     }
     return inspect.Signature(
         [
@@ -65,28 +57,26 @@ def signature(stage: Stage) -> inspect.Signature:
 
 
 def run_stage(stage: Stage, preset: str, set: list[str] | None, dry_run: bool, force: bool, **given: Any) -> None:
-    """Run one stage as a flow of its own and say what it made."""
-    from thinkimg.config.load import load
-    from thinkimg.store.artifacts import Store
-
-    config = load(preset, set or ())
-    store = Store(config.where.store)
-    # Before Prefect's server is started: a mistyped fingerprint is told at once.
-    inputs = {role: store.resolve(given[role], stage.reads[role].kind.KIND) for role in shown(stage) if given.get(role)}
+    """Run one stage as a flow of its own, and print the reference of its artifact."""
+    config, store = open_config(preset, set)
+    # Before Prefect's server is started: a mistyped fingerprint is reported at once.
+    inputs = {
+        role: store.resolve(given[role], stage.reads[role].kind.KIND) for role in list_inputs(stage) if given.get(role)
+    }
     parameters = {name: given[name] for name in stage.parameters}
     if dry_run:
-        from thinkimg.cli.dry_run import show
+        from thinkimg.cli.dry_run import print_plan
         from thinkimg.scheduler import Plan
 
         plan = Plan(config)
         plan.require(stage, **inputs, **parameters)
-        show(plan)
+        print_plan(plan)
         return
     from importlib import import_module
 
     from flows import _server
 
-    _server.start()  # while the flow is imported
+    _server.start_server()  # while the flow is imported
     flow = getattr(import_module(f"flows.{stage.label}"), stage.label)
     references = {role: str(artifact.reference) for role, artifact in inputs.items()}
     print(flow(preset=preset, overrides=set or [], force=force, **references, **parameters))

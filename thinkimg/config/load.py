@@ -1,4 +1,4 @@
-"""From presets and overrides to a config: sparse YAML, dotted overrides; a setting that is not known is refused."""
+"""Loading of a config from a sparse YAML preset and dotted overrides; an unknown setting is refused."""
 
 import difflib
 import json
@@ -20,43 +20,42 @@ RENAMED = {"rewards.number_tolerance": "rewards.answer.number_tolerance"}
 """Old name of a setting -> its name now."""
 
 
-def presets() -> list[str]:
+def list_presets() -> list[str]:
     """Return the names of the presets that come with the package."""
     return sorted(
         p.name.removesuffix(".yaml") for p in resources.files("thinkimg.presets").iterdir() if p.name.endswith(".yaml")
     )
 
 
-def sections(model: type[Settings], path: str = "") -> Iterator[tuple[str, type[Variant] | type[Composite]]]:
-    """Yield the sections that are made of registries' entries, by their dotted names."""
+def find_sections(model: type[Settings], path: str = "") -> Iterator[tuple[str, type[Variant] | type[Composite]]]:
+    """Yield (dotted name, class) of the sections whose settings depend on entries of a registry."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Variant | Composite):
             yield f"{path}{name}", kind
         elif isinstance(kind, type) and issubclass(kind, Settings):
-            yield from sections(kind, f"{path}{name}.")
+            yield from find_sections(kind, f"{path}{name}.")
 
 
-SECTIONS = dict(sections(Config))
+SECTIONS = dict(find_sections(Config))
 CHOOSERS = {f"{path}.{kind.chooser}" for path, kind in SECTIONS.items()}
-"""data.source, image.types and the like: they decide which other settings there are."""
+"""Names such as data.source and image.types: they decide which other settings there are."""
 
 
-def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Return the resolved config of a preset (a name or the path of a YAML file) with overrides like
-    "train.loss.beta=0.01".
+def load_config(preset: str = "development", overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Return the config of a preset with overrides such as "train.loss.beta=0.01".
 
-    The working directory is put onto sys.path, for a user's own modules. Raises UserError with one sentence for an
-    unknown preset or key and for a value that does not fit.
+    preset: a name or the path of a YAML file. The working directory is put onto sys.path, for a user's own modules.
+    Raises UserError, with one sentence, for an unknown preset or key and for a value that does not fit.
     """
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    if (directory := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, directory)
     tree = {"preset": Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset} | read_preset(preset)
-    for key, value in sorted(map(parse, overrides), key=lambda change: change[0] not in CHOOSERS):
+    for key, value in sorted(map(parse_override, overrides), key=lambda change: change[0] not in CHOOSERS):
         if key in CHOOSERS:
             tree = merge(tree, nest(key.split("."), value))
             continue
-        if key.startswith("mix."):  # one weight of the mix, and not a mix of this one alone
+        if key.startswith("mix."):  # a single weight changes the default mix, it does not replace it
             tree.setdefault("mix", dict(Config.model_fields["mix"].default))
         if key.startswith("image.weights."):
             weights = ImageConfig.model_fields["weights"].default
@@ -65,8 +64,8 @@ def load(preset: str = "development", overrides: list[str] | tuple[str, ...] = (
     return validate(tree)
 
 
-def parse(override: str) -> tuple[str, Any]:
-    """Return (dotted name, value) of an override. Raises UserError where it is none."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return (dotted name, value) of an override. Raises UserError if it has no value, or one that is no YAML."""
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"The override '{override}' has no value.", hint="Write it as a.b=value.")
@@ -77,20 +76,26 @@ def parse(override: str) -> tuple[str, Any]:
 
 
 def read_preset(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the tree of a preset, merged over the one that it extends (by name, or by a path relative to its own
-    file)."""
+    """Return the tree of a preset, merged over the preset that it extends.
+
+    `extends` is a name, or a path relative to the preset's own file. seen: the presets that extend this one.
+    """
     path = Path(preset)
     if preset in seen:
         raise UserError(f"The preset {preset} extends itself: {' -> '.join([*seen, preset])}.")
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise UserError(f"There is no preset file {preset}.", hint=f"Presets by name: {', '.join(presets())}.")
+            raise UserError(f"There is no preset file {preset}.", hint=f"Presets by name: {', '.join(list_presets())}.")
         text = path.read_text(encoding="utf-8")
-    elif preset in presets():
+    elif preset in list_presets():
         text = resources.files("thinkimg.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
     else:
-        near = difflib.get_close_matches(preset, presets(), 1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(presets())}, or the path of a .yaml file."
+        near = difflib.get_close_matches(preset, list_presets(), 1)
+        hint = (
+            f"Did you mean {near[0]}?"
+            if near
+            else f"There are {', '.join(list_presets())}, or the path of a .yaml file."
+        )
         raise UserError(f"There is no preset named '{preset}'.", hint=hint)
     try:
         tree = yaml.safe_load(text) or {}
@@ -107,9 +112,9 @@ def read_preset(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return top over base, mappings merged key by key; `mix` is replaced whole, since half of another mix is no mix.
+    """Return top over base, mappings merged key by key; `mix` is replaced, as part of another mix is no mix.
 
-    Where top chooses other entries of a registry, what base says of its own entries goes.
+    Where top chooses other entries of a registry, the settings of base's entries are removed.
     """
     merged = dict(base)
     for key, value in top.items():
@@ -118,13 +123,12 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any], path: str = "") -> di
     kind = SECTIONS.get(path)
     if kind is None or kind.chooser not in top:
         return merged
-    gone = names(kind, base) - names(kind, merged) - top.keys()
-    return {key: value for key, value in merged.items() if key not in gone}
+    unused = setting_names(kind, base) - setting_names(kind, merged) - top.keys()
+    return {key: value for key, value in merged.items() if key not in unused}
 
 
-def names(kind: type[Variant] | type[Composite], section: Mapping[str, Any]) -> set[str]:
-    """Return the names of the settings that a section has; none where it names an entry that is not there, which
-    validation says."""
+def setting_names(kind: type[Variant] | type[Composite], section: Mapping[str, Any]) -> set[str]:
+    """Return the names of the settings that a section has; none for an unknown entry, which validation reports."""
     try:
         return set(kind.names(section))
     except UserError:
@@ -152,26 +156,26 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*explain(dict(error.errors()[0]), tree)) from None
+        raise UserError(*describe_error(dict(error.errors()[0]), tree)) from None
 
 
-def explain(error: dict[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
+def describe_error(error: dict[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
     """Return one sentence and a hint for pydantic's first complaint."""
-    *above, last = where = [str(part) for part in error["loc"]] or [""]
-    name, place = ".".join(where), ".".join(above)
+    *above, last = path = [str(part) for part in error["loc"]] or [""]
+    name, parent = ".".join(path), ".".join(above)
     if name in RENAMED:
         return f"The setting '{name}' is now called '{RENAMED[name]}'.", ""
     if error["type"] == "extra_forbidden":
-        kind = SECTIONS.get(place)
+        kind = SECTIONS.get(parent)
         if kind is not None and (owners := kind.owners(last)):
-            return belongs(name, kind, owners, place)
-        known = kind.names(subtree(above, tree)) if kind else list(section(above, tree).model_fields)
-        near = difflib.get_close_matches(last, known, 1)
-        hint = f"At {place or 'the top level'} there are {', '.join(known)}."
+            return describe_unused(name, kind, owners, parent)
+        siblings = kind.names(get_subtree(above, tree)) if kind else list(find_section(above, tree).model_fields)
+        near = difflib.get_close_matches(last, siblings, 1)
+        hint = f"At {parent or 'the top level'} there are {', '.join(siblings)}."
         return f"There is no setting '{name}'.", f"Did you mean {'.'.join([*above, near[0]])}?" if near else hint
     if error["type"] == "missing":
         return f"The setting '{name}' is missing.", " ".join(
-            (section(above, tree).model_fields[last].description or "").split()
+            (find_section(above, tree).model_fields[last].description or "").split()
         )
     if error["type"] == "value_error":
         cause = error["ctx"]["error"]
@@ -181,9 +185,11 @@ def explain(error: dict[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
     return f"The setting '{name}' does not fit ({given}): {error['msg']}.", "See `thinkimg schema`."
 
 
-def belongs(name: str, kind: type[Variant] | type[Composite], owners: list[str], place: str) -> tuple[str, str]:
+def describe_unused(
+    name: str, kind: type[Variant] | type[Composite], owners: list[str], parent: str
+) -> tuple[str, str]:
     """Return one sentence and a hint for a setting of entries that are not in use."""
-    chooser = f"{place}.{kind.chooser}"
+    chooser = f"{parent}.{kind.chooser}"
     if issubclass(kind, Variant):
         listed = " or ".join([", ".join(owners[:-1]), owners[-1]]) if len(owners) > 1 else owners[0]
         choice = f"{chooser}={owners[0]}" if len(owners) == 1 else f"{chooser} to one of them"
@@ -191,22 +197,23 @@ def belongs(name: str, kind: type[Variant] | type[Composite], owners: list[str],
     return f"The setting '{name}' belongs to {owners[0]}, which is not among {chooser}.", "Add it, or leave this out."
 
 
-def subtree(path: list[str], tree: Any) -> Mapping[str, Any]:
-    """Return what a tree says at a path; empty where it says nothing there."""
+def get_subtree(path: list[str], tree: Any) -> Mapping[str, Any]:
+    """Return the mapping at a path of a tree; an empty one where there is none."""
     for part in path:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree if isinstance(tree, Mapping) else {}
 
 
-def section(path: list[str], tree: Mapping[str, Any]) -> type[Settings]:
+def find_section(path: list[str], tree: Mapping[str, Any]) -> type[Settings]:
     """Return the class of the settings at a path of a tree."""
     kind: type[Settings] = Config
     for depth, part in enumerate(path):
-        said = subtree(path[:depth], tree)
-        entries = kind.entries(said) if issubclass(kind, Composite) else {}
+        entries = kind.entries(get_subtree(path[:depth], tree)) if issubclass(kind, Composite) else {}
         annotation = kind.model_fields[part].annotation if part in kind.model_fields else entries.get(part)
         options = [annotation, *getattr(annotation, "__args__", ())]
-        kind = next((one for one in options if isinstance(one, type) and issubclass(one, Settings)), Settings)
+        kind = next(
+            (option for option in options if isinstance(option, type) and issubclass(option, Settings)), Settings
+        )
         if issubclass(kind, Variant):
-            kind = kind.choose(subtree(path[: depth + 1], tree))
+            kind = kind.choose(get_subtree(path[: depth + 1], tree))
     return kind

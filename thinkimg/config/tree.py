@@ -1,4 +1,4 @@
-"""The tree of settings: a union of the sections' own, each defined beside its code."""
+"""Tree of settings: the sections, each defined beside its code."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +8,7 @@ from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.data.settings import DataConfig
 from thinkimg.engine.settings import EvaluateConfig, RolloutConfig
 from thinkimg.images.settings import ImagesConfig
-from thinkimg.models.clip import OWN as OWN_CLIP
+from thinkimg.models.clip import OWN_CLIP
 from thinkimg.models.settings import ModelConfig
 from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.rewards.settings import ImageConfig, RewardsConfig
@@ -18,23 +18,29 @@ from thinkimg.trainer.settings import TrainConfig, WarmstartConfig
 
 
 class WhereConfig(ResourcesConfig):
-    """On what machines and how fast: recorded, never fingerprinted."""
+    """Machines, addresses and speed: recorded in manifests, in no fingerprint."""
 
     tracking: TrackingConfig = TrackingConfig()
+    functions_allow: tuple[str, ...] = ()
+    """Modules that the overrides of a deployment's run may name as user code, with the modules below them. What the
+    preset file names needs no entry. On the command line every module is allowed."""
 
     def public(self) -> dict[str, Any]:
+        """Return the settings as they may be recorded, without passwords."""
         tree = super().public()
         tree["tracking"]["uri"] = tree["tracking"]["uri"] and without_password(tree["tracking"]["uri"])
         return tree
 
 
 class Config(Settings):
-    """Everything that a loop needs."""
+    """All settings of a loop."""
 
     preset: str = "development"
     """Name of the preset or path of the YAML file that this came from."""
     iterations: Positive = 10
+    """Iterations of the loop: rollouts, scores, training, evaluation."""
     seed: int = 0
+    """Seed of warm start, rollouts and training; the data have `data.seed`."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     images: ImagesConfig = ImagesConfig()
@@ -49,8 +55,7 @@ class Config(Settings):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     on_alarm: Literal["warn", "stop"] = "warn"
-    """What an alarm does to the loop (see thinkimg/analysis/alarms.py): tell, or tell and end it. Not part of what the
-    loop is."""
+    """Reaction to an alarm: report it, or report it and end the loop. In no fingerprint."""
     where: WhereConfig = WhereConfig()
 
     @model_validator(mode="after")
@@ -61,17 +66,16 @@ class Config(Settings):
 
     @property
     def has_demonstrations(self) -> bool:
-        """Whether the warm start has something to imitate: the built-in puzzles have scripts, other data needs a
-        file."""
-        own = self.warmstart.demonstrations is not None
-        return self.warmstart.checkpoint is None and (self.data.source == "puzzles" or own)
+        """True if the warm start has conversations to imitate: the puzzles have scripts, other data needs a file."""
+        has_file = self.warmstart.demonstrations is not None
+        return self.warmstart.checkpoint is None and (self.data.source == "puzzles" or has_file)
 
     @property
     def compares_pairs(self) -> bool:
-        """Whether the policy also learns to compare images."""
+        """True if the policy also learns to compare images."""
         return self.has_demonstrations and self.data.source == "puzzles" and self.warmstart.pairs > 0
 
     @property
     def has_own_clip(self) -> bool:
-        """Whether scores need the small CLIP that is trained on the puzzles."""
+        """True if scores need the small CLIP that is trained on the puzzles."""
         return "embedding" in self.image.types and self.image.embedding.model == OWN_CLIP

@@ -1,4 +1,4 @@
-"""Between text and token ids: special tokens come from us and from the chat template, never out of a text."""
+"""Codec between text and token ids; special tokens come from the chat template alone, never out of a text."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from tokenizers import Tokenizer
 
-from thinkimg.conversation.protocol import IMAGE, Content, text
+from thinkimg.conversation.protocol import IMAGE_PART, Content, text_part
 from thinkimg.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,22 +16,23 @@ if TYPE_CHECKING:
 
 END, PAD = "<|im_end|>", "<|image_pad|>"
 PICTURE = f"<|vision_start|>{PAD}<|vision_end|>"
-SLOT = "\ue000{}\ue001"  # stands for a text while markup is taken apart
+SLOT = "\ue000{}\ue001"  # placeholder of a text while markup is cut into pieces
 
 
 class Codec:
-    """A Qwen2.5-VL tokenizer as conversations use it.
+    """Encoder and decoder of conversations with a Qwen2.5-VL tokenizer.
 
-    `end` and `image` are the ids of <|im_end|> and <|image_pad|>; `banned` are the ids that must never be sampled.
+    end, image: ids of <|im_end|> and <|image_pad|>. banned: ids that must never be sampled.
 
-    Texts are untrusted (a question, an error that quotes the model): where one spells <|im_end|>, it becomes the pieces
-    of that string. The fast tokenizer has a switch for it, encode_special_tokens, which transformers'
-    split_special_tokens flips on the shared tokenizer with each call; here it is set once, on a copy. It heeds only
-    tokens marked "special"; in the copy all of the form <|…|> are, as Qwen leaves <|fim_prefix|> and others unmarked.
+    Texts are untrusted: a question, an error that quotes the model. A text that spells <|im_end|> becomes the pieces of
+    that string. The fast tokenizer's switch for this, encode_special_tokens, is set once on a copy, since transformers'
+    split_special_tokens flips it on the shared tokenizer with each call. The switch heeds only tokens marked "special";
+    in the copy all of the form <|…|> are, as Qwen leaves <|fim_prefix|> and others unmarked.
 
-    The prompt's markup is rendered with slots in place of the texts, cut at its special tokens, and each piece encoded
-    with its texts filled in. As tokenizers cut at special tokens first of all, the result equals apply_chat_template's
-    for every text without special tokens, white space and Unicode normalisation at the seams included.
+    A prompt's markup is rendered with slots in place of the texts and cut at its special tokens. Each piece is encoded
+    with its texts filled in. Tokenizers cut at special tokens first, so that the
+    result equals apply_chat_template's for every text without special tokens. That includes white space and Unicode
+    normalisation at the seams.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -54,34 +55,34 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> Self:
-        """The codec of a model: a directory or an id on the Hub, with a tokenizer.json."""
+        """Return the codec of a model: a directory, or an id on the Hub, with a tokenizer.json."""
         from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports sklearn: four seconds more
 
-        where: dict[str, Any] = {} if revision is None else {"revision": revision}
-        return cls(PreTrainedTokenizerFast.from_pretrained(path, **where))
+        options: dict[str, Any] = {} if revision is None else {"revision": revision}
+        return cls(PreTrainedTokenizerFast.from_pretrained(path, **options))
 
     def encode(self, value: str) -> list[int]:
-        """Ids of a text as it stands: none of them is a special token. Lone surrogates become "?"."""
+        """Return the ids of a text, none of them a special token. Lone surrogates become "?"."""
         return self._plain.encode(value.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of sampled ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        kept = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return cast(str, self._tokenizer.decode(list(ids), **kept))
+        """Return the text of sampled ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return cast(str, self._tokenizer.decode(list(ids), **options))
 
     def prompt(self, system: str, content: Content) -> list[int]:
-        """Compact ids of the first prompt by the tokenizer's chat template. An empty `system` is left out."""
+        """Return the compact ids of the first prompt, by the chat template; an empty `system` is left out."""
         texts: list[str] = []
-        messages: list[dict[str, Any]] = [{"role": "user", "content": slots(content, texts)}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": insert_slots(content, texts)}]
         if system:
-            messages.insert(0, {"role": "system", "content": slots([text(system)], texts)[0]["text"]})
+            messages.insert(0, {"role": "system", "content": insert_slots([text_part(system)], texts)[0]["text"]})
         markup = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self._fill(cast(str, markup), texts)
 
     def observation(self, content: Content) -> list[int]:
-        """Compact ids of a user's message between a turn that ended with `end` and the next one."""
+        """Return the compact ids of a user's message between a turn that ended with `end` and the next turn."""
         texts: list[str] = []
-        inner = "".join(PICTURE if part == IMAGE else part["text"] for part in slots(content, texts))
+        inner = "".join(PICTURE if part == IMAGE_PART else part["text"] for part in insert_slots(content, texts))
         return self._fill(f"\n<|im_start|>user\n{inner}{END}\n<|im_start|>assistant\n", texts)
 
     def _fill(self, markup: str, texts: list[str]) -> list[int]:
@@ -94,22 +95,22 @@ class Codec:
         return ids
 
 
-def slots(content: Content, texts: list[str]) -> Content:
-    """The content with a slot in place of each text; the texts are appended to `texts`."""
+def insert_slots(content: Content, texts: list[str]) -> Content:
+    """Return the content with a slot in place of each text, and append the texts to `texts`."""
     parts = []
     for part in content:
-        if part == IMAGE:
+        if part == IMAGE_PART:
             parts.append(part)
         else:
-            parts.append(text(SLOT.format(len(texts))))
+            parts.append(text_part(SLOT.format(len(texts))))
             texts.append(part["text"])
     return parts
 
 
 def banned_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Ids that must not be sampled, sorted: image and vision tokens, <|im_start|> and the like; all but <|im_end|>.
+    """Return the ids that must not be sampled, sorted: all special tokens but <|im_end|>.
 
-    A sampled placeholder has no image, and a sampled <|im_start|> would let the model speak as somebody else.
+    A sampled placeholder has no image, and with a sampled <|im_start|> the model would speak as another role.
     """
     added = tokenizer.added_tokens_decoder.items()
     specials = {token.content: i for i, token in added if token.special or is_markup(token.content)}
@@ -117,4 +118,5 @@ def banned_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
 
 
 def is_markup(token: str) -> bool:
+    """Tell whether a token has the form <|…|>."""
     return token.startswith("<|") and token.endswith("|>")

@@ -1,38 +1,38 @@
-"""The comparison prompt: which of two images makes a question easier to answer? The reply is one token, 1 or 2."""
+"""The comparison prompt: two images, a question, and a reply of one token that names the more helpful image, 1 or 2."""
 
 import hashlib
 import json
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.protocol import IMAGE, text
+from thinkimg.conversation.protocol import IMAGE_PART, text_part
 from thinkimg.errors import UserError
 
 RATINGS = ("1", "2")
 REPLY = "Easier with image "
-"""What the reply begins with, so that the next token is the rating whatever the model is used to begin with."""
+"""Beginning of the reply, so that the next token is the rating whatever the model usually begins with."""
 
 
-def instruction(question: str) -> str:
-    """The text after the two images."""
+def render_instruction(question: str) -> str:
+    """Return the text after the two images."""
     return f"Question: {question} With which of the two images is it easier to answer? Reply with 1 or 2."
 
 
-def prompt(codec: Codec, question: str) -> list[int]:
-    """Compact ids of [image][image] and the instruction, up to where the rating is the next token."""
-    return codec.prompt("", [IMAGE, IMAGE, text(instruction(question))]) + codec.encode(REPLY)
+def encode_comparison(codec: Codec, question: str) -> list[int]:
+    """Return the compact ids of both images, instruction and begun reply; the next token is the rating."""
+    return codec.prompt("", [IMAGE_PART, IMAGE_PART, text_part(render_instruction(question))]) + codec.encode(REPLY)
 
 
 def rating_tokens(codec: Codec) -> list[int]:
-    """Ids of the two ratings. Raises UserError if the tokenizer has no token of its own for each."""
+    """Return the ids of the two ratings. Raises UserError if the tokenizer has no token of its own for each."""
     start = codec.encode(REPLY)
-    found = [codec.encode(REPLY + rating) for rating in RATINGS]
-    if any(ids[:-1] != start for ids in found):
+    replies = [codec.encode(REPLY + rating) for rating in RATINGS]
+    if any(ids[:-1] != start for ids in replies):
         raise UserError(
             "The tokenizer does not write 1 and 2 as tokens of their own.", hint="The policy must be a Qwen2.5-VL."
         )
-    return [ids[-1] for ids in found]
+    return [ids[-1] for ids in replies]
 
 
-def prompt_hash() -> str:
-    """sha256 of everything that is said besides the question."""
-    return hashlib.sha256(json.dumps([instruction("{}"), REPLY, RATINGS]).encode()).hexdigest()
+def hash_prompt() -> str:
+    """Return the sha256 of the prompt without its question."""
+    return hashlib.sha256(json.dumps([render_instruction("{}"), REPLY, RATINGS]).encode()).hexdigest()

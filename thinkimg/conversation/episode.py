@@ -1,4 +1,4 @@
-"""One conversation as a state machine without I/O: what to send, what to do with what came back, when it ends."""
+"""Episode: one conversation as a state machine without I/O."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.picture import Picture, picture, size_seen
-from thinkimg.conversation.protocol import IMAGE, Answer, Content, Malformed, ToolCall, load_protocol, text
+from thinkimg.conversation.picture import Picture, make_picture, model_view_size
+from thinkimg.conversation.protocol import IMAGE_PART, Answer, Content, Malformed, ToolCall, load_protocol, text_part
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.tokens import ROLES, TokenError, TokenStream, expanded_length
 from thinkimg.images import toolbox
@@ -22,7 +22,7 @@ from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, T
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a tool call gave; the picture is there if the result has an image."""
+    """Result of a tool call, and the picture of its image if it has one."""
 
     result: toolbox.ToolResult
     picture: Picture | None = None
@@ -30,7 +30,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PendingCall:
-    """A tool call that waits to be carried out: pure CPU work, for a pool."""
+    """Tool call that waits to be run: pure CPU work, for a pool of threads."""
 
     call: ToolCall
     images: tuple[Image.Image, ...]
@@ -38,65 +38,72 @@ class PendingCall:
     config: ViewLimits
 
     def run(self) -> Outcome:
-        """A wrong call is an outcome with an error; what raises here is broken (see Episode.fail)."""
+        """Run the tool. A wrong call is an outcome with an error; an exception is a bug (see Episode.fail)."""
         if not self.tools or not self.images:
             missing = "images" if self.tools else "tools"
-            return Outcome(
-                toolbox.ToolResult(len(self.images) - 1, error=f"There are no {missing} here; give an answer.")
-            )
-        sizes = partial(size_seen, config=self.config)
-        result = toolbox.run(self.call.name, self.call.args, self.images, sizes, self.tools)
-        return Outcome(result, picture(result.image, self.config) if result.image else None)
+            error = f"There are no {missing} here; give an answer."
+            return Outcome(toolbox.ToolResult(len(self.images) - 1, error=error))
+        sizes = partial(model_view_size, config=self.config)
+        result = toolbox.run_tool(self.call.name, self.call.args, self.images, sizes, self.tools)
+        return Outcome(result, make_picture(result.image, self.config) if result.image else None)
+
+
+@dataclass(frozen=True)
+class ConversationSpec:
+    """Rules of all episodes, the size at which images are seen, and the policy's tokens."""
+
+    conversation: ConversationConfig
+    view: ViewLimits
+    codec: Codec
 
 
 class Episode:
-    """A conversation about one sample.
+    """Conversation about one sample.
 
     While `stop` is None: send `prompt_ids` and `view_images` for at most budget() tokens, sampled with
-    seed(policy, sample_id, index, len(turns)); check the engine's prompt with stream.check; feed() what came; if that
-    gives a call, run() it and observe() its outcome. Then trajectory() is the row, with `made_images` beside it.
+    derive_seed(policy, sample_id, index, len(turns)). Check the engine's prompt with stream.check, and feed() the
+    sampled tokens. If that returns a call, run() it and observe() its outcome. At the end trajectory() is the row, and
+    `made_images` are the images of its tools.
 
-    pictures: the sample's images in order; episodes of one sample share them. A prompt beyond the limits fails at once.
+    pictures: the sample's images in order, which its episodes share. policy: digest of the policy that plays. group_id,
+    index: the group of rollouts, and the number in it. A prompt beyond the limits fails at once.
     """
 
     def __init__(
         self,
         sample: Sample,
         pictures: Sequence[Picture],
-        conversation: ConversationConfig,
-        images: ViewLimits,
-        codec: Codec,
+        spec: ConversationSpec,
         *,
-        trajectory_id: str,
+        policy: str,
         group_id: str,
         index: int,
-        policy: str,
     ) -> None:
         assert [picture.sha256 for picture in pictures] == list(sample.images), "the pictures must be the sample's"
-        self.sample, self.config, self.images_config, self.codec = sample, conversation, images, codec
-        self.trajectory_id, self.group_id, self.index, self.policy = trajectory_id, group_id, index, policy
-        self.protocol = load_protocol(conversation.protocol)
-        self.tools = toolbox.load_tools(conversation.tools)
+        self.sample, self.policy, self.group_id, self.index = sample, policy, group_id, index
+        self.config, self.view, self.codec = spec.conversation, spec.view, spec.codec
+        self.protocol = load_protocol(self.config.protocol)
+        self.tools = toolbox.load_tools(self.config.tools)
         self.pictures = list(pictures)
         self.turns: list[Turn] = []
         self.answer: str | None = None
         self.stop: StopReason | None = None
         self.error: str | None = None
         self.refused = False
-        """Whether it failed because of the engine, which may play it another time."""
+        """True if the engine refused it, so that it may be played another time."""
         self._weights: list[str] = []
         self._called: Turn | None = None  # the turn whose call is pending
-        prompt = codec.prompt(system_prompt(conversation), question(sample, pictures))
-        self.stream = TokenStream(codec, prompt, [picture.slot for picture in pictures])
+        prompt = self.codec.prompt(render_system_prompt(self.config), render_question(sample, pictures))
+        self.stream = TokenStream(self.codec, prompt, [picture.slot for picture in pictures])
         if self.budget() < 1:
             length = self.stream.expanded_length
-            self.fail(f"The prompt has {length} tokens, conversation.max_tokens is {conversation.max_tokens}.")
-        if len(pictures) > conversation.max_images:
-            self.fail(f"The sample has {len(pictures)} images, conversation.max_images is {conversation.max_images}.")
+            self.fail(f"The prompt has {length} tokens, conversation.max_tokens is {self.config.max_tokens}.")
+        if len(pictures) > self.config.max_images:
+            self.fail(f"The sample has {len(pictures)} images, conversation.max_images is {self.config.max_images}.")
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Compact ids of the conversation so far."""
+        """Compact token ids of the conversation so far."""
         return list(self.stream.ids)
 
     @property
@@ -106,20 +113,21 @@ class Episode:
 
     @property
     def made_images(self) -> dict[str, Image.Image]:
-        """Full-resolution images that the tools made, by content hash."""
+        """Full-resolution images that tools made, by content hash."""
         return {picture.sha256: picture.image for picture in self.pictures if picture.sha256 not in self.sample.images}
 
     def budget(self) -> int:
-        """How many tokens the next turn may have."""
+        """Return the number of tokens that the next turn may have."""
         return min(self.config.max_turn_tokens, self.config.max_tokens - self.stream.expanded_length)
 
     def feed(
         self, token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: str, weights: str
     ) -> PendingCall | None:
-        """Take in a turn as the engine returned it; the last token is <|im_end|> unless the token limit came first.
+        """Append a turn as the engine returned it; its last token is <|im_end|> unless the token limit came first.
 
-        Returns a call whose outcome observe() must get before the next turn, or None: the episode has then ended, or
-        the turn was malformed and the model has been told. Tokens that break the engine's contract end it as FAILED.
+        Returns a call whose outcome observe() must get before the next turn. Returns None if the episode has ended, or
+        if the turn was malformed and an error was appended for the model. Tokens that break the engine's contract end
+        the episode as FAILED.
         """
         assert self.stop is None and self._called is None, "no turn is due"
         complete = bool(token_ids) and token_ids[-1] == self.codec.end
@@ -144,19 +152,15 @@ class Episode:
                 return None
             case Malformed(reason):
                 message = f"Error: {reason}"
-                self._reply(replace(turn, error=reason, observation=message), [text(message)])
+                self._reply(replace(turn, error=reason, observation=message), [text_part(message)])
                 return None
             case ToolCall(name, args) as call:
-                self._called = replace(turn, kind=TurnKind.TOOL, tool=name, args=canonical(args))
-                return PendingCall(
-                    call,
-                    tuple(picture.image for picture in self.pictures),
-                    self.tools,
-                    self.images_config,
-                )
+                self._called = replace(turn, kind=TurnKind.TOOL, tool=name, args=dump_args(args))
+                images = tuple(picture.image for picture in self.pictures)
+                return PendingCall(call, images, self.tools, self.view)
 
     def observe(self, outcome: Outcome) -> None:
-        """Take in the outcome of the call that feed() returned, and tell the model."""
+        """Append the outcome of the call that feed() returned, as an observation for the model."""
         turn, result, new = self._called, outcome.result, outcome.picture
         assert turn is not None, "no call is pending"
         self._called = None
@@ -170,7 +174,7 @@ class Episode:
             self._reply(turn, self.protocol.observation(message, image=False))
         elif new:
             twin = next((picture for picture in self.pictures if picture.sha256 == new.sha256), None)
-            message = size_statement(len(self.pictures), new)
+            message = state_size(len(self.pictures), new.view.size)
             status = CallStatus.DUPLICATE if twin else CallStatus.OK
             turn = replace(turn, status=status, image=new.sha256, observation=message)
             self._reply(turn, self.protocol.observation(message, image=True), twin or new)
@@ -183,7 +187,7 @@ class Episode:
         needed = expanded_length(ids, slots, self.codec.image) + 1
         last = len(self.turns) + 1 == self.config.max_turns
         if needed > self.config.max_tokens - self.stream.expanded_length:
-            # Nothing came back, so the row says so: a turn's image is always one of the stream's.
+            # The model does not see the result, so the row has none: a turn's image is always one of the stream's.
             status = turn.status and CallStatus.ERROR
             error = turn.error or "The conversation has no room for the result."
             turn = replace(turn, status=status, error=error, image=None, observation=None)
@@ -198,17 +202,17 @@ class Episode:
         self.stop = stop
 
     def fail(self, error: str) -> None:
-        """End the episode because something broke (engine, tool, tokens): the row carries the error."""
+        """End the episode as FAILED, with an error of engine, tool or tokens in its row."""
         if self._called:
             self.turns.append(replace(self._called, status=CallStatus.ERROR, error=error))
             self._called = None
         self.stop, self.error, self.answer = StopReason.FAILED, error, None
 
     def trajectory(self) -> Trajectory:
-        """The row of an ended episode. weights are the versions seen, joined by ">" if they changed."""
+        """Return the row of an ended episode; its `weights` are the versions seen, joined by ">" if they changed."""
         assert self.stop is not None, "the episode goes on"
         return Trajectory(
-            trajectory_id=self.trajectory_id,
+            trajectory_id=f"{self.group_id}-{self.index}",
             sample_id=self.sample.sample_id,
             group_id=self.group_id,
             index=self.index,
@@ -227,11 +231,11 @@ class Episode:
         )
 
 
-def scripted(episode: Episode, turns: Sequence[str]) -> Trajectory:
+def play_script(episode: Episode, turns: Sequence[str]) -> Trajectory:
     """Feed written turns as if they were sampled (log-probability 0), tools and limits included.
 
-    Gives exactly the token stream that a policy would have made that samples these texts. A script that does not end
-    with the episode, or goes on after it, makes a FAILED trajectory.
+    Returns the trajectory with the token stream of a policy that samples these texts. It is FAILED if the script does
+    not end with the episode.
     """
     for number, turn in enumerate(turns):
         if episode.stop is not None:
@@ -247,36 +251,41 @@ def scripted(episode: Episode, turns: Sequence[str]) -> Trajectory:
     return episode.trajectory()
 
 
-def question(sample: Sample, pictures: Sequence[Picture]) -> Content:
-    """The user's first message: images, their sizes, the question, its choices. Short, for models with few tokens."""
-    sizes = [size_statement(number, picture) for number, picture in enumerate(pictures)]
+def render_question(sample: Sample, pictures: Sequence[Picture]) -> Content:
+    """Return the user's first message: the images, and the text of the question."""
+    return [IMAGE_PART] * len(pictures) + [text_part(state_question(sample, [shown.view.size for shown in pictures]))]
+
+
+def state_question(sample: Sample, sizes: Sequence[tuple[int, int]]) -> str:
+    """Return the text of a question: the images' sizes as the model sees them, the question, its choices."""
+    statements = [state_size(number, size) for number, size in enumerate(sizes)]
     choices = [f"Choices: {', '.join(sample.choices)}."] if sample.choices else []
-    return [IMAGE] * len(pictures) + [text(" ".join([*sizes, sample.question, *choices]))]
+    return " ".join([*statements, sample.question, *choices])
 
 
-def size_statement(number: int, picture: Picture) -> str:
-    """The image's size as the model sees it, which is what its coordinates are about."""
-    return f"Image {number}: {picture.view.width}x{picture.view.height} pixels."
+def state_size(number: int, size: tuple[int, int]) -> str:
+    """Return the sentence that states an image's size as the model sees it, the frame of its coordinates."""
+    return f"Image {number}: {size[0]}x{size[1]} pixels."
 
 
-def system_prompt(conversation: ConversationConfig) -> str:
+def render_system_prompt(conversation: ConversationConfig) -> str:
     """Return the user's own system prompt, or the one that describes protocol and tools."""
     if conversation.system is not None:
         return conversation.system
-    return default_system(conversation.protocol, conversation.tools)
+    return _default_system(conversation.protocol, conversation.tools)
 
 
 @cache
-def default_system(protocol: str, tools: tuple[str, ...] | None) -> str:
+def _default_system(protocol: str, tools: tuple[str, ...] | None) -> str:
     return load_protocol(protocol).system(tuple(toolbox.load_tools(tools).values()))
 
 
-def canonical(args: dict[str, Any]) -> str:
-    """JSON with one form per value."""
+def dump_args(args: dict[str, Any]) -> str:
+    """Return the arguments as JSON, equal for equal arguments."""
     return json.dumps(args, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def seed(policy: str, sample_id: str, index: int, turn: int) -> int:
-    """Sampling seed of a turn, in [0, 2**63)."""
+def derive_seed(policy: str, sample_id: str, index: int, turn: int) -> int:
+    """Return the sampling seed of a turn, in [0, 2**63)."""
     identity = json.dumps([policy, sample_id, index, turn]).encode()
     return int.from_bytes(hashlib.sha256(identity).digest()[:8]) >> 1

@@ -1,4 +1,4 @@
-"""An image of a conversation: its full resolution, what the model sees of it, and the hashes of both."""
+"""Picture: an image of a conversation in full resolution and as the model sees it, with the hashes of both."""
 
 from dataclasses import dataclass
 
@@ -7,37 +7,41 @@ from PIL import Image
 from thinkimg.conversation.tokens import Grid, ImageSlot
 from thinkimg.images.decode import pixel_hash
 from thinkimg.images.settings import ViewLimits
-from thinkimg.images.view import grid, view, view_size
+from thinkimg.images.view import count_patches, resize_to_view, view_size
 
 
 @dataclass(frozen=True)
 class Picture:
-    """sha256: content hash of the full resolution. uuid: content hash of the view, by which the engine caches it."""
+    """Image of a conversation, and the view of it that the model sees."""
 
     image: Image.Image
     sha256: str
+    """Content hash of the full resolution."""
     view: Image.Image
     uuid: str
+    """Content hash of the view, by which the engine caches it."""
 
     @property
     def grid(self) -> Grid:
-        return grid(*self.view.size)
+        """Patches (t, h, w) of the view."""
+        return count_patches(*self.view.size)
 
     @property
     def slot(self) -> ImageSlot:
+        """Place of the image in a token stream."""
         return ImageSlot(self.sha256, self.grid)
 
 
-def picture(image: Image.Image, config: ViewLimits) -> Picture:
-    """A picture from full-resolution RGB pixels: CPU work (resize, hashes) to be done once, off the event loop.
+def make_picture(image: Image.Image, config: ViewLimits) -> Picture:
+    """Return the picture of full-resolution RGB pixels. Raises ValueError if the aspect exceeds 200.
 
-    Raises ValueError if the aspect exceeds 200.
+    CPU work (resize, hashes), to be done once and off the event loop.
     """
-    seen = view(image, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    seen = resize_to_view(image, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     sha256 = pixel_hash(image)
     return Picture(image, sha256, seen, sha256 if seen is image else pixel_hash(seen))
 
 
-def size_seen(image: Image.Image, config: ViewLimits) -> tuple[int, int]:
-    """(width, height) of what the model sees of an image."""
+def model_view_size(image: Image.Image, config: ViewLimits) -> tuple[int, int]:
+    """Return the size at which the model sees an image: (width, height) in pixels."""
     return view_size(*image.size, min_pixels=config.min_pixels, max_pixels=config.max_pixels)

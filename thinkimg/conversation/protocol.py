@@ -1,4 +1,4 @@
-"""How a turn is written: parsing the model's untrusted text, rendering turns, and the texts that the model is told."""
+"""Protocols of a turn: they parse the model's untrusted text, render turns, and describe themselves to the model."""
 
 import json
 import math
@@ -14,21 +14,22 @@ from thinkimg.registry import Registry
 PROTOCOLS = Registry("protocols", "thinkimg.conversation.protocols")
 """Each defines `PROTOCOL`, an instance of a Protocol."""
 
-MAX_BRACKETS = 100  # in a call: a fixed limit on nesting, where Python's own depends on the caller's stack
+MAX_BRACKETS = 100  # of a call: a fixed limit on nesting, since Python's own depends on the caller's stack
 MAX_DIGITS = 20  # of an integer in a call
 
 Content = list[dict[str, str]]
-"""Parts of a message in the chat template's form: IMAGE, or text(…)."""
-IMAGE = {"type": "image"}
+"""Parts of a message in the chat template's form: IMAGE_PART, or text_part(…)."""
+IMAGE_PART = {"type": "image"}
 
 
-def text(value: str) -> dict[str, str]:
+def text_part(value: str) -> dict[str, str]:
+    """Return a text as a part of a message."""
     return {"type": "text", "text": value}
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call as the model wrote it: any name, any JSON object of finite numbers and valid Unicode."""
+    """Call as the model wrote it: any name, any JSON object of finite numbers and valid Unicode."""
 
     name: str
     args: dict[str, Any]
@@ -36,47 +37,54 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Answer:
+    """Final answer of a conversation."""
+
     text: str
-    """Not empty, no white space around."""
+    """Not empty, without white space around."""
 
 
 @dataclass(frozen=True)
 class Malformed:
+    """Turn that breaks the protocol."""
+
     reason: str
-    """A sentence that tells the model how to correct itself; quotes nothing of its text."""
+    """Sentence that tells the model how to correct itself; quotes nothing of its text."""
 
 
 class Protocol(ABC):
-    """A turn is a thought, then exactly one call or one answer, and nothing after it."""
+    """Form of a turn: a thought, then exactly one call or one answer, and nothing after it."""
 
     open_call: ClassVar[str]
     close_call: ClassVar[str]
     args_key: ClassVar[str]
     call_form: ClassVar[str]
-    """A call as shown to the model."""
+    """Call as shown to the model."""
     turn_form: ClassVar[str]
-    """What precedes the call or answer, as shown to the model."""
+    """Thought before the call or answer, as shown to the model."""
 
     @property
     def tags(self) -> tuple[str, str, str, str]:
+        """Opening and closing tag of a call, and of an answer."""
         return self.open_call, self.close_call, "<answer>", "</answer>"
 
     @abstractmethod
     def split(self, turn: str) -> tuple[str, str] | Malformed:
-        """(thought, rest) of a turn without white space around."""
+        """Return (thought, rest) of a turn without white space around."""
 
     @abstractmethod
-    def render_thought(self, thought: str) -> str: ...
+    def render_thought(self, thought: str) -> str:
+        """Return a thought as the beginning of a turn."""
 
     @abstractmethod
-    def render_call(self, name: str, args: dict[str, Any]) -> str: ...
+    def render_call(self, name: str, args: dict[str, Any]) -> str:
+        """Return a call as the end of a turn."""
 
     @abstractmethod
     def observation(self, value: str, *, image: bool) -> Content:
-        """What a tool call gave, as the content of a user's message; the image precedes the text."""
+        """Return a tool's result as the content of a user's message; an image precedes the text."""
 
     def parse(self, turn: str) -> ToolCall | Answer | Malformed:
-        """What a turn says. Never raises, whatever the text is; takes time linear in its length."""
+        """Parse a turn, in time linear in its length. Never raises, whatever the text is."""
         if not is_unicode(turn):
             return Malformed("Write valid Unicode text only.")
         parts = self.split(turn.strip())
@@ -94,7 +102,7 @@ class Protocol(ABC):
 
     def _parse_call(self, body: str) -> ToolCall | Malformed:
         try:
-            call = strict_json(body)
+            call = parse_json(body)
         except ValueError as error:
             return Malformed(f"The call is not valid JSON ({error}); write {self.call_form}.")
         if not isinstance(call, dict) or call.keys() != {"name", self.args_key}:
@@ -105,16 +113,16 @@ class Protocol(ABC):
         return ToolCall(name, args)
 
     def render_turn(self, thought: str, action: ToolCall | Answer) -> str:
-        """The turn that parses as `action`. Thought and answer must hold none of the protocol's tags."""
+        """Return the turn that parses as `action`; thought and answer must hold none of the protocol's tags."""
         if isinstance(action, ToolCall):
             turn = self.render_thought(thought) + self.render_call(action.name, action.args)
         else:
             turn = f"{self.render_thought(thought)}<answer>{action.text}</answer>"
-        assert self.parse(turn) == action, f"the turn would not be read as it is meant: {turn}"
+        assert self.parse(turn) == action, f"the turn parses as another action: {turn}"
         return turn
 
     def system(self, tools: Sequence[Tool]) -> str:
-        """The default system prompt: the protocol and every tool."""
+        """Return the default system prompt, which describes the protocol and every tool."""
         answer = f"{self.turn_form}<answer>your answer</answer>"
         if not tools:
             return f"Answer the question about the image. Think first, then answer, and write nothing else:\n{answer}"
@@ -139,19 +147,22 @@ def load_protocol(name: str) -> Protocol:
 
 
 def parse_answer(body: str) -> Answer | Malformed:
+    """Parse the text between the answer's tags."""
     answer = body.strip()
     return Answer(answer) if answer else Malformed("The answer is empty; write it between <answer> and </answer>.")
 
 
-def call_json(name: str, args_key: str, args: dict[str, Any]) -> str:
-    # "<" occurs in strings only: escaped, no value can be taken for a tag.
+def render_json(name: str, args_key: str, args: dict[str, Any]) -> str:
+    """Return a call as JSON in which no value can be taken for a tag."""
+    # "<" occurs in strings only.
     return json.dumps({"name": name, args_key: args}, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def strict_json(body: str) -> Any:
-    """The value of a JSON text. Raises ValueError, with a reason fit for the model, for all that is not plain JSON:
+def parse_json(body: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError, with a reason fit for the model, if it is not plain JSON.
 
-    NaN, Infinity, numbers that overflow, integers of many digits, a key twice, lone surrogates, deep nesting.
+    Refused are NaN, Infinity, numbers that overflow, integers of many digits, a key twice, lone surrogates, deep
+    nesting.
     """
     if body.count("[") + body.count("{") > MAX_BRACKETS:
         raise ValueError("too many brackets")
@@ -187,7 +198,7 @@ def _integer(literal: str) -> int:
 
 
 def is_unicode(value: str) -> bool:
-    """Whether a text can be stored as UTF-8: json.loads makes lone surrogates from escapes."""
+    """Tell whether a text can be stored as UTF-8: json.loads makes lone surrogates from escapes."""
     try:
         value.encode()
     except UnicodeEncodeError:

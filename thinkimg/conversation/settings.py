@@ -10,8 +10,10 @@ from thinkimg.settings import EntryName, Positive, Settings
 
 
 class ConversationConfig(Settings):
+    """Protocol, tools and limits of a conversation."""
+
     protocol: Annotated[str, EntryName(PROTOCOLS, "PROTOCOL")] = "think"
-    """A file in thinkimg/conversation/protocols, or the import path of a module of your own."""
+    """`think` or `qwen`: how calls and answers are written; or the import path of a module of your own."""
     tools: tuple[str, ...] | None = None
     """Names of the tools on offer; null: all eleven, []: none. One of your own goes by the import path of its module,
     such as my_project.tools.magnify, which the model calls magnify, or by the name of an entry point of the group
@@ -19,9 +21,11 @@ class ConversationConfig(Settings):
     system: str | None = None
     """System prompt; null: a description of the protocol and of every tool, made from their code."""
     max_turns: Positive = 5
+    """Turns of the model in one conversation."""
     max_images: Positive = 8
     """Images in one conversation, the sample's own included."""
     max_turn_tokens: Positive = 512
+    """Tokens that the model may write in one turn."""
     max_tokens: Positive = 8192
     """Tokens of a conversation, images expanded."""
 

@@ -1,4 +1,4 @@
-"""The token stream of a conversation: compact, only ever appended to, checked against the engine's."""
+"""Token stream of a conversation: compact, only ever appended to, and checked against the engine's."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from thinkimg.records import Role
 
 ROLES = list(Role)
 Grid = tuple[int, int, int]
+"""Patches (t, h, w) of an image."""
 
 
 class TokenError(RuntimeError):
-    """What the engine returned can't become part of a conversation: the trajectory fails, the run goes on."""
+    """Tokens of the engine that can't become part of a conversation: the trajectory fails, the run goes on."""
 
 
 class TokenMismatch(TokenError):
-    """The engine's expanded prompt is not ours. ours, theirs: both lists; index: the first difference."""
+    """Expanded prompt of the engine that is not ours. ours, theirs: both lists of ids; index: the first difference."""
 
     def __init__(self, ours: list[int], theirs: list[int], image: int) -> None:
         self.ours, self.theirs = ours, theirs
@@ -34,17 +35,18 @@ class TokenMismatch(TokenError):
 
 
 class ImageSlot(NamedTuple):
-    """What the stream knows of an image: content hash of its full resolution, patches (t, h, w) of its view."""
+    """Image of a stream: content hash of its full resolution, patches (t, h, w) of its view."""
 
     sha256: str
     grid: Grid
 
 
 class TokenStream:
-    """The tokens of a conversation, which grow at the end only; sampled ones are kept as they came.
+    """Tokens of a conversation, which grow at the end only; sampled tokens are kept as they came.
 
-    ids: compact (one placeholder per image). roles: one per id. logprobs: one per sampled id. images (content hashes of
-    the full resolution) and grids: one per placeholder, in order. expanded_length: tokens with the images expanded.
+    ids: compact token ids, one placeholder per image. roles: one per id. logprobs: one per sampled id. images, grids:
+    one per placeholder, in order; images are content hashes of the full resolution. expanded_length: number of tokens
+    with the images expanded.
     """
 
     def __init__(self, codec: Codec, prompt: Sequence[int], images: Sequence[ImageSlot]) -> None:
@@ -58,7 +60,7 @@ class TokenStream:
         self._append(prompt, Role.PROMPT, images)
 
     def append_sampled(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """A turn as the engine returned it. Raises TokenError, and appends nothing, if that is impossible."""
+        """Append a turn as the engine returned it. Raises TokenError, and appends nothing, if that is impossible."""
         if not ids or len(ids) != len(logprobs):
             raise TokenError(f"The engine returned {len(ids)} tokens with {len(logprobs)} log-probabilities.")
         if not all(map(math.isfinite, logprobs)):
@@ -71,7 +73,7 @@ class TokenStream:
         self.logprobs += logprobs
 
     def append_observation(self, ids: Sequence[int], images: Sequence[ImageSlot]) -> None:
-        """A message to the model (Codec.observation), which only a complete turn may precede."""
+        """Append a message to the model (Codec.observation), which must follow a complete turn."""
         complete = self.roles[-1] is Role.SAMPLED and self.ids[-1] == self.codec.end
         assert complete, "an observation follows a complete turn"
         self._append(ids, Role.OBSERVATION, images)
@@ -84,13 +86,13 @@ class TokenStream:
         self.grids += [image.grid for image in images]
 
     def expanded(self) -> list[int]:
-        """The ids, each placeholder repeated image_tokens(grid) times: what engine and trainer compute on."""
+        """Return the ids on which engine and trainer compute: each placeholder repeated image_tokens(grid) times."""
         return np.repeat(self.ids, expansion(self.ids, self.grids, self.codec.image)).tolist()
 
     def check(self, engine_prompt_ids: Sequence[int]) -> None:
-        """Raises TokenMismatch unless the prompt, as the engine expanded it, is ours, image tokens by grids included.
+        """Raise TokenMismatch unless the prompt, as the engine expanded it, equals ours, its image tokens included.
 
-        To be called with a generation's prompt before that generation is appended.
+        Called with a generation's prompt before that generation is appended.
         """
         ours, theirs = self.expanded(), list(engine_prompt_ids)
         if ours != theirs:
@@ -98,12 +100,12 @@ class TokenStream:
 
 
 def expanded_length(ids: Sequence[int], images: Sequence[ImageSlot], image_token: int) -> int:
-    """Number of tokens of compact ids with their images expanded."""
+    """Return the number of tokens of compact ids with their images expanded."""
     return int(expansion(ids, [image.grid for image in images], image_token).sum())
 
 
 def expansion(ids: Sequence[int], grids: Sequence[Sequence[int]], image_token: int) -> np.ndarray:
-    """(T,) int64: how many tokens each compact id stands for; 1, or the tokens of the next image for a placeholder."""
+    """Return how many tokens each compact id stands for: (T,) int64, 1 or the next image's tokens for a placeholder."""
     placeholders = np.asarray(ids) == image_token
     assert placeholders.sum() == len(grids), f"{placeholders.sum()} placeholders for {len(grids)} images"
     counts = np.ones(len(ids), dtype=np.int64)

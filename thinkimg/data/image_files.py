@@ -1,4 +1,4 @@
-"""Reading images as a data set names them: bytes, paths inside the data set, data: URIs, URLs of allowed hosts."""
+"""Reading of a data set's images: bytes, paths inside the data set, data: URIs, URLs of allowed hosts."""
 
 import base64
 import functools
@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 
-from thinkimg.data.source import Reader, Reason, RowRefused, short
+from thinkimg.data.source import ImageReader, Reason, RowRefused, short
 from thinkimg.images.decode import ImageLimits
 from thinkimg.store import files
-from thinkimg.store.manifest import canonical
+from thinkimg.store.manifest import canonical_json
 
 FETCH_SECONDS, REDIRECTS = 60, 5
 
@@ -21,8 +21,8 @@ FETCH_SECONDS, REDIRECTS = 60, 5
 class ImageFiles:
     """Readers for the images of one data set.
 
-    root: the directory that its paths are relative to and that no path may leave, by `..` or by a symbolic link. also:
-    directories in which absolute paths are accepted (a library's cache). hosts: those from which images are fetched.
+    root: the directory from which its paths start and which no path may leave, by `..` or by a symbolic link.
+    also: directories in which absolute paths are accepted (a library's cache). hosts: allowed in URLs of images.
     """
 
     def __init__(self, root: Path, limits: ImageLimits, hosts: Iterable[str] = (), also: Iterable[Path] = ()):
@@ -30,9 +30,11 @@ class ImageFiles:
         self.hosts = {host.lower() for host in hosts}
         self.also = tuple(path.resolve() for path in also)
 
-    def reader_of(self, value: Any) -> Reader:
-        """value: bytes, a path, a data: URI, a URL, or the Hub's {"bytes", "path"}. Raises RowRefused for anything
-        else."""
+    def reader_of(self, value: Any) -> ImageReader:
+        """Return the reader of an image: of bytes, a path, a data: URI, a URL, or the Hub's {"bytes", "path"}.
+
+        Raises RowRefused for any other value.
+        """
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes) and value:
@@ -41,36 +43,37 @@ class ImageFiles:
             raise RowRefused(Reason.IMAGE, f"no image: {short(value)}")
         return functools.partial(self._read, value)
 
-    def inside(self, name: str) -> Path:
-        """The regular file that `name` means, inside the data set; RowRefused (PATH) otherwise."""
+    def resolve(self, name: str) -> Path:
+        """Return the path of a regular file inside the data set. Raises RowRefused (PATH) for any other name."""
         path = Path(name)
         try:
             target = (self.root / path).resolve()
             allowed = (
-                any(target.is_relative_to(place) for place in self.also)
+                any(target.is_relative_to(directory) for directory in self.also)
                 if path.is_absolute()
                 else (".." not in path.parts and target.is_relative_to(self.root))
             )
-            there = allowed and target.is_file()
+            is_file = allowed and target.is_file()
         except (OSError, ValueError, RuntimeError):  # too long, NUL or surrogates in it, a loop of links
             raise RowRefused(Reason.PATH, f"{short(name)} is no path") from None
         if not allowed:
             raise RowRefused(Reason.PATH, f"{short(name)} leads out of the data set")
-        if not there:
+        if not is_file:
             raise RowRefused(Reason.PATH, f"there is no file {short(name)}")
         return target
 
     def digest(self, tables: Iterable[Path], names: Iterable[Any]) -> str:
-        """sha256 over the tables' bytes and those of the files that `names` mean; what is no such file adds nothing."""
-        found = {}
+        """Return the sha256 over the bytes of the tables and of the files with these names, other values left out."""
+        digests = {}
         for name in names:
-            if isinstance(name, str) and not scheme_of(name) and name not in found:
+            if isinstance(name, str) and not scheme_of(name) and name not in digests:
                 try:
-                    found[name] = files.sha256_once(self.inside(name))
+                    digests[name] = files.sha256_once(self.resolve(name))
                 except RowRefused:
-                    continue  # told when the row is read
+                    continue  # the row is refused when it is read
         body = [[path.relative_to(self.root).as_posix(), files.sha256_once(path)] for path in tables]
-        return hashlib.sha256(canonical([body, sorted(found.items())]).encode(errors="surrogatepass")).hexdigest()
+        text = canonical_json([body, sorted(digests.items())])
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     def _read(self, name: str) -> bytes:
         scheme = scheme_of(name)
@@ -81,14 +84,14 @@ class ImageFiles:
         if scheme:
             raise RowRefused(Reason.URL, f"{short(name)} is neither http, https nor data")
         try:
-            with self.inside(name).open("rb") as file:
+            with self.resolve(name).open("rb") as file:
                 return file.read(self.limits.max_bytes + 1)  # enough for the decoder to refuse it
         except OSError as error:
             raise RowRefused(Reason.PATH, f"{short(name)} can't be read: {error.strerror}") from error
 
     @functools.cached_property
     def _client(self) -> httpx.Client:
-        # Without compression a small answer cannot become a large one. A redirect is followed by hand, host checked.
+        # Without compression a small answer cannot become a large one. _fetch follows redirects and checks each host.
         return httpx.Client(
             timeout=20, headers={"Accept-Encoding": "identity"}, transport=httpx.HTTPTransport(retries=2)
         )
@@ -117,17 +120,17 @@ class ImageFiles:
         for block in response.iter_raw(65536):
             body += block
             if len(body) > self.limits.max_bytes:
-                break  # the decoder refuses it by its length
+                break  # enough for the decoder to refuse it
             if time.monotonic() > deadline:
                 raise RowRefused(Reason.URL, f"{response.url.host} took more than {FETCH_SECONDS} s")
         return bytes(body)
 
 
 def scheme_of(name: str) -> str:
-    """ "http" of "http://…", "data" of "data:…", "" of a path."""
+    """Return "http" for "http://…", "data" for "data:…", and "" for a path."""
     head, colon, rest = name[:32].partition(":")
-    known = colon and (head.lower() == "data" or rest.startswith("//"))
-    return head.lower() if known else ""
+    is_uri = colon and (head.lower() == "data" or rest.startswith("//"))
+    return head.lower() if is_uri else ""
 
 
 def _from_data_uri(uri: str) -> bytes:

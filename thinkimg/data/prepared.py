@@ -1,7 +1,7 @@
-"""From a source to stored samples: what is accepted, on which side of the split it goes, and which images it needs.
+"""Preparation of samples from a source's rows, in two passes, so that memory holds texts and hashes only.
 
-Two passes over a user's source, so that memory holds texts and hashes only: the first reads and decodes everything, to
-know what is refused and which rows share an image; the second stores the images of the rows that were taken.
+The first pass reads and decodes everything: it finds the rows to refuse and the rows that share an image, and splits.
+The second pass stores the images of the rows that were taken.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ from thinkimg.data.source import RawRow, Reason, Refused, RowRefused, Source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits, ImageRefused, decode, pixel_hash
 from thinkimg.records import Sample
-from thinkimg.store.image_table import storable
+from thinkimg.store.image_table import keep_or_encode
 
 SHOWN = 5  # refused rows in an error
 
@@ -30,13 +30,13 @@ class Prepared:
     images: tuple[tuple[str, bytes, int, int], ...]
 
 
-Job = Callable[[], Prepared]
+SampleJob = Callable[[], Prepared]
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
-    """`map` on a pool that reads only `window` items ahead of what has been taken."""
+def map_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+    """Yield the function's results in order, computed on a pool at most `window` items ahead of the caller."""
     pending: deque = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -46,29 +46,29 @@ def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], win
         yield pending.popleft().result()
 
 
-# the built-in puzzles -------------------------------------------------------------------------------------------------
-
-
-# a user's own data ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Surveyed:
-    """A source after the first pass. samples: those that were taken, by row id; groups: of all accepted rows."""
+class Survey:
+    """Result of the first pass over a source."""
 
     taken: dict[str, Sample]
+    """Samples of the data set, by row id."""
     refused: list[Refused]
     accepted: int
+    """Number of rows that were not refused."""
     groups: int
+    """Number of groups of the accepted rows."""
 
 
-def survey(source: Source, data: RowsConfig, limits: ImageLimits, pool: Executor, window: int) -> Surveyed:
-    """Check every row and split what is accepted. Raises UserError where too much is refused, or nothing is left."""
+def survey(source: Source, data: RowsConfig, limits: ImageLimits, pool: Executor, window: int) -> Survey:
+    """Check every row, split the accepted ones and choose the samples to take.
+
+    Raises UserError if no row is accepted, or too many are refused.
+    """
     samples: list[Sample] = []
     groups: list[str | None] = []
     refused: list[Refused] = []
     seen: set[str] = set()
-    for row, hashes in in_order(pool, partial(_hashed, limits=limits), source.rows(), window):
+    for row, hashes in map_in_order(pool, partial(_hash_images, limits=limits), source.rows(), window):
         if isinstance(row, RawRow) and row.id in seen:
             row = Refused(row.where, Reason.DUPLICATE, f"an earlier row has the id {row.id!a}")
         elif isinstance(row, RawRow):
@@ -82,33 +82,32 @@ def survey(source: Source, data: RowsConfig, limits: ImageLimits, pool: Executor
         samples.append(_sample(row, hashes, source.name))
         groups.append(row.group)
     _check_refused(refused, len(samples), data.max_refused, source.name)
-    by_group = [group for group in groups if group is not None] or split.components(
-        [sample.images for sample in samples]
-    )
-    assert len(by_group) == len(samples), "a source maps a group to all of its rows or to none"
-    out = split.held_out(by_group, data.held_out_share, data.seed)
+    sample_groups = [group for group in groups if group is not None]
+    sample_groups = sample_groups or split.group_by_images([sample.images for sample in samples])
+    assert len(sample_groups) == len(samples), "a source maps a group to all of its rows or to none"
+    held_out = split.choose_held_out(sample_groups, data.held_out_share, data.seed)
     samples = [
-        replace(sample, split=split.HELD_OUT if group in out else split.TRAIN)
-        for sample, group in zip(samples, by_group, strict=True)
+        replace(sample, split=split.HELD_OUT if group in held_out else split.TRAIN)
+        for sample, group in zip(samples, sample_groups, strict=True)
     ]
     chosen: set[str] = set()
-    for place, count in ((split.TRAIN, data.train), (split.HELD_OUT, data.held_out)):
-        ids = [sample.sample_id for sample in samples if sample.split == place]
-        chosen.update(split.ranked(ids, data.seed, "taken")[:count])
+    for side, count in ((split.TRAIN, data.train), (split.HELD_OUT, data.held_out)):
+        ids = [sample.sample_id for sample in samples if sample.split == side]
+        chosen.update(split.rank(ids, data.seed, "taken")[:count])
     taken = {sample.sample_id: sample for sample in samples if sample.sample_id in chosen}
-    return Surveyed(taken, refused, len(samples), len(set(by_group)))
+    return Survey(taken, refused, len(samples), len(set(sample_groups)))
 
 
-def row_jobs(source: Source, taken: dict[str, Sample], limits: ImageLimits) -> Iterator[Job]:
-    """The second pass: the taken rows, in the source's order."""
-    left = dict(taken)
+def make_row_jobs(source: Source, taken: dict[str, Sample], limits: ImageLimits) -> Iterator[SampleJob]:
+    """Yield a job for each row that was taken, in the source's order: the second pass over the source."""
+    waiting = dict(taken)
     for row in source.rows():
-        # Of rows with one id the first was surveyed; if that was refused for something else, none was taken.
-        if isinstance(row, RawRow) and (sample := left.pop(row.id, None)) is not None:
-            yield partial(_stored, row, sample, limits)
+        # Of rows with one id the first was surveyed; if another rule refused it, none was taken.
+        if isinstance(row, RawRow) and (sample := waiting.pop(row.id, None)) is not None:
+            yield partial(_prepare_row, row, sample, limits)
 
 
-def _hashed(row: RawRow | Refused, limits: ImageLimits) -> tuple[RawRow | Refused, tuple[str, ...] | Refused]:
+def _hash_images(row: RawRow | Refused, limits: ImageLimits) -> tuple[RawRow | Refused, tuple[str, ...] | Refused]:
     if isinstance(row, Refused):
         return row, ()
     try:
@@ -134,15 +133,15 @@ def _sample(row: RawRow, hashes: tuple[str, ...], source: str) -> Sample:
     )
 
 
-def _stored(row: RawRow, sample: Sample, limits: ImageLimits) -> Prepared:
+def _prepare_row(row: RawRow, sample: Sample, limits: ImageLimits) -> Prepared:
     images = []
     try:
         for read, sha256 in zip(row.images, sample.images, strict=True):
             data = read()
             image = decode(data, limits)
             if pixel_hash(image) != sha256:
-                raise RowRefused(Reason.IMAGE, "an image is another one than before")
-            images.append((sha256, storable(data, image), image.width, image.height))
+                raise RowRefused(Reason.IMAGE, "an image has other pixels than before")
+            images.append((sha256, keep_or_encode(data, image), image.width, image.height))
     except (RowRefused, ImageRefused) as refused:
         raise UserError(
             f"{row.where} changed while it was read: {refused.detail}.", hint="Run the stage again."

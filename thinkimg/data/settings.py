@@ -1,4 +1,4 @@
-"""Settings of the data: what all sources share. Each source's own lie beside it."""
+"""Settings of the data that all sources share; a source defines its own beside its code."""
 
 from typing import Literal
 
@@ -24,33 +24,39 @@ class DataConfig(Variant):
     held_out_share: Share = 0.3
     """Share of the photographs (or groups) that is held out."""
     seed: int = 0
+    """Seed of the split and of the choice of samples; of the puzzles also of what they show."""
 
 
 class Columns(Settings):
-    """Which column of the source holds what; null where there is none."""
+    """Names of the source's columns by their role; null where there is none."""
 
     image: str = "image"
     """A path inside the data set, {bytes, path} as the Hub stores it, raw bytes, or a list of these."""
     question: str = "question"
+    """The question as text."""
     answer: str = "answer"
+    """The right answer as text or number; with choices also its letter or its index from 0."""
     choices: str | None = None
+    """A list of at least two different choices; in CSV a JSON list."""
     id: str | None = None
+    """A name of each sample; else its file and line."""
     group: str | None = None
     """Rows that share this value (the photograph, say) stay on one side of the split; else the image's content
     decides."""
     answers: str | None = None
     """A list of further right answers: the best counts."""
     target: str | None = None
-    """What has to be looked at, for the alarm on missed regions: [x, y, width, height] in pixels of the (only)
-    picture."""
+    """Region that has to be looked at: [x, y, width, height] in pixels of the only picture, for the alarm
+    `region_missed`."""
 
 
 class RowsConfig(DataConfig):
     """Settings of a source of rows: all but the built-in puzzles."""
 
     columns: Columns = Columns()
+    """Names of the source's columns."""
     answer_type: Literal["choice", "number", "text", "box", "maths"] = "text"
-    """How answers are compared."""
+    """Comparison of an answer with the right one: see docs/data.md."""
     max_refused: Share = 0.05
     """More bad rows than this share fail the stage."""
     url_hosts: tuple[str, ...] = ()

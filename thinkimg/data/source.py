@@ -1,4 +1,4 @@
-"""Source of questions and pictures: raw rows, why rows are refused, and how columns become a row."""
+"""Source of questions and pictures: its rows, the reasons to refuse one, and the mapping of columns to a row."""
 
 import difflib
 import json
@@ -17,12 +17,12 @@ from thinkimg.records import AnswerType
 
 log = logging.getLogger(__name__)
 
-Reader = Callable[[], bytes]
-"""Gives an image's encoded bytes, at most one more than ImageLimits.max_bytes; raises RowRefused."""
+ImageReader = Callable[[], bytes]
+"""Function that returns an image's encoded bytes, at most one more than ImageLimits.max_bytes; raises RowRefused."""
 
 
 class Reason(StrEnum):
-    """Why a row is refused; an image that does not decode adds `image_<RefusalReason>`."""
+    """Reason to refuse a row; an image that does not decode has `image_<RefusalReason>`."""
 
     SYNTAX = "syntax"
     """The line is no row."""
@@ -47,7 +47,7 @@ class Reason(StrEnum):
 
 
 class RowRefused(ValueError):
-    """A row that cannot be used; reason says which rule, detail says why."""
+    """Error for a row that cannot be used: reason names the rule, detail explains."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -56,7 +56,7 @@ class RowRefused(ValueError):
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that cannot be used; where: its position, for people; reason: a Reason or `image_<RefusalReason>`."""
+    """A row that cannot be used. where: its position, for people. reason: a Reason or `image_<RefusalReason>`."""
 
     where: str
     reason: str
@@ -65,7 +65,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class RawRow:
-    """One question as the source has it; its texts are checked, its images not even read."""
+    """A question as the source has it; its texts are checked, its images are not read."""
 
     where: str
     id: str
@@ -73,16 +73,16 @@ class RawRow:
     answers: tuple[str, ...]
     choices: tuple[str, ...]
     answer_type: AnswerType
-    images: tuple[Reader, ...]
+    images: tuple[ImageReader, ...]
     group: str | None
     targets: tuple[tuple[float, float, float, float], ...]
     columns: dict[str, Any]
-    """As Sample.columns: what is not mapped."""
+    """Columns that are not mapped, for Sample.columns."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. digest: sha256 over its content, 64 hex digits; rows: a new pass over it."""
+    """An opened source. digest: sha256 over its content, 64 hex digits. rows: starts a new pass over it."""
 
     name: str
     digest: str
@@ -90,13 +90,12 @@ class Source:
 
 
 def open_source(data: DataConfig, limits: ImageLimits) -> Source:
-    """Return the source that `data` names, opened. Raises UserError where it is not there, unreadable, or lacks a
-    mapped column."""
+    """Return the source that `data` names. Raises UserError if it is missing, unreadable, or lacks a mapped column."""
     return SOURCES.member(data.source, "open_source")(data, limits)
 
 
 def require_path(name: str, what: str) -> Path:
-    """Return the path of that name. Raises UserError where it is not there; what: what data.path must be."""
+    """Return the path of that name. Raises UserError if there is no file; what: a noun for the hint."""
     path = Path(name)
     if not path.exists():
         raise UserError(f"There is no {path}.", hint=f"data.path must be {what}.")
@@ -104,10 +103,13 @@ def require_path(name: str, what: str) -> Path:
 
 
 def require_columns(columns: Columns, present: Collection[str], what: str) -> None:
-    """Raises UserError if a mapped column is not among those that are present in `what`; warns of what may be meant."""
+    """Check that the mapped columns are among those present in `what`. Raises UserError for a missing one.
+
+    Logs a warning for a column that was probably meant to be mapped.
+    """
     for role in ("answers", "target"):
         if role in present and role not in {name for _, name in columns}:
-            log.warning("%s has a column '%s' that is not used: set data.columns.%s to use it", what, role, role)
+            log.warning("%s has a column '%s' that is not used. Set data.columns.%s to use it.", what, role, role)
     for role, name in columns:
         if name is None or name in present:
             continue
@@ -118,12 +120,12 @@ def require_columns(columns: Columns, present: Collection[str], what: str) -> No
 
 
 def raw_row(
-    record: Mapping[str, Any], data: RowsConfig, reader_of: Callable[[Any], Reader], *, id: str, where: str
+    record: Mapping[str, Any], data: RowsConfig, reader_of: Callable[[Any], ImageReader], *, id: str, where: str
 ) -> RawRow | Refused:
-    """The row of a record, a mapping from column to value.
+    """Return the row of a record, which maps columns to values.
 
-    reader_of: from an image as the source has it to its Reader, may raise RowRefused. id: where no column is mapped to
-    it. Columns that are not mapped are kept as the user's own, but for binary ones.
+    reader_of: returns the ImageReader of an image as the source has it, may raise RowRefused. id: used if no column is
+    mapped to it. Columns that are not mapped are kept as the user's own, except binary ones.
     """
     columns = data.columns
     try:
@@ -132,13 +134,13 @@ def raw_row(
         answer = _answer(record.get(columns.answer), choices, answer_type, columns.answer)
         return RawRow(
             where=where,
-            id=_text(record, columns.id) if columns.id else id,
-            question=_text(record, columns.question),
+            id=as_text(record.get(columns.id), columns.id) if columns.id else id,
+            question=as_text(record.get(columns.question), columns.question),
             answers=(answer, *_further_answers(record, columns)),
             choices=choices,
             answer_type=answer_type,
             images=_images(record.get(columns.image), reader_of),
-            group=_text(record, columns.group) if columns.group else None,
+            group=as_text(record.get(columns.group), columns.group) if columns.group else None,
             targets=_targets(record, columns),
             columns=_unmapped(record, {name for _, name in columns}),
         )
@@ -149,18 +151,17 @@ def raw_row(
 
 
 def short(value: object) -> str:
-    """A value as it is shown in a refusal: quoted, and cut."""
+    """Return a value for an error text: quoted, and cut to 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _text(record: Mapping[str, Any], column: str) -> str:
-    return as_text(record.get(column), column)
-
-
 def as_text(value: Any, column: str) -> str:
-    """A text, not empty, without surrounding space; numbers are written out, 3.0 as 3."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how pandas writes nothing
+    """Return a text without surrounding space; numbers are written out, 3.0 as 3.
+
+    Raises RowRefused (EMPTY or TEXT) for any other value.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for nothing
         raise RowRefused(Reason.EMPTY, f"{column} is empty")
     if isinstance(value, bool | int | float):
         value = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -182,21 +183,17 @@ def _is_unicode(text: str) -> bool:
 
 
 def _choices(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):  # CSV has no lists
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowRefused(Reason.CHOICES, f"the choices are no JSON list: {short(value)}") from None
-    if not isinstance(value, list | tuple):
+    values = _parse_list(value)
+    if not isinstance(values, list | tuple):
         raise RowRefused(Reason.CHOICES, f"the choices are no list: {short(value)}")
-    choices = tuple(as_text(choice, "a choice") for choice in value)
+    choices = tuple(as_text(choice, "a choice") for choice in values)
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise RowRefused(Reason.CHOICES, f"the choices are not at least two different ones: {short(choices)}")
     return choices
 
 
 def _answer(value: Any, choices: tuple[str, ...], answer_type: AnswerType, column: str) -> str:
-    """The answer as text. Among choices it may also be a letter (A is the first) or an integer index from 0."""
+    """Return the answer as text. Among choices it may also be a letter (A is the first) or an index from 0."""
     if answer_type is AnswerType.BOX:
         return _box(value, column)
     answer = as_text(value, column)
@@ -212,7 +209,7 @@ def _answer(value: Any, choices: tuple[str, ...], answer_type: AnswerType, colum
 
 
 def _box(value: Any, column: str) -> str:
-    """Four numbers as a JSON list, from a list or a text such as "1, 2, 3, 4"."""
+    """Return four numbers as a JSON list, from a list or a text such as "1, 2, 3, 4"."""
     if not isinstance(value, list | tuple):
         value = as_text(value, column).strip("[]()").split(",")
     if len(value) != 4 or not all(_is_number(edge) for edge in value):
@@ -227,7 +224,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _images(value: Any, reader_of: Callable[[Any], Reader]) -> tuple[Reader, ...]:
+def _images(value: Any, reader_of: Callable[[Any], ImageReader]) -> tuple[ImageReader, ...]:
     values = value if isinstance(value, list | tuple) else [value]
     if not values:
         raise RowRefused(Reason.IMAGE, "the list of images is empty")
@@ -235,8 +232,8 @@ def _images(value: Any, reader_of: Callable[[Any], Reader]) -> tuple[Reader, ...
 
 
 def _further_answers(record: Mapping[str, Any], columns: Columns) -> list[str]:
-    """Those of the column that is mapped to them."""
-    if columns.answers is None or (answers := _parsed(record.get(columns.answers))) is None:
+    """Return the further right answers, none if no column is mapped to them."""
+    if columns.answers is None or (answers := _parse_list(record.get(columns.answers))) is None:
         return []
     if not isinstance(answers, list | tuple):
         raise RowRefused(Reason.ANSWER, f"{columns.answers} is no list: {short(answers)}")
@@ -244,8 +241,8 @@ def _further_answers(record: Mapping[str, Any], columns: Columns) -> list[str]:
 
 
 def _targets(record: Mapping[str, Any], columns: Columns) -> tuple[tuple[float, float, float, float], ...]:
-    """The box of the column that is mapped to it."""
-    box = _parsed(record.get(columns.target)) if columns.target else None
+    """Return the region to look at, none if no column is mapped to it."""
+    box = _parse_list(record.get(columns.target)) if columns.target else None
     if box is None:
         return ()
     numbers = isinstance(box, list | tuple) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
@@ -254,8 +251,8 @@ def _targets(record: Mapping[str, Any], columns: Columns) -> tuple[tuple[float, 
     return ((box[0], box[1], box[2], box[3]),)
 
 
-def _parsed(value: Any) -> Any:
-    """A list from JSON, as CSV has it; None where there is nothing."""
+def _parse_list(value: Any) -> Any:
+    """Return a list from JSON, as CSV has it; None for an empty value; other values as they are."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if not isinstance(value, str):
@@ -267,24 +264,15 @@ def _parsed(value: Any) -> Any:
 
 
 def _unmapped(record: Mapping[str, Any], mapped: Collection[str | None]) -> dict[str, Any]:
+    """Return the other columns as JSON: NaN and infinities become null, dates and decimals text, bytes their length."""
     columns = {
-        str(name): _plain(value)
-        for name, value in record.items()
-        if name not in mapped and not isinstance(value, bytes)
+        str(name): value for name, value in record.items() if name not in mapped and not isinstance(value, bytes)
     }
-    if not _is_unicode(json.dumps(columns, ensure_ascii=False)):
+    text = json.dumps(
+        columns,
+        ensure_ascii=False,
+        default=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else str(value),
+    )
+    if not _is_unicode(text):
         raise RowRefused(Reason.TEXT, "another column holds no valid Unicode")
-    return columns
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: NaN and infinities become null, dates and decimals text, bytes their length."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+    return json.loads(text, parse_constant=lambda constant: None)

@@ -1,5 +1,4 @@
-"""Which groups are held out, and which samples are taken: by keyed hashes, so that more data changes little of
-either."""
+"""Choice of held-out groups and of samples by keyed hashes, so that more data changes little of either."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
@@ -9,9 +8,11 @@ from thinkimg.errors import UserError
 TRAIN, HELD_OUT = "train", "held_out"
 
 
-def ranked(names: Iterable[str], seed: int, purpose: str) -> list[str]:
-    """The distinct names in an order that depends on (seed, purpose) and on each name alone: random, but a name that is
-    added or removed moves no other."""
+def rank(names: Iterable[str], seed: int, purpose: str) -> list[str]:
+    """Return the distinct names in a random order, which depends on (seed, purpose) and on each name alone.
+
+    Another name more or less does not move the others.
+    """
 
     def key(name: str) -> bytes:
         return hashlib.sha256(f"{purpose} {seed} {name}".encode()).digest()
@@ -19,21 +20,25 @@ def ranked(names: Iterable[str], seed: int, purpose: str) -> list[str]:
     return sorted(set(names), key=key)
 
 
-def held_out(groups: Iterable[str], share: float, seed: int) -> set[str]:
-    """The groups that are held out: the share of them, at least one, and not all. UserError for fewer than two
-    groups."""
-    order = ranked(groups, seed, "held out")
+def choose_held_out(groups: Iterable[str], share: float, seed: int) -> set[str]:
+    """Return the groups that are held out: the share of them, at least one, and not all.
+
+    Raises UserError for fewer than two groups.
+    """
+    order = rank(groups, seed, "held out")
     if len(order) < 2:
         raise UserError(
             "All samples share one group, so nothing can be held out from training.",
-            hint="Bring more pictures, or map data.columns.group to a column that tells them apart.",
+            hint="Add pictures, or map data.columns.group to a column with at least two values.",
         )
     return set(order[: min(max(round(share * len(order)), 1), len(order) - 1)])
 
 
-def components(images: Sequence[Collection[str]]) -> list[str]:
-    """The group of each sample, where its images (by hash) say it: samples that share an image, directly or through
-    others, are of one group, named by its smallest hash."""
+def group_by_images(images: Sequence[Collection[str]]) -> list[str]:
+    """Return the group of each sample, named by its smallest hash. images: hashes of each sample's images.
+
+    Samples that share an image, directly or through other samples, are in one group.
+    """
     parent: dict[str, str] = {}
 
     def root(image: str) -> str:

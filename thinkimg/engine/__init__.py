@@ -1,6 +1,11 @@
-"""vLLM: `server` starts it as a child process, `client` talks to any number of servers, tokens in and tokens out.
+"""vLLM: servers, their client, and the sampling of conversations with them, tokens in and tokens out.
 
-Nothing here keeps state between calls but the servers themselves. Prompts are compact (one image pad per image); which
-pictures a prompt shows is told by uuid, the hash of the pixels that the model sees. What weights a server holds is
-told by a version string that only `EngineClient.load_weights` changes, or by the name of an adapter.
+    stages/rollout ──► play.Sampler ──► client.EngineClient ──HTTP──► server.Server (vLLM, a child process)
+                         │    ▲               ▲                         └─ worker.WeightLoader, inside vLLM
+                         ▼    └── media.Media │
+                conversation.Episode    rewards/judges/self
+
+Prompts are compact: one image pad per image, and each image is named by its uuid, the hash of the pixels that the model
+sees. A server's weights are named by a version, which only `EngineClient.load_weights` changes, or by an adapter's
+name. Nothing here keeps state between calls but the servers.
 """

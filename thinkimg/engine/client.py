@@ -10,35 +10,31 @@ from typing import Literal, Self
 
 import aiohttp
 
-from thinkimg.engine.errors import EngineError
+from thinkimg.engine.errors import REFUSED, EngineError
 from thinkimg.engine.request import Generation, ImageRef, Sampling
-
-__all__ = ["EngineClient", "EngineUnavailable", "Generation", "ImageRef", "Sampling"]
 
 log = logging.getLogger(__name__)
 
 RETRIES = 3
-PATIENCE_S = 25.0  # after so long without an answer a server is asked whether it is well, and again and again
-HEALTH_S = 20.0  # one that does not say so for so long is given up
-REFUSED = (400, 413, 422)
-"""Statuses that are about this very request; with any other the server would refuse whatever it is asked, for a time."""
-HINTS = {
+HEALTH_AFTER_S = 25.0  # a server that has not answered for so long is asked for its health, again and again
+HEALTH_TIMEOUT_S = 20.0  # without an answer to that for so long it is given up
+STATUS_HINTS = {
     401: "start the server without VLLM_API_KEY and --api-key",
     403: "start the server without VLLM_API_KEY and --api-key",
     404: "start the server with VLLM_SERVER_DEV_MODE=1, --enable-scale-out and, for adapters, --enable-lora",
 }
 BACKOFF_S = 0.25  # doubled with each retry
-# So much more work than the least busy server may a prompt's own server have before the prompt goes elsewhere.
-AFFINITY_SLACK = 8
+AFFINITY_SLACK = 8  # requests that a prompt's own server may have more than the least busy one
 
 
 class EngineClient:
-    """Talks to `urls`, which must hold the same weights: `async with EngineClient(urls, media="file") as engine`.
+    """Client of servers that hold the same weights: `async with EngineClient(urls, media="file") as engine`.
 
-    media: how images travel: "file" where the servers read our disk, else "data".
-    concurrency: requests under way at once, over all servers. timeout_s: for one request, waiting in the server's
-    queue included. Every method raises EngineError: at once if a server refuses the request itself (REFUSED), and
-    EngineUnavailable, after retries, if none can be reached or serves it.
+    media: "file" where the servers read images from our disk, else "data". concurrency: requests under way at once,
+    over all servers. timeout_s: seconds for one request, its wait in the server's queue included.
+
+    Every method raises EngineError at once if a server refuses the request itself (REFUSED). It raises
+    EngineUnavailable, after retries, if no server can be reached or serves it.
     """
 
     def __init__(
@@ -47,11 +43,13 @@ class EngineClient:
         assert urls, "an engine client needs at least one url"
         self.urls = [url.rstrip("/") for url in urls]
         self.media = media
+        self.adapter: str | None = None
         self._outstanding = dict.fromkeys(self.urls, 0)
         self._dead: set[str] = set()  # not used again: one that comes back may hold other weights
         self.concurrency = concurrency
         self._slots = asyncio.Semaphore(concurrency)
-        # httpx looks at all of its connections for every request: with 128 of them that took most of this process' time.
+        # httpx looks at all of its connections for every request: with 128 of them that took most of this process's
+        # time.
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30.0)
         self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=concurrency + 8), timeout=timeout)
 
@@ -61,13 +59,11 @@ class EngineClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.close()
 
-    async def generate(
-        self, token_ids: Sequence[int], images: Sequence[ImageRef], sampling: Sampling, adapter: str | None = None
-    ) -> Generation:
-        """Sample one continuation of a compact prompt: one image pad per entry of `images`, in order."""
-        body = await self._generate(token_ids, images, sampling.params(), adapter)
+    async def generate(self, token_ids: Sequence[int], images: Sequence[ImageRef], sampling: Sampling) -> Generation:
+        """Sample one continuation of a compact prompt, which has one image pad per entry of `images`, in order."""
+        body = await self._generate(token_ids, images, sampling.params())
         choice = body["choices"][0]
-        versions = [adapter] if adapter else [span["version"] for span in choice["weight_versions"]]
+        versions = [self.adapter] if self.adapter else [span["version"] for span in choice["weight_versions"]]
         return Generation(
             token_ids=choice["token_ids"],
             logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
@@ -77,35 +73,31 @@ class EngineClient:
         )
 
     async def next_token_logprobs(
-        self,
-        token_ids: Sequence[int],
-        images: Sequence[ImageRef],
-        candidates: Sequence[int],
-        adapter: str | None = None,
+        self, token_ids: Sequence[int], images: Sequence[ImageRef], candidates: Sequence[int]
     ) -> list[float]:
-        """Log-probabilities of up to 127 candidates as next token (temperature 1, nothing banned), in one step.
+        """Return the log-probabilities of up to 127 candidates as next token, at temperature 1 with nothing banned.
 
-        All requests under way should ask for equally many: vLLM 0.32 pads shorter lists with token 0 and so loses its
-        value where token 0 is a candidate, and in `generate` where it is sampled.
+        All requests under way should have equally many candidates. vLLM 0.32 pads shorter lists with token 0, and loses
+        that token's value where it is a candidate, or is sampled by `generate`.
         """
-        # The server cuts its answer, which begins with the sampled token, to as many entries as were asked for: ask
-        # for one more.
+        # The server's list begins with the sampled token and is cut to the length asked for: ask for one more.
         asked = [*candidates, candidates[0]]
         params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True, "detokenize": False}
         params |= {"logprobs": len(asked), "logprob_token_ids": asked}
-        body = await self._generate(token_ids, images, params, adapter)
-        found = {e["token_id"]: e["logprob"] for e in body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
-        return [found[token] for token in candidates]
+        body = await self._generate(token_ids, images, params)
+        entries = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        logprobs = {entry["token_id"]: entry["logprob"] for entry in entries}
+        return [logprobs[token] for token in candidates]
 
     async def load_weights(self, model_dir: Path, version: str) -> None:
-        """Replace the weights of all servers in place by those of a saved model of the same architecture.
+        """Replace the weights of all servers, in place, by those of a saved model of the same architecture.
 
-        Requests under way end first, caches are dropped, and from then on `version` is what the servers report.
+        Requests under way end first, and caches are dropped. From then on the servers report `version`.
         """
 
         async def load(url: str) -> None:
-            # Killed anywhere from here on, we leave a server with unknown weights, or one that is paused for ever: it goes
-            # by the name of neither old nor new weights, so that whoever comes next loads again and resumes it.
+            # Killed from here on, we leave a server with unknown weights, or one that stays paused. It then reports
+            # neither the old nor the new version, so that the next client loads again and resumes it.
             await self._post(url, "/update_weight_version", {"new_version": f"loading {version}"})
             await self._post(url, "/pause?mode=wait", {})
             try:
@@ -120,8 +112,10 @@ class EngineClient:
         await self._on_all(load)
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Make an adapter available to all servers that do not have it. Each version needs a new name: prefix caches are
-        keyed by it, and a name is taken to mean the same weights for ever."""
+        """Load an adapter into all servers that do not have it, and sample from it from now on.
+
+        Each version needs a new name: prefix caches are keyed by the name.
+        """
         body = {"lora_name": name, "lora_path": str(Path(path).absolute())}
 
         async def load(url: str) -> None:
@@ -132,33 +126,15 @@ class EngineClient:
                     raise
 
         await self._on_all(load)
+        self.adapter = name
 
     async def versions(self) -> dict[str, str]:
-        """url -> the weight version that the server reports."""
+        """Return url -> the weight version that the server reports."""
         bodies = await self._on_all(lambda url: self._request(url, "GET", "/weight_info"))
         return {url: body["weight_version"] for url, body in zip(self.urls, bodies, strict=True)}
 
-    async def version(self) -> str:
-        """The weight version that the servers report. Raises EngineError if they differ."""
-        versions = await self.versions()
-        if len(set(versions.values())) != 1:
-            told = ", ".join(f"{url}: {version}" for url, version in versions.items())
-            raise EngineError(f"the servers hold different weights ({told})", hint="load the same weights into all")
-        return versions[self.urls[0]]
-
-    async def checksum(self) -> str:
-        """sha256 over the checksums of all tensors that the servers hold: tied to the weights, whatever their version.
-
-        Comparable between servers of the same settings only. Reads all weights: not free for a large model.
-        """
-        answers = await self._on_all(lambda url: self._post(url, "/weight_checker", {"action": "checksum"}))
-        sums = {hashlib.sha256(json.dumps(body["checksums"], sort_keys=True).encode()).hexdigest() for body in answers}
-        if len(sums) != 1:
-            raise EngineError("the servers hold different weights", hint="load the same weights into all")
-        return sums.pop()
-
     async def leave_out_dead(self) -> None:
-        """Go on with the servers that answer; the others are left out and a warning says so. EngineUnavailable if none does."""
+        """Drop the servers that do not answer, with a warning. Raises EngineUnavailable if none answers."""
         await asyncio.gather(*(self._check(url) for url in self.urls))
         alive = [url for url in self.urls if url not in self._dead]
         if not alive:
@@ -168,9 +144,9 @@ class EngineClient:
         self.urls, self._dead = alive, set()
 
     async def _check(self, url: str) -> None:
-        """Note a server as dead if it does not say that it is well."""
+        """Mark a server as dead if it does not report that it is healthy."""
         try:
-            async with asyncio.timeout(HEALTH_S):
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 await self._request(url, "GET", "/health")
         except (EngineError, TimeoutError) as error:
             if url not in self._dead:
@@ -180,19 +156,17 @@ class EngineClient:
     async def _on_all(self, call) -> list:
         return await asyncio.gather(*(call(url) for url in self.urls))
 
-    async def _generate(
-        self, token_ids: Sequence[int], images: Sequence[ImageRef], params: dict, adapter: str | None
-    ) -> dict:
+    async def _generate(self, token_ids: Sequence[int], images: Sequence[ImageRef], params: dict) -> dict:
         parts = [{"type": "image_url", "url": image.url(self.media), "uuid": image.uuid} for image in images]
         body = {
             "token_ids": list(token_ids),
             "content_parts": parts or None,
             "sampling_params": {key: value for key, value in params.items() if value is not None},
             "return_token_ids": True,
-            "model": adapter,
+            "model": self.adapter,
         }
-        # Prompts about one image share a prefix, as do the turns of one conversation: let one server's cache have
-        # them all.
+        # Prompts about one image share a prefix, as do the turns of a conversation: one server's cache should see them
+        # all.
         affinity = images[0].uuid if images else json.dumps(list(token_ids[:256]))
         content = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
         async with self._slots:
@@ -220,19 +194,19 @@ class EngineClient:
                 self._outstanding[url] -= 1
 
     async def _watched(self, url: str, content: bytes) -> dict:
-        """Generate; a server that hangs is found out long before the request's own time-out."""
+        """Send a generation; give up a server that hangs long before the request's own time-out."""
         request = asyncio.create_task(self._request(url, "POST", "/inference/v1/generate", content))
         try:
-            while not (await asyncio.wait({request}, timeout=PATIENCE_S))[0]:
+            while not (await asyncio.wait({request}, timeout=HEALTH_AFTER_S))[0]:
                 await self._check(url)
                 if url in self._dead and not request.done():
-                    raise _Hanging(f"{url} hangs: it says nothing any more", hint="read its log and start it again")
+                    raise _Hanging(f"{url} hangs: it does not answer", hint="read its log and start it again")
             return request.result()
         finally:
             request.cancel()
 
     def _choose(self, affinity: str, failed: set[str]) -> str:
-        """The affinity's own server (rendezvous hashing), unless that failed or is much busier than the least busy."""
+        """Return the affinity's own server (rendezvous hashing), unless it failed or is much busier than another."""
         urls = [url for url in self.urls if url not in failed]
         urls = [url for url in urls if url not in self._dead] or urls
         own = max(urls, key=lambda url: hashlib.sha256(f"{url} {affinity}".encode()).digest())
@@ -257,29 +231,30 @@ class EngineClient:
                 hint="is the server running, and did it run out of memory?",
             ) from error
         if status in REFUSED:
-            raise EngineError(f"{url}{path} answered {status}: {told(body)}")
+            raise EngineError(f"{url}{path} answered {status}: {read_error(body)}")
         if status >= 400:
             raise EngineUnavailable(
-                f"{url}{path} answered {status}: {told(body)}", hint=HINTS.get(status, "read the server's log")
+                f"{url}{path} answered {status}: {read_error(body)}",
+                hint=STATUS_HINTS.get(status, "read the server's log"),
             )
         # /v1/load_lora_adapter answers in plain text, /pause and others in JSON
         return json.loads(body) if kind == "application/json" else {}
 
 
 class EngineUnavailable(EngineError):
-    """Not this request's fault: another server, or a later attempt, may serve it."""
+    """Failure that is not this request's fault: another server, or a later attempt, may serve it."""
 
 
 class _Unreachable(EngineUnavailable):
-    """No answer came at all."""
+    """Server that sent no answer at all."""
 
 
 class _Hanging(_Unreachable):
-    """The server accepts connections and says nothing."""
+    """Server that accepts connections and does not answer."""
 
 
-def told(answer: bytes) -> str:
-    """The server's own message, or the beginning of whatever it sent."""
+def read_error(answer: bytes) -> str:
+    """Return the server's own message, or the beginning of its answer."""
     try:
         body = json.loads(answer)
     except ValueError:

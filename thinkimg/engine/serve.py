@@ -1,8 +1,9 @@
-"""vLLM's server where it computes on a CPU: a process that waits for another sleeps, and keeps no core busy meanwhile.
+"""vLLM's server on a CPU, with processes that sleep while they wait for one another.
 
-For a second after each message vLLM's processes look for the next one without a pause (SpinCondition, vLLM 0.32): engine and
-worker take a core each from the model, the client and the trainer. On two cores the tiny preset's rollouts took 16 to 34 s
-instead of 4 to 5. All processes of a server come here: what starts them imports the main module of its parent.
+For a second after each message vLLM's processes look for the next one without a pause (SpinCondition, vLLM 0.32).
+Engine and worker then take a core each from the model, the client and the trainer. On two cores the tiny preset's
+rollouts took 16 to 34 s instead of 4 to 5. All processes of a server import this module, as it is the main module of
+their parent.
 """
 
 import time
@@ -10,10 +11,11 @@ import time
 import vllm
 from vllm.distributed.device_communicators import shm_broadcast
 
-PAUSE_S = 1e-4  # between two looks; a step of the smallest model takes milliseconds
+PAUSE_S = 1e-4  # between two polls; a step of the smallest model takes milliseconds
 
 
 def pause() -> None:
+    """Sleep between two polls."""
     time.sleep(PAUSE_S)
 
 

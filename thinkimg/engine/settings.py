@@ -8,13 +8,19 @@ from thinkimg.settings import Positive, Settings, Share
 
 
 class RolloutConfig(Settings):
+    """Rollouts of an iteration."""
+
     samples: Positive = 64
     """Samples per iteration, drawn without repetition within an epoch."""
     group_size: int = Field(8, ge=2)
+    """Rollouts per sample; their mean reward is the baseline of the advantage."""
     temperature: float = Field(1.0, gt=0)
+    """Temperature of sampling."""
 
 
 class EvaluateConfig(Settings):
+    """Measurement of held-out accuracy."""
+
     samples: Positive = 100
     """Held-out samples per iteration."""
     samples_ends: Positive = 300
@@ -22,10 +28,11 @@ class EvaluateConfig(Settings):
     k: int = Field(4, ge=0)
     """Samples per question for Avg@k at `temperature`; 0: greedy only."""
     temperature: float = Field(1.0, gt=0)
+    """Temperature of the samples of Avg@k."""
 
 
 class EngineSettings(Settings):
-    """How a server has to run for what a stage asks of it; `EngineConfig` says where it does."""
+    """Limits and precision of a server that a stage asks for; its place on the machine is in `EngineConfig`."""
 
     dtype: Literal["bfloat16", "float32"]
     """Precision of the weights."""
@@ -34,7 +41,7 @@ class EngineSettings(Settings):
     max_images: Positive
     """Images per prompt."""
     max_pixels: Positive
-    """Of an image."""
+    """Pixels of an image, as the model sees it."""
 
     def covers(self, other: "EngineSettings") -> bool:
         """Tell whether a server that runs so gives what `other` asks for: the same precision, and limits as wide."""
@@ -47,28 +54,31 @@ class EngineSettings(Settings):
 
 
 class EngineConfig(Settings):
-    """Where and how vLLM runs."""
+    """Servers of vLLM and their use of the machine."""
 
     urls: tuple[str, ...] = ()
     """Running vLLM servers; none: a loop starts one on localhost and keeps it."""
     tensor_parallel_size: Positive = 1
+    """GPUs over which one server splits the model."""
     gpu_memory_utilization: Share = 0.45
     """Share of the GPU that vLLM takes; the trainer needs the rest where both share one."""
     cpu_kvcache_gib: Positive = 2
+    """Memory of the key-value cache on a CPU, in GiB."""
     cpu_threads_bind: str | None = None
     """VLLM_CPU_OMP_THREADS_BIND: the cores of a server on a CPU."""
     max_num_seqs: Positive = 256
+    """Sequences that a server works on at once."""
     keep: bool = True
-    """Keep the loop's own server awake while training; off where one GPU does not hold engine and trainer both: then it
+    """Keep the loop's own server awake while training. Off where one GPU does not hold engine and trainer both: then it
     sleeps meanwhile, its weights in the machine's memory. (On a CPU it ends, and starts again.)"""
     concurrency: Positive = 256
     """Trajectories in flight."""
     timeout_s: Positive = 600
-    """A request that takes longer fails and is sent again."""
+    """Seconds after which a request fails and is sent again."""
 
 
 class TeacherEndpoint(Settings):
-    """Where the teacher answers."""
+    """Endpoint of the teacher."""
 
     url: str | None = None
     """Base URL of an OpenAI-compatible API, as http://host:8000/v1."""
@@ -78,9 +88,9 @@ class TeacherEndpoint(Settings):
     concurrency: Positive = 32
     """Requests in flight."""
     timeout_s: Positive = 20
-    """For one request."""
+    """Seconds for one request."""
     retries: int = Field(1, ge=0)
-    """Of a request that failed or took too long, with growing pauses."""
+    """Repetitions of a request that failed or took too long, with growing pauses."""
     gpu_memory_utilization: Share = 0.3
     """Share of the GPU that the loop's own second server takes ("warmstart")."""
     cpu_threads_bind: str | None = None

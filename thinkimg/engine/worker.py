@@ -1,16 +1,15 @@
-"""What we add to vLLM's worker: reloading weights in place, tied ones included. Runs inside the server."""
+"""Extension of vLLM's worker, inside the server: weights are reloaded in place, tied ones included."""
 
 
 class WeightLoader:
-    """Mixed into vLLM's worker class by --worker-extension-cls; called through /collective_rpc."""
+    """Mix-in of vLLM's worker class (--worker-extension-cls), called through /collective_rpc."""
 
     def load_model_dir(self, path: str) -> None:
         """Replace all weights by those of a saved model of the same architecture.
 
-        vLLM's reload_weights leaves the head of a model with tied embeddings behind on a CPU: the head's matrix is
-        packed once, when the server starts, and the checkpoint holds nothing of its own name that would pack it again
-        (seen with vLLM 0.32: log-probabilities were off by 1.9 after a reload). Packing it again is all that is
-        missing; elsewhere it does nothing.
+        On a CPU vLLM 0.32's reload_weights leaves out the head of a model with tied embeddings. Its matrix is packed
+        once, at the server's start, and the checkpoint has nothing of its name that would pack it again.
+        Log-probabilities were off by 1.9 after a reload. So the head is packed again here; elsewhere this does nothing.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

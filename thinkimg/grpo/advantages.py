@@ -1,4 +1,4 @@
-"""From raw reward components to group-relative advantages, and which rows may enter the loss at all."""
+"""From raw reward components to group-relative advantages, and the rows that enter the loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ STD_EPSILON = 1e-4
 
 
 class Inclusion(StrEnum):
-    """Whether a row enters the loss, and if not, why."""
+    """Decision on a row: it enters the loss, or the reason why not."""
 
     INCLUDED = "included"
     INVALID = "invalid"
@@ -48,14 +48,14 @@ def mix_rewards(
     groups: np.ndarray,
     valid: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Weighted sum of the components that the mix names, sum_c w_c r_c.
+    """Return the weighted sum of the components that the mix names, sum_c w_c r_c: (N,) float64.
 
     components: (N,) float64 each, NaN where missing; those that `weights` does not name have no influence.
     groups: (N,) ids. valid: (N,) bool, the rows that count for group means; None means all.
-    A missing value becomes the mean of that component over the valid rows of its group that have it, so that it moves
-    neither the group's mean nor the row's distance from it (TRL takes 0, which punishes the row). Where no row of a
-    group has a value the component adds 0 to all of them: differences within the group are those of the rest.
-    Weights are not renormalised. Returns (N,) float64 without NaN in valid rows.
+    A missing value becomes the mean of that component over the valid rows of its group that have it. So it moves
+    neither the group's mean nor the row's distance from it; TRL takes 0, which punishes the row.
+    If no row of a group has a value, the component adds 0 to all of them. Weights are not renormalised.
+    The result has no NaN in valid rows.
     Raises UserError if the mix names a component that was not scored.
     """
     unknown = sorted(set(weights) - set(components))
@@ -83,12 +83,12 @@ def advantages(
     scale_rewards: ScaleRewards,
     min_std: float = 0.02,
 ) -> AdvantageResult:
-    """Advantage of each row relative to its group: (r - mean) / (std + 1e-4).
+    """Return the advantage of each row relative to its group: (r - mean) / (std + 1e-4).
 
-    totals: (N,) float64, finite where valid. groups: (N,) ids, in any order. valid: (N,) bool; other rows count
-    neither in the loss nor in any statistic. min_std: in units of the totals.
-    scale_rewards: the divisor, which is the unbiased standard deviation of the row's group ("group"), of the totals of
-    all included rows ("batch"), or absent, without the 1e-4 ("none").
+    totals: (N,) float64, finite where valid. groups: (N,) ids, in any order. min_std: in units of the totals.
+    valid: (N,) bool; other rows count neither in the loss nor in any statistic.
+    scale_rewards: the divisor. "group": unbiased standard deviation of the row's group. "batch": that of the totals of
+    all included rows. "none": no divisor and no 1e-4.
     DeepSeekMath (arXiv 2402.03300) section 4.1.2, outcome supervision; "none" is Dr. GRPO (arXiv 2503.20783);
     "batch" is arXiv 2508.08221. Equal to TRL 1.16 with min_std=0 where every row is valid.
     """
@@ -116,17 +116,17 @@ def advantages(
 
 
 def included_rows(included: np.ndarray, truncated: np.ndarray, *, mask_truncated_completions: bool) -> np.ndarray:
-    """Indices of the rows to be trained on, to be taken before anything is counted, packed or normalised.
+    """Return the indices of the rows to be trained on: (n,) int64, ascending.
 
-    included: (N,) bool, from `advantages`. truncated: (N,) bool, rows that ended at the length limit; they count in
-    their group's statistics and are dropped here if `mask_truncated_completions` (TRL keeps them with an empty mask,
-    which changes no token's weight relative to another's, but does change the divisor where that is the number of
-    rows). Returns (n,) int64, ascending.
+    Take them before anything is counted, packed or normalised. included: (N,) bool, from `advantages`.
+    truncated: (N,) bool, rows that ended at the length limit. They count in their group's statistics and are dropped
+    here if `mask_truncated_completions`. TRL keeps them with an empty mask, which changes the divisor if that is the
+    number of rows.
     """
     return np.flatnonzero(included & ~truncated if mask_truncated_completions else included)
 
 
 def _group_mean(values: np.ndarray, counted: np.ndarray, index: np.ndarray, n_groups: int) -> np.ndarray:
-    """Mean of values (N,) over the counted rows of each group; 0 for a group without any. Returns (n_groups,)."""
+    """Return (n_groups,): the mean of values (N,) over the counted rows of each group; 0 for a group without any."""
     sums = np.bincount(index, weights=np.where(counted, values, 0.0), minlength=n_groups)
     return sums / np.maximum(np.bincount(index, weights=counted, minlength=n_groups), 1)

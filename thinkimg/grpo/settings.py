@@ -16,9 +16,8 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 class LossConfig(Variant):
     """Settings that all losses share; `loss_type` chooses the loss, which may have further ones.
 
-    What TRL 1.16 has beside these and this does not: adaptive entropy control, the auxiliary loss of mixtures of
-    experts, `normalize_then_sum` (GDPO), synchronised reference models, and the deprecated
-    `vllm_importance_sampling_cap`.
+    Left out of TRL 1.16: adaptive entropy control, the auxiliary loss of mixtures of experts, `normalize_then_sum`
+    (GDPO) and synchronised reference models. So is the deprecated `vllm_importance_sampling_cap`.
     """
 
     registry = LOSSES

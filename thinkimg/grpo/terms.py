@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # the settings of a loss lie beside it, and must not wait for
 class Normaliser:
     """Totals of one whole optimizer step, over its micro-batches and processes, after exclusion of rows.
 
-    Every loss divides by these and never by a property of its micro-batch, so that a step's micro-batches, however it
-    is cut, sum to one loss.
+    Every loss divides by these and never by a property of its micro-batch. So a step's micro-batches sum to one loss,
+    however the step is cut.
     """
 
     rows: int
@@ -49,8 +49,8 @@ class Terms:
 
 
 PerToken = Callable[[Any, Terms], "tuple[Tensor, dict[str, Tensor]]"]
-"""(the loss's own settings, terms) -> loss (B, T) or (B, 1), to be minimised; and what is worth logging: (B, T) of
-tokens or (B,) of rows."""
+"""(the loss's own settings, terms) -> loss (B, T) or (B, 1), to be minimised; and metrics: (B, T) of tokens or (B,) of
+rows."""
 
 Weight = Callable[["Tensor", Normaliser], "Tensor | float"]
 """(mask (B, T), totals) -> weight of each token, broadcastable to (B, T)."""
@@ -67,8 +67,11 @@ class Loss:
 
 
 def clipped_surrogate(cfg: LossConfig, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]":
-    """PPO's clipped objective (arXiv 1707.06347 eq. 7), with its own upper bound (DAPO, arXiv 2503.14476 section 3.1)
-    and, if `delta` is set, a bound for negative advantages too (INTELLECT-2, arXiv 2505.07291)."""
+    """Return PPO's clipped objective (arXiv 1707.06347 eq. 7), and the shares of clipped tokens.
+
+    The upper bound is its own (DAPO, arXiv 2503.14476 section 3.1). `delta` bounds negative advantages too
+    (INTELLECT-2, arXiv 2505.07291).
+    """
     low, high = 1 - cfg.epsilon, 1 + cfg.upper_epsilon
     ratio = terms.ratio
     clipped = ratio.clamp(low, high)
@@ -85,7 +88,7 @@ def clipped_surrogate(cfg: LossConfig, terms: Terms) -> "tuple[Tensor, dict[str,
 
 
 def by_level(cfg: LossConfig, values: "Tensor") -> "Tensor":
-    """What was computed from `Terms.ratio`, as values of tokens (B, T) or of rows (B,).
+    """Return values computed from `Terms.ratio` as those of tokens (B, T) or of rows (B,).
 
     The shape alone does not tell: a micro-batch of one-token rows is (B, 1), too.
     """
@@ -93,20 +96,20 @@ def by_level(cfg: LossConfig, values: "Tensor") -> "Tensor":
 
 
 def row_mean(mask: "Tensor", totals: Normaliser) -> "Tensor":
-    """Mean over a row's tokens, then over the step's rows. A row without tokens counts as a row of loss 0."""
+    """Weigh by the mean over a row's tokens, then over the step's rows. A row without tokens counts as loss 0."""
     return 1.0 / (mask.sum(-1, keepdim=True).clamp(min=1.0) * max(totals.rows, 1))
 
 
 def token_mean(mask: "Tensor", totals: Normaliser) -> float:
-    """Mean over the step's tokens."""
+    """Weigh by the mean over the step's tokens."""
     return 1.0 / max(totals.tokens, 1)
 
 
 def constant_mean(mask: "Tensor", totals: Normaliser) -> float:
-    """Sum over a row's tokens divided by the constant `max_completion_length`, then mean over the step's rows."""
+    """Weigh by the sum over a row's tokens / the constant `max_completion_length`, then the mean over the rows."""
     return 1.0 / (max(totals.rows, 1) * totals.max_completion_length)
 
 
 def row_sum(mask: "Tensor", totals: Normaliser) -> float:
-    """Sum over a row's tokens, then mean over the step's rows."""
+    """Weigh by the sum over a row's tokens, then the mean over the step's rows."""
     return 1.0 / max(totals.rows, 1)

@@ -1,4 +1,4 @@
-"""The coordinate contract: from the pixels that the model sees to those of the full-resolution image, and back."""
+"""Coordinates: from pixels of the model's view to pixels of the full-resolution image."""
 
 import math
 from dataclasses import dataclass
@@ -9,48 +9,41 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Frame:
-    """One image at two sizes: full is (W, H) of its pixels, view is (w, h) as the model sees it; all >= 1.
+    """Sizes of one image: full is (W, H) of its pixels, view is (w, h) as the model sees it; all >= 1.
 
     Coordinates are continuous: pixel i covers [i, i + 1), so that x in the view lies at x * W / w in full.
-
-    Boxes are rounded outwards (floor for left and top, ceil for right and bottom) and clamped to the image, so that
-    the result covers what of the box lies inside; a box wholly outside becomes an empty one on the border. From view to
-    full and back no edge moves by more than one view pixel; where the view is the larger one, by more than ceil(w / W).
     """
 
     full: tuple[int, int]
     view: tuple[int, int]
 
     def to_full(self, x: float, y: float) -> tuple[float, float]:
-        """The point of the full-resolution image, unrounded and unclamped, at (x, y) of the view."""
+        """Return the point of the full-resolution image, unrounded and unclamped, at (x, y) of the view."""
         return x * self.full[0] / self.view[0], y * self.full[1] / self.view[1]
 
     def box_to_full(self, box: Box) -> tuple[int, int, int, int]:
-        """Smallest box of whole full-resolution pixels that covers `box` of the view. Exact for integers."""
-        return _scale_outwards(box, self.view, self.full)
+        """Return the smallest box of full-resolution pixels that covers `box` of the view; exact for integers.
 
-    def box_to_view(self, box: Box) -> tuple[int, int, int, int]:
-        """Smallest box of whole view pixels that covers `box` of the full-resolution image. Exact for integers."""
-        return _scale_outwards(box, self.full, self.view)
-
-
-def _scale_outwards(box: Box, source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
-    left, right = (_clamp(edge, target[0]) for edge in _outwards(box[0], box[2], source[0], target[0]))
-    top, bottom = (_clamp(edge, target[1]) for edge in _outwards(box[1], box[3], source[1], target[1]))
-    return left, top, right, bottom
+        Edges are rounded outwards (floor for left and top, ceil for right and bottom) and clamped to the image. A box
+        outside of the image becomes an empty one on its border.
+        """
+        x0, x1 = _scale_outwards(box[0], box[2], self.view[0], self.full[0])
+        y0, y1 = _scale_outwards(box[1], box[3], self.view[1], self.full[1])
+        return x0, y0, x1, y1
 
 
-def _outwards(low: float, high: float, source: int, target: int) -> tuple[int, int]:
+def _scale_outwards(low: float, high: float, source: int, target: int) -> tuple[int, int]:
     # Floor division rather than floor of a quotient: with integers no float is involved, so edges are exact.
-    return math.floor(low * target // source), -math.floor(-high * target // source)
+    edges = math.floor(low * target // source), -math.floor(-high * target // source)
+    return min(max(edges[0], 0), target), min(max(edges[1], 0), target)
 
 
-def _clamp(edge: int, size: int) -> int:
-    return min(max(edge, 0), size)
+def map_to_region(region: Box, box: Box, view: tuple[int, int]) -> Box:
+    """Return the part of a picture that `box` covers.
 
-
-def within(region: Box, box: Box, view: tuple[int, int]) -> Box:
-    """Return the part of a picture that `box` takes, in pixels of a view of it that shows `region` of the picture."""
-    left, top, right, bottom = region
-    wide, high = (right - left) / view[0], (bottom - top) / view[1]
-    return left + box[0] * wide, top + box[1] * high, left + box[2] * wide, top + box[3] * high
+    region: the part of the picture that an image shows, in pixels of the picture. box: in pixels of the image's view.
+    view: (width, height) of that view.
+    """
+    x0, y0, x1, y1 = region
+    scale_x, scale_y = (x1 - x0) / view[0], (y1 - y0) / view[1]
+    return x0 + box[0] * scale_x, y0 + box[1] * scale_y, x0 + box[2] * scale_x, y0 + box[3] * scale_y

@@ -1,4 +1,4 @@
-"""From untrusted bytes to plain RGB pixels, and from pixels to their hash and their PNG."""
+"""Decoding of untrusted bytes to plain RGB pixels; hash and PNG of pixels."""
 
 import hashlib
 import io
@@ -23,12 +23,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# PNG optimisers write 2- and 4-bit grey with a transparent level: Pillow expands pixels to 8 bit, but not that level.
+# PNG optimisers write 2- and 4-bit grey with a transparent level: Pillow expands pixels to 8 bit, not that level.
 _GREY_LEVEL = {"L;2": 85, "L;4": 17}
 
 
 class RefusalReason(StrEnum):
-    """Why bytes are not accepted as an image."""
+    """Reason for which bytes are not accepted as an image."""
 
     BYTES = "bytes"
     """More bytes than allowed."""
@@ -43,7 +43,7 @@ class RefusalReason(StrEnum):
 
 
 class ImageRefused(ValueError):
-    """Bytes that are not accepted as an image; reason says which rule, detail says why."""
+    """Error for bytes that are not accepted as an image: reason names the rule, detail explains."""
 
     def __init__(self, reason: RefusalReason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -56,28 +56,27 @@ class ImageRefused(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is accepted, checked before any pixel is decoded. The smallest image is 1 x 1."""
+    """Limits of an image, checked before any pixel is decoded. The smallest image is 1 x 1."""
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 50_000_000
-    max_aspect: float = MAX_ASPECT
 
     def check_size(self, width: int, height: int) -> None:
-        """Raises ImageRefused (PIXELS or ASPECT) if an image of width x height pixels is beyond the limits."""
+        """Check an image of width x height pixels. Raises ImageRefused (PIXELS or ASPECT) beyond the limits."""
         if width * height > self.max_pixels:
             detail = f"{width}x{height} pixels are more than {self.max_pixels:,}"
             raise ImageRefused(RefusalReason.PIXELS, detail)
-        if max(width, height) > self.max_aspect * min(width, height):
-            detail = f"of {width}x{height} pixels one side is more than {self.max_aspect:g} times the other"
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            detail = f"of {width}x{height} pixels one side is more than {MAX_ASPECT} times the other"
             raise ImageRefused(RefusalReason.ASPECT, detail)
 
 
 def decode(data: bytes, limits: ImageLimits = ImageLimits()) -> Image.Image:
-    """The upright image in a PNG, JPEG or WEBP file: mode RGB, 8 bit, no metadata.
+    """Return the upright image in a PNG, JPEG or WebP file: mode RGB, 8 bit, no metadata.
 
-    EXIF orientation is applied, transparency is composited on white, 16 bit become 8 by dropping the low byte, CMYK and
-    palettes become RGB, of an animation the first frame is taken. Colour profiles are not applied.
-    Raises ImageRefused, and nothing else, whatever the bytes are.
+    EXIF orientation is applied, transparency is composited on white. 16 bit become 8 by dropping the low byte, CMYK and
+    palettes become RGB. An animation gives its first frame. Colour profiles are not applied.
+    Raises ImageRefused, and no other exception, for any bytes.
     """
     if len(data) > limits.max_bytes:
         raise ImageRefused(RefusalReason.BYTES, f"{len(data):,} bytes are more than {limits.max_bytes:,}")
@@ -90,7 +89,7 @@ def decode(data: bytes, limits: ImageLimits = ImageLimits()) -> Image.Image:
                 image.info["transparency"] *= level
             rgb = _on_white(image)
             orientation = _orientation(image)
-    except (ImageRefused, MemoryError):  # memory is the host's trouble: the size is within the limits
+    except (ImageRefused, MemoryError):  # a full memory is not the image's fault: its size is within the limits
         raise
     except UnidentifiedImageError as error:
         detail = f"no readable header of {', '.join(FORMATS)}"
@@ -106,13 +105,13 @@ def decode(data: bytes, limits: ImageLimits = ImageLimits()) -> Image.Image:
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """sha256 (hex) over an image's mode, size and bytes: the same for every file that decodes to the same pixels."""
+    """Return the sha256 (hex) over an image's mode, size and bytes, equal for all files of the same pixels."""
     header = f"{image.mode} {image.width}x{image.height}\n".encode()
     return hashlib.sha256(header + image.tobytes()).hexdigest()
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """A lossless PNG of an image's pixels."""
+    """Return a lossless PNG of an image's pixels."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)  # 2.7 times as fast as the default, 9 % larger (photo)
     return buffer.getvalue()
@@ -128,7 +127,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _reduce_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to L or LA by dropping the low byte, as Pillow does for 16-bit colour; convert("L") clips."""
+    """Convert 16-bit grey to L or LA by dropping the low byte, as Pillow does for 16-bit colour; convert("L") clips."""
     levels_HW = np.asarray(image)
     grey = Image.fromarray((levels_HW >> 8).astype(np.uint8))
     if "transparency" in image.info:
@@ -138,8 +137,8 @@ def _reduce_to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> object:
-    """The EXIF orientation, 1 to 8 if it makes sense; 1 (upright) where there is none to read, as viewers show it."""
+    """Return the EXIF orientation, 1 (upright) if it cannot be read, as viewers show it; valid ones are 1 to 8."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except SyntaxError:  # Pillow's word for an EXIF block without a TIFF header
+    except SyntaxError:  # Pillow raises it for an EXIF block without a TIFF header
         return 1

@@ -6,22 +6,25 @@ from thinkimg.settings import Positive, Settings
 
 
 class ViewLimits(Settings):
-    """Limits of a picture as the model sees it."""
+    """Numbers of pixels between which a picture is shown to the model."""
 
     min_pixels: Positive
     max_pixels: Positive
 
     @classmethod
     def of(cls, images: "ViewLimits") -> Self:
-        """The limits alone."""
+        """Return the limits alone, without further settings of images."""
         return cls(min_pixels=images.min_pixels, max_pixels=images.max_pixels)
 
 
 class ImagesConfig(ViewLimits):
-    """The picture as the model sees it has between min_pixels and max_pixels; tools work on the full resolution."""
+    """Limits of images. Tools work on the full resolution, the model sees min_pixels to max_pixels of it."""
 
     min_pixels: Positive = 56 * 56
+    """Smaller pictures are enlarged for the model."""
     max_pixels: Positive = 1280 * 28 * 28
+    """Larger pictures are shrunk for the model: 28 x 28 pixels are one image token."""
     max_bytes: Positive = 32 * 2**20
     """Larger files are refused before they are decoded."""
     max_decoded_pixels: Positive = 50_000_000
+    """Pictures of more pixels are refused before they are decoded."""

@@ -1,4 +1,4 @@
-"""A tool that the model can call: arguments that explain themselves to it, and the error that goes back to it."""
+"""Tool that the model can call: its arguments, the signature in the prompt, and the error that the model reads."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from thinkimg.images.coordinates import Box, Frame
 from thinkimg.images.decode import ImageLimits, ImageRefused
 
 IMAGE_ARGUMENT = '"image": "current" (default), "original" or the index of an earlier image'
-"""The argument that every tool takes, for the system prompt."""
+"""Description, for the system prompt, of the argument that every tool takes."""
 
 _LARGEST = 10**9
 _KINDS = {
@@ -28,7 +28,7 @@ _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 class ToolError(ValueError):
-    """A call that can't be carried out; the text tells the model how to correct it."""
+    """Error of a call that can't be carried out; the text tells the model how to correct it."""
 
 
 def _number(value: Any) -> int | float:
@@ -56,13 +56,13 @@ def _image(value: Any) -> int | str:
 
 
 Number = Annotated[float, BeforeValidator(_number)]
-"""A finite JSON number. Strings and booleans are none."""
+"""A finite JSON number, not a string or a boolean."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 """A JSON number with an integer value: 3 or 3.0."""
 
 
 class ToolArgs(BaseModel):
-    """The arguments that every tool takes; each tool adds its own."""
+    """Arguments that every tool takes; each tool adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -71,16 +71,16 @@ class ToolArgs(BaseModel):
 
 
 def in_place(args: ToolArgs, view: tuple[int, int]) -> Box:
-    """Return the whole of the source: the `region` of a tool that moves no pixel and leaves none out."""
+    """Return the box of the complete source: the `region` of a tool that moves no pixel and leaves none out."""
     return 0, 0, *view
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One entry of thinkimg/images/tools, or a user's own module of the same form (see that package's docstring)."""
+    """An entry of thinkimg/images/tools, or a user's own module of the same form (see that package's docstring)."""
 
     name: str
-    """As the model calls it: the last part of the module's path."""
+    """Name in the model's calls: the last part of the module's path."""
     description: str
     Args: type[ToolArgs]
     """Its model_json_schema() is the JSON schema of the arguments."""
@@ -88,16 +88,19 @@ class Tool:
     region: Callable[[Any, tuple[int, int]], Box | None] | None = None
 
     def signature(self) -> str:
-        """Return the call as shown to the model, e.g. 'apply_sharpen {"factor": number 0..16}'; without IMAGE_ARGUMENT."""
+        """Return the call as the model reads it, such as 'apply_sharpen {"factor": number 0..16}'.
+
+        It leaves IMAGE_ARGUMENT out.
+        """
         schemas = self.Args.model_json_schema()["properties"].items()
         arguments = ", ".join(f'"{name}": {_describe(schema)}' for name, schema in schemas if name != "image")
         return f"{self.name} {{{arguments}}}"
 
     def cut(self, args: Mapping[str, Any], view: tuple[int, int]) -> Box | None:
-        """Return the part of its source that a call has cut out, in pixels of the view.
+        """Return the box of its source that a call has cut out, in pixels of the view.
 
-        args: of a call that gave an image. view: (width, height) of the source. None for a tool that works on the whole,
-        where no box says what the image shows, and for arguments that the tool takes no longer.
+        args: of a call that gave an image. view: (width, height) of the source.
+        None for a tool that cuts nothing out or has no box, and for arguments that the tool no longer takes.
         """
         if self.region is None or self.region is in_place:
             return None
@@ -108,7 +111,7 @@ class Tool:
 
 
 def require_acceptable(width: int, height: int, what: str) -> None:
-    """Raises ToolError if the model can't take an image of width x height pixels; `what` names it in the text."""
+    """Check that the model can take an image of width x height pixels. Raises ToolError, in which `what` names it."""
     try:
         ImageLimits().check_size(max(width, 1), max(height, 1))
     except ImageRefused as refused:

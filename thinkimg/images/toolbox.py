@@ -1,4 +1,4 @@
-"""The tools on offer in a conversation, by the names that the model calls them, and one call of them carried out."""
+"""Tools on offer in a conversation, by the names in the model's calls; and the execution of a call."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +15,22 @@ from thinkimg.images.tool import Tool, ToolArgs, ToolError, require_acceptable
 from thinkimg.registry import Registry, short_name
 
 TOOLS = Registry("tools", "thinkimg.images.tools")
+PROBLEMS = {
+    "missing": "is missing",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be {expected}",
+    "bool_type": "must be true or false",
+    "value_error": "{error}",
+}
+"""Type of a pydantic error -> its text for the model."""
 
 
 @cache
 def load_tools(names: tuple[str, ...] | None = None) -> Mapping[str, Tool]:
-    """Return the tools that `conversation.tools` names, by the names that the model calls them, in that order.
+    """Return the tools that `conversation.tools` names, by the names in the model's calls, in that order.
 
-    names: those of shipped tools and of entry points, and import paths of a user's own modules; None: all shipped ones.
+    names: names of shipped tools and of entry points, import paths of a user's own modules; None for all shipped tools.
     Raises UserError for an unknown name, for two tools of one name, and for a module that is no tool.
     """
     tools: dict[str, Tool] = {}
@@ -30,14 +39,14 @@ def load_tools(names: tuple[str, ...] | None = None) -> Mapping[str, Tool]:
         if tool.name in tools or (tool.name != path and tool.name in TOOLS.shipped):
             raise UserError(
                 f"The name '{tool.name}' of the tool {path} is taken.",
-                hint="Name each tool once, and a module of your own unlike thinkimg's.",
+                hint="List each tool once, and give a module of your own another name than thinkimg's tools have.",
             )
         tools[tool.name] = tool
     return MappingProxyType(tools)
 
 
 def user_sources(names: tuple[str, ...] | None) -> dict[str, str]:
-    """Return name -> sha256 of the module's file for a user's own among the tools, for a stage's fingerprint."""
+    """Return name -> sha256 of the module's file for each of a user's own tools, for a stage's fingerprint."""
     return TOOLS.sources(names or ())
 
 
@@ -49,26 +58,26 @@ def _tool(path: str) -> Tool:
         "Args (a ToolArgs)": isinstance(arguments, type) and issubclass(arguments, ToolArgs),
         "apply": callable(apply),
     }
-    if missing := [part for part, there in parts.items() if not there]:
+    if missing := [part for part, is_defined in parts.items() if not is_defined]:
         raise UserError(
             f"The module {module.__name__} is no tool: it lacks {' and '.join(missing)}.",
-            hint="Write it as thinkimg/images/tools/crop_image.py is written.",
+            hint="Take thinkimg/images/tools/crop_image.py as an example.",
         )
     return Tool(name, module.__doc__, arguments, apply, getattr(module, "region", None))
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """Outcome of a call: exactly one of image (full resolution), text (not empty) and error (for the model) is there."""
+    """Outcome of a call: exactly one of image (full resolution), text (not empty) and error (for the model) is set."""
 
     source: int
-    """Index of the image operated on; of the current one where the call did not get as far as naming another."""
+    """Index of the image that the tool worked on; the current one where the call names none."""
     image: Image.Image | None = None
     text: str = ""
     error: str | None = None
 
 
-def run(
+def run_tool(
     name: object,
     args: object,
     images: Sequence[Image.Image],
@@ -77,9 +86,9 @@ def run(
 ) -> ToolResult:
     """Carry out a tool call as the model wrote it.
 
-    name, args: any JSON values. images: RGB at full resolution, [0] the original, [-1] the current one; left unchanged.
-    view_size_of: (width, height) at which the model sees an image. tools: those on offer, None for all shipped ones.
-    Never raises for what a model can write: a wrong call is a result with an error. Raises TypeError for a broken tool.
+    name, args: any JSON values. images: RGB at full resolution, [0] the original, [-1] the current one; not changed.
+    view_size_of: (width, height) at which the model sees an image. tools: on offer; None for all shipped tools.
+    A wrong call is a result with an error; no text of the model raises. Raises TypeError for a broken tool.
     """
     current = len(images) - 1
     tools = load_tools() if tools is None else tools
@@ -112,28 +121,13 @@ def run(
 
 
 def _explain(error: ValidationError, tool: Tool) -> str:
-    """Return the most telling of a call's mistakes: an unknown name tells more than the argument that is missing for it."""
+    """Return the most useful of a call's mistakes: an unknown name before the argument that is missing for it."""
     details = error.errors(include_url=False, include_input=False)
     detail = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-    context = detail.get("ctx", {})
-    match detail["type"]:
-        case "extra_forbidden":
-            names = sorted(tool.Args.model_fields, key="image".__eq__)  # the one that all tools share comes last
-            return f"it takes no argument{_quoted(detail['loc'][0])}, only {', '.join(names)}"
-        case "missing":
-            problem = "is missing"
-        case "greater_than_equal":
-            problem = f"must be at least {context['ge']:g}"
-        case "less_than_equal":
-            problem = f"must be at most {context['le']:g}"
-        case "literal_error":
-            problem = f"must be {context['expected']}"
-        case "bool_type":
-            problem = "must be true or false"
-        case "value_error":
-            problem = str(context["error"])
-        case _:
-            problem = "is not valid"
+    if detail["type"] == "extra_forbidden":
+        names = sorted(tool.Args.model_fields, key="image".__eq__)  # the one that all tools share comes last
+        return f"it takes no argument{_quoted(detail['loc'][0])}, only {', '.join(names)}"
+    problem = PROBLEMS.get(detail["type"], "is not valid").format_map(detail.get("ctx", {}))
     if not detail["loc"]:  # a validator of several arguments
         return f"{problem}; call it as {tool.signature()}"
     argument = detail["loc"][0]
@@ -141,5 +135,5 @@ def _explain(error: ValidationError, tool: Tool) -> str:
 
 
 def _quoted(name: object) -> str:
-    """Return the model's own word, if harmless: errors go back into the conversation, where <|…|> would be a special token."""
+    """Return the model's own word, if harmless: errors enter the conversation, where <|…|> would be a special token."""
     return f' "{name}"' if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name) else " of that name"

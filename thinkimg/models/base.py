@@ -1,4 +1,4 @@
-"""The model that training starts from: a directory, a Hub id, or a tiny one that is made on the spot."""
+"""Base model, from which training starts: a directory, a Hub id, or a tiny model that the warm start makes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any, Self
 from thinkimg.errors import UserError
 from thinkimg.models.settings import ModelConfig
 from thinkimg.settings import Settings
-from thinkimg.store.artifacts import Reference, directory_digest
+from thinkimg.store.manifest import Reference, directory_digest
 
 
 class BaseSource(Settings):
-    """Where the base model comes from."""
+    """Origin of the base model, as the settings have it."""
 
     path: str
     revision: str | None
@@ -20,23 +20,20 @@ class BaseSource(Settings):
 
     @classmethod
     def of(cls, model: ModelConfig) -> Self:
+        """Return the origin of the model of these settings."""
         return cls(path=model.path, revision=model.revision, tiny=model.tiny is not None)
 
     def reference(self) -> Reference:
-        """A directory by its digest, a Hub model by its id and revision. UserError where `path` is neither."""
+        """Return the digest of a directory, or the id and revision of a Hub model, as an input of a stage.
+
+        Raises as `check_model`.
+        """
+        check_model(self.path)
         path = Path(self.path)
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                hint = "name a directory that save_pretrained wrote"
-                raise UserError(f"{path} holds no model: there is no config.json", hint=hint)
-            return Reference("base", directory_digest(path))
-        if path.is_absolute() or self.path.count("/") != 1 or path.exists():
-            hint = "name a directory that save_pretrained wrote, or a Hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
-            raise UserError(f"there is no model directory {self.path}", hint=hint)
-        return Reference("base", f"{self.path}@{self.revision or 'main'}")
+        return Reference("base", directory_digest(path) if path.is_dir() else f"{self.path}@{self.revision or 'main'}")
 
     def entry(self) -> dict[str, str | None]:
-        """As jobs and adapters name it (`Base`): never by a path, which may change."""
+        """Return the fields of `Base`, for jobs and adapters; the name is never a path, which may change."""
         if self.tiny:
             return {"name": "tiny", "revision": None, "directory": None}
         reference, path = self.reference(), Path(self.path)
@@ -45,26 +42,37 @@ class BaseSource(Settings):
         return {"name": self.path, "revision": self.revision, "directory": None}
 
 
+def check_model(name: str) -> None:
+    """Check that a name is a directory with a model, or has the form of a Hub id. Raises UserError otherwise."""
+    path = Path(name)
+    hint = "Name a directory that save_pretrained wrote, or a Hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} holds no model: there is no config.json.", hint=hint)
+    elif path.is_absolute() or name.count("/") != 1 or path.exists():
+        raise UserError(f"There is no model directory {name}.", hint=hint)
+
+
 @dataclass(frozen=True)
 class Base:
-    """A model from outside: `name` is a Hub id, or says what lies in `directory`."""
+    """A base model: `name` is a Hub id, or identifies the content of `directory`."""
 
     name: str
     revision: str | None = None
     directory: str | None = None
 
     def checked(self, state: Mapping[str, Any]) -> Self:
-        """Itself. Raises UserError where a policy with this state (state.json) was trained on another base."""
+        """Return itself. Raises UserError if a policy with this state (state.json) was trained on another base."""
         recorded = state["base"]
         if (self.name, self.revision) != (recorded["name"], recorded["revision"]):
             raise UserError(f"The policy was trained on {recorded['name']}, not on {self.name}.")
         return self
 
     def locate(self) -> Path:
-        """Its directory, downloaded if it has none. Raises UserError if it can't be had."""
+        """Return its directory, after a download if it has none. Raises UserError if it can't be loaded."""
         if self.directory is not None:
             if not Path(self.directory, "config.json").is_file():
-                raise UserError(f"{self.directory} is no model: it has no config.json.")
+                raise UserError(f"{self.directory} holds no model: there is no config.json.")
             return Path(self.directory)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -77,5 +85,5 @@ class Base:
             detail = " ".join(str(error).split())[:200]
             raise UserError(
                 f"The base model {self.name} can't be loaded: {detail}",
-                hint="Is it a Hub id, and is the Hub reachable?",
+                hint="Check that it is a Hub id and that the Hub can be reached.",
             ) from error

@@ -1,8 +1,9 @@
-"""CLIP models through open_clip: loading, encoding, and a small one that is trained on the puzzles where there is no hub."""
+"""CLIP models through open_clip: loading, encoding, and the training of a small one for machines without a hub."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -13,72 +14,77 @@ from thinkimg.errors import UserError
 from thinkimg.models.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.store import files
-from thinkimg.store.artifacts import Artifact
+from thinkimg.store.manifest import Artifact
 
-OWN = "warmstart"
+OWN_CLIP = "warmstart"
+"""Value of image.embedding.model for the small CLIP that is trained on the puzzles."""
 BATCH = 64  # images per forward: more gains nothing on a CPU, and 64 of ViT-B-32 are half a GB on a GPU
-SIDE = 112
-# 49,408 pieces of text are what open_clip's tokenizer brings along; narrow, so that they are not most of the work.
+SIDE = 112  # of the small CLIP's images, in pixels
+# open_clip's tokenizer has 49,408 pieces of text; the text tower is narrow, so that they are not most of the work.
 TINY = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": SIDE, "layers": 3, "width": 96, "head_width": 32, "patch_size": 28},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-SCALE = 20.0  # CLIP's 100 would leave a tiny model with values of 0 and 1 only
+LOGIT_SCALE = 20.0  # with CLIP's 100 a tiny model would only give values of 0 and 1
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 class ClipName(Protocol):
-    """Names of a CLIP model and of its weights, as `image.embedding` has them."""
+    """Settings with the names of a CLIP model and of its weights, such as `image.embedding`."""
 
     @property
-    def model(self) -> str: ...
+    def model(self) -> str:
+        """Name of the model in open_clip, `local-dir:<folder>`, or OWN_CLIP."""
+        ...
+
     @property
-    def pretrained(self) -> str | None: ...
+    def pretrained(self) -> str | None:
+        """Name of the weights in open_clip, or their file."""
+        ...
 
 
 class Encoder:
-    """Images and texts as unit vectors, (n, d) float32, and the model's own logit_scale."""
+    """Encoder of images and texts as unit vectors, (n, d) float32; it has the model's own logit_scale."""
 
     def __init__(self, model, preprocess: Callable, tokenizer: Callable, device):
         self._model, self._preprocess, self._tokenizer, self._device = model, preprocess, tokenizer, device
         self.logit_scale = float(model.logit_scale.detach().exp())
-        self.encoded = 0  # pictures and texts that went through the model
 
     def images(self, names: Sequence[str], open_image: Callable[[str], Image.Image], run: Callable = map) -> np.ndarray:
-        """The images of these names, BATCH at a time; `run` maps the preprocessing, in threads say."""
+        """Return (n, d) float32 of the images of these names. run: a map for the preprocessing, such as a pool's."""
 
         def prepare(name: str):
             return self._preprocess(open_image(name))
 
-        return self._encode(self._model.encode_image, (list(run(prepare, part)) for part in batches(names)))
+        return self._encode(self._model.encode_image, (list(run(prepare, part)) for part in _split(names)))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        return self._encode(self._model.encode_text, (list(self._tokenizer(list(part))) for part in batches(texts)))
+        """Return (n, d) float32 of the texts."""
+        return self._encode(self._model.encode_text, (list(self._tokenizer(list(part))) for part in _split(texts)))
 
-    def _encode(self, encode: Callable, parts: Iterator[list]) -> np.ndarray:
+    def _encode(self, encode: Callable, batches: Iterator[list]) -> np.ndarray:
         import torch
 
-        found = []
+        vectors = []
         with torch.inference_mode():
-            for part in parts:
-                self.encoded += len(part)
-                found.append(encode(torch.stack(part).to(self._device), normalize=True).float().cpu().numpy())
-        return np.concatenate(found) if found else np.empty((0, 0), dtype=np.float32)
+            for batch in batches:
+                vectors.append(encode(torch.stack(batch).to(self._device), normalize=True).float().cpu().numpy())
+        return np.concatenate(vectors) if vectors else np.empty((0, 0), dtype=np.float32)
 
 
-def batches(items: Sequence) -> Iterator[Sequence]:
+def _split(items: Sequence) -> Iterator[Sequence]:
     return (items[i : i + BATCH] for i in range(0, len(items), BATCH))
 
 
-def source(settings: ClipName, own: Artifact | None) -> tuple[str, str | None]:
-    """(name, pretrained) of the configured model, or of the artifact `own`, as `load` takes them."""
+def locate_clip(settings: ClipName, own: Artifact | None) -> tuple[str, str | None]:
+    """Return (name, pretrained), for `load_encoder`, of the configured model, or of the artifact `own`."""
     return (f"local-dir:{own.checked('clip')}", None) if own else (settings.model, settings.pretrained)
 
 
-def load(name: str, pretrained: str | None) -> Encoder:
-    """The encoder of a model. Raises UserError if there is none or its weights can't be had."""
+def load_encoder(name: str, pretrained: str | None) -> Encoder:
+    """Return the encoder of a model. Raises UserError if there is none or its weights can't be loaded."""
     with importing:
         import open_clip
     import torch
@@ -88,16 +94,16 @@ def load(name: str, pretrained: str | None) -> Encoder:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the library raises what its downloader, parser or torch raises
-        shown = " ".join(str(error).split())[:200]
+        detail = " ".join(str(error).split())[:200]
         raise UserError(
-            f"The CLIP model {name} ({pretrained}) can't be loaded: {shown}",
-            hint="image.embedding.model and .pretrained are open_clip's names, or local-dir:<folder>.",
+            f"The CLIP model {name} ({pretrained}) can't be loaded: {detail}",
+            hint="Set image.embedding.model and .pretrained to open_clip's names, or the model to local-dir:<folder>.",
         ) from error
     return Encoder(model.eval(), preprocess, tokenizer, device)
 
 
 def weights_digest(settings: ClipName, own: Artifact | None) -> str:
-    """What the weights are: the artifact's digest, the hash of local files, or the name by which they are downloaded."""
+    """Return the digest of the artifact, the hash of local files, or the name by which weights are downloaded."""
     if own is not None:
         return own.digest
     folder = settings.model.removeprefix("local-dir:")
@@ -105,7 +111,7 @@ def weights_digest(settings: ClipName, own: Artifact | None) -> str:
     if folder != settings.model:
         if not Path(folder).is_dir():
             raise UserError(
-                f"There is no CLIP model in {folder}.", hint="local-dir: takes a folder that open_clip saved."
+                f"There is no CLIP model in {folder}.", hint="Name a folder that open_clip saved after local-dir:."
             )
         paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
     if paths and all(path.is_file() for path in paths):
@@ -113,32 +119,32 @@ def weights_digest(settings: ClipName, own: Artifact | None) -> str:
     return f"{settings.model}/{settings.pretrained}"
 
 
-def train_tiny(
-    directory: Path, triples: Sequence[tuple[str, Image.Image, Image.Image, Image.Image]], *, seed: int, steps: int,
-    threads: int, batch: int = 32, progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float]:  # fmt: skip
-    """Train TINY on (question, right, original, wrong) and write it as open_clip's local-dir; returns metrics.
-
-    Loss: Bradley-Terry by CLIP's own logits, right above original above wrong, which is how the reward reads them.
-    """
+@contextmanager
+def limit_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads of the CPU for a block."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _train_tiny(directory, triples, seed, steps, batch, progress)
+        yield
     finally:
         torch.set_num_threads(before)
 
 
-def _train_tiny(
+def train_tiny(
     directory: Path,
     triples: Sequence[tuple[str, Image.Image, Image.Image, Image.Image]],
+    *,
     seed: int,
     steps: int,
-    batch: int,
-    progress: Callable[[int, int], None],
+    batch: int = 32,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, float]:
+    """Train TINY on (question, right, original, wrong), write it as open_clip's local-dir and return metrics.
+
+    Loss: Bradley-Terry (1952) over CLIP's own logits, right above original above wrong, as the reward compares them.
+    """
     with importing:
         import open_clip
     import torch
@@ -147,11 +153,11 @@ def _train_tiny(
     with seeded(seed):
         model = open_clip.CLIP(**TINY)
     with torch.no_grad():
-        model.logit_scale.fill_(np.log(SCALE))
+        model.logit_scale.fill_(np.log(LOGIT_SCALE))
     model.logit_scale.requires_grad_(False)
     tokenizer = open_clip.SimpleTokenizer(context_length=TINY["text_cfg"]["context_length"])
     tokens = tokenizer([question for question, *_ in triples])
-    pixels = torch.stack([torch.stack([small(image) for image in images]) for _, *images in triples])
+    pixels = torch.stack([torch.stack([_shrink(image) for image in images]) for _, *images in triples])
     mean, std = (torch.tensor(PREPROCESS[name]).view(3, 1, 1) for name in ("mean", "std"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
@@ -163,7 +169,7 @@ def _train_tiny(
         images = model.encode_image(seen.flatten(0, 1), normalize=True).unflatten(0, seen.shape[:2])
         asked, which = tokens[chosen].unique(dim=0, return_inverse=True)  # the puzzles have few different questions
         texts = model.encode_text(asked, normalize=True)[which]
-        right, original, wrong = (SCALE * (images * texts[:, None]).sum(-1)).unbind(1)
+        right, original, wrong = (LOGIT_SCALE * (images * texts[:, None]).sum(-1)).unbind(1)
         loss = -(logsigmoid(right - original) + logsigmoid(original - wrong) + logsigmoid(right - wrong)).mean() / 3
         optimizer.zero_grad()
         loss.backward()
@@ -171,19 +177,18 @@ def _train_tiny(
         schedule.step()
         losses.append(float(loss.detach()))
         progress(step + 1, steps)
-    save(model, directory)
+    _save(model, directory)
     return {"loss": float(np.mean(losses[-10:])), "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def small(image: Image.Image):
-    """(3, SIDE, SIDE) uint8, as the saved preprocessing makes it."""
+def _shrink(image: Image.Image):
+    """Return (3, SIDE, SIDE) uint8, as the saved preprocessing makes it."""
     import torch
 
     return torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))).permute(2, 0, 1)
 
 
-def save(model, directory: Path) -> None:
-
+def _save(model, directory: Path) -> None:
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)

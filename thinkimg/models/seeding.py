@@ -1,4 +1,4 @@
-"""torch's global generator, for one thread at a time: stages run side by side, and it is the process's."""
+"""Seeding of torch's global generator, one thread at a time: stages run side by side in a process and share it."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the generator of the CPU for a block, alone in this process; afterwards it is as it was."""
+    """Seed the CPU's generator for a block, one block at a time in this process; then restore its state."""
     import torch
 
     with _lock, torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Settings of the model: the base, its precision, and what of it is trained."""
+"""Settings of the model: the base, its precision, and the weights that are trained."""
 
 from typing import Any, Literal, Self
 
@@ -13,22 +13,30 @@ class TinyModel(Settings):
     vocab_size: Positive = 2048
     """Upper limit of the tokenizer's vocabulary, special tokens included."""
     hidden_size: Positive = 128
+    """Width of the language model."""
     layers: Positive = 4
+    """Layers of the language model."""
     heads: Positive = 4
+    """Attention heads of the language model."""
     rope_theta: float = 20.0
     """Base of the rotary frequencies; Qwen's 1e6 leaves a tiny model blind to columns."""
     vision_layers: Positive = 4
+    """Layers of the vision tower."""
     vision_hidden_size: Positive = 64
+    """Width of the vision tower."""
     vision_heads: Positive = 2
+    """Attention heads of the vision tower."""
 
 
 class ModelConfig(Settings):
+    """The base model, its precision, and what of it is trained."""
+
     path: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Hub id or directory of the base model. Not read where `tiny` is set."""
     revision: str | None = None
     """Commit or tag on the Hub."""
     tiny: TinyModel | None = None
-    """Make a tiny model instead of loading one."""
+    """Make a tiny model instead of loading one; `{}` takes the defaults of its settings."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the base weights in engine and trainer; trained weights and optimizer are float32."""
     load_in_4bit: bool = False
@@ -38,8 +46,11 @@ class ModelConfig(Settings):
     trust_remote_code: bool = False
     """Run code that comes with the model repository."""
     adaptation: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter, or all weights."""
     lora_rank: Positive = 64
+    """Rank of the adapter."""
     lora_alpha: Positive = 128
+    """Scale of the adapter: its output is multiplied by lora_alpha / lora_rank."""
     train_vision: bool = False
     """Train the vision tower, too (only with adaptation: full)."""
 
@@ -56,7 +67,7 @@ class ModelConfig(Settings):
         return self
 
     def defining(self) -> dict[str, Any]:
-        """Return what defines how weights are trained; which weights these are is said by a digest, not by a path."""
+        """Return the settings that define a training, for fingerprints; a digest identifies the weights, not a path."""
         fields = {"tiny", "dtype", "load_in_4bit", "adaptation", "train_vision"}
         if self.adaptation == "lora":
             fields |= {"lora_rank", "lora_alpha"}

@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of a few million parameters, made from nothing: same architecture and file formats as the 7B, runs on a CPU."""
+"""Tiny Qwen2.5-VL of a few million random parameters for CPUs: same architecture and file formats as the 7B."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from thinkimg.images.patches import MEAN, MERGE, PATCH, STD, TEMPORAL
 from thinkimg.models.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.models.settings import TinyModel
@@ -21,8 +22,8 @@ SPECIAL_TOKENS = [
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-# Digits one by one, as Qwen2 does it, so that coordinates are spelled and not memorised; tags whole; what stands between
-# them may become one token: a tool call takes a third of the tokens that Qwen2's own splitting by words would give it.
+# Digits one by one, as in Qwen2, so that coordinates are spelled and not memorised; each tag in one piece. The text
+# between them may become one token: a tool call takes a third of the tokens of Qwen2's own splitting by words.
 SPLIT = r"\p{N}|<[^<>]*>|[^\p{N}<>]+|[<>]"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -42,11 +43,12 @@ def create_tiny(directory: Path, tiny: TinyModel, corpus: Iterable[str], *, seed
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory, corpus, tiny.vocab_size)
-    write_processor(directory, tiny)
+    write_processor(directory)
     write_model(directory, tiny, seed)
 
 
 def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> None:
+    """Train a byte-level BPE tokenizer on the corpus and write it with its chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -64,7 +66,7 @@ def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> 
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # Qwen2Tokenizer would put its own splitting in place of ours
+        "tokenizer_class": "PreTrainedTokenizerFast",  # Qwen2Tokenizer would replace SPLIT by its own
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -76,11 +78,12 @@ def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> 
         "add_prefix_space": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    write_json(directory / "tokenizer_config.json", settings)
-    write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    _write_json(directory / "tokenizer_config.json", settings)
+    _write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def write_processor(directory: Path, tiny: TinyModel) -> None:
+def write_processor(directory: Path) -> None:
+    """Write the configuration of the image processor."""
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
@@ -88,26 +91,26 @@ def write_processor(directory: Path, tiny: TinyModel) -> None:
         "do_rescale": True,
         "do_normalize": True,
         "do_resize": True,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        # The picture is already at its final size when it arrives: these limits admit every size that view.py makes.
+        "patch_size": PATCH,
+        "temporal_patch_size": TEMPORAL,
+        "merge_size": MERGE,
+        # A picture arrives at its final size: these limits admit every size that view.py makes.
         "min_pixels": 28 * 28,
         "max_pixels": 1280 * 28 * 28,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": MEAN,
+        "image_std": STD,
         "rescale_factor": 1 / 255,
     }
-    write_json(directory / "preprocessor_config.json", settings)
+    _write_json(directory / "preprocessor_config.json", settings)
 
 
-def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
-    """Its config. ids: of the vocabulary, or of the special tokens, of which the highest is the last."""
+def make_config(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
+    """Return the config. ids: token ids of the vocabulary, or of the special tokens, whose ids are the highest."""
     with importing:
         from transformers import Qwen2_5_VLConfig
 
     head_dim = tiny.hidden_size // tiny.heads
-    temporal = head_dim // 8  # the shares of Qwen2.5-VL's [16, 24, 24] of 64
+    temporal = head_dim // 8  # as in Qwen2.5-VL's [16, 24, 24] of 64
     height = (head_dim // 2 - temporal) // 2
     return Qwen2_5_VLConfig(
         text_config={
@@ -122,8 +125,8 @@ def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
-            # Qwen's theta of 1e6 leaves the width axis with frequencies below 2e-4: at four tokens a row no tiny
-            # model can tell columns apart. A small theta gives it an absolute place to read off.
+            # Qwen's theta of 1e6 gives the width axis frequencies below 2e-4: with four tokens per row a tiny model
+            # cannot distinguish columns. With a small theta it can read an absolute position.
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": tiny.rope_theta,
@@ -136,9 +139,9 @@ def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
             "intermediate_size": 2 * tiny.vision_hidden_size,
             "num_heads": tiny.vision_heads,
             "out_hidden_size": tiny.hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL,
             "window_size": 112,
             "fullatt_block_indexes": [tiny.vision_layers - 1],
         },
@@ -151,15 +154,15 @@ def geometry(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
 
 
 def write_model(directory: Path, tiny: TinyModel, seed: int) -> None:
+    """Write the config and random weights of a model for the tokenizer in the directory."""
     with importing:
         from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
         from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of one shard
+    disable_progress_bar()  # it would show a single shard
     ids = PreTrainedTokenizerFast.from_pretrained(directory).get_vocab()
-    config = geometry(tiny, ids)
     with seeded(seed):
-        model = Qwen2_5_VLForConditionalGeneration(config).float()
+        model = Qwen2_5_VLForConditionalGeneration(make_config(tiny, ids)).float()
         init_fan_in(model)
     model.generation_config.eos_token_id = [ids["<|im_end|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
@@ -167,16 +170,14 @@ def write_model(directory: Path, tiny: TinyModel, seed: int) -> None:
 
 
 def init_fan_in(model) -> None:
-    """std = 1 / sqrt(fan_in) for every matrix: with transformers' fixed 0.02 a model this small does not learn to see."""
+    """Draw every matrix with std 1 / sqrt(fan_in): with transformers' 0.02 so small a model does not learn to see."""
     import torch
 
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "embed_tokens" not in name:
+        for _, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
                 parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()))
-            elif "embed_tokens" in name:
-                parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]))
 
 
-def write_json(path: Path, value: object) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,1 +1,8 @@
-"""The demo's world: puzzles cut from photographs, scripted demonstrations of them, pairs of images known to help or not."""
+"""Puzzles of the demo: pictures cut from photographs, scripted conversations about them, pairs of known worth.
+
+photographs ──► scenes.make_puzzle ──► samples ──► stages/prepare
+                    │ solution
+                    ├──► demonstrations.write_script ──► stages/demonstrate
+                    ├──► demonstrations.has_right_calls ──► stages/evaluate
+                    └──► known_pairs ──► stages/known_pairs ──► the small CLIP, calibration of judges
+"""

@@ -1,4 +1,4 @@
-"""Scripted conversations for the built-in puzzles, wrong on purpose in systematic ways; and which calls would be right."""
+"""Scripted conversations for the built-in puzzles, some wrong in systematic ways; and a check for the right calls."""
 
 import json
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from thinkimg.puzzles.scenes import CELL, SCALE, SIZE, Family
 from thinkimg.puzzles.settings import Flaws
 from thinkimg.records import Sample, Trajectory, Turn
 
-# Haste goes with the wrong calls: one choice at the start of a turn, which a policy gradient can find, and not noise on
-# every coordinate, from which a small model learns neither the right nor the wrong way.
+# A wrong call starts with these words: a choice at the start of a turn, which a policy gradient can find. From noise on
+# every coordinate a small model learns neither the right nor the wrong way.
 HASTE = "A quick look."
 THOUGHTS = {
     "crop_image": "It is too small.",
@@ -25,11 +25,11 @@ THOUGHTS = {
 LIGHTS = ("adjust_brightness", "adjust_contrast")
 
 
-def script(sample: Sample, protocol: Protocol, flaws: Flaws, rng: Generator, *, tools: bool) -> list[str]:
-    """The model's turns, one text each: the right calls and answer, or one of the flaws.
+def write_script(sample: Sample, protocol: Protocol, flaws: Flaws, rng: Generator, *, tools: bool) -> list[str]:
+    """Return the model's turns, one text each: the right calls and answer, or one of the flaws.
 
-    A flawed demonstration ends with a random choice: nothing that it saw tells the answer. Without tools the right answer
-    is given at once, so that the policy learns whatever can be read without them.
+    A flawed demonstration ends with a random choice, as none of its images shows the answer. Without tools the right
+    answer comes at once, so that the policy learns what can be read without them.
     """
     if not tools:
         return [protocol.render_turn("I look.", Answer(sample.answer))]
@@ -38,14 +38,15 @@ def script(sample: Sample, protocol: Protocol, flaws: Flaws, rng: Generator, *, 
         return [protocol.render_turn("I guess.", Answer(str(rng.choice(sample.choices))))]
     calls = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
     if luck < flaws.guess + flaws.wrong_call:
-        turns = [protocol.render_turn(HASTE, call) for call in wrong_calls(Family(sample.metadata["family"]), calls)]
+        calls = make_wrong_calls(Family(sample.metadata["family"]), calls)
+        turns = [protocol.render_turn(HASTE, call) for call in calls]
         return [*turns, protocol.render_turn(HASTE, Answer(str(rng.choice(sample.choices))))]
     turns = [protocol.render_turn(THOUGHTS[call.name], call) for call in calls]
     return [*turns, protocol.render_turn("Now I see.", Answer(sample.answer))]
 
 
-def wrong_calls(family: Family, calls: list[ToolCall]) -> list[ToolCall]:
-    """The same mistake every time: one cell to the right, a fifth of the light, a quarter turn off, one of two tools."""
+def make_wrong_calls(family: Family, calls: list[ToolCall]) -> list[ToolCall]:
+    """Return a family's mistake: one cell to the right, a fifth of the light, a quarter turn off, one of two tools."""
     first = calls[0]
     match family:
         case Family.DETAIL:
@@ -60,16 +61,16 @@ def wrong_calls(family: Family, calls: list[ToolCall]) -> list[ToolCall]:
             return [first]
 
 
-def right_calls(sample: Sample, row: Trajectory, tools: tuple[str, ...] | None = None) -> bool:
-    """Whether the puzzle could be read from what the tools showed: the marked cell large enough, bright enough, upright.
+def has_right_calls(sample: Sample, row: Trajectory, tools: tuple[str, ...] | None = None) -> bool:
+    """Return True if a tool's image shows the answer: the marked cell large enough, bright enough, upright.
 
-    The thresholds are those at which the pattern stands out by 20 grey levels or is seen at full resolution.
+    At these thresholds the pattern differs by 20 grey levels or is seen at full resolution.
     tools: `conversation.tools` of the row.
     """
     family, target = Family(sample.metadata["family"]), sample.targets[0] if sample.targets else None
-    shown = list(seen(row, tools=tools))
+    shown = list(list_shown_parts(row, tools))
     lit = [light for _, light, _ in shown]
-    close = [target is not None and holds(box, target) for box, _, _ in shown]
+    close = [target is not None and shows_target(box, target) for box, _, _ in shown]
     match family:
         case Family.DETAIL:
             return any(close)
@@ -84,14 +85,12 @@ def right_calls(sample: Sample, row: Trajectory, tools: tuple[str, ...] | None =
             )
 
 
-def seen(
-    row: Trajectory, size: tuple[int, int] = (SIZE, SIZE), tools: tuple[str, ...] | None = None
-) -> Iterator[tuple[Box | None, bool, Turn]]:
-    """Yield (part of the picture, brightened, turn) of each image that a tool made; None where no box tells the part.
+def list_shown_parts(row: Trajectory, tools: tuple[str, ...] | None = None) -> Iterator[tuple[Box | None, bool, Turn]]:
+    """Yield (part of the picture, brightened, turn) of each image that a tool made; None where the part is no box.
 
-    size: width and height of the sample's picture in pixels. tools: `conversation.tools` of the row.
+    tools: `conversation.tools` of the row.
     """
-    images = list(tool_images(row, tools, (0, 0, *size)))
+    images = list(tool_images(row, tools, (0, 0, SIZE, SIZE)))
     lit = [False] * (len(row.images) - len(images))
     for image in images:
         turn = image.turn
@@ -101,20 +100,20 @@ def seen(
 
 
 def undoes(args: dict, right: dict) -> bool:
-    """Whether a rotation or mirroring is the right one; angles count by where they end."""
+    """Return True if a rotation or mirroring is the right one; equal angles modulo 360 are equal."""
     if "angle" in right:
         return (args["angle"] - right["angle"]) % 360 == 0
     return args["direction"] == right["direction"]
 
 
-def holds(box: Box | None, target: list[int]) -> bool:
-    """Whether a part of the picture holds the middle half of the target (x, y, width, height) and is seen at 3/4 of the
-    full resolution or more, where lines four pixels apart are still told apart."""
+def shows_target(box: Box | None, target: tuple[float, float, float, float]) -> bool:
+    """Return True if a part of the picture covers the middle half of the target (x, y, width, height) and is small.
+
+    It is shown at 3/4 of the full resolution or more, at which lines four pixels apart can be distinguished.
+    """
     if box is None:
         return False
     x, y, width, height = target
-    left, top, right, bottom = box
-    middle = (
-        left <= x + width / 4 and top <= y + height / 4 and right >= x + width * 3 / 4 and bottom >= y + height * 3 / 4
-    )
-    return middle and max(right - left, bottom - top) <= SIZE / SCALE * 4 / 3
+    covers_x = box[0] <= x + width / 4 and box[2] >= x + width * 3 / 4
+    covers_y = box[1] <= y + height / 4 and box[3] >= y + height * 3 / 4
+    return covers_x and covers_y and max(box[2] - box[0], box[3] - box[1]) <= SIZE / SCALE * 4 / 3

@@ -1,4 +1,4 @@
-"""Pairs of processed images of which one is known to help: what judges learn from, are calibrated on and measured by."""
+"""Pairs of processed images of which one is known to help, for training, calibrating and measuring judges."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from PIL import Image
 from thinkimg.conversation.protocol import ToolCall
 from thinkimg.images import toolbox
 from thinkimg.images.view import view_size
-from thinkimg.puzzles.demonstrations import wrong_calls
+from thinkimg.puzzles.demonstrations import make_wrong_calls
 from thinkimg.puzzles.scenes import CELL, SCALE, SIZE, VIEW, Family
 from thinkimg.records import Sample
 
@@ -25,50 +25,53 @@ class KnownPair:
     wrong: Image.Image
 
 
-def size_seen(image: Image.Image) -> tuple[int, int]:
-    """The puzzles' own view, whoever looks at the pairs: the calls' coordinates are in its pixels."""
-    return view_size(*image.size, min_pixels=VIEW["min_pixels"], max_pixels=VIEW["max_pixels"])
+def puzzle_view_size(image: Image.Image) -> tuple[int, int]:
+    """Return (width, height) in pixels of the puzzles' own view, in which the coordinates of their calls are."""
+    return view_size(*image.size, **VIEW)
 
 
-def known_pairs(samples: Sequence[Sample], picture: Callable[[str], Image.Image], *, seed: int) -> Iterator[KnownPair]:
-    """One pair per sample of the built-in puzzles; picture: content hash -> image.
+def make_known_pairs(
+    samples: Sequence[Sample], picture: Callable[[str], Image.Image], *, seed: int
+) -> Iterator[KnownPair]:
+    """Yield a pair per sample of the built-in puzzles. picture: content hash -> image.
 
-    The wrong one is drawn from: the script's systematic mistake, another part of the picture, too little light, noise.
+    The wrong image is the script's systematic mistake, such as too little light, another part of the picture, or noise.
     """
     for number, sample in enumerate(samples):
         rng = np.random.default_rng([seed, 5, number])
         original = picture(sample.images[0])
         solution = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
-        yield KnownPair(sample, original, processed(original, solution), wrong(sample, original, solution, rng))
+        yield KnownPair(sample, original, apply_calls(original, solution), make_wrong(sample, original, solution, rng))
 
 
-def processed(image: Image.Image, calls: Sequence[ToolCall]) -> Image.Image:
-    """The last image of a chain of calls."""
+def apply_calls(image: Image.Image, calls: Sequence[ToolCall]) -> Image.Image:
+    """Return the last image of a chain of calls."""
     for call in calls:
-        result = toolbox.run(call.name, call.args, [image], size_seen)
+        result = toolbox.run_tool(call.name, call.args, [image], puzzle_view_size)
         assert result.image is not None, result.error
         image = result.image
     return image
 
 
-def wrong(sample: Sample, original: Image.Image, solution: list[ToolCall], rng: Generator) -> Image.Image:
+def make_wrong(sample: Sample, original: Image.Image, solution: list[ToolCall], rng: Generator) -> Image.Image:
+    """Return an image from which the puzzle cannot be read."""
     family = Family(sample.metadata["family"])
     kinds = ["mistake", "noise"] if family in (Family.DARK, Family.TURNED) else ["mistake", "elsewhere", "elsewhere"]
     match kinds[rng.integers(len(kinds))]:
         case "mistake":
-            return processed(original, wrong_calls(family, solution))
+            return apply_calls(original, make_wrong_calls(family, solution))
         case "noise":
             noise = Image.fromarray(rng.integers(0, 256, (SIZE // SCALE, SIZE // SCALE, 3), dtype=np.uint8))
             return noise.resize((SIZE, SIZE), Image.Resampling.NEAREST)
         case _:
-            return processed(original, [elsewhere(sample, rng), *solution[1:]])
+            return apply_calls(original, [draw_other_crop(sample, rng), *solution[1:]])
 
 
-def elsewhere(sample: Sample, rng: Generator) -> ToolCall:
-    """A crop of the right size at a random place that shows none of the marked cell's middle."""
-    x, y, *_ = (value // SCALE for value in sample.targets[0])
+def draw_other_crop(sample: Sample, rng: Generator) -> ToolCall:
+    """Return a crop of the right size at a random position that does not show the middle of the marked cell."""
+    target_x, target_y, *_ = (value // SCALE for value in sample.targets[0])
     side = CELL // SCALE
     while True:
-        left, top = (int(value) for value in rng.integers(0, (SIZE - CELL) // SCALE + 1, 2))
-        if abs(left - x) >= side * 3 // 4 or abs(top - y) >= side * 3 // 4:
-            return ToolCall("crop_image", {"x": left, "y": top, "width": side, "height": side})
+        x, y = (int(value) for value in rng.integers(0, (SIZE - CELL) // SCALE + 1, 2))
+        if abs(x - target_x) >= side * 3 // 4 or abs(y - target_y) >= side * 3 // 4:
+            return ToolCall("crop_image", {"x": x, "y": y, "width": side, "height": side})

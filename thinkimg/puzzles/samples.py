@@ -1,4 +1,4 @@
-"""The puzzles as samples of a data set."""
+"""Puzzles as samples of a data set."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,37 +6,40 @@ from functools import partial
 from PIL import Image
 
 from thinkimg.data import split
-from thinkimg.data.prepared import Job, Prepared
+from thinkimg.data.prepared import Prepared, SampleJob
 from thinkimg.data.sources.puzzles import Settings
 from thinkimg.images.decode import pixel_hash
 from thinkimg.puzzles import scenes
 from thinkimg.records import PUZZLES, AnswerType, Sample
-from thinkimg.store.image_table import encode
+from thinkimg.store.image_table import encode_lossless
 
 
-def puzzle_jobs(data: Settings) -> Iterator[Job]:
-    """Training puzzles, then held-out ones; families in turn; no photograph is on both sides."""
+def make_puzzle_jobs(data: Settings) -> Iterator[SampleJob]:
+    """Yield a job for each training puzzle, then for each held-out one.
+
+    Families take turns; no photograph is on both sides.
+    """
     names = scenes.split_photographs(list(scenes.photographs()), data.held_out_share, data.seed)
     families = [scenes.Family(name) for name in data.puzzles.families]
-    for side, (place, count) in enumerate(((split.TRAIN, data.train), (split.HELD_OUT, data.held_out))):
-        seed = 2 * data.seed + side  # else the i-th of both sides would have one answer in one place
+    for number, (side, count) in enumerate(((split.TRAIN, data.train), (split.HELD_OUT, data.held_out))):
+        seed = 2 * data.seed + number  # else the i-th puzzles of both sides would have the same answer and cell
         for i in range(count):
-            yield partial(_puzzle, families, names[side], i, seed, place)
+            yield partial(_prepare_puzzle, families, names[number], i, seed, side)
 
 
-def _puzzle(families: list[scenes.Family], names: list[str], i: int, seed: int, place: str) -> Prepared:
-    puzzle = scenes.puzzle(families, names, i, seed=seed)
+def _prepare_puzzle(families: list[scenes.Family], names: list[str], i: int, seed: int, side: str) -> Prepared:
+    puzzle = scenes.make_puzzle(families, names, i, seed=seed)
     image = Image.fromarray(puzzle.picture)
     sha256 = pixel_hash(image)
     sample = Sample(
-        sample_id=f"{place}-{i:06}-{puzzle.family}",
+        sample_id=f"{side}-{i:06}-{puzzle.family}",
         question=puzzle.question,
         answers=(puzzle.answer,),
         answer_type=AnswerType.CHOICE,
         choices=puzzle.choices,
         images=(sha256,),
         source=PUZZLES,
-        split=place,
+        split=side,
         metadata={
             "family": puzzle.family.value,
             "photograph": puzzle.photograph,
@@ -44,4 +47,4 @@ def _puzzle(families: list[scenes.Family], names: list[str], i: int, seed: int, 
         },
         targets=(puzzle.target,) if puzzle.target else (),
     )
-    return Prepared(sample, ((sha256, encode(image), image.width, image.height),))
+    return Prepared(sample, ((sha256, encode_lossless(image), image.width, image.height),))

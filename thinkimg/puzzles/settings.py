@@ -4,7 +4,7 @@ from thinkimg.settings import Settings, Share
 
 
 class Flaws(Settings):
-    """How the scripted demonstrations are wrong on purpose, so that something is left for reinforcement learning."""
+    """Shares of scripted demonstrations that are wrong on purpose, so that reinforcement learning can improve."""
 
     guess: Share = 0.25
     """Answers at once with a random choice, no tool."""

@@ -1,4 +1,4 @@
-"""What every reward component is given, and what it gives back."""
+"""Batch of trajectories that a reward component scores, and the scores that it returns."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ from thinkimg.records import Sample, Trajectory
 from thinkimg.rewards.judgement import Judgements
 from thinkimg.rewards.settings import ImageConfig, RewardsConfig
 from thinkimg.store.image_table import ImageTable
-from thinkimg.store.manifest import canonical
+from thinkimg.store.manifest import canonical_json
 
 
 class Status(StrEnum):
-    """What kind of value a score has."""
+    """Kind of a score's value."""
 
     OK = "ok"
-    ZERO = "zero"  # the trajectory earned nothing, and the reason says why
-    MISSING = "missing"  # it could not be judged, and the reason says why; null in tables, NaN in arrays
+    ZERO = "zero"  # with a reason
+    MISSING = "missing"  # with the reason why it could not be judged; null in tables, NaN in arrays
 
 
 @dataclass(frozen=True)
 class Score:
-    """One component's judgement of one trajectory; evidence is plain JSON, for people.
+    """Score of one trajectory by one component; `evidence` is plain JSON, for people.
 
-    A value of 0 and a missing value have a reason, and the value is in [0, 1] (a user's function may leave that range).
+    A value of 0 and a missing value have a reason. Values are in [0, 1], but a user's function may leave that range.
     """
 
     value: float | None
@@ -41,39 +41,41 @@ class Score:
 
     @classmethod
     def of(cls, value: float, if_zero: str, evidence: dict[str, Any] | None = None) -> Self:
-        """A present value; `if_zero` is the reason in case that it is 0."""
+        """Return a score that is present; `if_zero` is its reason if the value is 0."""
         return cls(value, Status.OK, None, evidence) if value else cls.zero(if_zero, evidence)
 
     @classmethod
     def zero(cls, reason: str, evidence: dict[str, Any] | None = None) -> Self:
+        """Return a score of 0 with its reason."""
         return cls(0.0, Status.ZERO, reason, evidence)
 
     @classmethod
     def missing(cls, reason: str, evidence: dict[str, Any] | None = None) -> Self:
+        """Return a score that is missing, with the reason."""
         return cls(None, Status.MISSING, reason, evidence)
 
     def row(self) -> dict[str, Any]:
-        """As schemas.score_fields has it."""
-        evidence = None if self.evidence is None else canonical(self.evidence)
+        """Return the score as a row of the scores' table."""
+        evidence = None if self.evidence is None else canonical_json(self.evidence)
         return {"value": self.value, "status": str(self.status), "reason": self.reason, "evidence": evidence}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Trajectories to score, whole groups, with all that a component may look at.
-
-    samples: by sample_id, at least those of the trajectories. images: those of the data set and of the rollouts by hash;
-    None where no component needs one. image, judgements: what the image components need, which the judges have made.
-    tools: `conversation.tools` of the rollouts.
-    """
+    """Trajectories to score, whole groups, with all that a component may look at."""
 
     trajectories: Sequence[Trajectory]
     samples: Mapping[str, Sample]
+    """sample_id -> sample, at least for those of the trajectories."""
     config: RewardsConfig
     images: ImageTable | None = None
+    """Images of the data set and of the rollouts; None where no component needs them."""
     image: ImageConfig | None = None
     judgements: Judgements = field(default_factory=dict)
+    """Judgements of the processed images, which the image components score by."""
     tools: tuple[str, ...] | None = None
+    """`conversation.tools` of the rollouts."""
 
     def sample(self, trajectory: Trajectory) -> Sample:
+        """Return the sample that a trajectory is about."""
         return self.samples[trajectory.sample_id]

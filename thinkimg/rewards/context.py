@@ -1,4 +1,4 @@
-"""Context handed to image judges: their settings, the policies, the images, and the engine and trainer."""
+"""Context of image judges: their settings, the policies, the images, and the engine and trainer."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import Field
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.picture import Picture, picture
+from thinkimg.conversation.picture import Picture, make_picture
 from thinkimg.engine.settings import EngineSettings
 from thinkimg.images.patches import MERGE, PATCH
 from thinkimg.images.settings import ViewLimits
@@ -28,7 +28,7 @@ from thinkimg.store.manifest import Artifact
 T = TypeVar("T")
 R = TypeVar("R")
 
-ROOM = 512  # tokens: a server's limit is a multiple, so that the next prompt fits as well
+ROOM = 512  # tokens; a server's limit is a multiple of it, so that slightly longer prompts need no new server
 
 
 class JudgeSettings(Settings):
@@ -36,14 +36,14 @@ class JudgeSettings(Settings):
 
     image: ImageConfig
     view: ViewLimits
-    """Limits under which a judge that is shown views sees the images."""
+    """Limits of the size at which judges see the images."""
     model: ModelConfig
     token_budget: int
-    """Tokens per micro-batch of the trainer, which reads attention."""
+    """Tokens per micro-batch of the trainer, which measures attention."""
     base: BaseSource = Field(exclude=True)
 
     def engine(self, prompts: Iterable[Sequence[int]]) -> EngineSettings:
-        """What a server has to allow for prompts with two images each, and one token more."""
+        """Return the limits of a server for these prompts, of two images each, and one token more."""
         image = self.view.max_pixels // (MERGE * PATCH) ** 2 + 1
         tokens = max(map(len, prompts)) + 2 * image + 1
         return EngineSettings(
@@ -51,39 +51,42 @@ class JudgeSettings(Settings):
         )
 
     def hashed(self, *asked: object) -> str:
-        """sha256 of how a judge asks: what it says, and the limits under which it sees the pictures."""
+        """Return the sha256 of a judge's question: its texts and settings, and the size at which it sees the images."""
         content = [*asked, self.view.min_pixels, self.view.max_pixels]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class JudgeContext:
-    """policy: the one that made the rollouts. first: the first policy, which a "warmstart" teacher is. clip: the artifact of
-    the small CLIP, if image.embedding asks for it. tables: artifacts that hold the images.
-
-    expect, judged: called with how many pairs are to be judged, and how many more have been; from whatever thread.
-    """
+    """Policies, images and resources that a judge may use; `expect` and `judged` may be called from any thread."""
 
     settings: JudgeSettings
     resources: Resources
     policy: Policy | None
+    """Policy that made the rollouts."""
     first: Policy | None
+    """First policy of the loop, which a "warmstart" teacher is."""
     clip: Clip | None
+    """Artifact of the small CLIP, if image.embedding names it."""
     tables: Sequence[Artifact]
+    """Artifacts that hold the images."""
     images: ImageTable
     expect: Callable[[int], None] = lambda count: None
+    """Called with the number of judgements that are about to be made."""
     judged: Callable[[int], None] = lambda count: None
+    """Called with the number of judgements made since the last call."""
 
     @cached_property
     def codec(self) -> Codec:
+        """Codec of the policy that made the rollouts."""
         assert self.policy is not None
         return Codec.load(self.policy.vocabulary)
 
     def picture(self, sha256: str) -> Picture:
-        """An image and what the model sees of it."""
-        return picture(self.images.decoded(sha256), self.settings.view)
+        """Return an image and the view of it that the model sees."""
+        return make_picture(self.images.decoded(sha256), self.settings.view)
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """In threads: decoding, resizing and hashing let go of the interpreter."""
+        """Map in threads: decoding, resizing and hashing release the interpreter's lock."""
         with ThreadPoolExecutor(self.resources.where.workers) as pool:
             return list(pool.map(function, items))

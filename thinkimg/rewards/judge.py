@@ -1,4 +1,4 @@
-"""Judge of processed images, as its module defines it."""
+"""Judge: a module that judges processed images, behind the name of its column."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,47 +7,45 @@ from types import ModuleType
 from thinkimg.registry import source_digest
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
-from thinkimg.rewards.judgement import Identity, Judgement, Pair
+from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 from thinkimg.rewards.pairs import score_images
 from thinkimg.rewards.settings import JUDGES, ImageConfig
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge's module behind its column's name. A module defines `judge`; what else it leaves out is as said here."""
+    """Judge of a column. Its module defines `judge`; for what else it may define, the defaults are stated here."""
 
     name: str
     module: ModuleType
 
     @property
     def uses(self) -> frozenset[str]:
-        """Names of the resources that it occupies: engine, teacher, trainer. `USES`; by default none."""
+        """Names of the resources that it occupies (engine, teacher, trainer): the module's `USES`, by default none."""
         return frozenset(getattr(self.module, "USES", ()))
 
     def prompt(self, settings: JudgeSettings) -> str:
-        """Return the hash of how it asks, the precision of the model that it asks included; part of the scores'
-        fingerprint.
+        """Return the hash of its question, which enters the scores' fingerprint; with the precision of a model it asks.
 
-        By default of its settings and of its module's file.
+        By default that of its settings and of its module's file.
         """
         if hasattr(self.module, "prompt"):
             return self.module.prompt(settings)
         own = getattr(settings.image, self.name, None)
         return settings.hashed(own and own.model_dump(mode="json"), source_digest(self.module))
 
-    def identity(self, context: JudgeContext) -> Identity:
-        """Return who judges, the key of what is judged once and for all. By default it depends on no weights."""
+    def identity(self, context: JudgeContext) -> JudgeIdentity:
+        """Return the identity under which its judgements are stored for good. By default it depends on no weights."""
         if hasattr(self.module, "identity"):
             return self.module.identity(context)
-        return Identity(self.name, self.module.__name__, "", self.prompt(context.settings))
+        return JudgeIdentity(self.name, self.module.__name__, "", self.prompt(context.settings))
 
     def judge(self, pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
-        """Return one judgement per pair, in order; a pair that can't be judged has one without a value."""
+        """Return one judgement per pair, in order; for a pair that can't be judged it has no value."""
         return self.module.judge(pairs, context)
 
     def score(self, batch: Batch) -> list[Score]:
-        """Return one score per trajectory, in order. By default from the judgements of the images that `image.which`
-        names."""
+        """Return one score per trajectory, in order; by default from the judgements of the images in image.which."""
         return self.module.score(batch) if hasattr(self.module, "score") else score_images(self.name, batch)
 
 

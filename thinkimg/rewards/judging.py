@@ -1,4 +1,12 @@
-"""The judges at work on one part of the rollouts: whatever was judged before is taken from stored scores, by content."""
+"""Judging of the processed images in a part of the rollouts.
+
+    trajectories ──► collect_pairs ──► run_judges ─┬─► reject_unfit: images in which nothing can be seen
+                                                   └─► ask_judge ──► Lookup of stored scores, else Judge.judge
+    judgements ──► build_ledger ──► judgements-<judge>-*.parquet ──► read_ledger
+
+A pair that was judged before, by the same judge, is not judged again: its judgement is found in stored scores by its
+key.
+"""
 
 import json
 import logging
@@ -19,137 +27,147 @@ from thinkimg.images.decode import pixel_hash
 from thinkimg.records import Sample, Trajectory
 from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judge import Judge, load_judges
-from thinkimg.rewards.judgement import Identity, Judgement, Judgements, Pair
-from thinkimg.rewards.pairs import degenerate, processed
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Judgements, Pair
+from thinkimg.rewards.pairs import find_defect, pair_images
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact
 
 log = logging.getLogger(__name__)
 
-Known = Callable[[str, set[str]], dict[str, Judgement]]
-"""component, keys -> the judgements among these that were made before."""
+Lookup = Callable[[str, set[str]], dict[str, Judgement]]
+"""Function of a component and keys: key -> judgement, for those that were made before."""
 RECENT = 32  # score artifacts that are searched for earlier judgements, the newest first
 
 
-def pairs_of(rows: Iterable[Trajectory], samples: dict[str, Sample], tools: tuple[str, ...] | None) -> set[Pair]:
-    """What there is to judge in some trajectories, each once. tools: `conversation.tools` of the rows."""
-    return {pair for row in rows for pair in processed(row, samples[row.sample_id], tools) if isinstance(pair, Pair)}
+def collect_pairs(rows: Iterable[Trajectory], samples: dict[str, Sample], tools: tuple[str, ...] | None) -> set[Pair]:
+    """Return the pairs to be judged in some trajectories, each once. tools: `conversation.tools` of the rows."""
+    return {pair for row in rows for pair in pair_images(row, samples[row.sample_id], tools) if isinstance(pair, Pair)}
 
 
-def judge(
-    names: Sequence[str], wanted: set[Pair], context: JudgeContext, known: Known,
+def run_judges(
+    names: Sequence[str],
+    wanted: set[Pair],
+    context: JudgeContext,
+    lookup: Lookup,
     close: Callable[[str, Judgements], None],
-) -> None:  # fmt: skip
-    """Have the judges of some components look at pairs; `close(component, found)` gets what one has found when it has ended.
+) -> None:
+    """Have judges look at pairs, side by side where the memory holds them all.
 
-    Raises the first failure, after the others have ended: what they found is not lost with it.
+    close(component, judgements) is called when a judge has ended. Raises the first failure after all have ended, so
+    that the judgements of the others are kept.
     """
-    pairs = sorted(wanted, key=key_of)
-    looked = dict(zip(pairs, context.map(lambda pair: unfit(pair, context), pairs), strict=True))
-    fit = [pair for pair in pairs if looked[pair] is None]
+    pairs = sorted(wanted, key=sort_key)
+    rejected = dict(zip(pairs, context.map(lambda pair: reject_unfit(pair, context), pairs), strict=True))
+    fit = [pair for pair in pairs if rejected[pair] is None]
     context.expect(len(fit) * len(names))
-
     judges = load_judges(context.settings.image)
 
-    def found(name: str) -> Judgements:
-        answers = dict(zip(fit, ask(judges[name], fit, context, known), strict=True))
-        return {(name, pair): looked[pair] or answers[pair] for pair in pairs}
+    def judge_all(name: str) -> Judgements:
+        judged = dict(zip(fit, ask_judge(judges[name], fit, context, lookup), strict=True))
+        return {(name, pair): rejected[pair] or judged[pair] for pair in pairs}
 
-    # One after the other where engine and trainer take turns in the memory.
-    together = not context.resources.exclusive
+    threads = 1 if context.resources.exclusive else len(names)
     failures: list[BaseException] = []
-    with ThreadPoolExecutor(len(names) if together else 1, thread_name_prefix="judge") as pool:
-        asked = {pool.submit(found, name): name for name in names}
-        for future in as_completed(asked):
+    with ThreadPoolExecutor(threads, thread_name_prefix="judge") as pool:
+        running = {pool.submit(judge_all, name): name for name in names}
+        for future in as_completed(running):
             if error := future.exception():
                 failures.append(error)
             else:
-                close(asked[future], future.result())
+                close(running[future], future.result())
     if failures:
         raise failures[0]
 
 
-def unfit(pair: Pair, context: JudgeContext) -> Judgement | None:
-    """A judgement that needs no judge: an image that can't be read, or in which nothing can be seen."""
+def reject_unfit(pair: Pair, context: JudgeContext) -> Judgement | None:
+    """Return the judgement of a pair whose image can't be read or shows nothing; None where a judge has to look."""
     try:
         for sha256 in (pair.original, pair.processed):
             image = context.images.decoded(sha256)
             if pixel_hash(image) != sha256:
                 raise ValueError(f"the pixels stored as {sha256[:16]}… have another hash")
-        reason = degenerate(image)
+        reason = find_defect(image)
     except (KeyError, OSError, ValueError, UserError) as error:
         return Judgement(None, f"An image can't be read: {error}", {})
     return Judgement(0.0, reason, {}) if reason else None
 
 
-def ask(judge: Judge, pairs: Sequence[Pair], context: JudgeContext, known: Known) -> list[Judgement]:
-    """A judge's judgements of pairs, in order; only those that are not known are made."""
+def ask_judge(judge: Judge, pairs: Sequence[Pair], context: JudgeContext, lookup: Lookup) -> list[Judgement]:
+    """Return a judge's judgements of pairs, in order; those that were made before are looked up."""
     if not pairs:
         return []
-    who: Identity = judge.identity(context)
-    keys = {pair: who.key(pair) for pair in pairs}
-    before = known(who.judge, set(keys.values()))
-    new = [pair for pair in pairs if keys[pair] not in before]
+    identity = judge.identity(context)
+    keys = {pair: identity.key(pair) for pair in pairs}
+    stored = lookup(identity.judge, set(keys.values()))
+    new = [pair for pair in pairs if keys[pair] not in stored]
     context.judged(len(pairs) - len(new))
-    made = dict(zip(new, judge.judge(new, context), strict=True)) if new else {}
-    return [replace(made[pair] if pair in made else before[keys[pair]], by=who) for pair in pairs]
+    judged = dict(zip(new, judge.judge(new, context), strict=True)) if new else {}
+    return [replace(judged[pair] if pair in judged else stored[keys[pair]], by=identity) for pair in pairs]
 
 
-def table(judgements: Judgements) -> pa.Table:
-    """The ledger: one row per judgement, in a fixed order."""
+def build_ledger(judgements: Judgements) -> pa.Table:
+    """Return the ledger: one row per judgement, in a fixed order."""
     rows = []
-    for (component, pair), one in sorted(judgements.items(), key=lambda item: (item[0][0], *key_of(item[0][1]))):
-        by = one.by or Identity("", "", "", "")
+    for (component, pair), judgement in sorted(
+        judgements.items(), key=lambda item: (item[0][0], *sort_key(item[0][1]))
+    ):
+        by = judgement.by or JudgeIdentity("", "", "", "")
         rows.append({
-            "key": by.key(pair) if one.by else "", "component": component, **asdict(by), "question": pair.question,
-            "original": pair.original, "processed": pair.processed, "value": one.value, "reason": one.reason,
-            "evidence": json.dumps(one.evidence, sort_keys=True), "unreachable": one.unreachable,
+            "key": by.key(pair) if judgement.by else "", "component": component, **asdict(by),
+            "question": pair.question, "original": pair.original, "processed": pair.processed,
+            "value": judgement.value, "reason": judgement.reason,
+            "evidence": json.dumps(judgement.evidence, sort_keys=True), "unreachable": judgement.unreachable,
         })  # fmt: skip
-    return pa.Table.from_pylist(rows, records.judgements())
+    return pa.Table.from_pylist(rows, records.judgement_schema())
 
 
-def key_of(pair: Pair) -> tuple[str, str, str]:
+def sort_key(pair: Pair) -> tuple[str, str, str]:
+    """Return the key by which pairs are sorted."""
     return pair.question, pair.original, pair.processed
 
 
-def read(path: Path) -> Judgements:
-    """What `table` has written."""
-    found = {}
-    for row in pq.read_table(path).to_pylist():
-        found[row["component"], Pair(row["question"], row["original"], row["processed"])] = judgement(row)
-    return found
+def read_ledger(path: Path) -> Judgements:
+    """Return the judgements of a ledger."""
+    return {
+        (row["component"], Pair(row["question"], row["original"], row["processed"])): parse_judgement(row)
+        for row in pq.read_table(path).to_pylist()
+    }
 
 
-def judgement(row: dict[str, Any]) -> Judgement:
-    who = Identity(row["judge"], row["model"], row["weights"], row["prompt"]) if row["judge"] else None
-    return Judgement(row["value"], row["reason"], json.loads(row["evidence"]), who, row["unreachable"])
+def parse_judgement(row: dict[str, Any]) -> Judgement:
+    """Return the judgement of a ledger's row."""
+    by = JudgeIdentity(row["judge"], row["model"], row["weights"], row["prompt"]) if row["judge"] else None
+    return Judgement(row["value"], row["reason"], json.loads(row["evidence"]), by, row["unreachable"])
 
 
-def earlier(store: Store, rollouts: str) -> Known:
-    """Judgements with a value in complete scores of the store: all of the rollouts with this digest, and the newest of
-    others."""
+def make_lookup(store: Store, rollouts: str) -> Lookup:
+    """Return a lookup of judgements with a value in complete scores of the store.
 
-    def own(artifact: Artifact) -> bool:
-        return artifact.manifest["recipe"]["inputs"].get("rollouts", {}).get("digest") == rollouts
+    It searches all scores of the rollouts with this digest, and the newest RECENT of others.
+    """
 
-    there = [artifact for artifact in store.list("scores") if not artifact.dropped]
-    found = sorted(there, key=lambda artifact: artifact.manifest["finished"], reverse=True)
-    others = islice((artifact for artifact in found if not own(artifact)), RECENT)
-    searched = [*filter(own, found), *others]
+    def of_rollouts(artifact: Artifact) -> bool:
+        return "rollouts" in artifact.inputs and artifact.inputs["rollouts"].digest == rollouts
 
-    def known(component: str, keys: set[str]) -> dict[str, Judgement]:
+    complete = [artifact for artifact in store.list("scores") if not artifact.dropped]
+    newest = sorted(complete, key=lambda artifact: artifact.manifest["finished"], reverse=True)
+    others = islice((artifact for artifact in newest if not of_rollouts(artifact)), RECENT)
+    searched = [*filter(of_rollouts, newest), *others]
+
+    def lookup(component: str, keys: set[str]) -> dict[str, Judgement]:
         wanted = pa.array(sorted(keys))
-        made: dict[str, Judgement] = {}
-        for path in (path for artifact in searched for path in ledgers(artifact, component)):
+        judgements: dict[str, Judgement] = {}
+        for path in (path for artifact in searched for path in find_ledgers(artifact, component)):
             rows = pq.read_table(path)
             hits = rows.filter(pc.and_(pc.is_in(rows["key"], wanted), pc.is_valid(rows["value"]))).to_pylist()
-            made |= {row["key"]: judgement(row) for row in hits}
-        return made
+            judgements |= {row["key"]: parse_judgement(row) for row in hits}
+        return judgements
 
-    return known
+    return lookup
 
 
-def ledgers(artifact: Artifact, component: str) -> Iterable[Path]:
-    """A component's files of judgements; none where the artifact has none, or is damaged: then what it knew is judged again."""
+def find_ledgers(artifact: Artifact, component: str) -> Iterable[Path]:
+    """Return a component's ledgers; none where the artifact is damaged, so that its pairs are judged again."""
     table = f"judgements-{component}"
     if not any(name.startswith(table) for name in artifact.files):
         return ()

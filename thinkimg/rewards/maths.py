@@ -1,7 +1,7 @@
-"""Whether two formulas mean the same, asked of math-verify in a process of its own, because it may never come back.
+"""Comparison of formulas by math-verify, in a process of its own, because it may never return.
 
-`9^{9^{9^9}}` keeps it busy for ever inside one C call, where no thread and no Python signal handler can stop it. The child
-runs under limits of the kernel (CPU time, memory), so that it ends by itself even if we are gone.
+`9^{9^{9^9}}` keeps it busy for ever inside one C call, where no thread and no Python signal handler can stop it. The
+child runs under limits of the kernel (CPU time, memory), so that it ends by itself even if we are gone.
 """
 
 import json
@@ -16,43 +16,45 @@ from pathlib import Path
 from typing import Self
 
 from thinkimg.rewards.maths_worker import SECONDS
-from thinkimg.rewards.text import plain
+from thinkimg.rewards.text import normalise
 
 WORKER = Path(__file__).with_name("maths_worker.py")
-MAX_LENGTH = 500  # characters of a formula
+MAX_FORMULA_LENGTH = 500  # characters of a formula
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """Result of a comparison."""
+
     equal: bool
     reason: str | None = None
-    """Why nothing was compared."""
+    """Reason why nothing was compared."""
 
 
-def check(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
-    """Verdict on each (answer, right answer). No process is started where the texts tell enough."""
+def verify_formulas(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+    """Return the verdict on each (answer, right answer). No process is started where the texts decide."""
     pairs = dict.fromkeys(pairs)
     verdicts = {pair: verdict for pair in pairs if (verdict := _by_text(*pair))}
-    left = [pair for pair in pairs if pair not in verdicts]
-    if left:
+    undecided = [pair for pair in pairs if pair not in verdicts]
+    if undecided:
         with Checker() as checker:
-            verdicts |= {pair: checker.ask(*pair) for pair in left}
+            verdicts |= {pair: checker.ask(*pair) for pair in undecided}
     return verdicts
 
 
 def _by_text(answer: str, right: str) -> Verdict | None:
-    if plain(answer) == plain(right):
+    if normalise(answer) == normalise(right):
         return Verdict(True)
-    if len(answer) > MAX_LENGTH:
+    if len(answer) > MAX_FORMULA_LENGTH:
         return Verdict(False, "The answer is too long for a formula.")
-    if len(right) > MAX_LENGTH or re.fullmatch(r"[^\W\d_]{3,}", plain(right)):
+    if len(right) > MAX_FORMULA_LENGTH or re.fullmatch(r"[^\W\d_]{3,}", normalise(right)):
         # A word would be read as the product of its letters, and "lube" would equal "blue".
         return Verdict(False)
     return None
 
 
 class Checker:
-    """The child, started when it is first asked and again after it has died of a formula. For one thread."""
+    """Child process, started with the first question and again after a formula killed it. For one thread."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -66,6 +68,7 @@ class Checker:
             self._forget()
 
     def ask(self, answer: str, right: str) -> Verdict:
+        """Return the verdict on an answer. Raises RuntimeError if the child ended with an error of its own."""
         process = self._process or self._start()
         assert process.stdin and process.stdout
         process.stdin.write(json.dumps([right, answer]) + "\n")

@@ -1,120 +1,125 @@
-"""The mix: what the raw reward columns are worth, and what `image` stands for in it."""
+"""Mix: the weights of the raw reward columns, and the columns that `image` stands for in it."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import Field, ValidationError
 
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import mix_rewards
 from thinkimg.registry import short_name
 from thinkimg.rewards.settings import ImageConfig
+from thinkimg.settings import Settings
 
 IMAGE = "image"
-"""In a mix: the weighted mean of the columns that config.image.types names. No component has this name."""
+"""Name in a mix of the weighted mean of the columns in config.image.types. No component has this name."""
 CONDITION, RIGHT = "answer", 0.5
-"""From this value of this column on an answer counts as right: choices are 0 or 1, text and boxes lie between."""
+"""Column and least value of a right answer: choices are 0 or 1, text and boxes lie between."""
+_Weight = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Weights of raw columns, as config and recipes have them.
+    """Weights of raw columns, as config and recipes state them.
 
-    weights: name -> weight >= 0, where `image` may be a name. types: what `image` stands for, column -> weight; they are
-    divided by their sum. Their order means nothing: floats are added in that of the names, so that a mix read back from a
-    manifest, whose keys are sorted, gives the same bits.
+    The order of names means nothing: floats are added in the order of the sorted names. A mix read back from a
+    manifest, whose keys are sorted, so gives the same bits.
     """
 
     weights: Mapping[str, float]
+    """Name -> weight >= 0; `image` may be a name."""
     types: Mapping[str, float]
+    """Columns that `image` stands for -> weight; they are divided by their sum."""
     only_if_right: bool = False
+    """Count the image reward only where the answer is right."""
 
     @classmethod
-    def of(cls, tree: Mapping[str, Any]) -> Self:
-        """From plain JSON with `mix` and, where that names it, `image`: a config, a train stage's recipe, a user's file."""
+    def from_tree(cls, tree: Mapping[str, Any]) -> Self:
+        """Return the mix of a config or a train stage's recipe as JSON: `mix` and, where that names it, `image`."""
         image = tree.get("image") or {}
         weights = image.get("weights", {})
         types = {name: weights.get(name, 0.0) for name in map(short_name, image.get("types", ()))}
         return cls(tree["mix"], types, image.get("only_if_right", False))
 
     @classmethod
-    def of_settings(cls, mix: Mapping[str, float], image: ImageConfig) -> Self:
-        """From `mix` and `image` of a config."""
+    def from_config(cls, mix: Mapping[str, float], image: ImageConfig) -> Self:
+        """Return the mix of a config's `mix` and `image`."""
         return cls(mix, {name: image.weights[name] for name in image.columns}, image.only_if_right)
 
-    def slice(self) -> dict[str, Any]:
-        """What of it defines a train stage's output. Without `image` in the mix its settings are no part of it."""
-        found: dict[str, Any] = {"mix": dict(self.weights)}
+    def fingerprinted(self) -> dict[str, Any]:
+        """Return the settings that enter a train stage's fingerprint; those of `image` only if the mix names it."""
+        tree: dict[str, Any] = {"mix": dict(self.weights)}
         if IMAGE in self.weights:
             weights = dict(self.types)
-            found[IMAGE] = {"types": sorted(weights), "weights": weights, "only_if_right": self.only_if_right}
-        return found
+            tree[IMAGE] = {"types": sorted(weights), "weights": weights, "only_if_right": self.only_if_right}
+        return tree
 
-    def check(self, known: Iterable[str]) -> None:
-        """Raise UserError where it names a column that is not `known`, or an image reward of nothing."""
-        known = list(known)
+    def check(self, scored: Iterable[str]) -> None:
+        """Raise UserError where the mix names a column that is not scored, or an image reward of nothing."""
+        scored = list(scored)
         if self.weights.get(IMAGE, 0) > 0 and not sum(self.types.values()) > 0:
             raise UserError(
                 "The mix names 'image', but no image reward has a weight.", hint="Set image.types and image.weights."
             )
         for name in self.weights:
-            if name != IMAGE and name not in known:
+            if name != IMAGE and name not in scored:
                 raise UserError(
                     f"The mix names '{name}', which is no reward component.",
-                    hint=f"There are {', '.join([*known, IMAGE])}.",
+                    hint=f"There are {', '.join([*scored, IMAGE])}.",
                 )
         for name in self.columns():
-            if name not in known:
+            if name not in scored:
                 raise UserError(
-                    f"The mix needs the column '{name}', which is not scored.", hint=f"There are {', '.join(known)}."
+                    f"The mix needs the column '{name}', which is not scored.", hint=f"There are {', '.join(scored)}."
                 )
 
-    def parts(self) -> list[tuple[str, str, float]]:
-        """(name in the mix, raw column, weight > 0), sorted: what the total is the sum of."""
-        found = []
+    def terms(self) -> list[tuple[str, str, float]]:
+        """Return the terms of the total, sorted: (name in the mix, raw column, weight > 0)."""
+        terms = []
         types = sorted(self.types.items())
-        whole = sum(share for _, share in types)
+        total = sum(share for _, share in types)
         for name, weight in sorted(self.weights.items()):
             if weight > 0 and name == IMAGE:
-                found += [(name, column, weight * share / whole) for column, share in types if share > 0]
+                terms += [(name, column, weight * share / total) for column, share in types if share > 0]
             elif weight > 0:
-                found.append((name, name, weight))
-        return found
+                terms.append((name, name, weight))
+        return terms
 
     def columns(self) -> list[str]:
-        """The raw columns that totals are made of, each once; with only_if_right also the one of the condition."""
-        names = [column for _, column, _ in self.parts()]
+        """Return the raw columns of the total, each once; with only_if_right also the column of the condition."""
+        names = [column for _, column, _ in self.terms()]
         conditional = self.only_if_right and self.weights.get(IMAGE, 0) > 0
         return list(dict.fromkeys([*names, *([CONDITION] if conditional else [])]))
 
     def values(self, components: Mapping[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
-        """(name in the mix, raw column) -> (N,) float64: the column, under the condition where there is one; NaN where missing.
+        """Return (name in the mix, raw column) -> (N,) float64, with the condition applied; NaN where missing.
 
-        A wrong row's image reward is 0 whether or not it could be judged. One whose answer could not be judged is missing.
+        A wrong row's image reward is 0, judged or not. A row whose answer could not be judged has none.
         """
-        found = {}
-        for name, column, _ in self.parts():
-            values = components[column]
+        values = {}
+        for name, column, _ in self.terms():
+            values[name, column] = components[column]
             if name == IMAGE and self.only_if_right:
                 answer = components[CONDITION]
-                values = np.where(np.isnan(answer), np.nan, np.where(answer >= RIGHT, values, 0.0))
-            found[name, column] = values
-        return found
+                conditional = np.where(answer >= RIGHT, components[column], 0.0)
+                values[name, column] = np.where(np.isnan(answer), np.nan, conditional)
+        return values
 
     def totals(
         self, components: Mapping[str, np.ndarray], groups: np.ndarray, valid: np.ndarray | None = None
     ) -> np.ndarray:
-        """(N,) float64: the weighted sum, missing values replaced by their group's mean; see mix_rewards for the shapes.
+        """Return the weighted sums, (N,) float64, with missing values replaced by their group's mean; see mix_rewards.
 
         Raises UserError if a column was not scored.
         """
         self.check(components)
-        weights = {(name, column): weight for name, column, weight in self.parts()}
+        weights = {(name, column): weight for name, column, weight in self.terms()}
         return mix_rewards(self.values(components), weights, groups, valid)
 
-    def readable(self) -> str:
-        """As people write it: `answer 0.5 + image 0.2 (self 0.7, embedding 0.3; only if right)`."""
+    def describe(self) -> str:
+        """Return the mix for people: `answer 0.5 + image 0.2 (self 0.7, embedding 0.3; only if right)`."""
         texts = []
         for name, weight in self.weights.items():
             text = f"{name} {weight:g}"
@@ -125,34 +130,39 @@ class Mix:
         return " + ".join(texts) or "nothing"
 
 
-def read_mix(tree: Any, where: str, default: Mix, known: Collection[str]) -> Mix:
-    """The mix of a user's file: `mix`, and `image` with types, weights, only_if_right; what it leaves out is `default`'s.
+class ImageOverrides(Settings):
+    """Image settings of a mix file."""
 
-    Raises UserError, naming the file, for anything else in it.
+    types: list[str] | None = None
+    weights: dict[str, _Weight] = {}
+    only_if_right: bool | None = None
+
+
+class MixFile(Settings):
+    """File of a user that states a mix."""
+
+    mix: dict[str, _Weight]
+    image: ImageOverrides = ImageOverrides()
+
+
+def read_mix(tree: Any, path: str, default: Mix, scored: Collection[str]) -> Mix:
+    """Return the mix of a user's file: `mix`, and `image` with types, weights, only_if_right.
+
+    Settings that the file leaves out are those of `default`. Raises UserError, naming the file, if it does not fit.
     """
-    if not isinstance(tree, dict) or not isinstance(tree.get("mix"), dict):
-        raise UserError(f"{where} has no mix.", hint="Write it as `mix: {answer: 0.8, image: 0.2}`.")
-    image = tree.get("image", {})
-    unknown = [name for name in tree if name not in ("mix", "image")]
-    unknown += [f"image.{name}" for name in image if name not in ("types", "weights", "only_if_right")] \
-        if isinstance(image, dict) else ["image"]  # fmt: skip
-    if unknown:
-        raise UserError(
-            f"{where} has '{unknown[0]}', which is no part of a mix.",
-            hint="There are mix, image.types, image.weights and image.only_if_right.",
-        )
-    weights = image.get("weights", {})
-    types = image.get("types", list(weights) or list(default.types))
-    conditional = image.get("only_if_right", default.only_if_right)
-    if not isinstance(types, list) or not isinstance(weights, dict) or not isinstance(conditional, bool):
-        raise UserError(f"{where} has image settings that do not fit.", hint="See `thinkimg schema`.")
-    for name, weight in [*tree["mix"].items(), *weights.items()]:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            raise UserError(f"{where} has the weight {weight!r} for '{name}', which is no number from 0 on.")
-    found = {name: float(weights.get(name, default.types.get(name, 0.0))) for name in map(short_name, types)}
-    mix = Mix({name: float(weight) for name, weight in tree["mix"].items()}, found, conditional)
     try:
-        mix.check(known)
+        file = MixFile.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "mix"
+        hint = "Write it as `mix: {answer: 0.8, image: 0.2}`; image.types, .weights and .only_if_right may follow."
+        raise UserError(f"{path} does not fit at '{name}': {first['msg']}.", hint=hint) from None
+    image, types = file.image, file.image.types
+    names = map(short_name, types if types is not None else list(image.weights) or default.types)
+    columns = {name: image.weights.get(name, default.types.get(name, 0.0)) for name in names}
+    mix = Mix(file.mix, columns, default.only_if_right if image.only_if_right is None else image.only_if_right)
+    try:
+        mix.check(scored)
     except UserError as error:
-        raise UserError(f"{where}: {error.message}", hint=error.hint) from None
+        raise UserError(f"{path}: {error.message}", hint=error.hint) from None
     return mix

@@ -1,17 +1,18 @@
-"""Numbers as people write them, read exactly or not at all."""
+"""Numbers as people write them: parsed exactly, or not at all."""
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from thinkimg.rewards.text import unwrap
+from thinkimg.rewards.text import strip_wrapping
 
-MAX_LENGTH = 64  # characters; keeps exact arithmetic small
+MAX_NUMBER_LENGTH = 64  # characters; keeps exact arithmetic small
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 NUMBER = rf"(?:{DIGITS})(?:[eE][+-]?[0-9]{{1,3}})?"
 # One word after the number and no digits in it: "5 or 6" is no number with a unit.
 QUANTITY = re.compile(
-    rf"(?P<sign>[+-]?)(?P<currency>[$€£¥₹]?)(?P<number>{NUMBER})(?:\s*/\s*(?P<divisor>{NUMBER}))?\s*(?P<unit>(?:[A-Za-z%°µΩ€$£¥₹][\w°²³/^.-]*)?)"
+    rf"(?P<sign>[+-]?)(?P<currency>[$€£¥₹]?)(?P<number>{NUMBER})(?:\s*/\s*(?P<divisor>{NUMBER}))?\s*"
+    r"(?P<unit>(?:[A-Za-z%°µΩ€$£¥₹][\w°²³/^.-]*)?)"
 )
 WORDS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 FACTORS = {"bn", "mn", "tn", "dozen", "pi"}
@@ -19,14 +20,16 @@ FACTORS = {"bn", "mn", "tn", "dozen", "pi"}
 
 @dataclass(frozen=True)
 class Quantity:
+    """Number with its unit."""
+
     value: Fraction
     unit: str
-    """As written; empty where there is none."""
+    """Text of the unit; empty where there is none."""
 
     def is_near(self, right: "Quantity", tolerance: Fraction) -> bool:
-        """Whether |self - right| <= tolerance * |right|, and the units are equal.
+        """Tell whether |self - right| <= tolerance * |right| and the units are equal.
 
-        One of the two may lack its unit, but for what may be a factor or a variable, such as all single letters.
+        One of the two may lack its unit, unless that may be a factor or a variable, such as any single letter.
         """
         if self.unit != right.unit:
             unit = (self.unit or right.unit).casefold()
@@ -36,9 +39,12 @@ class Quantity:
 
 
 def read_number(text: str) -> Quantity | None:
-    """1,234.5; 50 % (= 0.5); 1e3; 3/4; 2 million; $5; 12 cm. None for all else: a comma is no decimal point."""
-    text = unwrap(text)
-    if len(text) > MAX_LENGTH:
+    """Return the quantity that a text states; None for any other text. A comma is no decimal point.
+
+    1,234.5; 50 % (= 0.5); 1e3; 3/4; 2 million; $5; 12 cm.
+    """
+    text = strip_wrapping(text)
+    if len(text) > MAX_NUMBER_LENGTH:
         return None
     match = QUANTITY.fullmatch(text.replace("−", "-").replace("⁄", "/"))
     if not match or re.search(r"[\d_]", match["unit"]):

@@ -1,6 +1,6 @@
-"""What the image rewards judge: a processed image beside the original that it comes from, and what was found."""
+"""Pairs of images that image rewards are computed from: processed images beside the originals they were made from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from PIL import Image
@@ -10,12 +10,12 @@ from thinkimg.records import CallStatus, Sample, StopReason, Trajectory
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.judgement import Pair
 
-WHOLE = 0.95  # a crop of this share of its source or more is no crop
-SLIVER_PIXELS, SLIVER_ASPECT = 8, 20  # a shorter side below, or an aspect above: nothing can be seen in it
+WHOLE_SHARE = 0.95  # a crop of this share of its source or more is no crop
+SLIVER_PIXELS, SLIVER_ASPECT = 8, 20  # with a shorter side below, or an aspect above, an image shows nothing
 
 
-def processed(row: Trajectory, sample: Sample, tools: tuple[str, ...] | None = None) -> list[Pair | str]:
-    """Return for each image that came back from a tool, in order, a pair to be judged, or why it is worth nothing.
+def pair_images(row: Trajectory, sample: Sample, tools: tuple[str, ...] | None = None) -> list[Pair | str]:
+    """Return a pair to be judged, or the reason for a value of 0, for each image that a tool made, in order.
 
     tools: `conversation.tools` of the row.
     """
@@ -24,7 +24,7 @@ def processed(row: Trajectory, sample: Sample, tools: tuple[str, ...] | None = N
         turn = image.turn
         if turn.status is CallStatus.DUPLICATE:
             pairs.append("The image is the same as one before.")
-        elif image.cut is not None and image.cut >= WHOLE:
+        elif image.cut is not None and image.cut >= WHOLE_SHARE:
             assert turn.tool is not None
             pairs.append(f"The {turn.tool.removesuffix('_image')} took the whole image.")
         else:
@@ -33,8 +33,8 @@ def processed(row: Trajectory, sample: Sample, tools: tuple[str, ...] | None = N
     return pairs
 
 
-def degenerate(image: Image.Image) -> str | None:
-    """Why nothing can be seen in an RGB image, None if something can."""
+def find_defect(image: Image.Image) -> str | None:
+    """Return the reason why nothing can be seen in an RGB image; None if something can."""
     short, long = sorted(image.size)
     if short < SLIVER_PIXELS or long > SLIVER_ASPECT * short:
         return f"The image is a sliver of {image.width}x{image.height} pixels."
@@ -44,44 +44,41 @@ def degenerate(image: Image.Image) -> str | None:
 
 
 def score_images(name: str, batch: Batch) -> list[Score]:
-    """The scores of an image component from its judgements: one per trajectory, in order."""
+    """Return the scores of an image component, by its judgements: one per trajectory, in order."""
     return [_score(name, row, batch) for row in batch.trajectories]
 
 
 def _score(name: str, row: Trajectory, batch: Batch) -> Score:
     if row.stop is StopReason.FAILED:
         return Score.missing("The conversation failed.")
-    images = processed(row, batch.sample(row), batch.tools)
+    images = pair_images(row, batch.sample(row), batch.tools)
     if not images:
         return Score.zero("No image was processed.")
     assert batch.image is not None
     which = batch.image.which
-    counted = [_value(name, image, batch) for image in (images[-1:] if which == "final" else images)]
-    evidence = {"which": which, "judgements": [key for *_, key in counted if key]}
-    known = [(value, reason) for value, reason, _ in counted if value is not None]
-    if not known:
-        return Score.missing(counted[-1][1] or "It was not judged.", evidence)
+    values = [_value(name, image, batch) for image in (images[-1:] if which == "final" else images)]
+    evidence = {"which": which, "judgements": [key for *_, key in values if key]}
+    present = [(value, reason) for value, reason, _ in values if value is not None]
+    if not present:
+        return Score.missing(values[-1][1] or "It was not judged.", evidence)
     if which == "mean":
-        value, reason = sum(value for value, _ in known) / len(known), known[-1][1]
+        value, reason = sum(value for value, _ in present) / len(present), present[-1][1]
     else:
-        value, reason = max(known, key=lambda one: one[0])
+        value, reason = max(present, key=lambda pair: pair[0])
     return Score.of(value, reason or "The judge gave 0.", evidence)
 
 
 def _value(name: str, image: Pair | str, batch: Batch) -> tuple[float | None, str | None, str | None]:
-    """(value, reason, key of the judgement) of one processed image."""
+    """Return (value, reason, key of the judgement) of one processed image."""
     if isinstance(image, str):
         return 0.0, image, None
-    found = batch.judgements[name, image]
-    return found.value, found.reason, found.by.key(image) if found.by else None
+    judgement = batch.judgements[name, image]
+    return judgement.value, judgement.reason, judgement.by.key(image) if judgement.by else None
 
 
-def by_group(rows: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
+def group_rows(rows: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
+    """Return group id -> its trajectories, in order."""
     groups: dict[str, list[Trajectory]] = {}
     for row in rows:
         groups.setdefault(row.group_id, []).append(row)
     return groups
-
-
-def image_component(name: str) -> Callable[[Batch], list[Score]]:
-    return lambda batch: score_images(name, batch)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from thinkimg.registry import Registry, short_name
-from thinkimg.rewards.user_function import load
+from thinkimg.rewards.user_function import load_function
 from thinkimg.settings import Composite, EntryName
 
 RULES = Registry("rules", "thinkimg.rewards.rules")
@@ -19,6 +19,8 @@ JUDGES = Registry("judges", "thinkimg.rewards.judges")
 
 
 class RewardsConfig(Composite):
+    """Rules and functions that score trajectories."""
+
     registry = RULES
     chooser = "rules"
     always = RULES.shipped
@@ -27,22 +29,23 @@ class RewardsConfig(Composite):
     """Rules beside those in thinkimg/rewards/rules, which always score: import paths of modules of your own, such as
     my_project.rules.brevity. Each is a raw column of the scores."""
     functions: tuple[str, ...] = ()
-    """A user's own rewards by import path, `package.module:function`, as fn(completions, **columns) -> list[float]."""
+    """Your own rewards by import path `package.module:function`; each is `fn(completions, **columns) -> list[float]`.
+    """
 
     def sources(self) -> dict[str, str]:
-        """The whole file of a function counts, so that a changed helper beside it does as well."""
-        functions = {path: hashlib.sha256(load(path).source).hexdigest() for path in self.functions}
+        """Return path -> sha256 of the whole file, so that a changed helper in it counts."""
+        functions = {path: hashlib.sha256(load_function(path).source).hexdigest() for path in self.functions}
         return super().sources() | functions
 
 
 class ImageConfig(Composite):
-    """The reward of the processed image itself."""
+    """Reward of the processed image itself."""
 
     registry = JUDGES
     chooser = "types"
 
     types: tuple[Annotated[str, EntryName(JUDGES, "judge")], ...] = ("embedding",)
-    """Who judges: files in thinkimg/rewards/judges, or import paths of modules of your own, such as
+    """Judges of the processed image: files in thinkimg/rewards/judges, or import paths of modules of your own, such as
     my_project.judges.sharpness. Each is a raw column of the scores. Without any there is no image reward."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {
         "self": 0.3, "teacher": 0.3, "attention": 0.2, "embedding": 0.2,
@@ -50,7 +53,7 @@ class ImageConfig(Composite):
     """Weight of each column in `image`, the part of the mix: those of `types` are divided by their sum. Applied with
     the mix."""
     which: Literal["final", "best", "mean"] = "final"
-    """Which of a conversation's processed images counts."""
+    """Processed image of a conversation that counts: the last, the best, or the mean of all."""
     only_if_right: bool = False
     """Count the image reward only where the answer is right; applied with the mix."""
 
@@ -62,7 +65,7 @@ class ImageConfig(Composite):
     @model_validator(mode="after")
     def _weighted(self) -> Self:
         if len(set(self.columns)) < len(self.columns):
-            raise ValueError(f"image.types has two judges of one name: {', '.join(self.types)}")
+            raise ValueError(f"image.types has two judges of the same name: {', '.join(self.types)}")
         if missing := set(self.columns) - set(self.weights):
             raise ValueError(
                 f"image.weights must have a weight for each of image.types, and has none for {min(missing)}"
@@ -71,6 +74,6 @@ class ImageConfig(Composite):
             raise ValueError(f"image.weights has '{min(unknown)}', which is no judge of image.types")
         return self
 
-    def scored(self) -> dict[str, Any]:
-        """What of this defines scores; the rest defines the mix."""
+    def fingerprinted(self) -> dict[str, Any]:
+        """Return the settings that enter the fingerprint of scores; the others belong to the mix."""
         return self.model_dump(mode="json", exclude={"weights", "only_if_right"})

@@ -1,4 +1,4 @@
-"""A user's own reward function by import path, and the file that defines it."""
+"""User's own reward functions by import path, with the files that define them."""
 
 import functools
 import importlib
@@ -15,7 +15,7 @@ FORM = "Write it as def name(completions, **columns) -> list[float]."
 
 @dataclass(frozen=True)
 class UserFunction:
-    """A loaded reward function; source is the file that defines it."""
+    """Loaded reward function; `source` is the file that defines it."""
 
     path: str
     name: str
@@ -24,8 +24,8 @@ class UserFunction:
 
 
 @functools.cache
-def load(path: str) -> UserFunction:
-    """The function at `package.module:function`. Raises UserError with what is wrong with it.
+def load_function(path: str) -> UserFunction:
+    """Return the function at `package.module:function`. Raises UserError if it can't be used.
 
     Cached as the import is: a file that is changed later is neither run nor recorded by this process.
     """

@@ -10,13 +10,13 @@ from thinkimg.closure import engine_package
 from thinkimg.config.tree import Config
 from thinkimg.engine.play import SamplingMode
 from thinkimg.errors import UserError
-from thinkimg.puzzles.demonstrations import right_calls
+from thinkimg.puzzles.demonstrations import has_right_calls
 from thinkimg.records import Sample, Trajectory
 from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.mix import RIGHT
 from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.rewards.settings import RewardsConfig
-from thinkimg.stages.rollout import PlaySettings, closed_rows, play_parts, play_settings, summary
+from thinkimg.stages.rollout import PlaySettings, play_parts, play_settings, read_closed, summarise_rows
 from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Stage
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Dataset, Evaluation, Policy
@@ -26,6 +26,8 @@ ANSWERS = ("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy")  # deci
 
 
 class EvaluateSettings(PlaySettings):
+    """Slice of `evaluate`."""
+
     k: int
     temperature: float
     number_tolerance: float
@@ -34,10 +36,10 @@ class EvaluateSettings(PlaySettings):
 
 
 def settings_of(config: Config, samples: int | None = None, blind: bool = False) -> EvaluateSettings:
-    """samples: None takes config.evaluate.samples."""
+    """Return the slice of the config. samples: None takes config.evaluate.samples."""
     samples = config.evaluate.samples if samples is None else samples
     if samples < 1:
-        raise UserError(f"an evaluation of {samples} samples says nothing", hint="set --samples to 1 or more")
+        raise UserError(f"An evaluation of {samples} samples says nothing.", hint="Set --samples to 1 or more.")
     return EvaluateSettings(
         **play_settings(config),
         k=config.evaluate.k,
@@ -51,86 +53,82 @@ def settings_of(config: Config, samples: int | None = None, blind: bool = False)
 def run(job: Job[EvaluateSettings]) -> None:
     """Answer the first `samples` held-out questions once greedily and k times sampled.
 
-    blind: every image that a tool makes is replaced by a grey one of the same size, which shows how much of the accuracy
-    comes through these images. Metrics: accuracy with its Wilson interval, avg_at_k with a bootstrap interval over questions,
-    tool figures, and the same per family of puzzles.
+    blind: every image that a tool makes is replaced by a grey one of the same size. That shows how much accuracy comes
+    from these images. Metrics: accuracy with its Wilson interval, avg_at_k with a bootstrap interval over questions,
+    figures of tool use, and the same per family of puzzles.
     """
     settings, dataset = job.settings, job.inputs["dataset"]
     samples = dataset.split("held_out")[: settings.samples]
     modes = [SamplingMode(0.0, settings.blind)] + [SamplingMode(settings.temperature, settings.blind)] * settings.k
     asyncio.run(play_parts(job, samples, modes, keep_images=False))
-    rows = list(closed_rows(job.work))
+    rows = list(read_closed(job.work))
     by_id = {sample.sample_id: sample for sample in samples}
     rewards = RewardsConfig(answer={"number_tolerance": settings.number_tolerance})
     batch = Batch(trajectories=rows, samples=by_id, config=rewards, images=ImageTable([dataset]))
     values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(modes))
-    job.work.metrics |= report(
-        samples, np.array(rows, dtype=object).reshape(values.shape), values, settings.conversation.tools
-    )
+    table = np.array(rows, dtype=object).reshape(values.shape)
+    job.work.metrics |= summarise_evaluation(samples, table, values, settings.conversation.tools)
 
 
-def report(
+def summarise_evaluation(
     samples: list[Sample], rows: np.ndarray, values: np.ndarray, tools: tuple[str, ...] | None = None
 ) -> dict[str, float | None]:
-    """Metrics of (N, 1 + k) trajectories and their answer rewards; column GREEDY is the greedy one."""
-    metrics = figures(samples, rows, values, tools) | {
-        name: value
-        for name, value in summary(rows[:, GREEDY]).items()
-        if not name.startswith("stop/") or "failed" in name
-    }
+    """Return the metrics of (N, 1 + k) trajectories and their answer rewards; column GREEDY is the greedy one."""
+    metrics = measure_accuracy(samples, rows, values, tools)
+    for name, value in summarise_rows(rows[:, GREEDY]).items():
+        if not name.startswith("stop/") or "failed" in name:
+            metrics[name] = value
     families = np.array([sample.metadata.get("family", "") for sample in samples])
     for family in sorted(set(families) - {""}):
         chosen = np.flatnonzero(families == family)
-        part = figures([samples[i] for i in chosen], rows[chosen], values[chosen], tools)
+        part = measure_accuracy([samples[i] for i in chosen], rows[chosen], values[chosen], tools)
         metrics |= {f"{family}/{name}": value for name, value in part.items()}
     return metrics
 
 
-def figures(
+def measure_accuracy(
     samples: list[Sample], rows: np.ndarray, values: np.ndarray, tools: tuple[str, ...] | None
 ) -> dict[str, float | None]:
+    """Return the figures of (N, 1 + k) trajectories with these answer rewards."""
+    from scipy.stats import binomtest
+
     right = values[:, GREEDY] >= RIGHT
-    low, high = wilson(int(right.sum()), len(right))
-    found = {
+    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    figures: dict[str, float | None] = {
         "accuracy": float(right.mean()),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "tool_rate": float(np.mean([used_tool(row) for row in rows[:, GREEDY]])),
+        "accuracy_low": float(interval.low),
+        "accuracy_high": float(interval.high),
+        "tool_rate": float(np.mean([saw_tool_image(row) for row in rows[:, GREEDY]])),
     }
     chances = [1 / len(sample.choices) for sample in samples if sample.choices]
     if len(chances) == len(samples):
-        found["chance"] = float(np.mean(chances))
+        figures["chance"] = float(np.mean(chances))
     if values.shape[1] > 1:
         means = (values[:, 1:] >= RIGHT).mean(1)
-        found["avg_at_k"] = float(means.mean())
-        found["avg_at_k_low"], found["avg_at_k_high"] = bootstrap(means)
+        figures["avg_at_k"] = float(means.mean())
+        figures["avg_at_k_low"], figures["avg_at_k_high"] = bootstrap_interval(means)
     if all("solution" in sample.metadata for sample in samples):
         called = np.array(
-            [right_calls(sample, row, tools) for sample, row in zip(samples, rows[:, GREEDY], strict=True)]
+            [has_right_calls(sample, row, tools) for sample, row in zip(samples, rows[:, GREEDY], strict=True)]
         )
-        found["right_arguments"] = float(called.mean())
-        found["right_reading"] = float(right[called].mean()) if called.any() else None
-    return found
+        figures["right_arguments"] = float(called.mean())
+        figures["right_reading"] = float(right[called].mean()) if called.any() else None
+    return figures
 
 
-def used_tool(row: Trajectory) -> bool:
-    """Whether a tool showed the model an image."""
+def saw_tool_image(row: Trajectory) -> bool:
+    """Tell whether a tool showed the model an image."""
     return any(turn.image is not None for turn in row.turns)
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share. Wilson (1927), as in Brown, Cai and DasGupta (2001), eq. 4."""
-    share = right / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean, by resampling questions."""
+    from scipy.stats import bootstrap
 
-
-def bootstrap(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling questions."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    if len(values) < 2:
+        return float(values[0]), float(values[0])
+    resampled = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0)
+    low, high = resampled.confidence_interval
     return float(low), float(high)
 
 

@@ -1,4 +1,4 @@
-"""Make pairs of puzzle images of which one is known to help, for teaching, calibrating and measuring the judges."""
+"""Make pairs of puzzle images of which one is known to help, to teach, calibrate and measure judges."""
 
 from typing import Annotated, Literal
 
@@ -9,16 +9,18 @@ from thinkimg import records
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
-from thinkimg.puzzles.known_pairs import known_pairs as make_pairs
+from thinkimg.puzzles.known_pairs import make_known_pairs
 from thinkimg.stages.prepare import puzzles
-from thinkimg.stages.stage import Input, Job, Parameter, Slice, Stage
-from thinkimg.store.image_table import ImageTable, encode, image_writer
+from thinkimg.stages.stage import Input, Job, Parameter, Slice, Stage, write_images
+from thinkimg.store.image_table import ImageTable, encode_lossless
 from thinkimg.store.kinds import Dataset, Pairs
 
-PAIRS = 600  # for the CLIP alone, where the policy learns from none
+CLIP_PAIRS = 600  # where the CLIP alone learns from pairs
 
 
 class PairsSettings(Slice):
+    """Slice of `known_pairs`."""
+
     split: Literal["train", "held_out"]
     count: int = Field(ge=1)
     seed: int
@@ -27,33 +29,30 @@ class PairsSettings(Slice):
 def settings_of(
     config: Config, split: Literal["train", "held_out"] = "train", count: int | None = None
 ) -> PairsSettings:
+    """Return the slice of the config. Raises UserError for a count below 1."""
     if count is not None and count < 1:
         raise UserError(f"{count} pairs teach nothing.", hint="Set --count to 1 or more.")
-    return PairsSettings(
-        split=split, count=config.warmstart.pairs or PAIRS if count is None else count, seed=config.seed
-    )
+    return PairsSettings(split=split, count=count or config.warmstart.pairs or CLIP_PAIRS, seed=config.seed)
 
 
 def run(job: Job[PairsSettings]) -> None:
+    """Write the content: pairs.parquet, one row per puzzle, and images.parquet."""
     dataset, work = job.inputs["dataset"], job.work
     samples = dataset.split(job.settings.split)[: job.settings.count]
     images, rows = ImageTable([dataset]), []
     encoded: dict[str, tuple[bytes, int, int]] = {}
-    for number, pair in enumerate(make_pairs(samples, images.decoded, seed=job.settings.seed), 1):
+    for number, pair in enumerate(make_known_pairs(samples, images.decoded, seed=job.settings.seed), 1):
         hashes = {name: pixel_hash(getattr(pair, name)) for name in ("original", "right", "wrong")}
         for name, sha in hashes.items():
             if sha not in encoded:
                 image = getattr(pair, name)
-                encoded[sha] = encode(image), *image.size
+                encoded[sha] = encode_lossless(image), *image.size
         asked = {"question": pair.sample.question, "family": pair.sample.metadata["family"]}
         rows.append({"sample_id": pair.sample.sample_id, **asked, **hashes})
         job.progress(number, len(samples))
-    if not work.has("images.parquet"):
-        with work.part("images.parquet") as path, image_writer(path) as add:
-            for sha in sorted(encoded):
-                add(sha, *encoded[sha])
+    write_images(work, "images.parquet", ((sha, *encoded[sha]) for sha in sorted(encoded)))
     if not work.has("pairs.parquet"):
-        work.table("pairs.parquet", pa.Table.from_pylist(rows, records.pairs()))
+        work.table("pairs.parquet", pa.Table.from_pylist(rows, records.pair_schema()))
 
 
 known_pairs = Stage(

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -16,40 +16,43 @@ from pydantic import Field
 
 from thinkimg import records
 from thinkimg.config.tree import Config
-from thinkimg.data.prepared import Job as SampleJob
-from thinkimg.data.prepared import Surveyed, in_order, row_jobs, survey
+from thinkimg.data.prepared import SampleJob, Survey, make_row_jobs, map_in_order, survey
 from thinkimg.data.settings import DataConfig
 from thinkimg.data.source import Source, open_source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 from thinkimg.images.view import view_size
-from thinkimg.puzzles.samples import puzzle_jobs
+from thinkimg.puzzles.samples import make_puzzle_jobs
 from thinkimg.puzzles.scenes import SCALE, SIZE, VIEW
 from thinkimg.records import to_row
-from thinkimg.stages.stage import Job, Slice, Stage
-from thinkimg.store.artifacts import Reference, Work
+from thinkimg.stages.stage import Job, Progress, Slice, Stage
+from thinkimg.store.artifacts import Work
 from thinkimg.store.image_table import image_writer
 from thinkimg.store.kinds import Dataset
+from thinkimg.store.manifest import Reference
 
-CHUNK = 512  # samples per closed part
-PUZZLES = 600  # made for the sake of pairs alone, where the data are not puzzles
+PHOTOGRAPHS = ("scikit-image", "scikit-learn", "matplotlib")  # packages that ship the puzzles' photographs
+SAMPLES_PER_PART = 512
+PUZZLES_FOR_PAIRS = 600  # where puzzles are made for pairs alone, beside a user's data
 
 
 class PrepareSettings(Slice):
-    """source: name and digest of what `data` names; None for the built-in puzzles. The place of a user's files does not
-    count, their content does."""
+    """Slice of `prepare`. The path of a user's files does not enter the fingerprint, their content does."""
 
     data: DataConfig
     max_bytes: int
     max_decoded_pixels: int
     source: tuple[str, str] | None = Field(exclude=True)
+    """Name and digest of the data in `data.path`; None for the built-in puzzles."""
 
     @property
     def seed(self) -> int:
+        """Seed of the data set, for its manifest."""
         return self.data.seed
 
     @property
     def limits(self) -> ImageLimits:
+        """Limits of the images that are accepted."""
         return ImageLimits(max_bytes=self.max_bytes, max_pixels=self.max_decoded_pixels)
 
     def fingerprinted(self) -> dict[str, Any]:
@@ -62,7 +65,7 @@ class PrepareSettings(Slice):
 
 
 def settings_of(config: Config) -> PrepareSettings:
-    """Raises UserError where the source can't be read."""
+    """Return the slice of the config. Raises UserError where the source can't be read."""
     images = config.images
     settings = PrepareSettings(
         data=config.data, max_bytes=images.max_bytes, max_decoded_pixels=images.max_decoded_pixels, source=None
@@ -72,56 +75,59 @@ def settings_of(config: Config) -> PrepareSettings:
         return settings.model_copy(update={"source": (source.name, source.digest)})
     view = view_size(SIZE, SIZE, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
     if view != (SIZE // SCALE, SIZE // SCALE):
-        hint = f"name your own data with data.source and data.path, or set images.min_pixels={VIEW['min_pixels']} and images.max_pixels={VIEW['max_pixels']}"
+        limits = " and ".join(f"images.{name}={value}" for name, value in VIEW.items())
         raise UserError(
-            f"The built-in puzzles are made to be seen at {SIZE // SCALE} x {SIZE // SCALE} pixels.", hint=hint
+            f"The built-in puzzles are made to be seen at {SIZE // SCALE} x {SIZE // SCALE} pixels.",
+            hint=f"Name your own data with data.source and data.path, or set {limits}.",
         )
     return settings
 
 
 def puzzle_settings(config: Config) -> PrepareSettings:
-    """The same with the built-in puzzles for data: who judges other data learns from these as well."""
+    """Return the slice for the built-in puzzles, from which judges of any data learn."""
     if config.data.source == "puzzles":
         return settings_of(config)
-    data = DataConfig(seed=config.data.seed, train=PUZZLES)
+    data = DataConfig(seed=config.data.seed, train=PUZZLES_FOR_PAIRS)
     return settings_of(config.model_copy(update={"data": data, "images": config.images.model_copy(update=VIEW)}))
 
 
 def run(job: Job[PrepareSettings]) -> None:
-    """Content: samples-*.parquet, images-*.parquet, refused.parquet (where, reason, detail), summary.json.
+    """Write the content: samples-*.parquet, images-*.parquet, refused.parquet (where, reason, detail), summary.json.
 
-    Progress counts stored samples. Raises UserError where too many of the source's rows are refused, or it can't be split.
+    Progress counts stored samples. Raises UserError where too many rows of the source are refused, or it can't be
+    split.
     """
     settings, workers = job.settings, job.resources.where.workers
     source = None if settings.source is None else open_source(settings.data, settings.limits)
     job.work.where["path"] = getattr(settings.data, "path", None)
     with ThreadPoolExecutor(workers, "prepare") as pool:
-        make(job.work, settings, source, pool, 2 * workers, job.progress)
+        write_dataset(job.work, settings, source, pool, 2 * workers, job.progress)
 
 
-def make(
+def write_dataset(
     work: Work,
     settings: PrepareSettings,
     source: Source | None,
     pool: Executor,
     window: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
+    """Write all parts of a data set. window: samples that `pool` works on ahead."""
     data, limits = settings.data, settings.limits
     if source is None:
-        surveyed, jobs, total = None, puzzle_jobs(data), data.train + data.held_out
+        surveyed, jobs, total = None, make_puzzle_jobs(data), data.train + data.held_out
     else:
-        # A resumed run surveys again: what it would need of the first survey is no smaller than the source's texts.
+        # A resumed run surveys again: a stored survey would be no smaller than the source's texts.
         surveyed = survey(source, data, limits, pool, window)
-        jobs, total = row_jobs(source, surveyed.taken, limits), len(surveyed.taken)
-    chunks = math.ceil(total / CHUNK)
+        jobs, total = make_row_jobs(source, surveyed.taken, limits), len(surveyed.taken)
+    chunks = math.ceil(total / SAMPLES_PER_PART)
     stored: set[str] = set()
     for number in range(chunks):
-        write_chunk(work, number, islice(jobs, CHUNK), stored, pool, window)
-        progress(min((number + 1) * CHUNK, total), total)
+        write_chunk(work, number, islice(jobs, SAMPLES_PER_PART), stored, pool, window)
+        progress(min((number + 1) * SAMPLES_PER_PART, total), total)
     if not work.has("refused.parquet"):
         work.table("refused.parquet", refused_table(surveyed))
-    summary = summarise(work, chunks, surveyed, len(stored))
+    summary = summarise_samples(work, chunks, surveyed, len(stored))
     if not work.has("summary.json"):
         work.json("summary.json", summary)
     work.metrics |= {
@@ -135,44 +141,45 @@ def make(
 def write_chunk(
     work: Work, number: int, jobs: Iterator[SampleJob], stored: set[str], pool: Executor, window: int
 ) -> None:
-    """Store the samples of `jobs` and those of their images that are not in `stored` yet, which they are added to."""
+    """Write a part of samples, and of their images those that are not in `stored`, to which they are added."""
     images, samples = f"images-{number:05}.parquet", f"samples-{number:05}.parquet"
     if work.has(images):
         stored.update(_column(work.path(images), "sha256"))
         if work.has(samples):
-            deque(jobs, maxlen=0)  # not one of them is called
+            deque(jobs, maxlen=0)  # skips them
             return
-        rows = [to_row(prepared.sample) for prepared in in_order(pool, _call, jobs, window)]
+        rows = [to_row(prepared.sample) for prepared in map_in_order(pool, _call, jobs, window)]
     else:
         rows = []
         with work.part(images) as path, image_writer(path) as add:
-            for prepared in in_order(pool, _call, jobs, window):
+            for prepared in map_in_order(pool, _call, jobs, window):
                 rows.append(to_row(prepared.sample))
                 for sha256, data, width, height in prepared.images:
                     if sha256 not in stored:
                         stored.add(sha256)
                         add(sha256, data, width, height)
-    work.table(samples, pa.Table.from_pylist(rows, records.samples()))
+    work.table(samples, pa.Table.from_pylist(rows, records.sample_schema()))
 
 
-def refused_table(surveyed: Surveyed | None) -> pa.Table:
+def refused_table(surveyed: Survey | None) -> pa.Table:
+    """Return the table of refused rows."""
     names = ("where", "reason", "detail")
     rows = [{name: str(getattr(row, name)) for name in names} for row in surveyed.refused] if surveyed else []
     return pa.Table.from_pylist(rows, pa.schema([pa.field(name, pa.string(), nullable=False) for name in names]))
 
 
-def summarise(work: Work, chunks: int, surveyed: Surveyed | None, images: int) -> dict[str, Any]:
-    """Counts per split, per puzzle family or source, and per reason of refusal."""
+def summarise_samples(work: Work, chunks: int, surveyed: Survey | None, images: int) -> dict[str, Any]:
+    """Return counts per split, per puzzle family or source, and per reason of refusal."""
     splits: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}
     for number in range(chunks):
         path = work.path(f"samples-{number:05}.parquet")
-        for place, source, metadata in zip(
+        for split, source, metadata in zip(
             *(_column(path, name) for name in ("split", "source", "metadata")), strict=True
         ):
-            splits[place] += 1
+            splits[split] += 1
             kind = source if surveyed else json.loads(metadata)["family"]
-            kinds.setdefault(place, Counter())[kind] += 1
+            kinds.setdefault(split, Counter())[kind] += 1
     summary: dict[str, Any] = {
         "splits": splits,
         "families" if surveyed is None else "sources": kinds,
@@ -198,11 +205,7 @@ prepare = Stage(
     makes=Dataset,
     settings=settings_of,
     run=run,
-    packages=lambda settings: (
-        # The last three ship the photographs of the puzzles.
-        ("pillow", "numpy", "pyarrow")
-        + (("scikit-image", "scikit-learn", "matplotlib") if settings.source is None else ())
-    ),
+    packages=lambda settings: ("pillow", "numpy", "pyarrow") + (() if settings.source else PHOTOGRAPHS),
     outside=lambda settings: {"source": Reference("source", settings.source[1])} if settings.source else {},
 )
 

@@ -13,26 +13,25 @@ from typing import Annotated, Self
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 from pydantic import Field
 
 from thinkimg import records
 from thinkimg.closure import engine_package
 from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.episode import Episode
+from thinkimg.conversation.episode import ConversationSpec, Episode
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.engine.media import Media
-from thinkimg.engine.play import ConversationSpec, EpisodeSpec, Sampler, SamplingMode
+from thinkimg.engine.play import EpisodeSpec, Sampler, SamplingMode
 from thinkimg.engine.settings import EngineSettings, RolloutConfig
 from thinkimg.errors import UserError
 from thinkimg.images.settings import ViewLimits
 from thinkimg.models.base import BaseSource
 from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
 from thinkimg.resources import Resources
-from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage
+from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage, write_images
 from thinkimg.store.artifacts import Work
-from thinkimg.store.image_table import ImageTable, encode, image_writer
+from thinkimg.store.image_table import ImageTable, encode_lossless
 from thinkimg.store.kinds import Dataset, Policy, Rollouts, read_columns, read_trajectories
 
 log = logging.getLogger(__name__)
@@ -41,16 +40,17 @@ PARTS = 8  # an iteration is published in this many parts
 
 
 class PlaySettings(Slice):
-    """What decides how a policy plays."""
+    """Settings of conversations that a policy plays."""
 
     conversation: ConversationConfig
     images: ViewLimits
     precision: str
-    """Of the weights in the engine."""
+    """Precision of the weights in the engine."""
     base: BaseSource = Field(exclude=True)
 
     @property
     def engine(self) -> EngineSettings:
+        """Limits of a server for these conversations."""
         return EngineSettings(
             dtype=self.precision,
             max_tokens=self.conversation.max_tokens,
@@ -60,13 +60,15 @@ class PlaySettings(Slice):
 
 
 class RolloutSettings(PlaySettings):
+    """Slice of `rollout`."""
+
     rollout: RolloutConfig
     iteration: int
     seed: int
 
 
 def play_settings(config: Config) -> dict:
-    """The fields of PlaySettings."""
+    """Return the fields of PlaySettings."""
     return {
         "conversation": config.conversation,
         "images": ViewLimits.of(config.images),
@@ -76,30 +78,31 @@ def play_settings(config: Config) -> dict:
 
 
 def settings_of(config: Config, iteration: int = 1) -> RolloutSettings:
+    """Return the slice of the config."""
     return RolloutSettings(**play_settings(config), rollout=config.rollout, iteration=iteration, seed=config.seed)
 
 
 def run(job: Job[RolloutSettings]) -> None:
-    """Play `rollout.samples` x `rollout.group_size` conversations; a part holds whole groups, in the order of the samples.
+    """Play `rollout.samples` x `rollout.group_size` conversations, in parts that hold whole groups.
 
     Raises UserError where every conversation failed, EngineError where the engine cannot be reached.
     """
     settings, work = job.settings, job.work
     samples = job.inputs["dataset"].split("train")
-    samples = draw(samples, settings.rollout.samples, settings.iteration, settings.seed)
+    samples = draw_samples(samples, settings.rollout.samples, settings.iteration, settings.seed)
     modes = [SamplingMode(settings.rollout.temperature)] * settings.rollout.group_size
     started = time.perf_counter()
     tokens = asyncio.run(play_parts(job, samples, modes))
-    work.metrics |= summary(closed_rows(work))
+    work.metrics |= summarise_rows(read_closed(work))
     if tokens:
         work.where["tokens_per_s"] = round(tokens / (time.perf_counter() - started), 1)
 
 
-def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
-    """This iteration's samples (iterations count from 1), none of them twice; every sample once before any comes again.
+def draw_samples(samples: list[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
+    """Return the samples of an iteration (from 1), none twice; every sample is drawn once before any comes again.
 
-    Where an epoch ends within an iteration, what the iteration holds already is moved to the next epoch's end. Fewer
-    samples than `count` are all drawn every time.
+    Where an epoch ends within an iteration, the samples that the iteration has already come last in the next epoch. If
+    there are fewer samples than `count`, all are drawn every time.
     """
     count = min(count, len(samples))
     queue: list[int] = []
@@ -107,7 +110,7 @@ def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[S
     for _ in range(iteration):
         if len(queue) < count:
             order = np.random.default_rng([seed, 1, epoch]).permutation(len(samples)).tolist()
-            queue += sorted(order, key=lambda i: i in queue)  # stable: those still in the queue come last
+            queue += sorted(order, key=lambda i: i in queue)  # stable: samples of the old epoch come last
             epoch += 1
         drawn, queue = queue[:count], queue[count:]
     return [samples[i] for i in drawn]
@@ -117,13 +120,13 @@ def draw(samples: list[Sample], count: int, iteration: int, seed: int) -> list[S
 async def open_sampler(settings: PlaySettings, dataset: Dataset, policy: Policy, resources: Resources):
     """Yield a Sampler whose engine holds the policy."""
     spec = ConversationSpec(settings.conversation, settings.images, Codec.load(policy.vocabulary))
-    engine, adapter = await resources.engine(policy, settings.engine, settings.base)
+    engine = await resources.engine(policy, settings.engine, settings.base)
     pool = ThreadPoolExecutor(resources.where.workers, thread_name_prefix="tools")
     async with engine:
         with tempfile.TemporaryDirectory(dir=resources.media) as scratch:
             media = Media(Path(scratch) if engine.media == "file" else None)
             try:
-                yield Sampler(spec, ImageTable([dataset]), policy.digest, engine, adapter, media, pool)
+                yield Sampler(spec, ImageTable([dataset]), policy.digest, engine, media, pool)
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -131,64 +134,67 @@ async def open_sampler(settings: PlaySettings, dataset: Dataset, policy: Policy,
 async def play_parts(
     job: Job[PlaySettings], samples: list[Sample], modes: list[SamplingMode], *, keep_images: bool = True
 ) -> int:
-    """Play each sample once per entry of `modes` (its index), and close the parts that are not closed yet.
+    """Play each sample once per entry of `modes`, and close the parts that are not closed yet.
 
-    keep_images: store what the tools made, too; it can be made again from the data set and the calls.
-    Returns the number of tokens sampled now. Raises UserError where every conversation of the artifact failed, or the engine
-    refused most of them. Until all are played no part with a refusal is closed: only then it is known whose fault that is, and
-    whatever ends the run before leaves nothing behind that the next run would take for finished work.
+    keep_images: store the images of tools, too; they can be made again from the data set and the calls. Returns the
+    number of tokens sampled now. Raises UserError where every conversation of the artifact failed, or the engine
+    refused most of them.
+
+    A part with a refusal is closed only when all are played. Before, nobody knows whose fault the refusal is, and the
+    next run would take the part for finished work.
     """
     work = job.work
     size = -(-len(samples) // PARTS)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     part_of = {sample.sample_id: number for number, part in enumerate(parts) for sample in part}
-    discard(
-        work, [number for number in range(len(parts)) if all_failed(work, [number])]
-    )  # of a run that knew no better
+    discard_parts(work, [number for number in range(len(parts)) if find_total_failure(work, [number])])
     missing = [number for number in range(len(parts)) if not work.has(f"trajectories-{number:05}.parquet")]
-    discard(work, missing)  # images of conversations that were never closed: others will be played
-    specs = [
-        EpisodeSpec(sample, i, mode) for number in missing for sample in parts[number] for i, mode in enumerate(modes)
-    ]
+    discard_parts(work, missing)  # images of conversations that were never closed: others will be played
+    indices = range(len(modes))
+    specs = [EpisodeSpec(sample, i, modes[i]) for number in missing for sample in parts[number] for i in indices]
     total = len(samples) * len(modes)
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
     pending: dict[int, list[Episode]] = {}  # parts with a refusal
     tokens = 0
+
+    def progress(done: int) -> None:
+        job.progress(total - len(specs) + done, total)
+
     if specs:
         opened = open_sampler(job.settings, job.inputs["dataset"], job.inputs["policy"], job.resources)
         async with opened as sampler, Writer() as writer:
-            async for spec, episode in sampler.sample(
-                specs, lambda done: job.progress(total - len(specs) + done, total)
-            ):
+            pool = sampler.pool if keep_images else None
+            async for spec, episode in sampler.sample(specs, progress):
                 number = part_of[spec.sample.sample_id]
                 ended[number][spec.sample.sample_id, spec.index] = episode
-                if len(ended[number]) == len(parts[number]) * len(modes):
-                    whole = ended.pop(number)
-                    episodes = [whole[sample.sample_id, i] for sample in parts[number] for i in range(len(modes))]
-                    tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
-                    if any(episode.refused for episode in episodes):
-                        pending[number] = episodes
-                    else:
-                        await writer.write(work, number, episodes, sampler.pool if keep_images else None)
+                if len(ended[number]) < len(parts[number]) * len(modes):
+                    continue
+                by_key = ended.pop(number)
+                episodes = [by_key[sample.sample_id, i] for sample in parts[number] for i in indices]
+                tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
+                if any(episode.refused for episode in episodes):
+                    pending[number] = episodes
+                else:
+                    await writer.write(work, number, episodes, pool)
             refused = [episode for episodes in pending.values() for episode in episodes if episode.refused]
             if 2 * len(refused) > total:
                 raise UserError(
                     f"The engine refused {len(refused)} of {total} conversations, the first with: {refused[0].error}",
-                    hint="Mend that and run this again: parts without a refusal are kept, the others are played again.",
+                    hint="Correct that and run this again: only the parts with a refusal are played again.",
                 )
             for number, episodes in sorted(pending.items()):
-                await writer.write(work, number, episodes, sampler.pool if keep_images else None)
-    if error := all_failed(work, range(len(parts))):
-        discard(work, range(len(parts)))
+                await writer.write(work, number, episodes, pool)
+    if error := find_total_failure(work, range(len(parts))):
+        discard_parts(work, range(len(parts)))
         raise UserError(
             f"Every conversation failed, the first with: {error}",
-            hint="Mend that and run this again: everything is played again.",
+            hint="Correct that and run this again: everything is played again.",
         )
     return tokens
 
 
-def all_failed(work: Work, numbers: Iterable[int]) -> str | None:
-    """The first error of closed parts in which every conversation failed; None where one did not, or none is closed."""
+def find_total_failure(work: Work, numbers: Iterable[int]) -> str | None:
+    """Return the first error of closed parts in which every conversation failed; None where there is none."""
     names = [name for name in (f"trajectories-{number:05}.parquet" for number in numbers) if work.has(name)]
     error = None
     for row in read_columns([work.path(name) for name in names], ["stop", "error"]):
@@ -198,7 +204,7 @@ def all_failed(work: Work, numbers: Iterable[int]) -> str | None:
     return error
 
 
-def discard(work: Work, numbers: Iterable[int]) -> None:
+def discard_parts(work: Work, numbers: Iterable[int]) -> None:
     """Remove closed parts, so that their conversations are played again."""
     for number in numbers:
         for table in ("trajectories", "images"):
@@ -206,7 +212,7 @@ def discard(work: Work, numbers: Iterable[int]) -> None:
 
 
 class Writer:
-    """Async context manager: closes parts in a thread, one at a time, while the other conversations go on."""
+    """Async context manager that closes parts in a thread, one at a time, while other conversations go on."""
 
     def __init__(self):
         self._writing: asyncio.Task | None = None
@@ -220,16 +226,16 @@ class Writer:
         except (OSError, UserError) as error:  # of the disk
             if kind is None:
                 raise
-            # What has ended the conversations is what the user has to hear first; the part is played again by the next run.
+            # The error that ended the conversations is raised; this part is played again by the next run.
             log.error("a part was not written: %s", error)
 
     async def write(self, *part) -> None:
-        """Begin with `write_part(*part)`, after the one before; raises what that one has raised."""
+        """Start `write_part(*part)` once the last part is written; raises what that write has raised."""
         await self.done()
         self._writing = asyncio.create_task(asyncio.to_thread(write_part, *part))
 
     async def done(self) -> None:
-        """Wait for the part that is being written, even if we are cancelled: its thread would lose what it works with."""
+        """Wait for the part that is being written, even if we are cancelled: its thread still needs its directory."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
@@ -240,31 +246,26 @@ class Writer:
 
 
 def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor | None) -> None:
-    """Close the images that the tools made, each once (encoded in `pool`; none are kept without), and the trajectories."""
-    if pool is not None and not work.has(f"images-{number:05}.parquet"):
-        made = {sha: image for episode in episodes for sha, image in episode.made_images.items()}
-        write_images(work, f"images-{number:05}.parquet", made, pool)
+    """Close a part: the images that tools made, each once (encoded in `pool`; none without), then the trajectories."""
+    if pool is not None:
+        images = {sha: image for episode in episodes for sha, image in episode.made_images.items()}
+        hashes = sorted(images)
+        encoded = pool.map(encode_lossless, (images[sha] for sha in hashes))
+        rows = ((sha, data, *images[sha].size) for sha, data in zip(hashes, encoded, strict=True))
+        write_images(work, f"images-{number:05}.parquet", rows)
     trajectories = [to_row(episode.trajectory()) for episode in episodes]
-    work.table(f"trajectories-{number:05}.parquet", pa.Table.from_pylist(trajectories, records.trajectories()))
+    work.table(f"trajectories-{number:05}.parquet", pa.Table.from_pylist(trajectories, records.trajectory_schema()))
 
 
-def write_images(work: Work, name: str, made: dict[str, Image.Image], pool: Executor) -> None:
-    """Close a part of full-resolution images by content hash."""
-    hashes = sorted(made)
-    with work.part(name) as path, image_writer(path) as add:
-        for sha, data in zip(hashes, pool.map(encode, (made[sha] for sha in hashes)), strict=True):
-            add(sha, data, *made[sha].size)
-
-
-def closed_rows(work: Work) -> Iterator[Trajectory]:
-    """The trajectories of the closed parts, in order; one batch is in memory."""
+def read_closed(work: Work) -> Iterator[Trajectory]:
+    """Yield the trajectories of the closed parts, in order, with one batch in memory."""
     for number in range(PARTS):
         if work.has(name := f"trajectories-{number:05}.parquet"):
             yield from read_trajectories([work.path(name)])
 
 
-def summary(rows: Iterable[Trajectory]) -> dict[str, float]:
-    """Headline figures of some trajectories: shares of the calls, of the ends, means per trajectory."""
+def summarise_rows(rows: Iterable[Trajectory]) -> dict[str, float]:
+    """Return headline figures of trajectories: shares of calls and of stop reasons, means per trajectory."""
     counts: Counter[str] = Counter()
     tools: Counter[str | None] = Counter()
     for row in rows:

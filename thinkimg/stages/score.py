@@ -1,11 +1,11 @@
 """Score stored rollouts: one raw column per reward component.
 
-Some parts of the rollouts at a time: first the judges of processed images, side by side, whose judgements are the ledgers
-(judgements-<judge>-*), then the components, part by part, which are pure functions of rows and ledgers.
+For each chunk of parts the judges look at the processed images first, side by side; their judgements are the ledgers
+(judgements-<judge>-*). Then each part is scored by components that are pure functions of its rows and ledgers.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,45 +30,49 @@ from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judge import load_judges
 from thinkimg.rewards.judgement import Judgements, Pair
 from thinkimg.rewards.judges.teacher import FROZEN, check_teacher
-from thinkimg.rewards.registry import components
+from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import RewardsConfig
-from thinkimg.stages.stage import Input, Job, Lineage, Slice, Stage
+from thinkimg.stages.stage import Input, Job, Lineage, Progress, Slice, Stage
 from thinkimg.stages.train_clip import train_clip
-from thinkimg.store.artifacts import Artifact, Reference, Work
+from thinkimg.store.artifacts import Work
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import IDENTITY, Clip, Dataset, Policy, Rollouts, Scores
+from thinkimg.store.manifest import Artifact, Reference
 
-AT_ONCE = 4096  # trajectories whose images are judged together, at least
+CHUNK_ROWS = 4096  # trajectories whose images are judged together, at least
 
 
 class ScoreSettings(Slice):
+    """Slice of `score`."""
+
     rewards: RewardsConfig
     components: tuple[str, ...]
     judges: JudgeSettings | None
     """None without judges of images."""
     prompts: dict[str, str]
-    """Judge -> hash of how it asks."""
+    """Judge -> hash of its question."""
     own_clip: bool = Field(exclude=True)
 
     @property
     def types(self) -> tuple[str, ...]:
-        """The judges."""
+        """Names of the judges."""
         return self.judges.image.columns if self.judges else ()
 
     def fingerprinted(self) -> dict[str, Any]:
         tree: dict[str, Any] = {"rewards": self.rewards.model_dump(mode="json"), "components": list(self.components)}
         if self.judges:
-            tree |= {"image": self.judges.image.scored(), "prompts": self.prompts}
+            tree |= {"image": self.judges.image.fingerprinted(), "prompts": self.prompts}
         return tree
 
     def outside(self) -> dict[str, Reference]:
-        """Return the weights of a CLIP that is no artifact."""
+        """Return the reference of a CLIP's weights that are no artifact."""
         if "embedding" not in self.types or self.own_clip:
             return {}
         return {"clip": Reference("clip", weights_digest(self.judges.image.embedding, None))}
 
 
 def judge_settings(config: Config) -> JudgeSettings:
+    """Return the part of the slice that judgements depend on."""
     return JudgeSettings(
         image=config.image,
         view=ViewLimits.of(config.images),
@@ -79,11 +83,11 @@ def judge_settings(config: Config) -> JudgeSettings:
 
 
 def settings_of(config: Config) -> ScoreSettings:
-    """Raises UserError for a user's function that is not as it must be."""
+    """Return the slice of the config. Raises UserError for a user's function that can't be used."""
     judges, asked = judge_settings(config), load_judges(config.image)
     return ScoreSettings(
         rewards=config.rewards,
-        components=tuple(components(config.rewards, config.image)),
+        components=tuple(load_components(config.rewards, config.image)),
         judges=judges if config.image.types else None,
         prompts={name: asked[name].prompt(judges) for name in config.image.columns},
         own_clip=config.has_own_clip,
@@ -92,162 +96,178 @@ def settings_of(config: Config) -> ScoreSettings:
 
 @dataclass(frozen=True)
 class PartJob:
-    """One part of the rollouts to be scored: small, and complete wherever the artifacts can be read."""
+    """Part of the rollouts to be scored, for any process that can read the artifacts."""
 
     part: str
     settings: ScoreSettings
     dataset: Path
     rollouts: Path
-    judgements: tuple[Path, ...]
+    ledgers: tuple[Path, ...]
 
 
 def run(job: Job[ScoreSettings]) -> None:
-    """Score chunk after chunk, and close a part of the same number for each of the rollouts; one part is in memory at a time.
+    """Score chunk after chunk, with one part in memory, and close a part of the same number for each of the rollouts.
 
-    Progress counts trajectories, and pairs that judges look at. Raises UserError for rollouts of another data set.
+    Progress counts trajectories. Raises UserError for rollouts of another data set.
     """
     settings, work, rollouts = job.settings, job.work, job.inputs["rollouts"]
     dataset = job.inputs["dataset"]
-    played = rollouts.manifest["recipe"]["inputs"]["dataset"]
-    if played["digest"] != dataset.digest:
+    origin = rollouts.inputs["dataset"]
+    if origin.digest != dataset.digest:
         raise UserError(
-            f"{rollouts.reference} was not made from {dataset.reference}.",
-            hint=f"Its data set is dataset/{played['fingerprint']}/{played['attempt']}.",
+            f"{rollouts.reference} was not made from {dataset.reference}.", hint=f"Its data set is {origin}."
         )
     parts = list(rollouts.parts())
     tally = Tally(job.progress, sum(rollouts.files[part]["rows"] for part in parts))
-    earlier = judging.earlier(job.store, rollouts.digest) if settings.judges else None
-    asked = load_judges(settings.judges.image) if settings.judges else ()
-    for number, chunk in enumerate(chunks(rollouts, parts)):
-        if settings.judges and not all(work.has(scores_name(part)) for part in chunk):
-            fill_ledgers(job, context_of(job, tally), number, chunk, earlier)
-        judged = tuple(work.path(name) for name in (ledger_name(number, judge) for judge in asked) if work.has(name))
-        missing = [part for part in chunk if not work.has(scores_name(part))]
-        tally.add(sum(rollouts.files[part]["rows"] for part in chunk if part not in missing))
-        jobs = [PartJob(part, settings, dataset.directory, rollouts.directory, judged) for part in missing]
+    lookup = judging.make_lookup(job.store, rollouts.digest) if settings.judges else None
+    judges = load_judges(settings.judges.image) if settings.judges else ()
+    for number, chunk in enumerate(group_parts(rollouts, parts)):
+        missing = {part: rollouts.files[part]["rows"] for part in chunk if not work.has(name_scores(part))}
+        tally.score(sum(rollouts.files[part]["rows"] for part in chunk if part not in missing))
+        if settings.judges and missing:
+            tally.begin(sum(missing.values()))
+            fill_ledgers(job, make_context(job, tally), number, chunk, lookup)
+        ledgers = tuple(work.path(name) for name in (name_ledger(number, judge) for judge in judges) if work.has(name))
+        jobs = [PartJob(part, settings, dataset.directory, rollouts.directory, ledgers) for part in missing]
         for part, columns in zip(missing, job.map(score_part, jobs), strict=True):
-            work.table(scores_name(part), table_of(rollouts, part, columns))
-            tally.add(rollouts.files[part]["rows"])
+            work.table(name_scores(part), build_table(rollouts, part, columns))
+            tally.score(missing[part])
     job.resources.release_encoder()
-    work.metrics |= summary([work.path(scores_name(part)) for part in parts], list(settings.components))
+    work.metrics |= summarise_scores([work.path(name_scores(part)) for part in parts], list(settings.components))
 
 
-def context_of(job: Job[ScoreSettings], tally: "Tally") -> JudgeContext:
+def make_context(job: Job[ScoreSettings], tally: "Tally") -> JudgeContext:
+    """Return the judges' context."""
     assert job.settings.judges is not None
     tables = (job.inputs["dataset"], job.inputs["rollouts"])
+    policies = (job.inputs.get(role) for role in ("player", "first", "clip"))
     return JudgeContext(
-        job.settings.judges,
-        job.resources,
-        job.inputs.get("player"),
-        job.inputs.get("first"),
-        job.inputs.get("clip"),
-        tables,
-        ImageTable(tables),
-        tally.expect,
-        tally.add,
+        job.settings.judges, job.resources, *policies, tables, ImageTable(tables), tally.expect, tally.judge
     )
 
 
 class Tally:
-    """Progress of judging, which is found out about as it goes, and of scoring: pairs and trajectories."""
+    """Progress of a scoring in trajectories; while a chunk is judged, its share grows with the judgements made."""
 
-    def __init__(self, progress: Callable[[int, int], None], total: int):
-        self._progress, self._total, self._done, self._lock = progress, total, 0, threading.Lock()
+    def __init__(self, progress: Progress, total: int):
+        self._progress, self._total, self._lock = progress, total, threading.Lock()
+        self._scored = self._shown = self._chunk = self._expected = self._judged = 0
 
-    def expect(self, count: int) -> None:
+    def begin(self, chunk: int) -> None:
+        """Start a chunk of so many trajectories."""
+        self._chunk, self._expected, self._judged = chunk, 0, 0
+
+    def expect(self, judgements: int) -> None:
+        """Add judgements that are about to be made."""
         with self._lock:
-            self._total += count
+            self._expected += judgements
 
-    def add(self, count: int) -> None:
+    def judge(self, judgements: int) -> None:
+        """Count judgements that were made."""
         with self._lock:
-            self._done += count
-            self._progress(self._done, self._total)
+            self._judged += judgements
+            self._show(self._scored + self._chunk * self._judged // max(1, self._expected))
+
+    def score(self, trajectories: int) -> None:
+        """Count trajectories that have their scores."""
+        with self._lock:
+            self._scored += trajectories
+            self._show(self._scored)
+
+    def _show(self, done: int) -> None:
+        self._shown = max(self._shown, done)  # a judge that takes over for another one adds judgements
+        self._progress(self._shown, self._total)
 
 
-def chunks(rollouts: Artifact, parts: list[str]) -> Iterator[list[str]]:
-    """Parts that are judged together: judges work in batches, and engine and trainer may have to take turns in the memory."""
+def group_parts(rollouts: Artifact, parts: list[str]) -> Iterator[list[str]]:
+    """Yield the parts that are judged together: judges work in batches, and may have to take turns in the memory."""
     chunk: list[str] = []
     for part in parts:
         chunk.append(part)
-        if sum(rollouts.files[one]["rows"] for one in chunk) >= AT_ONCE or part == parts[-1]:
+        if sum(rollouts.files[name]["rows"] for name in chunk) >= CHUNK_ROWS or part == parts[-1]:
             yield chunk
             chunk = []
 
 
-def fill_ledgers(job: Job[ScoreSettings], context: JudgeContext, number: int, chunk: list[str], earlier) -> None:
-    """Close a chunk's ledgers, one per judge; those that an earlier try has closed stay."""
+def fill_ledgers(
+    job: Job[ScoreSettings], context: JudgeContext, number: int, chunk: list[str], lookup: judging.Lookup
+) -> None:
+    """Close a chunk's ledgers, one per judge, unless an earlier run closed them."""
     pairs: set[Pair] = set()
     for part in chunk:
         rows = list(job.inputs["rollouts"].trajectories(part))
         samples = job.inputs["dataset"].samples_of(rows)
-        pairs |= judging.pairs_of(rows, samples, job.inputs["rollouts"].tools)
-    judge_pairs(job.work, context, number, pairs, earlier)
+        pairs |= judging.collect_pairs(rows, samples, job.inputs["rollouts"].tools)
+    judge_pairs(job.work, context, number, pairs, lookup)
 
 
-def judge_pairs(work: Work, context: JudgeContext, number: int, pairs: set[Pair], earlier) -> None:
+def judge_pairs(work: Work, context: JudgeContext, number: int, pairs: set[Pair], lookup: judging.Lookup) -> None:
+    """Have all judges look at a chunk's pairs, and `self` too where it takes over for an unreachable teacher."""
+
     def close(name: str, judgements: Judgements) -> None:
-        work.table(ledger_name(number, name), judging.table(judgements))
+        work.table(name_ledger(number, name), judging.build_ledger(judgements))
 
     def ask(names: Iterable[str]) -> None:
-        missing = [name for name in names if not work.has(ledger_name(number, name))]
+        missing = [name for name in names if not work.has(name_ledger(number, name))]
         if missing:
-            judging.judge(missing, pairs, context, earlier, close)
+            judging.run_judges(missing, pairs, context, lookup, close)
 
     image = context.settings.image
     ask(image.columns)
     if "teacher" in image.types and image.teacher.fallback == "self":
-        judged = judging.read(work.path(ledger_name(number, "teacher")))
-        if any(one.unreachable for one in judged.values()):
-            ask(["self"])  # about all: whole groups fall back
+        judged = judging.read_ledger(work.path(name_ledger(number, "teacher")))
+        if any(judgement.unreachable for judgement in judged.values()):
+            ask(["self"])  # about all pairs: whole groups fall back
 
 
 def score_part(job: PartJob) -> dict[str, list[Score]]:
-    """Component -> one score per trajectory of the part, in order; the components in threads beside each other."""
+    """Return component -> one score per trajectory of the part, in order; the components run in threads."""
     dataset, rollouts = Dataset.open(job.dataset), Rollouts.open(job.rollouts)
     image, rows = job.settings.judges and job.settings.judges.image, list(rollouts.trajectories(job.part))
-    batch = Batch(
-        rows,
-        dataset.samples_of(rows),
-        job.settings.rewards,
-        ImageTable([dataset, rollouts]),
-        image,
-        {key: one for path in job.judgements for key, one in judging.read(path).items()},
-        rollouts.tools,
-    )
-    scorers = components(job.settings.rewards, image)
+    judgements = {key: judgement for path in job.ledgers for key, judgement in judging.read_ledger(path).items()}
+    images = ImageTable([dataset, rollouts])
+    batch = Batch(rows, dataset.samples_of(rows), job.settings.rewards, images, image, judgements, rollouts.tools)
+    scorers = load_components(job.settings.rewards, image)
     with ThreadPoolExecutor(len(scorers)) as pool:
         scores = {name: pool.submit(scorers[name], batch) for name in job.settings.components}
         return {name: future.result() for name, future in scores.items()}
 
 
-def ledger_name(number: int, component: str) -> str:
+def name_ledger(number: int, component: str) -> str:
+    """Return the name of a chunk's ledger."""
     return f"judgements-{component}-{number:05}.parquet"
 
 
-def scores_name(part: str) -> str:
+def name_scores(part: str) -> str:
+    """Return the name of the scores of a part of the rollouts."""
     return part.replace("trajectories", "scores", 1)
 
 
-def table_of(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> pa.Table:
+def build_table(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> pa.Table:
+    """Return the scores of a part, in the order of its rows."""
     table = pq.read_table(rollouts.checked(part), columns=list(IDENTITY)).to_pydict()
-    for name, found in columns.items():
-        assert len(found) == len(table["trajectory_id"]), f"{name} has {len(found)} scores"
-        table[name] = [one.row() for one in found]
-    return pa.Table.from_pydict(table, records.scores(list(columns)))
+    for name, scores in columns.items():
+        assert len(scores) == len(table["trajectory_id"]), f"{name} has {len(scores)} scores"
+        table[name] = [score.row() for score in scores]
+    return pa.Table.from_pydict(table, records.score_schema(list(columns)))
 
 
-def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
-    """reward/<component>: mean over the present values (None without one); missing/<component>: how many there are not."""
+def summarise_scores(parts: list[Path], names: list[str]) -> dict[str, float | None]:
+    """Return metrics of scored parts.
+
+    reward/<component>: mean of the present values, None without one. missing/<component>: number of missing values.
+    reward/teacher_fallback: share of trajectories that fell back from the teacher.
+    """
     metrics: dict[str, float | None] = {}
     for name in names:
         total, present, missing, fallen = 0.0, 0, 0, 0
         for path in parts:
-            table = pq.ParquetFile(path).read([name])
-            values = _values(table, name)
-            found = values[values == values]
-            total, present, missing = total + found.sum(), present + len(found), missing + len(values) - len(found)
+            column = pq.ParquetFile(path).read([name]).column(name)
+            values = np.array(pc.struct_field(column, "value").to_pylist(), dtype=np.float64)  # None becomes NaN
+            finite = values[~np.isnan(values)]
+            total, present, missing = total + finite.sum(), present + len(finite), missing + len(values) - len(finite)
             if name == "teacher":
-                evidence = pc.struct_field(table.column(name), "evidence")
+                evidence = pc.struct_field(column, "evidence")
                 fallen += pc.sum(pc.match_substring(evidence, '"fallback":')).as_py() or 0
         metrics[f"reward/{name}"] = float(total / present) if present else None
         metrics[f"missing/{name}"] = missing
@@ -256,18 +276,13 @@ def summary(parts: list[Path], names: list[str]) -> dict[str, float | None]:
     return metrics
 
 
-def _values(table: pa.Table, name: str) -> np.ndarray:
-    found = pc.struct_field(table.column(name), "value").to_pylist()
-    return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
-
-
 def asks_policy(config: Config) -> bool:
-    """Whether a judge is a policy."""
+    """Tell whether a judge needs the policy that made the rollouts."""
     return bool(set(config.image.types) - {"embedding"})
 
 
 def uses(config: Config) -> frozenset[str]:
-    """What the judges occupy: the engine for `self`, the trainer for `attention`."""
+    """Return the resources that the judges occupy: the engine for `self`, the trainer for `attention`."""
     return frozenset().union(*(judge.uses for judge in load_judges(config.image).values()))
 
 
@@ -293,7 +308,7 @@ score = Stage(
         + (("torch", "open-clip-torch", "transformers") if settings.judges else ())
     ),
     outside=ScoreSettings.outside,
-    # What part of a picture an image shows, its tool states.
+    # A tool states which region its image shows.
     loads=lambda settings, inputs: user_sources(inputs["rollouts"].tools) if settings.judges else {},
     check=lambda config: check_teacher(config.image, config.where.teacher),
     uses=uses,

@@ -1,4 +1,4 @@
-"""A stage, said once: what it makes, what it reads, what it is told, and how it runs.
+"""Stage, stated once: the artifact that it makes, its inputs, parameters and settings, and its run.
 
 Fingerprint, command, flow and form, deployment, dry run and lineage follow from this.
 
@@ -20,24 +20,26 @@ from thinkimg.errors import UserError
 from thinkimg.records import SCHEMA_VERSION
 from thinkimg.resources import Resources
 from thinkimg.settings import Settings
-from thinkimg.store.artifacts import Artifact, Recipe, Reference, Store, Work, package_versions
-from thinkimg.store.kinds import Typed
+from thinkimg.store.artifacts import Store, Work
+from thinkimg.store.image_table import image_writer
+from thinkimg.store.kinds import TypedArtifact
+from thinkimg.store.manifest import Artifact, Recipe, Reference, package_versions
 
 Progress = Callable[[int, int], None]
 """Called with (done, total), from whatever thread."""
 Mapper = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
-"""Runs a function on items, results in order: `map`, an executor's, or one that submits tasks to a Prefect task runner."""
+"""Maps a function over items, results in order: `map`, an executor's, or one of a Prefect task runner."""
 
 
 class Slice(Settings):
     """Settings of one stage, handed to it in place of the config.
 
-    Each field is part of the fingerprint but those with `Field(exclude=True)`: what an input's digest says already (the
-    path of a base model), and what decides whether there is an output, not which.
+    Each field enters the fingerprint but those with `Field(exclude=True)`. Those are covered by an input's digest (the
+    path of a base model), or decide whether there is an output and not what it is.
     """
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Return what enters the fingerprint, as JSON."""
+        """Return the settings that enter the fingerprint, as JSON."""
         return self.model_dump(mode="json")
 
 
@@ -46,7 +48,7 @@ S = TypeVar("S", bound=Slice)
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a run is told beside config and inputs: a flag of its command and a field of its form."""
+    """Parameter of a run beside config and inputs: a flag of its command and a field of its form."""
 
     type: Any
     """With its limits, as `Annotated[int, Field(ge=1)]`."""
@@ -56,37 +58,37 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Lineage:
-    """The origin of an input: what another input was made from."""
+    """Origin of an input: an artifact from which another input was made."""
 
     input: str
     role: str
     first: bool = False
-    """Follow the role on, up to the artifact that was made from none."""
+    """Follow the role back to the first artifact, which was made from none."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """An artifact that a stage reads."""
+    """Artifact that a stage reads."""
 
-    kind: type[Typed]
+    kind: type[TypedArtifact]
     origin: "Lineage | Stage[Any] | None" = None
-    """Where it comes from when it is not handed in: the lineage of another input, or a stage that is run before. None: it
-    has to be handed in."""
+    """Source if it is not handed in: the lineage of another input, or a stage that is run before. None: it must be
+    handed in."""
     counts: Callable[[Config], bool] = lambda config: True
-    """Under which settings the stage reads it."""
+    """True where the stage reads it under these settings."""
     shown: bool = False
-    """Whether it can be named by hand though it has an origin."""
+    """True if it can be named by hand though it has an origin."""
     implied: bool = False
-    """Whether another input's digest covers it, so that it is no part of the fingerprint by itself."""
+    """True if another input's digest covers it, so that it does not enter the fingerprint itself."""
 
 
 @dataclass(frozen=True)
 class Job(Generic[S]):
-    """All that the run of a stage is handed."""
+    """Arguments of a stage's run."""
 
     settings: S
     inputs: Mapping[str, Any]
-    """Role -> typed artifact; without those that don't count."""
+    """Role -> typed artifact, for those that are read under these settings."""
     work: Work
     store: Store
     resources: Resources
@@ -99,46 +101,46 @@ class Stage(Generic[S]):
     """One box of the picture."""
 
     name: str
-    """In fingerprints and manifests."""
+    """Name in fingerprints and manifests."""
     version: int
     """Raised with any change of behaviour."""
-    makes: type[Typed]
+    makes: type[TypedArtifact]
     settings: Callable[..., S]
-    """(config, **parameters) -> its slice. Raises UserError where they do not fit."""
+    """Function (config, **parameters) -> slice. Raises UserError where they do not fit."""
     run: Callable[[Job[S]], None]
     reads: Mapping[str, Input] = field(default_factory=dict)
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     offers: Mapping[str, Parameter] = field(default_factory=dict)
-    """Settings that its form has a field for, beside preset and overrides."""
+    """Settings with a field of their own in its form, beside preset and overrides."""
     packages: Callable[[S], Iterable[str]] = lambda settings: ()
-    """Those whose versions define the output."""
+    """Packages whose versions define the output."""
     outside: Callable[[S], Mapping[str, Reference]] = lambda settings: {}
-    """Inputs that are no artifacts: files of a user, weights from the Hub."""
+    """Inputs that are no artifacts: a user's files, weights from the Hub."""
     loads: Callable[[S, Mapping[str, Artifact]], Mapping[str, str]] = lambda settings, inputs: {}
-    """A user's own modules that an input names and the run calls again -> sha256 of the file."""
+    """User's own modules that an input names and the run calls again -> sha256 of the file."""
     uses: Callable[[Config], frozenset[str]] = lambda config: frozenset()
     """Names of the resources that it occupies: engine, teacher, trainer."""
     player: str | None = None
     """Role of the policy that the engine holds."""
     check: Callable[[Config], None] = lambda config: None
-    """Raises UserError where a run would be in vain, before anything runs."""
+    """Raises UserError where a run would fail, before anything runs."""
     wanted: Callable[[Config], bool] = lambda config: True
-    """Whether the pipeline has the box."""
+    """True where the pipeline has the stage under these settings."""
     tidy: Callable[[Store, Artifact], None] = lambda store, artifact: None
-    """Run after the artifact is complete, or was found so."""
+    """Called when the artifact is complete, or was so before."""
     label: str = ""
-    """Name where people see it; left out: the name."""
+    """Name for people; by default `name`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.name)
 
     @property
     def help(self) -> str:
-        """The first line of its module's docstring."""
+        """First line of its module's docstring."""
         return (inspect.getdoc(inspect.getmodule(self.run)) or "").partition("\n")[0]
 
     def required(self) -> Iterator[str]:
-        """Yield the roles that have to be handed in."""
+        """Yield the roles that must be handed in."""
         return (role for role, entry in self.reads.items() if entry.origin is None)
 
     def counting(self, config: Config) -> dict[str, Input]:
@@ -146,7 +148,7 @@ class Stage(Generic[S]):
         return {role: entry for role, entry in self.reads.items() if entry.counts(config)}
 
     def recipe(self, settings: S, inputs: Mapping[str, Artifact]) -> Recipe:
-        """Return all that defines the output. inputs: by role."""
+        """Return the recipe: all that defines the output. inputs: by role."""
         given = {
             role: artifact.reference
             for role, artifact in inputs.items()
@@ -164,7 +166,7 @@ class Stage(Generic[S]):
 
 
 def trace(lineage: Lineage, given: Mapping[str, Artifact], store: Store) -> Artifact:
-    """Return the artifact that the lineage names. Raises UserError where the store has it no more."""
+    """Return the artifact that a lineage names. Raises UserError where the store has it no more."""
     artifact = given[lineage.input]
     if not lineage.first:
         return store.origin(artifact, lineage.role)
@@ -173,10 +175,12 @@ def trace(lineage: Lineage, given: Mapping[str, Artifact], store: Store) -> Arti
     return artifact
 
 
-def complete(stage: Stage[Any], config: Config, given: Mapping[str, Artifact], store: Store) -> dict[str, Artifact]:
-    """Return all inputs that count, by role: those of `given`, and those that their lineage names.
+def complete_inputs(
+    stage: Stage[Any], config: Config, given: Mapping[str, Artifact], store: Store
+) -> dict[str, Artifact]:
+    """Return all inputs that are read, by role: those of `given`, and those that their lineage names.
 
-    Raises UserError for one that is neither.
+    Raises UserError for an input that is neither.
     """
     entries = stage.counting(config)
     inputs = {role: given[role] for role in entries if role in given}
@@ -184,12 +188,12 @@ def complete(stage: Stage[Any], config: Config, given: Mapping[str, Artifact], s
         if role in inputs:
             continue
         if not isinstance(entry.origin, Lineage):
-            raise UserError(f"{stage.label} needs {role}, which is not named.")
+            raise UserError(f"{stage.label} needs {role}, which is not given.")
         inputs[role] = trace(entry.origin, inputs, store)
     return inputs
 
 
-def build(
+def build_artifact(
     stage: Stage[S],
     settings: S,
     inputs: Mapping[str, Artifact],
@@ -201,20 +205,20 @@ def build(
     check: Callable[[], None] = lambda: None,
     map: Mapper = builtins.map,
 ) -> tuple[Artifact, bool]:
-    """Find or make a stage's artifact; returns it, and whether it was there. inputs: all that count, by role.
+    """Return a stage's artifact, and whether the store had it already. inputs: all that are read, by role.
 
-    progress, check: called on the way, and while another process works on it; what they raise ends the stage. map: runner of jobs on parts (`score`); left out, they run here, one after the other.
+    progress, check: called on the way, and while another process works on the same artifact; what they raise ends the
+    stage. map: runs jobs on parts (`score`); by default here, one after the other.
     """
 
     def produce(work: Work) -> None:
+        work.seed, work.where = getattr(settings, "seed", None), resources.where.public()
         stage.run(Job(settings, inputs, work, store, resources, progress, map))
 
     artifact, cached = store.build(
         stage.makes.KIND,
         stage.recipe(settings, inputs),
         produce,
-        seed=getattr(settings, "seed", None),
-        where=resources.where.public(),
         force=force,
         waiting=check,
     )
@@ -222,13 +226,21 @@ def build(
     return artifact, cached
 
 
-def shown(stage: Stage[Any]) -> list[str]:
-    """Roles of the inputs that can be named by hand, those first that have to be."""
+def write_images(work: Work, name: str, images: Iterable[tuple[str, bytes, int, int]]) -> None:
+    """Write a part of images, unless it is there: (content hash, encoded, width, height) of each."""
+    if not work.has(name):
+        with work.part(name) as path, image_writer(path) as add:
+            for image in images:
+                add(*image)
+
+
+def list_inputs(stage: Stage[Any]) -> list[str]:
+    """Return the roles of the inputs that can be named by hand, those first that must be."""
     roles = [role for role, entry in stage.reads.items() if entry.origin is None or entry.shown]
     return sorted(roles, key=lambda role: stage.reads[role].origin is not None)
 
 
-def open_stage(name: str) -> Stage[Any]:
-    """The stage of a module of this folder, which bears its name."""
+def load_stage(name: str) -> Stage[Any]:
+    """Return the stage of the module of this name in this folder."""
     assert find_spec(f"{__package__}.{name}"), name
     return getattr(import_module(f"{__package__}.{name}"), name)

@@ -19,12 +19,12 @@ from thinkimg.models.settings import ModelConfig
 from thinkimg.records import StopReason
 from thinkimg.rewards.joined import Joined, join
 from thinkimg.rewards.mix import Mix
-from thinkimg.rewards.registry import components
+from thinkimg.rewards.registry import load_components
 from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage
 from thinkimg.store import files
-from thinkimg.store.artifacts import Artifact, Store
+from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset, Policy, Rollouts, Scores, open_artifact
-from thinkimg.store.manifest import MANIFEST, OPTIMIZER, TRIMMED, Reference
+from thinkimg.store.manifest import MANIFEST, OPTIMIZER, TRIMMED, Artifact
 from thinkimg.trainer.settings import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,10 @@ KEPT = 2  # policies of a loop that keep their optimizer's state
 
 
 class TrainSettings(Slice):
+    """Slice of `train`."""
+
     mix: Mapping[str, Any]
-    """As Mix.slice has it: `mix`, and `image` where that names it."""
+    """`mix`, and `image` where the mix names it, as Mix.fingerprinted returns them."""
     images: ViewLimits
     model: ModelConfig
     temperature: float
@@ -51,12 +53,13 @@ class TrainSettings(Slice):
 
 def check_mix(config: Config) -> None:
     """Raise UserError where the mix names a component that is never scored."""
-    Mix.of_settings(config.mix, config.image).check(components(config.rewards, config.image))
+    Mix.from_config(config.mix, config.image).check(load_components(config.rewards, config.image))
 
 
 def settings_of(config: Config) -> TrainSettings:
+    """Return the slice of the config."""
     return TrainSettings(
-        mix=Mix.of_settings(config.mix, config.image).slice(),
+        mix=Mix.from_config(config.mix, config.image).fingerprinted(),
         images=ViewLimits.of(config.images),
         model=config.model,
         temperature=config.rollout.temperature,
@@ -68,8 +71,10 @@ def settings_of(config: Config) -> TrainSettings:
 
 
 def run(job: Job[TrainSettings]) -> None:
-    """Raises UserError where the parity gate refuses. Where no group is left to learn from, no step is taken and the next
-    policy has the same weights; the metric train/no_step is 1, and a warning says why.
+    """Write the content: policy/, advantages.parquet. Raises UserError where the parity gate refuses.
+
+    Where no group has anything to learn from, no step is taken and the next policy has the same weights. The metric
+    train/no_step is then 1, and a warning says why.
     """
     settings, work = job.settings, job.work
     dataset, policy, rollouts, scores = (job.inputs[role] for role in ("dataset", "policy", "rollouts", "scores"))
@@ -77,16 +82,16 @@ def run(job: Job[TrainSettings]) -> None:
     check_optimizer(policy)
     joined = join(rollouts, scores)
     ids, valid = joined.ids, joined.counted
-    totals, result = weigh(Mix.of(settings.mix), settings.train, joined)
+    totals, result = compute_advantages(Mix.from_tree(settings.mix), settings.train, joined)
     rows = included_rows(
         result.included, joined.stops == StopReason.TRUNCATED,
         mask_truncated_completions=settings.train.loss.mask_truncated_completions,
     )  # fmt: skip
     if not work.has("advantages.parquet"):
         work.table("advantages.parquet", advantages_table(joined, totals, result))
-    chosen = job.resources.scratch / "advantages.parquet"  # the job's own copy: included rows only
+    included = job.resources.scratch / "advantages.parquet"  # the trainer's copy: included rows only
     pa.parquet.write_table(
-        pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), chosen
+        pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), included
     )
     codec = Codec.load(policy.vocabulary)
     order = {
@@ -97,7 +102,7 @@ def run(job: Job[TrainSettings]) -> None:
         "train": settings.train.model_dump(mode="json"),
         "rollouts": str(rollouts.directory.resolve()),
         "images": {"tables": [str(a.directory.resolve()) for a in (dataset, rollouts)], **settings.images.model_dump()},
-        "advantages": str(chosen),
+        "advantages": str(included),
         "conversation": {
             "temperature": settings.temperature,
             "banned": list(codec.banned),
@@ -106,7 +111,7 @@ def run(job: Job[TrainSettings]) -> None:
         "reference": reference and str((reference.directory / "policy").resolve()),
         "seed": settings.seed,
     }
-    work.discard("policy")  # of a killed run: its figures are lost, so that it is trained again
+    work.discard("policy")  # of a killed run: its metrics are lost, so that it is trained again
     with work.part("policy") as output:
         if len(rows):
             order["output"] = str(output.resolve())
@@ -114,7 +119,7 @@ def run(job: Job[TrainSettings]) -> None:
             work.metrics |= done["metrics"]
         else:
             log.warning(
-                "no group is left to learn from: no step is taken (%d of %d groups are silent, %d of %d rows don't count)",
+                "no step is taken, as there is nothing to learn: %d of %d groups are silent, %d of %d rows don't count",
                 len(result.silent_groups), len(set(joined.groups.tolist())), int((~valid).sum()), len(ids),
             )  # fmt: skip
             shutil.copytree(policy.checked("policy"), output)
@@ -129,7 +134,7 @@ def run(job: Job[TrainSettings]) -> None:
 
 
 def advantages_table(joined: Joined, totals: np.ndarray, result: AdvantageResult) -> pa.Table:
-    """What each row was worth, and whether it entered the loss; in order of the rollouts."""
+    """Return each row's total and advantage, and whether it entered the loss, in the order of the rollouts."""
     columns = {
         "trajectory_id": joined.ids,
         "group_id": joined.groups,
@@ -142,43 +147,43 @@ def advantages_table(joined: Joined, totals: np.ndarray, result: AdvantageResult
 
 
 def check_optimizer(policy: Artifact) -> None:
-    """Raise UserError where training can't go on from the policy, before a trainer is started."""
+    """Raise UserError where training can't go on from a policy, before a trainer is started."""
     name = f"policy/{OPTIMIZER}"
-    if name in policy.files and policy.trimmed(policy.files[name]):
+    if name in policy.files and policy.is_trimmed(name):
         raise UserError(
-            f"The policy {policy.fingerprint[:12]} that these rollouts are of has no optimizer state any more: only the last "
-            f"{KEPT} policies of a loop keep theirs.",
-            hint="train from the scores of the loop's first or last iteration; `thinkimg remix` tells of any scores what "
-            "another mix would make of them",
+            f"The policy {policy.fingerprint[:12]} of these rollouts has no optimizer state any more: "
+            f"only the last {KEPT} policies of a loop keep theirs.",
+            hint="Train from the scores of the loop's first or last iteration; "
+            "`thinkimg remix` shows what another mix would change in any scores.",
         )
 
 
 def trim_optimizers(store: Store, newest: Artifact) -> None:
-    """Remove the optimizer states of the policies behind the last two: they are two thirds of a policy.
+    """Remove the optimizer states of the policies before the last two: they are two thirds of a policy.
 
-    Such a policy still serves, is evaluated, merged and exported; training does not go on from it.
+    Such a policy can still be served, evaluated, merged and exported, but no longer trained on.
     """
     policy, age = newest, 0
     while policy.manifest["recipe"]["stage"] == train.name:
         name = f"policy/{OPTIMIZER}"
         if age >= KEPT and name in policy.files and not policy.dropped:
-            if policy.trimmed(policy.files[name]):
-                return  # and all behind it
+            if policy.is_trimmed(name):
+                return  # all before it are trimmed, too
             files.write(policy.directory.with_suffix(TRIMMED), "")  # first: a file that is missing would be damage
             files.remove(policy.directory / name)
-        directory = store.root / str(Reference(**policy.manifest["recipe"]["inputs"]["policy"]))
+        directory = store.root / str(policy.inputs["policy"])
         if not (directory / MANIFEST).is_file():
             return  # kept elsewhere
         policy, age = open_artifact(directory), age + 1
 
 
-def weigh(mix: Mix, train: TrainConfig, joined: Joined) -> tuple[np.ndarray, AdvantageResult]:
-    """Totals of the mix and the advantages within groups, over the rows that count."""
+def compute_advantages(mix: Mix, train: TrainConfig, joined: Joined) -> tuple[np.ndarray, AdvantageResult]:
+    """Return the totals of a mix, and the advantages within groups, over the rows that count."""
     totals, scale = joined.totals(mix), train.loss.scale_rewards
     return totals, advantages(totals, joined.groups, joined.counted, scale_rewards=scale, min_std=train.min_std)
 
 
-Weight = Annotated[float, Field(ge=0, le=1000)]
+MixWeight = Annotated[float, Field(ge=0, le=1000)]
 
 train = Stage(
     name="train",
@@ -191,7 +196,7 @@ train = Stage(
         "rollouts": Input(Rollouts, origin=Lineage("scores", "rollouts")),
         "dataset": Input(Dataset, origin=Lineage("rollouts", "dataset")),
         "policy": Input(Policy, origin=Lineage("rollouts", "policy")),
-        # What the KL term is measured against; with LoRA that is the base model, which needs no artifact.
+        # Reference of the KL term; with LoRA it is the base model, which is no artifact.
         "reference": Input(
             Policy,
             origin=Lineage("policy", "policy", first=True),
@@ -201,7 +206,7 @@ train = Stage(
     },
     offers={
         "mix": Parameter(
-            dict[str, Weight] | None,
+            dict[str, MixWeight] | None,
             None,
             "Weight of each reward component, all of them; left out, as the preset says.",
         )

@@ -1,4 +1,4 @@
-"""Train a small CLIP on known pairs of the puzzles, for machines without a hub."""
+"""Train a small CLIP on known pairs of the puzzles, for machines without access to the Hub."""
 
 from thinkimg.config.tree import Config
 from thinkimg.models import clip
@@ -11,30 +11,29 @@ STEPS = 100
 
 
 class ClipSettings(Slice):
+    """Slice of `train_clip`."""
+
     steps: int
     seed: int
     model: dict = clip.TINY
 
 
 def settings_of(config: Config) -> ClipSettings:
+    """Return the slice of the config."""
     return ClipSettings(steps=STEPS, seed=config.seed)
 
 
 def run(job: Job[ClipSettings]) -> None:
+    """Train on (question, right, original, wrong) of each pair."""
     pairs = job.inputs["pairs"]
     images = ImageTable([pairs])
     triples = [
         (row["question"], *(images.decoded(row[name]) for name in ("right", "original", "wrong")))
         for row in pairs.rows()
     ]
-    with job.work.part("clip") as directory:
+    with job.work.part("clip") as directory, clip.limit_threads(job.resources.where.trainer.threads):
         job.work.metrics |= clip.train_tiny(
-            directory,
-            triples,
-            seed=job.settings.seed,
-            steps=job.settings.steps,
-            threads=job.resources.where.trainer.threads,
-            progress=job.progress,
+            directory, triples, seed=job.settings.seed, steps=job.settings.steps, progress=job.progress
         )
 
 

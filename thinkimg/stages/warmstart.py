@@ -7,14 +7,16 @@ from pydantic import Field
 from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
 from thinkimg.models.settings import ModelConfig
-from thinkimg.stages.demonstrate import DemonstrateSettings, demonstrate, demonstrate_fields, start_directory
+from thinkimg.stages.demonstrate import DemonstrateSettings, demonstrate, demonstrate_fields, locate_start
 from thinkimg.stages.stage import Input, Job, Lineage, Stage
-from thinkimg.store.artifacts import Reference
 from thinkimg.store.kinds import Dataset, Demonstrations, Pairs, Policy
+from thinkimg.store.manifest import Reference
 from thinkimg.trainer.settings import WarmstartConfig
 
 
 class WarmstartSettings(DemonstrateSettings):
+    """Slice of `warmstart`."""
+
     model: ModelConfig
     warmstart: WarmstartConfig
     token_budget: int
@@ -36,6 +38,7 @@ class WarmstartSettings(DemonstrateSettings):
 
 
 def settings_of(config: Config) -> WarmstartSettings:
+    """Return the slice of the config."""
     return WarmstartSettings(
         **demonstrate_fields(config),
         model=config.model,
@@ -46,9 +49,10 @@ def settings_of(config: Config) -> WarmstartSettings:
 
 
 def run(job: Job[WarmstartSettings]) -> None:
+    """Write the content: policy/. Without demonstrations the policy is the model to start from."""
     settings, work = job.settings, job.work
     demonstrations = job.inputs.get("demonstrations")
-    start = start_directory(settings, job.inputs["dataset"], job.resources)
+    start = locate_start(settings, job.inputs["dataset"], job.resources)
     steps = settings.warmstart.steps if demonstrations else 0
     order = {
         "kind": "warmstart",
@@ -65,7 +69,7 @@ def run(job: Job[WarmstartSettings]) -> None:
         "conversation": {"temperature": 1.0, "banned": list(Codec.load(start).banned)},
         "seed": settings.seed,
     }
-    work.discard("policy")  # of a killed run: its figures are lost, so that it is trained again
+    work.discard("policy")  # of a killed run: its metrics are lost, so that it is trained again
     with work.part("policy") as output:
         order["output"] = str(output.resolve())
         result = job.resources.trainer.submit(order, progress=lambda line: job.progress(line["step"], line["steps"]))
@@ -81,7 +85,7 @@ warmstart = Stage(
     reads={
         "dataset": Input(Dataset),
         "demonstrations": Input(Demonstrations, origin=demonstrate, counts=lambda config: config.has_demonstrations),
-        # Whose images the demonstrations compare.
+        # They hold the images that the demonstrations compare.
         "pairs": Input(
             Pairs,
             origin=Lineage("demonstrations", "pairs"),

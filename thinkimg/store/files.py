@@ -1,7 +1,7 @@
-"""The one file layer: everything persistent is written beside, synced, renamed, and its directory synced.
+"""The file layer: each file is written under another name, synced and renamed, then its directory is synced.
 
 Every operation that touches the disk is an `op`, so that tests can stop the process before and after each of them.
-There is no clean-up on failure anywhere: an exception leaves what a kill would leave, and one path recovers from both.
+Nothing cleans up after a failure: an exception leaves the same files as a kill, and one recovery handles both.
 """
 
 import errno
@@ -26,33 +26,30 @@ NO_ENTRY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 def hook(event: str, *paths: Path) -> None:
-    """Called before and after each operation; does nothing but let tests watch and interrupt."""
+    """Do nothing before and after each operation; tests replace it to watch and to interrupt."""
 
 
 @contextmanager
 def op(name: str, *paths: Path) -> Iterator[None]:
-    """One operation on `paths`; a full or unwritable disk becomes a UserError of one sentence, the rest passes."""
+    """Run one operation on `paths`. Raises UserError for a full or unwritable disk; other errors pass."""
     try:
         hook(f"before {name}", *paths)
         yield
         hook(f"after {name}", *paths)
     except OSError as error:
-        # Inside a "write" a stage's own code runs: a file that it may not read somewhere else is not ours to explain.
-        ours = str(error.filename or paths[0]).startswith(str(paths[0]))
+        # Inside a "write" a stage's own code runs: its errors about files elsewhere are not explained here.
+        concerns_path = str(error.filename or paths[0]).startswith(str(paths[0]))
         if error.errno in NO_SPACE:
-            raise UserError(
-                f"cannot {name} {paths[0]}: {os.strerror(error.errno)}",
-                hint="free some space and run again, closed parts are kept",
-            ) from error
-        if error.errno in NO_ENTRY and ours:
-            raise UserError(
-                f"cannot {name} {paths[0]}: {os.strerror(error.errno)}", hint="name a root that this user can write to"
-            ) from error
-        raise
+            hint = "Free some space and run again: closed parts are kept."
+        elif error.errno in NO_ENTRY and concerns_path:
+            hint = "Set where.store to a directory that this user can write to."
+        else:
+            raise
+        raise UserError(f"Cannot {name} {paths[0]}: {os.strerror(error.errno)}.", hint=hint) from error
 
 
-def sync(path: Path) -> None:
-    """fsync one file or one directory."""
+def sync_path(path: Path) -> None:
+    """Fsync one file or one directory."""
     with op("sync", path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -62,32 +59,32 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """fsync a file, or all files and directories under a directory, leaves first."""
+    """Fsync a file, or all files and directories under a directory, leaves first."""
     if path.is_dir():
         for child in sorted(path.iterdir()):
             sync_tree(child)
-    sync(path)
+    sync_path(path)
 
 
 def make_directory(path: Path) -> None:
-    """Make `path` and its parents, each synced into its own parent; one that exists is left alone."""
+    """Make `path` and its parents, each synced into its own parent; those that exist stay as they are."""
     if path.is_dir():
         return
     make_directory(path.parent)
     with op("make", path):
         path.mkdir(exist_ok=True)
-    sync(path.parent)
+    sync_path(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
     """Rename within one directory and sync that directory."""
     with op("rename", source, target):
         source.rename(target)
-    sync(target.parent)
+    sync_path(target.parent)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a tree; nothing there is fine."""
+    """Remove a file or a tree; do nothing if there is none."""
     if not path.exists() and not path.is_symlink():
         return
     with op("remove", path):
@@ -99,7 +96,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write one file or directory under; when the block ends it is synced and renamed."""
+    """Yield a temporary path to write one file or directory at; after the block it is synced and renamed to `path`."""
     temporary = path.with_name(TEMPORARY + path.name)
     remove(temporary)
     with op("write", temporary):
@@ -110,23 +107,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Replace the file at `path` by `data` (text as UTF-8) at once: a reader sees all of the old or all of the new."""
+    """Replace the file at `path` by `data` (text as UTF-8); a reader sees all of the old or all of the new."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def append(path: Path, line: str) -> None:
-    """Add one line to a file that exists, synced; a crash may leave it torn."""
+    """Add one line to a file that exists, and sync it; a crash may leave half a line."""
     with op("append", path), path.open("ab") as file:
         file.write(f"{line}\n".encode())
-    sync(path)
+    sync_path(path)
 
 
 @contextmanager
 def locked(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Hold the lock file at `path`, which stays; yields False if another process has it and `wait` is False.
+    """Hold the lock of the file at `path`; yield False if another process has it and `wait` is False.
 
-    waiting: called while it waits; what it raises ends the waiting. It is a kernel lock (flock): it ends with the process that holds it, however that ends.
+    waiting: called again and again while this waits; its exceptions end the waiting.
+    The kernel (flock) ends the lock with the process that holds it. The file stays.
     """
     lock = FileLock(path)
     try:
@@ -136,7 +134,7 @@ def locked(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: 
         if not wait:
             yield False
             return
-        log.info("waiting for another process that works on %s", path.parent)
+        log.info("Waiting for another process that works on %s.", path.parent)
         while not lock.is_locked:
             waiting()
             with suppress(Timeout):
@@ -148,7 +146,7 @@ def locked(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: 
 
 
 def files_under(directory: Path) -> list[str]:
-    """Names of everything under `directory` that is not a directory, relative with forward slashes, sorted."""
+    """Return the paths of all files and links under `directory`, relative with forward slashes, sorted."""
     return sorted(
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")
@@ -157,13 +155,13 @@ def files_under(directory: Path) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """64 hex digits over the file's bytes, read in blocks."""
+    """Return 64 hex digits over the file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_once(path: Path) -> str:
-    """As `sha256`, but a file whose inode, size and times have not changed is read once per process."""
+    """Return `sha256`; a file whose inode, size and times have not changed is read once per process."""
     stat = path.stat()
     return _sha256_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 

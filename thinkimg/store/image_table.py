@@ -1,4 +1,4 @@
-"""The images of artifacts, written so that one is read without its neighbours, and read by hash."""
+"""Images of artifacts, written so that few neighbours are read with each, and read by hash."""
 
 import io
 import threading
@@ -18,13 +18,16 @@ from thinkimg.store.manifest import Artifact
 from thinkimg.store.tables import IMAGES_PER_GROUP
 
 GROUP_BYTES = 4 * 2**20
-"""A row group ends when it holds this much: what a reader of one image reads at most, but for the image itself."""
-WEBP_SIDE = 16383
-STORED = ImageLimits(max_bytes=2**40, max_pixels=2**40)  # checked when it was stored, and by the artifact's hashes
+"""Bytes at which a row group ends: a reader of one image reads at most these and the image itself."""
+WEBP_SIDE = 16383  # pixels of a side, at most
+STORED = ImageLimits(max_bytes=2**40, max_pixels=2**40)  # a stored image was checked before, and has a hash
 
 
-def encode(image: Image.Image) -> bytes:
-    """A lossless WebP of an RGB image: a quarter smaller than PNG and faster both ways; PNG above WebP's 16,383 pixels."""
+def encode_lossless(image: Image.Image) -> bytes:
+    """Return a lossless WebP of an RGB image, or a PNG where a side is above WebP's 16,383 pixels.
+
+    WebP is a quarter smaller than PNG and faster both ways.
+    """
     if max(image.size) > WEBP_SIDE:
         return encode_png(image)
     buffer = io.BytesIO()
@@ -32,12 +35,14 @@ def encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def storable(data: bytes, image: Image.Image) -> bytes:
-    """The file itself where every reader sees in it what `image = decode(data)` shows, else the image encoded anew:
-    readers differ over EXIF orientation, transparency, palettes and 16 bit."""
+def keep_or_encode(data: bytes, image: Image.Image) -> bytes:
+    """Return the file itself where every reader sees the pixels of `image = decode(data)`, else the image encoded anew.
+
+    Readers differ over EXIF orientation, transparency, palettes and 16 bit.
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as plain:
         neutral = plain.mode == "RGB" and not plain.has_transparency_data and plain.size == image.size
-        return data if neutral and plain.tobytes() == image.tobytes() else encode(image)
+        return data if neutral and plain.tobytes() == image.tobytes() else encode_lossless(image)
 
 
 @contextmanager
@@ -50,7 +55,7 @@ def image_writer(path: Path) -> Iterator[Callable[[str, bytes, int, int], None]]
 
     def flush() -> None:
         if rows:
-            file.write_table(pa.Table.from_pylist(rows, records.images()), row_group_size=len(rows))
+            file.write_table(pa.Table.from_pylist(rows, records.image_schema()), row_group_size=len(rows))
             rows.clear()
 
     def add(sha256: str, data: bytes, width: int, height: int) -> None:
@@ -60,21 +65,21 @@ def image_writer(path: Path) -> Iterator[Callable[[str, bytes, int, int], None]]
 
     # Encoded images don't compress, and a dictionary of them would only be a second copy.
     options = {"version": "2.6", "data_page_version": "1.0", "compression": "none", "use_dictionary": False}
-    with pq.ParquetWriter(path, records.images(), **options) as file:
+    with pq.ParquetWriter(path, records.image_schema(), **options) as file:
         yield add
         flush()
 
 
 class ImageTable:
-    """The images of some artifacts by hash, for any number of threads.
+    """Images of some artifacts by hash, for any number of threads.
 
-    Memory: the index (some 200 bytes per image), which is made when the first image is asked for, one row group, and at most
-    cache_bytes of decoded pixels.
+    Memory: an index (some 200 bytes per image), one row group, and at most cache_bytes of decoded pixels.
+    The index is made with the first request.
     """
 
     def __init__(self, artifacts: Sequence[Artifact], cache_bytes: int = 256 * 2**20):
         self._unread = [path for artifact in artifacts for path in artifact.table_files("images")]
-        self._known: dict[bytes, tuple[int, int, int]] = {}  # file, row group, row
+        self._rows: dict[bytes, tuple[int, int, int]] = {}  # hash -> file, row group, row
         self._files: list[pq.ParquetFile] = []
         self._lock = threading.Lock()
         self._group: tuple[int, int] | None = None
@@ -83,7 +88,7 @@ class ImageTable:
         self._room = cache_bytes
 
     def add(self, artifact: Artifact) -> None:
-        """Know one more artifact; an image that is known already keeps its first place."""
+        """Add the images of one more artifact; an image that is in the table already is still read from there."""
         with self._lock:
             self._unread += artifact.table_files("images")
 
@@ -94,10 +99,10 @@ class ImageTable:
                 file = pq.ParquetFile(path, pre_buffer=False)
                 for group in range(file.num_row_groups):
                     for row, sha256 in enumerate(file.read_row_group(group, ["sha256"]).column(0).to_pylist()):
-                        self._known.setdefault(bytes.fromhex(sha256), (len(self._files), group, row))
+                        self._rows.setdefault(bytes.fromhex(sha256), (len(self._files), group, row))
                 self._files.append(file)
             self._unread = []
-        return self._known
+        return self._rows
 
     def __len__(self) -> int:
         return len(self._index)
@@ -106,11 +111,11 @@ class ImageTable:
         return bytes.fromhex(sha256) in self._index
 
     def get(self, sha256: str) -> bytes:
-        """The image as it is stored: PNG, JPEG or WEBP. Raises KeyError for an unknown hash."""
+        """Return the image as it is stored: PNG, JPEG or WebP. Raises KeyError for an unknown hash."""
         try:
             file, group, row = self._index[bytes.fromhex(sha256)]
         except KeyError:
-            raise KeyError(f"no image {sha256} in the artifacts at hand") from None
+            raise KeyError(f"There is no image {sha256} in these artifacts.") from None
         with self._lock:
             if self._group != (file, group):
                 self._data = self._files[file].read_row_group(group, ["data"]).column(0).to_pylist()
@@ -118,7 +123,7 @@ class ImageTable:
             return self._data[row]
 
     def decoded(self, sha256: str) -> Image.Image:
-        """The image in RGB at full resolution; it is shared, so it must not be changed. Raises as `get`."""
+        """Return the image in RGB at full resolution. It is shared: do not change it. Raises as `get`."""
         with self._lock:
             if sha256 in self._decoded:
                 self._decoded.move_to_end(sha256)

@@ -1,4 +1,4 @@
-"""Typed artifacts: the one reader of each kind's tables. They stream: one row group, or one part, is in memory."""
+"""Kinds of artifacts, and the reader of each kind's tables, with one row group in memory at a time."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from thinkimg import records
 from thinkimg.errors import UserError
-from thinkimg.records import Sample, Trajectory
+from thinkimg.records import Sample, Trajectory, from_row
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.manifest import Artifact, read_manifest
 from thinkimg.store.tables import read_batches
@@ -21,35 +20,31 @@ IDENTITY = ("trajectory_id", "sample_id", "group_id")
 JUDGEMENTS = "judgements"
 
 
-class Typed(Artifact):
-    """An artifact of a known kind."""
+class TypedArtifact(Artifact):
+    """An artifact of one of the kinds below."""
 
     KIND: ClassVar[str]
     FIGURES: ClassVar[tuple[str, ...]] = ()
-    """Metrics that tell one from another of its kind."""
+    """Headline metrics, which tell an artifact from others of its kind."""
     SPACES: ClassVar[tuple[str, ...]]
-    """Beginnings of its metrics' names in a loop's run; the first is put before names that have none of them."""
+    """Prefixes of its metrics' names in a loop's run; names without a prefix get the first."""
     LASTING: ClassVar[bool] = False
-    """Whether later stages go on reading it, so that its files are never dropped."""
+    """True if later stages read it again and again, so that its files are never dropped."""
 
 
-class Dataset(Typed):
+class Dataset(TypedArtifact):
     """Samples and their images."""
 
     KIND, FIGURES, SPACES, LASTING = "dataset", ("train", "held_out"), ("data",), True
 
     def samples(self, split: str | None = None, ids: Iterable[str] | None = None) -> Iterator[Sample]:
-        """The samples in their order: all, those of "train" or "held_out", those of some ids."""
-        wanted = None if ids is None else pa.array(sorted(set(ids)), pa.string())
-        for batch in self.batches("samples"):
-            if wanted is not None:
-                batch = batch.filter(pc.is_in(batch.column("sample_id"), wanted))
-            if split is not None:
-                batch = batch.filter(pc.equal(batch.column("split"), split))
-            yield from (records.from_row(Sample, row) for row in batch.to_pylist())
+        """Yield the samples in their order: all, those of "train" or "held_out", or those of some ids."""
+        for row in _select(self.batches("samples"), "sample_id", ids):
+            if split in (None, row["split"]):
+                yield from_row(Sample, row)
 
     def split(self, name: str) -> list[Sample]:
-        """The samples of "train" or "held_out". Raises UserError if there are none."""
+        """Return the samples of "train" or "held_out". Raises UserError if there are none."""
         samples = list(self.samples(name))
         if not samples:
             raise UserError(
@@ -58,52 +53,52 @@ class Dataset(Typed):
         return samples
 
     def samples_of(self, rows: Iterable[Trajectory]) -> dict[str, Sample]:
-        """The samples of some trajectories, by id."""
+        """Return the samples of some trajectories, by id."""
         return {sample.sample_id: sample for sample in self.samples(ids={row.sample_id for row in rows})}
 
     def image_sizes(self, hashes: set[str]) -> dict[str, tuple[int, int]]:
-        """(width, height) in pixels of some images, by hash."""
-        return _image_sizes([self], hashes)
+        """Return (width, height) in pixels of some images, by hash."""
+        return _read_image_sizes([self], hashes)
 
 
-class Episodes(Typed):
+class Episodes(TypedArtifact):
     """Trajectories, and the images that tools made in them."""
 
     def parts(self) -> dict[str, int]:
-        """Name of each part of the trajectories -> its rows, in order."""
+        """Return the name of each part of the trajectories -> its number of rows, in order."""
         return {path.name: self.files[path.name]["rows"] for path in self.table_files("trajectories")}
 
     def trajectories(
         self, part: str | None = None, ids: Iterable[str] | None = None, table: str = "trajectories"
     ) -> Iterator[Trajectory]:
-        """The trajectories in their order: all, those of a part, or those of some ids."""
+        """Yield the trajectories in their order: all, those of a part, or those of some ids."""
         return read_trajectories(self.table_files(table) if part is None else [self.checked(part)], ids)
 
     def rows(self, columns: list[str], part: str | None = None) -> Iterator[dict[str, Any]]:
-        """Some columns of the trajectories as plain values, in order."""
+        """Yield some columns of the trajectories as plain values, in order."""
         return read_columns(self.table_files("trajectories") if part is None else [self.checked(part)], columns)
 
     def ids(self) -> list[str]:
-        """Trajectory ids, in order."""
+        """Return the trajectory ids, in order."""
         return [row["trajectory_id"] for row in self.rows(["trajectory_id"])]
 
     @property
     def tools(self) -> tuple[str, ...] | None:
-        """`conversation.tools` of the conversations; None: the shipped ones."""
+        """Setting `conversation.tools` of these conversations; None for all shipped tools."""
         names = self.manifest["recipe"]["config"].get("conversation", {}).get("tools")
         return None if names is None else tuple(names)
 
     def images(self, dataset: Dataset) -> ImageTable:
-        """The images of the conversations, by hash: those of the samples, and those that tools made where they are kept."""
+        """Return the images of the conversations by hash: those of the samples, and stored ones that tools made."""
         return ImageTable([dataset, self] if self.has_table("images") else [dataset])
 
     def image_sizes(self, dataset: Dataset, hashes: set[str]) -> dict[str, tuple[int, int]]:
-        """(width, height) in pixels of some images, by hash."""
-        return _image_sizes([dataset, self], hashes)
+        """Return (width, height) in pixels of some images, by hash."""
+        return _read_image_sizes([dataset, self], hashes)
 
 
 class Rollouts(Episodes):
-    """An iteration's trajectories, whole groups next to each other."""
+    """Trajectories of an iteration; the rows of a group are adjacent."""
 
     KIND, FIGURES, SPACES = "rollouts", ("trajectories", "tool/rate"), ("rollout", "tool")
 
@@ -120,19 +115,19 @@ class Evaluation(Episodes):
     KIND, FIGURES, SPACES = "evaluation", ("accuracy", "avg_at_k"), ("eval",)
 
 
-class Scores(Typed):
-    """One raw value per trajectory and component, in order of the rollouts, and the judgements beside them."""
+class Scores(TypedArtifact):
+    """Raw values, one per trajectory and component, in the order of the rollouts; and the judgements behind them."""
 
     KIND, SPACES = "scores", ("reward",)
 
     @property
     def components(self) -> list[str]:
-        """Names of the columns."""
+        """Names of the components' columns."""
         names = pq.read_schema(self.table_files("scores")[0]).names
         return [name for name in names if name not in IDENTITY]
 
     def values(self) -> dict[str, np.ndarray]:
-        """Component -> (N,) float64, NaN where the value is missing."""
+        """Return component -> (N,) float64, NaN where the value is missing."""
         names = self.components
         values: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for batch in self.batches("scores", [f"{name}.value" for name in names]):
@@ -142,7 +137,7 @@ class Scores(Typed):
         return {name: np.concatenate([*parts, np.empty(0)]) for name, parts in values.items()}
 
     def identities(self) -> tuple[list[str], list[str]]:
-        """(trajectory ids, group ids), in order."""
+        """Return (trajectory ids, group ids), in order."""
         ids: list[str] = []
         groups: list[str] = []
         for batch in self.batches("scores", ["trajectory_id", "group_id"]):
@@ -151,113 +146,113 @@ class Scores(Typed):
         return ids, groups
 
     def rows(self, ids: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Rows as stored: identity, and per component value, status, reason and evidence; all, or those of some ids."""
-        wanted = None if ids is None else pa.array(sorted(set(ids)), pa.string())
-        for batch in self.batches("scores"):
-            if wanted is not None:
-                batch = batch.filter(pc.is_in(batch.column("trajectory_id"), wanted))
-            yield from batch.to_pylist()
+        """Yield rows as stored, all or those of some ids: per component value, status, reason and evidence."""
+        return _select(self.batches("scores"), "trajectory_id", ids)
 
     def judgements(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Key -> the judgement as it is stored; those that are not there are left out.
+        """Return key -> the judgement as it is stored, without the keys that have none.
 
         Two components may name one key, where one judge answered for both: the verdict is the same.
         """
         wanted = set(keys)
         if not wanted or not self.has_table(JUDGEMENTS):
             return {}
-        rows = (row for batch in self.batches(JUDGEMENTS) for row in batch.to_pylist())
-        return {row["key"]: row for row in rows if row["key"] in wanted}
+        return {row["key"]: row for row in _select(self.batches(JUDGEMENTS), "key", wanted)}
 
 
-class Policy(Typed):
-    """Weights with their vocabulary, as a whole model or an adapter, and the advantages that they were trained with."""
+class Policy(TypedArtifact):
+    """Weights with their vocabulary, a complete model or an adapter, and the advantages that they were trained on."""
 
     KIND, FIGURES = "policy", ("train/rows", "parity/mean_abs")
     SPACES = ("train", "parity", "reward", "time")
 
     @property
     def is_full(self) -> bool:
-        """Whether it is a whole model and not an adapter."""
+        """True for a complete model, False for an adapter."""
         return "policy/model/config.json" in self.files
 
     @property
     def model_directory(self) -> Path:
+        """Directory of the complete model."""
         return self.checked("policy/model")
 
     @property
     def adapter_directory(self) -> Path:
+        """Directory of the adapter."""
         return self.checked("policy/adapter")
 
     @property
     def adapter_rank(self) -> int:
+        """Rank of the adapter."""
         return self.json("policy/adapter/adapter_config.json")["r"]
 
     @property
     def vocabulary(self) -> Path:
-        """The directory with tokenizer, processor and chat template."""
+        """Directory with tokenizer, processor and chat template."""
         return self.model_directory if self.is_full else self.adapter_directory
 
     def advantages(self) -> dict[str, dict[str, Any]]:
-        """Trajectory id -> {total, advantage, included, reason, group_id} as it was trained."""
-        rows = (row for batch in self.batches("advantages") for row in batch.to_pylist())
-        return {row["trajectory_id"]: row for row in rows}
+        """Return trajectory id -> {total, advantage, included, reason, group_id} of the training of these weights."""
+        return {row["trajectory_id"]: row for row in _select(self.batches("advantages"))}
 
 
-class Pairs(Typed):
+class Pairs(TypedArtifact):
     """Known pairs of puzzle images."""
 
     KIND, SPACES, LASTING = "pairs", ("pairs",), True
 
     def rows(self) -> list[dict[str, str]]:
-        """sample_id, question, family, and the hashes original, right and wrong."""
+        """Return rows of sample_id, question, family, and the hashes original, right and wrong."""
         return self.table("pairs").to_pylist()
 
 
-class Clip(Typed):
+class Clip(TypedArtifact):
     """The small CLIP."""
 
     KIND, SPACES, LASTING = "clip", ("clip",), True
 
 
-KINDS: dict[str, type[Typed]] = {
+KINDS: dict[str, type[TypedArtifact]] = {
     kind.KIND: kind for kind in (Clip, Pairs, Dataset, Demonstrations, Policy, Rollouts, Scores, Evaluation)
 }
-"""By name, in the order of the pipeline: what an artifact goes on from is the last of its inputs."""
+"""Classes by name, in the order of the pipeline: a lineage is drawn along each artifact's last input in this order."""
 
 
 def read_trajectories(paths: Iterable[Path], ids: Iterable[str] | None = None) -> Iterator[Trajectory]:
     """Yield the trajectories of files in their order, all or those of some ids; one batch is in memory."""
-    wanted = None if ids is None else pa.array(sorted(set(ids)), pa.string())
-    for batch in read_batches(paths, rows=256):
-        if wanted is not None:
-            batch = batch.filter(pc.is_in(batch.column("trajectory_id"), wanted))
-        yield from (records.from_row(Trajectory, row) for row in batch.to_pylist())
+    for row in _select(read_batches(paths, rows=256), "trajectory_id", ids):
+        yield from_row(Trajectory, row)
 
 
 def read_columns(paths: Iterable[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
     """Yield some columns of files as plain values, row by row."""
-    for batch in read_batches(paths, columns):
-        yield from batch.to_pylist()
+    return _select(read_batches(paths, columns))
 
 
 def open_artifact(directory: Path) -> Artifact:
-    """The artifact in a directory, as its kind. Raises as `Artifact.open`."""
-    manifest = read_manifest(directory)
-    return typed(directory, manifest).compared()
+    """Return the artifact in a directory, as its kind. Raises as `Artifact.open`."""
+    return as_kind(directory, read_manifest(directory)).check_sizes()
 
 
-def typed(directory: Path, manifest: dict[str, Any]) -> Artifact:
-    """The artifact of a manifest, as its kind."""
+def as_kind(directory: Path, manifest: dict[str, Any]) -> Artifact:
+    """Return the artifact of a manifest, as its kind; files are not looked at."""
     return KINDS.get(manifest["kind"], Artifact)(directory, manifest)
 
 
-def _image_sizes(artifacts: Iterable[Artifact], hashes: set[str]) -> dict[str, tuple[int, int]]:
+def _select(
+    batches: Iterable[pa.RecordBatch], column: str = "", ids: Iterable[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of batches as plain values, all or those that have one of `ids` in a column."""
+    wanted = None if ids is None else pa.array(sorted(set(ids)), pa.string())
+    for batch in batches:
+        yield from (batch if wanted is None else batch.filter(pc.is_in(batch.column(column), wanted))).to_pylist()
+
+
+def _read_image_sizes(artifacts: Iterable[Artifact], hashes: set[str]) -> dict[str, tuple[int, int]]:
+    columns = ["sha256", "width", "height"]
     return {
         row["sha256"]: (row["width"], row["height"])
         for artifact in artifacts
         if artifact.has_table("images")
-        for batch in artifact.batches("images", ["sha256", "width", "height"])
-        for row in batch.to_pylist()
-        if row["sha256"] in hashes
+        for row in _select(artifact.batches("images", columns), "sha256", hashes)
     }

@@ -1,138 +1,126 @@
-"""What came from what: the graph of a store's artifacts, drawn from the data at the top down to the policy.
+"""Lineage of a store's artifacts: a graph, drawn from the data at the top down to the policy.
 
-A node is an artifact's reference, kind/fingerprint/attempt, or kind/digest for what came from outside, such as the weights
-of a base model.
+A node is an artifact's reference, kind/fingerprint/attempt. An input from outside, such as the weights of a base model,
+is kind/digest.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import io
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from thinkimg.console import decimal
-from thinkimg.store.artifacts import Artifact, Reference, Store
-from thinkimg.store.kinds import KINDS
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
 
-# What an artifact goes on from, first to last: the line that is drawn straight down. Other inputs are named beside it.
+from thinkimg.console import format_number
+from thinkimg.store.artifacts import Store
+from thinkimg.store.kinds import KINDS
+from thinkimg.store.manifest import Artifact, Reference
+
 TRUNK = tuple(reversed(KINDS))
+"""Kinds of the input that an artifact is drawn below, the preferred one first; labels name the other inputs."""
+WIDEST = 10_000  # columns: a line is never wrapped
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The artifacts of a store by name, and what each was made from."""
+    """Artifacts of a store by name, with their inputs and products."""
 
     artifacts: dict[str, Artifact]
 
     @classmethod
     def of(cls, store: Store) -> "Graph":
+        """Return the graph of all artifacts of a store."""
         return cls({str(artifact.reference): artifact for artifact in store.list()})
 
     def inputs(self, name: str) -> dict[str, Reference]:
-        """Role -> reference; empty for what came from outside, or is gone."""
-        if name not in self.artifacts:
-            return {}
-        return {role: Reference(**entry) for role, entry in self.artifacts[name].manifest["recipe"]["inputs"].items()}
+        """Return role -> input; empty for a node that is from outside or no longer in the store."""
+        return self.artifacts[name].inputs if name in self.artifacts else {}
 
     @cached_property
-    def made(self) -> dict[str, list[str]]:
-        """Name -> what was made from it, oldest first."""
-        found: dict[str, list[str]] = {}
-        for name in sorted(self.artifacts, key=lambda name: self.artifacts[name].manifest["finished"]):
+    def products(self) -> dict[str, list[str]]:
+        """Name -> the artifacts that were made from it, oldest first."""
+        products: dict[str, list[str]] = {}
+        for name in sorted(self.artifacts, key=self.finish_time):
             for source in sorted({str(reference) for reference in self.inputs(name).values()}):
-                found.setdefault(source, []).append(name)
-        return found
+                products.setdefault(source, []).append(name)
+        return products
+
+    def finish_time(self, name: str) -> str:
+        """Return the time at which an artifact was finished (ISO 8601), "" for a node that is not in the store."""
+        return self.artifacts[name].manifest["finished"] if name in self.artifacts else ""
 
     def ancestors(self, names: Iterable[str]) -> set[str]:
-        """All that `names` were made from, directly or not, themselves included."""
-        return _reach(names, lambda name: [str(reference) for reference in self.inputs(name).values()])
+        """Return the nodes that `names` were made from, directly or not, and `names`."""
+        return _reach(names, lambda name: map(str, self.inputs(name).values()))
 
     def descendants(self, names: Iterable[str]) -> set[str]:
-        """All that was made from `names`, directly or not, themselves included."""
-        return _reach(names, lambda name: self.made.get(name, []))
+        """Return the artifacts that were made from `names`, directly or not, and `names`."""
+        return _reach(names, lambda name: self.products.get(name, []))
 
     def trunk(self, name: str) -> str | None:
-        """The one input that `name` goes on from; None for a root."""
+        """Return the input that `name` is drawn below; None for a root."""
         inputs = [reference for reference in self.inputs(name).values() if reference.attempt]
         inputs.sort(key=lambda reference: TRUNK.index(reference.kind) if reference.kind in TRUNK else len(TRUNK))
         return str(inputs[0]) if inputs else None
 
     def line(self, name: str) -> list[str]:
-        """The trunk above `name`, nearest first, up to the data."""
-        found: list[str] = []
-        while (above := self.trunk(found[-1] if found else name)) is not None:
-            found.append(above)
-        return found
+        """Return the trunk above `name`, nearest first, up to the data."""
+        line: list[str] = []
+        while (above := self.trunk(line[-1] if line else name)) is not None:
+            line.append(above)
+        return line
 
 
 def _reach(names: Iterable[str], step: Callable[[str], Iterable[str]]) -> set[str]:
-    found: set[str] = set()
+    reached: set[str] = set()
     todo = list(names)
     while todo:
         name = todo.pop()
-        if name not in found:
-            found.add(name)
+        if name not in reached:
+            reached.add(name)
             todo += step(name)
-    return found
+    return reached
 
 
-def draw(graph: Graph, name: str, *, everything: bool = False) -> Iterator[str]:
-    """Lines of the tree around an artifact: what it was made from above it, what was made from it below.
+def draw_tree(graph: Graph, name: str, *, everything: bool = False) -> Iterator[str]:
+    """Yield the lines of the tree around an artifact: its ancestors above it, its products below.
 
-    The longest line of descent goes straight down; what branches off is indented. everything: with what was made from its
-    ancestors, too (evaluations, other mixes), else only what leads to it or comes from it.
+    The longest line of descent goes straight down; branches are indented. everything: also draw the other products of
+    its ancestors, such as evaluations and other mixes.
     """
     above = graph.ancestors([name])
     shown = above | graph.descendants(above if everything else [name])
     children: dict[str | None, list[str]] = {}
-    for node in sorted(shown, key=lambda node: (finished(graph, node), node)):
+    for node in sorted(shown, key=lambda node: (graph.finish_time(node), node)):
         parent = graph.trunk(node)
         if node in graph.artifacts or Reference(*node.split("/")).kind in TRUNK:
             children.setdefault(parent if parent in shown else None, []).append(node)
+    nodes = list(children.get(None, []))
+    for node in nodes:  # it grows: parents come before their children
+        nodes += children.get(node, [])
     depth: dict[str, int] = {}
-    for node in _post_order(children):
+    for node in reversed(nodes):
         depth[node] = 1 + max((depth[child] for child in children.get(node, [])), default=0)
+
+    def add_line(tree: Tree, node: str | None) -> None:
+        while node is not None:
+            branches = tree.add(Text(f"{'◉' if node == name else '●'} {_label(graph, node)}"))
+            longest = max(children.get(node, []), key=lambda child: depth[child], default=None)
+            for child in children.get(node, []):
+                if child != longest:
+                    add_line(branches, child)
+            node = longest
+
+    tree = Tree("", hide_root=True)
     for root in children.get(None, []):
-        yield from _branch(graph, root, name, children, depth, "", "● ", "")
+        add_line(tree, root)
+    for line in Console(width=WIDEST, file=io.StringIO()).render_lines(tree, pad=False):
+        yield "".join(segment.text for segment in line).rstrip()
 
 
-def _post_order(children: dict[str | None, list[str]]) -> Iterator[str]:
-    order, todo = [], list(children.get(None, []))
-    while todo:
-        node = todo.pop()
-        order.append(node)
-        todo += children.get(node, [])
-    return reversed(order)
-
-
-def _branch(
-    graph: Graph,
-    node: str,
-    marked: str,
-    children: Mapping[str | None, list[str]],
-    depth: Mapping[str, int],
-    margin: str,
-    lead: str,
-    rest: str,
-) -> Iterator[str]:
-    """One line of descent: `lead` before its first node, `rest` before the others; branches a level deeper."""
-    first = True
-    while True:
-        sign = "◉ " if node == marked else "● "
-        before = margin + (lead.removesuffix("● ") if first else rest)
-        yield f"{before}{sign}{label(graph, node)}"
-        below = sorted(children.get(node, []), key=lambda child: -depth[child])
-        if not below:
-            return
-        for branch in sorted(below[1:], key=lambda child: finished(graph, child)):
-            yield from _branch(graph, branch, marked, children, depth, margin + rest, "├─● ", "│    ")
-        node, first = below[0], False
-
-
-def finished(graph: Graph, name: str) -> str:
-    return graph.artifacts[name].manifest["finished"] if name in graph.artifacts else ""
-
-
-def label(graph: Graph, name: str) -> str:
-    """kind, beginning of the fingerprint, when, what tells it apart, and inputs beside the line that it is drawn on."""
+def _label(graph: Graph, name: str) -> str:
     kind, _, rest = name.partition("/")
     if name not in graph.artifacts:
         return f"{kind} {rest[:12]} (gone)" if rest.count("/") else f"{kind} {rest[:40]} (from outside)"
@@ -143,22 +131,22 @@ def label(graph: Graph, name: str) -> str:
         if str(reference) not in line
     ]
     attempt = f" attempt {int(artifact.attempt)}" if artifact.attempt != "0001" else ""
-    parts = [f"{kind} {artifact.short}{attempt}", what(artifact), "files dropped" if artifact.dropped else ""]
+    parts = [f"{kind} {artifact.short}{attempt}", describe(artifact), "files dropped" if artifact.dropped else ""]
     return "  ".join(filter(None, [*parts, f"+ {', '.join(dict.fromkeys(others))}" if others else ""]))
 
 
-def what(artifact: Artifact) -> str:
-    """What tells an artifact from others of its kind: its stage's iteration or mix, and headline figures."""
+def describe(artifact: Artifact) -> str:
+    """Return the iteration or mix of an artifact's stage, and its headline figures."""
     recipe, metrics = artifact.manifest["recipe"], artifact.metrics
-    said = []
+    parts = []
     if "iteration" in recipe["config"]:
-        said.append(f"iteration {recipe['config']['iteration']}")
+        parts.append(f"iteration {recipe['config']['iteration']}")
     if "mix" in recipe["config"]:
-        said.append("mix " + " ".join(f"{name}={weight:g}" for name, weight in recipe["config"]["mix"].items()))
+        parts.append("mix " + " ".join(f"{name}={weight:g}" for name, weight in recipe["config"]["mix"].items()))
     elif artifact.kind == "policy":
-        said.append(recipe["stage"])
+        parts.append(recipe["stage"])
     headline = KINDS[artifact.kind].FIGURES if artifact.kind in KINDS else ()
     keys = headline or [name for name in metrics if name.startswith("reward/")]
     figures = ((key.removeprefix("reward/"), metrics.get(key)) for key in keys)
-    said += [f"{key} {decimal(value)}" for key, value in figures if value is not None]
-    return ", ".join(said)
+    parts += [f"{key} {format_number(value)}" for key, value in figures if value is not None]
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Parquet as the store has it: fixed options on the way in, one row group in memory on the way out."""
+"""Parquet tables of the store: written with fixed options, read with one row group in memory."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROWS_PER_GROUP, IMAGES_PER_GROUP = 4096, 16  # what a reader holds; binary rows are megabytes each
+ROWS_PER_GROUP, IMAGES_PER_GROUP = 4096, 16  # rows in a reader's memory; binary rows are megabytes each
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write Parquet with fixed options: the bytes depend on schema, values and pyarrow's version alone."""
     heavy = any(pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) for column in table.schema)
-    # Arrow ends pages and dictionaries where a chunk ends: combined, the bytes don't tell where those were.
+    # Arrow ends pages and dictionaries where a chunk ends: combined, the bytes do not depend on the chunks.
     pq.write_table(
         table.combine_chunks(),
         path,

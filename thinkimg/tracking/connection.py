@@ -1,13 +1,13 @@
-"""Opening MLflow: where it keeps things, its two experiments, and one process at a time that writes."""
+"""Connection to MLflow: its location, its two experiments, and a lock for one writing process at a time."""
 
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thinkimg.errors import UserError
 from thinkimg.store import files
@@ -23,10 +23,10 @@ LOOPS, STAGES = "thinkimg", "thinkimg-stages"
 
 @functools.cache
 def load_mlflow() -> ModuleType:
-    """mlflow, imported with telemetry off, and with limits under which an outage does not hold up training for long."""
+    """Import mlflow with telemetry off, and with limits that keep an outage from delaying training for long."""
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
-    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # so that a trace is there when `log_traces` returns
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for every stage
+    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # so that traces have arrived when `log_traces` returns
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # of two lines per stage
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 retries back off for four minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
@@ -38,39 +38,40 @@ def load_mlflow() -> ModuleType:
 
 
 def uri_of(root: Path, tracking: TrackingConfig) -> str:
-    """The tracking URI; sqlite below the store's root unless there is another."""
+    """Return the tracking URI: the configured one, or sqlite in the store's root."""
     return tracking.uri or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
 def artifact_root(root: Path) -> Path:
-    """Where MLflow keeps files of its own: tables, and the images of traces."""
+    """Return the directory of MLflow's own files: tables, and images of traces."""
     return root.resolve() / "mlartifacts"
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 class Connection:
-    """An MLflow that answers, with the ids of the two experiments. Raises UserError if the URI is unusable."""
+    """MLflow that answers, with the ids of its two experiments. Raises UserError if the URI is unusable."""
 
     def __init__(self, root: Path, tracking: TrackingConfig) -> None:
         self.root, self.uri = root, uri_of(root, tracking)
         files.make_directory(root)
         mlflow = load_mlflow()
-        with self.usable(), self.alone():  # three processes that create one database at once: two crashes
+        with self.usable(), self.alone():  # of three processes that create one database at once, two crash
             mlflow.set_tracking_uri(self.uri)  # traces go where this points, whatever a client is told
             self.client: MlflowClient = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
             self.loops, self.stages = (self._experiment(name) for name in (LOOPS, STAGES))
 
     @property
     def served(self) -> bool:
-        """Whether a server is between us and the database, that knows its own artifact location and not our disk."""
+        """Tell whether MLflow is a server, which has an artifact location of its own and does not see our disk."""
         return not self.uri.startswith(("sqlite", "postgres", "mysql", "mssql"))
 
     @contextmanager
     def usable(self) -> Iterator[None]:
-        """Whatever fails inside is a UserError: for set-up, where someone still looks."""
+        """Turn every failure inside into a UserError; for the start, when the user still watches."""
         try:
             yield
         except UserError:
@@ -78,13 +79,13 @@ class Connection:
         except Exception as error:  # every store and driver has errors of its own
             reason = first_line(error).replace(self.uri, without_password(self.uri))
             raise UserError(
-                f"MLflow can't be used at {without_password(self.uri)}: {reason}",
-                hint="set where.tracking.uri, or where.tracking.enabled=false and sync later",
+                f"MLflow can't be used at {without_password(self.uri)}: {reason}.",
+                hint="Set where.tracking.uri, or where.tracking.enabled=false and run `thinkimg track sync` later.",
             ) from error
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the store's MLflow lock: what is missing is looked up and added by one process at a time."""
+        """Hold the store's MLflow lock: one process at a time looks up what is missing and adds it."""
         with files.locked(self.root / "mlflow.lock"):
             yield
 
@@ -95,21 +96,27 @@ class Connection:
             return self.client.create_experiment(name, location)
         if experiment.lifecycle_stage != "active":
             raise UserError(
-                f"the MLflow experiment {name} at {without_password(self.uri)} has been deleted",
-                hint=f"restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
+                f"The MLflow experiment {name} at {without_password(self.uri)} has been deleted.",
+                hint=f"Restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
             )
         return experiment.experiment_id
 
     def find_run(self, experiment: str, tag: str, value: str) -> "Run | None":
-        """The oldest run with a tag."""
+        """Return the oldest run with a tag, if any."""
         runs = self.client.search_runs([experiment], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time"])
         return runs[0] if runs else None
 
     def all_runs(self, experiment: str) -> "Iterator[Run]":
-        token = None
-        while True:
-            page = self.client.search_runs([experiment], max_results=1000, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+        """Yield every run of an experiment."""
+        return read_pages(self.client.search_runs, experiment_ids=[experiment], max_results=1000)
+
+
+def read_pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
+    """Yield the results of a search of MLflow, from all its pages."""
+    token = None
+    while True:
+        page = search(**arguments, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

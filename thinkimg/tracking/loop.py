@@ -1,31 +1,31 @@
-"""What stages and the loop call: nothing here stops training once MLflow has answered at set-up."""
+"""Tracking of a loop and of single stages: once MLflow has answered at the start, no failure of it stops training."""
 
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from thinkimg.conversation.episode import system_prompt
+from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.settings import without_password
-from thinkimg.store.artifacts import Artifact, Reference, Store
-from thinkimg.store.manifest import now
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact, Reference, utc_now
 from thinkimg.tracking.connection import Connection, artifact_root, first_line, uri_of
 from thinkimg.tracking.projection import LoopRun, open_run, project_loop, project_policies, project_stage, readable_mix
 from thinkimg.tracking.records import (
     LoopRecord,
     LoopSettings,
     load_record,
+    load_records,
     loop_id,
-    records,
     resolved,
     save_record,
 )
 from thinkimg.tracking.settings import TrackingConfig
-from thinkimg.tracking.stored import has_traces, stored
+from thinkimg.tracking.trace_data import has_trace_data, read_trace_data
 from thinkimg.tracking.traces import log_traces, trace_key, trace_keys
 from thinkimg.tracking.view import QUERY
 
@@ -39,10 +39,10 @@ SAMPLE_S, SAMPLES_PER_POINT = 10, 3  # of the machine's load
 
 
 class LoopTracker:
-    """The loop's record, saved after each change, and the run that shows it.
+    """Record of a loop, saved after each change, and the MLflow run that shows it. Not thread-safe.
 
-    `connection` is None where tracking is off: the record is kept all the same, for a later `sync`. What MLflow did not
-    take is tried again at the next call. Not for several threads.
+    `connection` is None where tracking is off: the record is kept for a later `sync_store`. The next call repeats what
+    MLflow did not take.
     """
 
     def __init__(self, store: Store, record: LoopRecord, connection: Connection | None, run: LoopRun | None) -> None:
@@ -57,38 +57,32 @@ class LoopTracker:
         metrics: Mapping[str, float | None] | None = None,
         artifacts: Mapping[str, Artifact | Reference] | None = None,
     ) -> None:
-        """Add to a step, as often as there is something new; 0 is before training.
+        """Add to a step, any number of times; step 0 is before training.
 
-        artifacts: stage -> what it made or reused; an Artifact brings its headline metrics (see `records.headline`).
-        metrics: full keys such as `reward/total`. A step that has rollouts and scores gets its traces, an artifact the
-        run of its stage.
+        artifacts: stage -> its artifact; an Artifact brings its headline metrics (see `records.headline`).
+        metrics: full keys such as `reward/total`. A step with rollouts and scores gets its traces, and each artifact
+        the run of its stage.
         """
         self.record.add(step, artifacts or {}, metrics or {})
-        self._changed()
+        self._save()
         for artifact in (artifacts or {}).values():
             if isinstance(artifact, Artifact):
-                self.log_stage(artifact)
-
-    def log_stage(self, artifact: Artifact, cached: bool = False) -> None:
-        """The short run of a stage that has been executed; it has one already if it is cached."""
-        if self.connection and not cached:
-            with self._forgiving("stages"), self.connection.alone():
-                project_stage(self.connection, artifact)
+                self._log_stage(artifact)
 
     @property
     def link(self) -> str | None:
-        """Where a browser finds the run; None where tracking is off or MLflow has not answered."""
+        """URL of the run; None where tracking is off or MLflow has not answered."""
         return run_link(self.connection, self.connection.loops, self._run.run_id) if self._run else None
 
-    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show rows (JSON values, finite) as a table of the run; replaces the table of that name. Keep it short."""
-        self.record.tables[name] = [dict(row) for row in rows]
-        self._changed()
-
     def finish(self, status: str = "FINISHED") -> None:
-        """FINISHED, FAILED or KILLED; a loop that is opened again runs again."""
-        self.record.status, self.record.finished = status, now()
-        self._changed()
+        """Set the status: FINISHED, FAILED or KILLED. A loop that is opened again runs again."""
+        self.record.status, self.record.finished = status, utc_now()
+        self._save()
+
+    def _log_stage(self, artifact: Artifact) -> None:
+        if self.connection:
+            with self._forgiving("stages"), self.connection.alone():
+                project_stage(self.connection, artifact)
 
     def __enter__(self) -> Self:
         if self._run is not None:
@@ -103,12 +97,12 @@ class LoopTracker:
         else:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
 
-    def _changed(self) -> None:
+    def _save(self) -> None:
         if self.connection is None:
             save_record(self.store, self.record)
             return
-        # Saved under the lock: else a sync could add the new points before we do, and we, who remember what MLflow has,
-        # would add them again.
+        # Saved under the lock: a sync in between would add the new points, and we would add them again, as we only
+        # remember what MLflow had before.
         with self.connection.alone():
             save_record(self.store, self.record)
             self._project()
@@ -127,33 +121,27 @@ class LoopTracker:
 
     @contextmanager
     def _forgiving(self, what: str) -> Iterator[None]:
-        """Warn once for each kind of thing that MLflow did not take, and go on."""
+        """Turn a failure into a warning, one per kind of entry."""
         try:
             yield
-        except Exception as error:  # whatever a database, a network or a driver raises must not stop training
-            self._run = None  # look up what has arrived when it answers again
-            log.log(
-                logging.DEBUG if what in self._warned else logging.WARNING,
-                "MLflow did not take %s (%s: %s); `thinkimg track sync` adds what is missing",
-                what,
-                type(error).__name__,
-                first_line(error),
-            )
+        except Exception as error:  # of a database, a network or a driver: none may stop training
+            self._run = None  # to look up what has arrived when MLflow answers again
+            level = logging.DEBUG if what in self._warned else logging.WARNING
+            message = "MLflow did not take %s (%s: %s); `thinkimg track sync` adds what is missing"
+            log.log(level, message, what, type(error).__name__, first_line(error))
             self._warned.add(what)
 
 
-def open_loop(
-    config: LoopSettings, store: Store, record: LoopRecord | None = None, *, name: str | None = None
-) -> LoopTracker:
-    """The tracker of a loop, new or continued: the same config but for `iterations` and `where` is the same loop.
+def open_loop(config: LoopSettings, store: Store) -> LoopTracker:
+    """Return the tracker of a loop, new or continued: `iterations` and `where` do not make it another loop.
 
-    record: the loop's story so far, read from the store if None. Raises UserError if MLflow is unusable.
+    Raises UserError if MLflow is unusable.
     """
     identity = loop_id(config)
-    record = record or load_record(store, identity)
+    record = load_record(store, identity)
     if record is None:
-        name = name or f"{readable_mix(config.mix)} seed={config.seed} {identity[:6]}"
-        record = LoopRecord(identity, resolved(config), name, system=system_prompt(config.conversation))
+        name = f"{readable_mix(config.mix)} seed={config.seed} {identity[:6]}"
+        record = LoopRecord(identity, resolved(config), name, system=render_system_prompt(config.conversation))
     assert record.loop_id == identity, f"the record of loop {record.loop_id} for loop {identity}"
     record.config, record.status, record.finished = resolved(config), "RUNNING", None
     tracking = config.where.tracking
@@ -168,9 +156,9 @@ def open_loop(
 
 
 def watch_machine(connection: Connection, run_id: str) -> "SystemMetricsMonitor":
-    """A thread that logs `system/…` (CPU, memory, disk, network, GPUs) until it is finished, or MLflow fails it.
+    """Start a thread that logs `system/…` (CPU, memory, disk, network, GPUs) until it is finished or MLflow fails.
 
-    These figures are MLflow's own: no record has them, and `sync` does not bring them back.
+    No record has these figures of MLflow, so that `sync_store` does not restore them.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -182,7 +170,7 @@ def watch_machine(connection: Connection, run_id: str) -> "SystemMetricsMonitor"
 
 
 def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> str | None:
-    """The short run of a stage that was executed by itself, and where a browser finds it; a failure is a warning."""
+    """Log the run of a single stage, and return its URL; a failure is a warning."""
     if tracking.enabled:
         try:
             connection = Connection(store.root, tracking)
@@ -190,55 +178,46 @@ def log_stage(artifact: Artifact, store: Store, tracking: TrackingConfig) -> str
                 project_stage(connection, artifact)
             run = connection.find_run(connection.stages, "thinkimg.artifact", str(artifact.reference))
             return run_link(connection, connection.stages, run.info.run_id)
-        except Exception as error:  # the artifact is made: that is what counts
+        except Exception as error:  # the artifact is complete, and worth more than its run in MLflow
             log.warning("MLflow did not take %s (%s)", artifact.reference, error)
     return None
 
 
 def run_link(connection: Connection, experiment: str, run_id: str) -> str:
-    """The run's page; for a database, where `thinkimg track ui` shows it."""
+    """Return the URL of a run; for a database, the one at which `thinkimg track ui` shows it."""
     return f"{address(connection)}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def compare_link(store: str, tracking: TrackingConfig) -> str:
-    """The page on which all loops overlay, raw rewards and held-out evaluation first (see `view`). store: its root."""
+    """Return the URL at which all loops overlay, comparable charts first (see view.py). store: its root."""
     connection = Connection(Path(store), tracking)
     return f"{address(connection)}/#/experiments/{connection.loops}/runs?{QUERY}"
 
 
 def address(connection: Connection) -> str:
+    """Return the URL of MLflow's UI."""
     return without_password(connection.uri).rstrip("/") if connection.uri.startswith("http") else LOCAL_UI
 
 
 def log_missing_traces(connection: Connection, store: Store, record: LoopRecord, run_id: str, done: set[int]) -> int:
-    """Traces of the steps that have rollouts and scores in the store and are not `done`; these are done now."""
+    """Log traces of the steps that have rollouts and scores in the store and are not `done`, and add these to it.
+
+    Returns the number of traces that were missing.
+    """
     count, added = record.config["where"]["tracking"]["traces"], 0
-    ready = [iteration.step for iteration in record.iterations if has_traces(store, record, iteration.step)]
-    left = [step for step in ready if step not in done] if count else []
-    known = trace_keys(connection, run_id, left[0] if len(left) == 1 else None) if left else set()
-    for step in left:
+    ready = [iteration.step for iteration in record.iterations if has_trace_data(store, record, iteration.step)]
+    steps = [step for step in ready if step not in done] if count else []
+    existing = trace_keys(connection, run_id, steps[0] if len(steps) == 1 else None) if steps else set()
+    for step in steps:
         done.add(step)  # even if it fails: a damaged artifact would be read again with every call
-        if sum(key.startswith(trace_key(run_id, step, "")) for key in known) < count:
-            found = stored(store, record, step, count)
-            added += log_traces(
-                connection,
-                run_id,
-                step,
-                found.chosen,
-                found.images,
-                found.scores,
-                found.samples,
-                system=record.system,
-                reasons=found.reasons,
-                known=known,
-                tools=found.tools,
-            )
+        if sum(key.startswith(trace_key(run_id, step, "")) for key in existing) < count:
+            added += log_traces(connection, run_id, step, read_trace_data(store, record, step, count), existing)
     return added
 
 
 @dataclass
 class SyncReport:
-    """What MLflow lacked and now has."""
+    """Counts of entries that a sync added to MLflow."""
 
     loops: int = 0
     stages: int = 0
@@ -250,12 +229,11 @@ class SyncReport:
         return "added " + ", ".join(f"{getattr(self, field.name)} {field.name}" for field in fields(self))
 
 
-def sync(store: Store, tracking: TrackingConfig | None = None) -> SyncReport:
-    """Add to MLflow what it lacks of all records and artifacts, sqlite in the store's root unless `tracking` says else.
+def sync_store(store: Store, tracking: TrackingConfig | None = None) -> SyncReport:
+    """Add to MLflow what it lacks of all records and artifacts; a second time adds nothing.
 
-    Doing it again adds nothing.
-    Raises UserError if MLflow is unusable or a record can't be read, and whatever MLflow raises on the way: what has
-    been added stays.
+    tracking: None for sqlite in the store's root. Raises UserError if MLflow is unusable or a record can't be read, and
+    MLflow's own errors; entries that were added before stay.
     """
     connection, report = Connection(store.root, tracking or TrackingConfig()), SyncReport()
     have = {
@@ -267,7 +245,7 @@ def sync(store: Store, tracking: TrackingConfig | None = None) -> SyncReport:
         if str(artifact.reference) not in have:
             with connection.alone():
                 report.stages += project_stage(connection, artifact)
-    for record in records(store):
+    for record in load_records(store):
         with connection.alone():
             report.loops += connection.find_run(connection.loops, "thinkimg.loop", record.loop_id) is None
             run = open_run(connection, record)
@@ -278,25 +256,11 @@ def sync(store: Store, tracking: TrackingConfig | None = None) -> SyncReport:
 
 
 def ui_command(store: str, tracking: TrackingConfig) -> str:
-    """The command that shows the runs in a browser, at http://127.0.0.1:5000 or where the tracking server is."""
+    """Return the shell command that shows the runs in a browser: a local server, or the tracking server's page."""
     root = Path(store)
     uri = uri_of(root, tracking)
     if uri.startswith(("http:", "https:")):
         return shlex.join([sys.executable, "-m", "webbrowser", uri])
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "5000",
-        "--workers",
-        "1",
-        "--backend-store-uri",
-        uri,
-        "--default-artifact-root",
-        str(artifact_root(root)),
-    ]
-    return f"MLFLOW_DISABLE_TELEMETRY=true {shlex.join(command)}"
+    server = f"{shlex.quote(sys.executable)} -m mlflow server --host 127.0.0.1 --port 5000 --workers 1"
+    data = shlex.join(["--backend-store-uri", uri, "--default-artifact-root", str(artifact_root(root))])
+    return f"MLFLOW_DISABLE_TELEMETRY=true {server} {data}"

@@ -1,4 +1,4 @@
-"""From records and manifests to runs: each function looks up what MLflow has and adds what it lacks."""
+"""Projection of records and manifests into MLflow: each function adds what MLflow lacks."""
 
 import hashlib
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkimg import process
-from thinkimg.store.artifacts import Artifact, Reference, Store
-from thinkimg.store.manifest import canonical
+from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Artifact, canonical_json
 from thinkimg.tracking.connection import Connection
 from thinkimg.tracking.records import LoopRecord, headline, milliseconds
 from thinkimg.tracking.view import offer_view
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 PARAM_LENGTH, PARAMS_PER_BATCH, POINTS_PER_BATCH = 500, 100, 1000
 
 Points = dict[str, set[tuple[int, float]]]
-"""Key -> (step, value) of the points that MLflow has."""
+"""Metric -> (step, value) of the points that MLflow has."""
 
 
 def input_digest(digest: str) -> str:
-    """As `search_runs("dataset.digest = '…'")` wants it: MLflow holds 36 characters of a digest."""
+    """Return the part of a digest that MLflow stores and `search_runs("dataset.digest = '…'")` finds."""
     return digest[:36]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as text of at most PARAM_LENGTH characters) of every leaf; lists are leaves, in JSON."""
+    """Yield (dotted key, text of at most PARAM_LENGTH characters) of every leaf; lists are leaves, as JSON."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -39,11 +39,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def readable_mix(mix: Mapping[str, float]) -> str:
+    """Return a mix as in `answer=0.5 format=0.2`."""
     return " ".join(f"{name}={weight:g}" for name, weight in sorted(mix.items()))
 
 
 def loop_tags(record: LoopRecord) -> dict[str, str]:
-    """What runs are found and told apart by."""
+    """Return the tags of a loop's run, by which runs are searched and compared."""
     config, model = record.config, record.config["model"]
     datasets = record.references("dataset")
     tags = {
@@ -51,7 +52,7 @@ def loop_tags(record: LoopRecord) -> dict[str, str]:
         "dataset": input_digest(datasets[0][1].digest) if datasets else None,
         "base_model": "tiny" if model["tiny"] else "@".join(filter(None, (model["path"], model["revision"]))),
         "mix": readable_mix(config["mix"]),
-        "mix_hash": hashlib.sha256(canonical(config["mix"]).encode()).hexdigest()[:12],
+        "mix_hash": hashlib.sha256(canonical_json(config["mix"]).encode()).hexdigest()[:12],
         "seed": str(config["seed"]),
         "preset": config["preset"],
         "iterations": str(config["iterations"]),
@@ -59,21 +60,21 @@ def loop_tags(record: LoopRecord) -> dict[str, str]:
         "mlflow.source.name": "thinkimg",
         "mlflow.source.git.commit": record.git,
         "mlflow.note.content": f"Reward mix: {readable_mix(config['mix'])}. Step 0 is before training. "
-        "`reward/total` is not comparable between mixes; single components and `eval/*` are.",
+        "Between mixes, compare `eval/*` and single components; `reward/total` depends on the mix.",
     }
     return {name: value for name, value in tags.items() if value is not None}
 
 
 @dataclass
 class LoopRun:
-    """The run of a loop, and which of its points MLflow has."""
+    """MLflow run of a loop, and its points that MLflow has."""
 
     run_id: str
     points: Points
 
 
 def open_run(connection: Connection, record: LoopRecord) -> LoopRun:
-    """Find the loop's run, or make it."""
+    """Return the loop's run, created if there is none."""
     client, run = connection.client, connection.find_run(connection.loops, "thinkimg.loop", record.loop_id)
     if run is None:
         run = client.create_run(connection.loops, milliseconds(record.started), loop_tags(record), record.name)
@@ -87,10 +88,10 @@ def open_run(connection: Connection, record: LoopRecord) -> LoopRun:
 
 
 def project_loop(connection: Connection, record: LoopRecord, loop: LoopRun) -> int:
-    """Tags, parameters, data set, points, tables and status; returns how many points were missing."""
+    """Add tags, parameters, data set, points, tables and status, and return the number of points that were missing."""
     client, run = connection.client, connection.client.get_run(loop.run_id)
     set_tags(connection, run, loop_tags(record))
-    # They may change while it is the same loop, and MLflow's parameters never change: see config.json for them.
+    # These may change within a loop, and MLflow's parameters can't: config.json has them.
     changing = ("iterations", "where", "on_alarm")
     identity = {name: value for name, value in record.config.items() if name not in changing}
     add_params(connection, run, identity)
@@ -113,7 +114,7 @@ def project_loop(connection: Connection, record: LoopRecord, loop: LoopRun) -> i
 
 
 def missing_points(record: LoopRecord, points: Points) -> "list[Metric]":
-    """Points of the record that MLflow lacks; a value that has been corrected since is a point beside the old one."""
+    """Return the record's points that MLflow lacks; a corrected value becomes a second point."""
     from mlflow.entities import Metric
 
     return [
@@ -146,7 +147,7 @@ def add_params(connection: Connection, run: "Run", tree: Mapping[str, Any]) -> N
 
 
 def add_inputs(connection: Connection, run: "Run", inputs: Mapping[str, Any]) -> None:
-    """Name -> reference of what the run consumed; MLflow shows the name as the input's context."""
+    """Add what the run consumed as its datasets. inputs: name, which MLflow shows as context -> reference."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     have = {(entry.dataset.name, entry.dataset.digest) for entry in run.inputs.dataset_inputs}
@@ -161,36 +162,36 @@ def add_inputs(connection: Connection, run: "Run", inputs: Mapping[str, Any]) ->
 
 
 def log_files(connection: Connection, run: "Run", record: LoopRecord) -> None:
-    """config.json, which artifacts each step used, and the loop's tables; written again only if something changed."""
+    """Log config.json, the artifacts of each step, and the loop's tables, if something changed."""
     artifacts = [
         {"step": iteration.step, "stage": stage, "artifact": str(reference), "digest": reference.digest}
         for iteration in record.iterations
         for stage, reference in iteration.artifacts.items()
     ]
     tables = {"artifacts": artifacts, **record.tables}
-    digest = hashlib.sha256(canonical([record.config, tables]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(canonical_json([record.config, tables]).encode()).hexdigest()[:16]
     if run.data.tags.get("thinkimg.store.files") == digest:
         return
-    with process.scratch() as folder:  # MLflow's log_dict takes one that a SIGKILL leaves behind
+    with process.scratch() as folder:  # ends with us; the one of MLflow's log_dict survives a SIGKILL
         (folder / "config.json").write_text(json.dumps(record.config))
         for name, rows in tables.items():
             columns = list(dict.fromkeys(column for row in rows for column in row))
             data = [[row.get(column) for column in columns] for row in rows]
             (folder / f"{name}.json").write_text(json.dumps({"columns": columns, "data": data}))
         connection.client.log_artifacts(run.info.run_id, str(folder))
-    # What MLflow's own log_table leaves, which appends where this replaces: the interface shows these files as tables.
+    # The tag by which MLflow's UI shows these files as tables. Its own log_table appends, where this replaces.
     listed = json.dumps([{"path": f"{name}.json", "type": "table"} for name in tables])
     set_tags(connection, run, {"mlflow.loggedArtifacts": listed, "thinkimg.store.files": digest})
 
 
 def project_stage(connection: Connection, artifact: Artifact) -> bool:
-    """The short run of an executed stage; returns whether something was missing."""
+    """Add the run of a stage, and tell whether something was missing."""
     from mlflow.entities import Metric
 
     client, manifest = connection.client, artifact.manifest
     name, end = str(artifact.reference), milliseconds(manifest["finished"])
     run = connection.find_run(connection.stages, "thinkimg.artifact", name)
-    if run and run.info.status == "FINISHED":  # the last thing that is logged
+    if run and run.info.status == "FINISHED":  # which is logged last
         return False
     tags = {
         "thinkimg.artifact": name,
@@ -205,30 +206,23 @@ def project_stage(connection: Connection, artifact: Artifact) -> bool:
         "mlflow.source.git.commit": manifest["git"] or "",
     }
     if run is None:
-        run = client.create_run(
-            connection.stages,
-            milliseconds(manifest["started"]),
-            tags,
-            f"{manifest['recipe']['stage']} {artifact.short}",
-        )
+        title = f"{manifest['recipe']['stage']} {artifact.short}"
+        run = client.create_run(connection.stages, milliseconds(manifest["started"]), tags, title)
     add_params(connection, run, manifest["recipe"]["config"])
-    add_inputs(connection, run, {name: Reference(**entry) for name, entry in manifest["recipe"]["inputs"].items()})
-    log_points(
-        connection,
-        run.info.run_id,
-        [Metric(key, value, end, 0) for key, value in headline(artifact).items() if key not in run.data.metrics],
-    )
+    add_inputs(connection, run, artifact.inputs)
+    missing = {key: value for key, value in headline(artifact).items() if key not in run.data.metrics}
+    log_points(connection, run.info.run_id, [Metric(key, value, end, 0) for key, value in missing.items()])
     client.set_terminated(run.info.run_id, "FINISHED", end)
     return True
 
 
 def model_name(record: LoopRecord) -> str:
-    """Registered models are named after the preset, or after the file that it was read from."""
+    """Return the name of the registered model, after the preset or its file."""
     return f"thinkimg-{Path(record.config['preset']).stem}"
 
 
 def project_policies(connection: Connection, store: Store, record: LoopRecord, run_id: str) -> int:
-    """One model version per policy of the loop; the alias `current` is on the one that was made last, by any loop."""
+    """Add a model version per policy, put the alias `current` on the newest of any loop, and count the added ones."""
     from mlflow.exceptions import MlflowException
 
     client, name = connection.client, model_name(record)
@@ -240,16 +234,16 @@ def project_policies(connection: Connection, store: Store, record: LoopRecord, r
     if not policies:
         return 0
     try:
-        description = f"Policies that were trained with the preset {record.config['preset']}."
+        description = f"Policies trained with the preset {record.config['preset']}."
         client.create_registered_model(name, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    known = {version.tags.get("thinkimg.digest") for version in client.search_model_versions(f"name = '{name}'")}
-    missing = {digest: entry for digest, entry in policies.items() if digest not in known}
+    existing = {version.tags.get("thinkimg.digest") for version in client.search_model_versions(f"name = '{name}'")}
+    missing = {digest: entry for digest, entry in policies.items() if digest not in existing}
     for digest, (step, reference) in sorted(missing.items(), key=lambda item: item[1][0]):
         artifact = store.resolve(reference)
-        # A server refuses paths of this disk, but takes any scheme that it does not know.
+        # A server refuses paths of this disk, but accepts an unknown scheme.
         source = f"thinkimg:/{reference}" if connection.served else str(artifact.directory.resolve())
         tags = {
             "thinkimg.digest": digest,

@@ -1,4 +1,4 @@
-"""A loop's story on disk, `<store>/loops/<loop id>.json`: what happened at which step, by reference to artifacts."""
+"""Record of a loop, `<store>/loops/<loop id>.json`: metrics and artifacts of each step."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError
 from thinkimg.settings import without_password
 from thinkimg.store import files
-from thinkimg.store.artifacts import Artifact, Reference, Store
+from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import KINDS
-from thinkimg.store.manifest import canonical, git_revision, now
+from thinkimg.store.manifest import Artifact, Reference, canonical_json, git_revision, utc_now
 from thinkimg.tracking.settings import TrackingConfig
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,14 @@ FORMAT = 1
 
 
 class WhereSettings(Protocol):
+    """Part of `where` that tracking reads."""
+
     @property
     def tracking(self) -> TrackingConfig: ...
 
 
 class LoopSettings(Protocol):
-    """What tracking reads of the config of a loop."""
+    """Part of a loop's config that tracking reads."""
 
     @property
     def seed(self) -> int: ...
@@ -44,23 +46,23 @@ class LoopSettings(Protocol):
 
 @dataclass
 class IterationRecord:
-    """One step: 0 is before training, n is after the n-th iteration."""
+    """Record of one step: 0 is before training, n is after the n-th iteration."""
 
     step: int
     artifacts: dict[str, Reference] = field(default_factory=dict)
-    """Stage -> what it made, or what was reused."""
+    """Stage -> artifact, made or reused."""
     metrics: dict[str, float] = field(default_factory=dict)
-    time: str = field(default_factory=now)
-    """When it was last added to (UTC, ISO 8601)."""
+    time: str = field(default_factory=utc_now)
+    """Time of the last change (UTC, ISO 8601)."""
 
 
 @dataclass
 class LoopRecord:
-    """All that the projection of a loop needs beside its artifacts."""
+    """Record of a loop: with its artifacts, all that MLflow shows of it."""
 
     loop_id: str
     config: dict[str, Any]
-    """The resolved config as JSON; plain, so that records of older versions stay readable."""
+    """Resolved config as plain JSON, so that records of older versions stay readable."""
     name: str
     iterations: list[IterationRecord] = field(default_factory=list)
     system: str | None = None
@@ -68,13 +70,13 @@ class LoopRecord:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Name -> rows."""
     git: str | None = field(default_factory=git_revision)
-    started: str = field(default_factory=now)
+    started: str = field(default_factory=utc_now)
     finished: str | None = None
     status: str = "RUNNING"
     """RUNNING, FINISHED, FAILED or KILLED, as MLflow has them."""
 
     def iteration(self, step: int) -> IterationRecord:
-        """The record of a step, made if there is none; they are kept in order."""
+        """Return the record of a step, created if there is none; steps are kept in order."""
         for iteration in self.iterations:
             if iteration.step == step:
                 return iteration
@@ -83,7 +85,7 @@ class LoopRecord:
         return self.iteration(step)
 
     def references(self, kind: str) -> list[tuple[int, Reference]]:
-        """(step, reference) of every artifact of a kind, by step."""
+        """Return (step, reference) of every artifact of a kind, by step."""
         return [
             (iteration.step, reference)
             for iteration in self.iterations
@@ -94,25 +96,25 @@ class LoopRecord:
     def add(
         self, step: int, artifacts: Mapping[str, Artifact | Reference], metrics: Mapping[str, float | None]
     ) -> None:
-        """Add to a step: artifacts bring their headline metrics, `metrics` wins over them; no NaN, no None."""
+        """Add to a step. Artifacts bring their headline metrics; `metrics` override them. NaN and None are left out."""
         iteration = self.iteration(step)
         for stage, artifact in artifacts.items():
             if isinstance(artifact, Artifact):
                 iteration.metrics |= headline(artifact)
                 artifact = artifact.reference
             iteration.artifacts[stage] = artifact
-        assert all("/" in key for key in metrics), f"keys have a space, as in eval/accuracy: {list(metrics)}"
+        assert all("/" in key for key in metrics), f"keys have a namespace, as in eval/accuracy: {list(metrics)}"
         iteration.metrics |= finite(metrics)
-        iteration.time = now()
+        iteration.time = utc_now()
 
 
 def loop_id(config: LoopSettings) -> str:
-    """16 hex digits over the config but `iterations`, `where` and `on_alarm`: resumed or extended it stays the same."""
-    return hashlib.sha256(canonical(resolved(config, identity=True)).encode()).hexdigest()[:16]
+    """Return 16 hex digits over the config without `iterations`, `where` and `on_alarm`, which may change in a loop."""
+    return hashlib.sha256(canonical_json(resolved(config, identity=True)).encode()).hexdigest()[:16]
 
 
 def resolved(config: LoopSettings, identity: bool = False) -> dict[str, Any]:
-    """The config as JSON, without a password in the tracking URI; for identity without what may change."""
+    """Return the config as JSON without a password in the tracking URI. identity: without settings that may change."""
     tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset", "on_alarm"} if identity else None)
     if not identity and tree["where"]["tracking"]["uri"]:
         tree["where"]["tracking"]["uri"] = without_password(tree["where"]["tracking"]["uri"])
@@ -120,7 +122,7 @@ def resolved(config: LoopSettings, identity: bool = False) -> dict[str, Any]:
 
 
 def headline(artifact: Artifact) -> dict[str, float]:
-    """The manifest's metrics under the keys of a loop's run, and the stage's seconds as `time/<stage>_s`.
+    """Return the manifest's metrics under the keys of a loop's run, and the stage's seconds as `time/<stage>_s`.
 
     Of an evaluation `accuracy` becomes `eval/accuracy`, `detail/accuracy` becomes `eval/detail/accuracy`; of rollouts
     `tool/rate` stays as it is (see SPACES in store/kinds.py), and of scores `tool` becomes `reward/tool`.
@@ -137,53 +139,50 @@ def headline(artifact: Artifact) -> dict[str, float]:
 
 
 def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the metrics without None, NaN and infinities."""
     return {key: float(value) for key, value in metrics.items() if value is not None and math.isfinite(value)}
 
 
 def milliseconds(time: str) -> int:
-    """Since the epoch."""
+    """Return milliseconds since the epoch of an ISO 8601 time."""
     return round(datetime.fromisoformat(time).timestamp() * 1000)
 
 
 def save_record(store: Store, record: LoopRecord) -> None:
-    """Replace the loop's file at once: a reader sees all of the old or all of the new. Two loops take turns."""
+    """Replace the loop's file atomically. Two loops take turns."""
     directory = store.root / "loops"
     files.make_directory(directory)
-    # Keys in their order: it is that of the stages, and of a table's columns.
+    # Keys stay in order: that of the stages, and of a table's columns.
     text = json.dumps({"format": FORMAT} | asdict(record), indent=1, allow_nan=False)
     with files.locked(directory / ".lock"):
         files.write(directory / f"{record.loop_id}.json", text + "\n")
 
 
 def load_record(store: Store, loop_id: str) -> LoopRecord | None:
-    """The loop's record, None if it has none; UserError where the file can't be read."""
+    """Return the loop's record, None if there is none. Raises UserError if the file can't be read."""
     path = store.root / "loops" / f"{loop_id}.json"
     if not path.exists():
         return None
     try:
         tree = json.loads(path.read_bytes())
         if tree.pop("format") != FORMAT:
-            raise UserError(f"{path} was written by another version of thinkimg")
-        tree["iterations"] = [
-            IterationRecord(
-                **iteration
-                | {"artifacts": {stage: Reference(**reference) for stage, reference in iteration["artifacts"].items()}}
-            )
-            for iteration in tree["iterations"]
-        ]
+            raise UserError(f"{path} was written by another version of thinkimg.")
+        for iteration in tree["iterations"]:
+            iteration["artifacts"] = {stage: Reference(**entry) for stage, entry in iteration["artifacts"].items()}
+        tree["iterations"] = [IterationRecord(**iteration) for iteration in tree["iterations"]]
         return LoopRecord(**tree)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is no loop record: {error!r}", hint="move it away to start anew") from error
+        raise UserError(f"{path} is no loop record: {error!r}.", hint="Move it away to start the loop anew.") from error
 
 
-def records(store: Store) -> Iterator[LoopRecord]:
-    """Every loop's record, oldest first; one that can't be read is logged, not listed."""
-    found = []
+def load_records(store: Store) -> Iterator[LoopRecord]:
+    """Yield every loop's record, oldest first; one that can't be read is logged and left out."""
+    records = []
     for path in (store.root / "loops").glob("*.json"):
         try:
-            found.append(load_record(store, path.stem))
+            records.append(load_record(store, path.stem))
         except UserError as error:
             log.warning("%s", error)
-    yield from sorted(found, key=lambda record: (record.started, record.loop_id))
+    yield from sorted(records, key=lambda record: (record.started, record.loop_id))

@@ -1,16 +1,17 @@
-"""The saved view *Compare mixes*: what is comparable between mixes, first, as charts in which all runs overlay.
+"""Saved view *Compare mixes* of MLflow's UI: charts of all runs, metrics that are comparable between mixes first.
 
-MLflow's interface lists the saved views of an experiment under "Views" and keeps each as a tag of it. Its own chart view
-shows all metrics in alphabetical order: the raw rewards come after some seventy others.
+The UI lists the saved views of an experiment under "Views" and keeps each as a tag of it. Its default view has all
+metrics in alphabetical order: raw rewards come after some seventy others.
 """
 
 import base64
 import json
-import time
 import zlib
 from collections.abc import Iterable
 
+from thinkimg.store.manifest import utc_now
 from thinkimg.tracking.connection import Connection
+from thinkimg.tracking.records import milliseconds
 
 KEY, NAME = "thinkimg", "Compare mixes"
 TAG = f"mlflow.sharedViewState.{KEY}"
@@ -20,22 +21,22 @@ HELD_OUT = ("eval/accuracy", "eval/avg_at_k")
 
 
 def offer_view(connection: Connection, keys: Iterable[str]) -> None:
-    """Save the view, or add the charts that it lacks for these keys; what someone has changed in it stays."""
+    """Save the view, or add the charts that it lacks for these metrics; a user's changes of it stay."""
     wanted = [(EVALUATION, key) for key in HELD_OUT]
     wanted += [(REWARDS, key) for key in sorted(keys) if key.startswith("reward/") and key.count("/") == 1]
     tags = connection.client.get_experiment(connection.loops).tags
-    view = json.loads(tags[TAG]) if TAG in tags else {"createdAt": milliseconds(), "name": NAME}
-    state = unpack(view["state"]) if "state" in view else empty_state()
-    have = {shown.get("metricKey") for shown in state["compareRunCharts"]}
-    missing = [chart(section, key) for section, key in wanted if key not in have and key != "reward/total"]
+    view = json.loads(tags[TAG]) if TAG in tags else {"createdAt": milliseconds(utc_now()), "name": NAME}
+    state = decode_state(view["state"]) if "state" in view else empty_state()
+    have = {existing.get("metricKey") for existing in state["compareRunCharts"]}
+    missing = [line_chart(section, key) for section, key in wanted if key not in have and key != "reward/total"]
     if missing:
         state["compareRunCharts"] += missing
-        view |= {"state": pack(state), "updatedAt": milliseconds()}
+        view |= {"state": encode_state(state), "updatedAt": milliseconds(utc_now())}
         connection.client.set_experiment_tag(connection.loops, TAG, json.dumps(view))
 
 
 def empty_state() -> dict:
-    """Of all runs, newest first; sections beside these two are added by MLflow."""
+    """Return the state of a view of all runs, newest first; MLflow adds its own sections to these two."""
     sections = [
         {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
         | {"columns": 2}
@@ -63,8 +64,8 @@ def empty_state() -> dict:
     }
 
 
-def chart(section: str, key: str) -> dict:
-    """One metric over the iterations."""
+def line_chart(section: str, key: str) -> dict:
+    """Return the chart of one metric over the iterations."""
     return {
         "uuid": key,
         "type": "LINE",
@@ -88,13 +89,9 @@ def chart(section: str, key: str) -> dict:
     }
 
 
-def pack(state: dict) -> str:
+def encode_state(state: dict) -> str:
     return f"deflate;{base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()}"
 
 
-def unpack(state: str) -> dict:
+def decode_state(state: str) -> dict:
     return json.loads(zlib.decompress(base64.b64decode(state.removeprefix("deflate;"))))
-
-
-def milliseconds() -> int:
-    return round(time.time() * 1000)

@@ -1,8 +1,7 @@
-"""Which images does a text look at? Attention of chosen layers and query rows, read in one forward without full maps."""
+"""Attention of texts on images: chosen layers and query rows, read in one forward pass without full maps."""
 
+import contextlib
 from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,149 +9,75 @@ from torch import Tensor
 
 from thinkimg.errors import UserError
 from thinkimg.images.patches import MERGE, image_tokens
-from thinkimg.trainer.checkpoint import Policy
-from thinkimg.trainer.forward.logprobs import Scorer, base_model, batch_tensors, image_features
+from thinkimg.trainer.forward.attention import Reader, StopForward
+from thinkimg.trainer.forward.logprobs import Scorer, base_model
 from thinkimg.trainer.forward.packing import Conversation
-from thinkimg.trainer.optimise import MicroBatches, Progress, Ranks
+from thinkimg.trainer.micro_batches import MicroBatches
+from thinkimg.trainer.policy import PolicyModel
+from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import Patches
+from thinkimg.trainer.stepper import Progress
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-NAME = "thinkimg_read_attention"
-ROWS = ("text", "last")
-CHUNK = 64  # query rows whose attention exists at once: 28 heads x 64 x 2,800 tokens are 20 MB
-LEAST_GRID = 8  # tokens per side from which a region of the picture says something
+LEAST_GRID = 8  # tokens per side from which a region of the image says something
 
 
-class _Enough(Exception):
-    """The last layer that is asked for has been read: what follows is not needed."""
-
-
-class Reader:
-    """Reads one batch: for each query row (row, column), (N,) each, its attention, mean over heads; layer -> (N, T)."""
-
-    current: "Reader | None" = None
-
-    def __init__(self, layers: Sequence[int], row: Tensor, column: Tensor, *, stop: bool = True):
-        self.layers, self.row, self.column, self.stop = set(layers), row, column, stop
-        self.read: dict[int, Tensor] = {}
-
-    def look(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """query (B, H, T, d), key (B, H_kv, T, d), rotary positions applied."""
-        groups = query.shape[1] // key.shape[1]
-        parts = []
-        positions = torch.arange(key.shape[2], device=key.device)
-        for rows, columns in zip(self.row.split(CHUNK), self.column.split(CHUNK), strict=True):
-            for b in rows.unique().tolist():  # ascending, as the rows are
-                where = columns[rows == b]
-                q = query[b, :, where].float()  # (H, n, d)
-                k = key[b].float().repeat_interleave(groups, dim=0)  # (H, T, d)
-                scores = (q @ k.transpose(1, 2)) * scaling
-                scores = scores.masked_fill(positions > where[:, None], float("-inf"))
-                parts.append(scores.softmax(-1).mean(0))
-        self.read[layer] = torch.cat(parts)
-        if self.stop and self.layers <= self.read.keys():
-            raise _Enough
-
-
-def attend_and_read(module, query, key, value, attention_mask, scaling=None, **rest):
-    """transformers' SDPA, after the reader has looked at query and key."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if Reader.current is not None and module.layer_idx in Reader.current.layers:
-        Reader.current.look(module.layer_idx, query, key, scaling)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
-
-
-@contextmanager
-def reading(model: "PreTrainedModel", reader: Reader):
-    """The language model attends by attend_and_read within this context."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, attend_and_read)
-    config = base_model(model).language_model.config
-    before, config._attn_implementation = config._attn_implementation, NAME
-    Reader.current = reader
-    try:
-        yield
-    except _Enough:
-        pass
-    finally:
-        Reader.current = None
-        config._attn_implementation = before
-
-
-def attention_rows(
+def read_attention(
     scorer: Scorer, rows: Sequence[Conversation], layers: Sequence[int], *, stop: bool = True
 ) -> dict[int, Tensor]:
-    """layer -> (N, T) float32: attention of the N scored tokens of padded rows to all T tokens; no logits are computed.
+    """Return the attention of the N scored tokens of padded rows to all T tokens: layer -> (N, T) float32.
 
-    stop: leave out the layers above the last of `layers`.
+    No logits are computed. stop: leave out the layers above the last of `layers`.
     """
-    model, image_token = scorer.model, scorer.image_token
-    batch = batch_tensors(rows, image_token, scorer.pad_token, scorer.device)
-    images = [key for row in rows for key in row.images]
-    grids = np.concatenate([row.grids for row in rows if row.images])
-    features = image_features(model, images, scorer.pixels, grids, scorer.features)
-    base, tokens = base_model(model), batch["tokens"]
-    embeddings = base.get_input_embeddings()(tokens)
-    where = (tokens == image_token)[..., None].expand_as(embeddings)
-    embeddings = embeddings.masked_scatter(where, features.to(embeddings.dtype))
+    batch = scorer.build_batch(rows)
     reader = Reader(layers, batch["row"], batch["column"], stop=stop)
-    with reading(model, reader):
-        # A causal model with padding on the right needs no mask, and without one SDPA takes its causal path.
-        base.language_model(
-            inputs_embeds=embeddings, position_ids=batch["positions"], use_cache=False,
-            attention_mask={"full_attention": None},
-        )  # fmt: skip
-    return reader.read
+    with contextlib.suppress(StopForward):
+        scorer.compute_states(rows, batch, reader=reader)
+    assert reader.attention.keys() == reader.layers, "the language model attends by attend_packed"
+    return reader.attention
 
 
-def run(job: dict, policy: Policy, ranks: Ranks, progress: Progress) -> dict:
-    """The worker's job "attention"; see worker.py. Every pair is two conversations: the question, and a generic text."""
-    images, layers = job["images"], job["layers"]
+def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dict:
+    """Return the attention figures of pairs of conversations, one with the question and one with a generic text.
+
+    client.py describes the job. Raises UserError if the policy lacks one of the layers.
+    """
+    layers, pairs = job["layers"], job["pairs"]
     count = len(base_model(policy.model).language_model.layers)
     if max(layers) >= count:
         raise UserError(
-            f"The policy has {count} layers, and attention is to be read in layer {max(layers)}, counted from 0.",
+            f"The policy has {count} layers, counted from 0, and attention is to be read in layer {max(layers)}.",
             hint="Find one with `thinkimg calibrate attention`, and set image.attention.layer.",
         )
-    pixels = Patches(images["tables"], min_pixels=images["min_pixels"], max_pixels=images["max_pixels"])
+    pixels = Patches(**job["images"])
     scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
     policy.model.eval()
 
-    def look() -> dict[int, dict]:
+    def read() -> dict[int, dict]:
         # Sharded weights are gathered by all processes at once, layer by layer: each makes every pass, to the end.
-        mine = range(len(job["pairs"])) if policy.sharded else range(len(job["pairs"]))[ranks.rank :: ranks.count]
-        rows = [one for i in mine for one in conversations(job["pairs"][i], scorer.image_token)]
+        own = range(len(pairs)) if policy.sharded else range(len(pairs))[ranks.rank :: ranks.count]
+        rows = [row for i in own for row in conversations(pairs[i], scorer.image_token)]
         maps: list[dict] = [{}] * len(rows)
         done = 0
         with torch.no_grad():
             for batch in MicroBatches(rows, job["token_budget"], scorer, pixels):
                 chosen = [rows[i] for i in batch.rows]
                 with policy.autocast():
-                    found = attention_rows(scorer, chosen, layers, stop=not policy.sharded)
-                for i, one in zip(batch.rows, split(found, chosen, scorer.image_token), strict=True):
-                    maps[i] = one
+                    attention = read_attention(scorer, chosen, layers, stop=not policy.sharded)
+                for i, image_map in zip(batch.rows, split(attention, chosen, scorer.image_token), strict=True):
+                    maps[i] = image_map
                 done += len(chosen)
                 progress({"step": done, "steps": len(rows)})
-        return {i: measure(job["pairs"][i], *maps[2 * n : 2 * n + 2]) for n, i in enumerate(mine)}
+        return {i: measure(pairs[i], *maps[2 * n : 2 * n + 2]) for n, i in enumerate(own)}
 
-    try:
-        merged: dict[int, dict] = {}
-        for part in ranks.gather(ranks.together(look)):
-            merged |= part
-    finally:
-        pixels.close()
-    return {"pairs": [merged[i] for i in range(len(job["pairs"]))], "forwards": 2 * len(merged)}
+    with contextlib.closing(pixels):
+        merged = ranks.merge(ranks.together(read))
+    return {"pairs": [merged[i] for i in range(len(pairs))], "forwards": 2 * len(merged)}
 
 
 def conversations(pair: dict, image_token: int) -> list[Conversation]:
-    """The two prompts of a pair, scored at the query rows: the tokens of the text, and the last of the prompt."""
+    """Return the two prompts of a pair, scored at the query rows: the tokens of the text, and the prompt's last."""
     grids = np.asarray(pair["grids"], dtype=np.int64)
-    found = []
+    rows = []
     for prompt in pair["prompts"]:
         compact = np.asarray(prompt["tokens"], dtype=np.int64)
         counts = np.ones(len(compact), dtype=np.int64)
@@ -160,44 +85,48 @@ def conversations(pair: dict, image_token: int) -> list[Conversation]:
         scored = np.zeros(len(compact), dtype=bool)
         scored[slice(*prompt["text"])] = True
         scored[-1] = True
-        found.append(Conversation(np.repeat(compact, counts), np.repeat(scored, counts), tuple(pair["images"]), grids))
-    return found
+        rows.append(Conversation(np.repeat(compact, counts), np.repeat(scored, counts), tuple(pair["images"]), grids))
+    return rows
 
 
-def split(found: dict[int, Tensor], rows: Sequence[Conversation], image_token: int) -> list[dict]:
-    """Per conversation (layer, rows) -> (image tokens,) attention, mean over the query rows."""
+def split(attention: dict[int, Tensor], rows: Sequence[Conversation], image_token: int) -> list[dict]:
+    """Return each conversation's attention on its image tokens, mean over the query rows.
+
+    Keys are (layer, "text" or "last"), values (image tokens,).
+    """
     maps: list[dict] = [{} for _ in rows]
-    for layer, read in found.items():
-        parts = read.cpu().numpy()
-        for one, row, part in zip(
-            maps, rows, np.split(parts, np.cumsum([r.scored.sum() for r in rows])[:-1]), strict=True
-        ):
-            seen = part[:, : len(row.tokens)][:, row.tokens == image_token]
-            one[layer, "text"], one[layer, "last"] = seen[:-1].mean(0), seen[-1]
+    ends = np.cumsum([row.scored.sum() for row in rows])[:-1]
+    for layer, values in attention.items():
+        for image_map, row, part in zip(maps, rows, np.split(values.cpu().numpy(), ends), strict=True):
+            on_images = part[:, : len(row.tokens)][:, row.tokens == image_token]
+            image_map[layer, "text"], image_map[layer, "last"] = on_images[:-1].mean(0), on_images[-1]
     return maps
 
 
 def measure(pair: dict, question: dict, generic: dict) -> dict:
-    """ "<layer>/<rows>" -> attention mass of both texts on the processed image (the second), and region figures.
+    """Return the attention mass of both texts on the processed image (the second), and region figures.
 
-    region: share of the original's relative attention, token by token, that falls into the box that a crop came from;
-    area: the box's share of the original. None where the grid is below 8 x 8 tokens or nothing was cropped.
+    Keys are "<layer>/<rows>". region: share of the original's relative attention that lies, token by token, in the box
+    that a crop came from. area: the box's share of the original. Both need 8 x 8 tokens and a crop.
     """
     first = image_tokens(pair["grids"][0])
-    cover = coverage(pair["grids"][0], pair.get("region"))
-    found = {}
+    cover = compute_coverage(pair["grids"][0], pair.get("region"))
+    figures = {}
     for layer, rows in question:
         asked, general = question[layer, rows], generic[layer, rows]
-        one = {"question": float(asked[first:].sum()), "generic": float(general[first:].sum())}
+        masses = {"question": float(asked[first:].sum()), "generic": float(general[first:].sum())}
         if cover is not None:
             relative = asked[:first] / np.maximum(general[:first], 1e-12)
-            one |= {"region": float((relative * cover).sum() / relative.sum()), "area": float(cover.mean())}
-        found[f"{layer}/{rows}"] = one
-    return found
+            masses |= {"region": float((relative * cover).sum() / relative.sum()), "area": float(cover.mean())}
+        figures[f"{layer}/{rows}"] = masses
+    return figures
 
 
-def coverage(grid: Sequence[int], region: Sequence[float] | None) -> np.ndarray | None:
-    """(tokens,) which share of each token's cell lies in a region (left, top, right, bottom in shares of the sides)."""
+def compute_coverage(grid: Sequence[int], region: Sequence[float] | None) -> np.ndarray | None:
+    """Return (tokens,): the share of each token's cell that lies in a region.
+
+    region: left, top, right, bottom in shares of the sides. None: no region, a grid below 8 x 8, or all or nothing.
+    """
     high, wide = grid[1] // MERGE, grid[2] // MERGE
     if region is None or min(high, wide) < LEAST_GRID:
         return None

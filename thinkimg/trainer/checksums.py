@@ -1,10 +1,10 @@
 """Checksums of a loaded policy against the safetensors files that it was read from.
 
-A process that was given zeros in place of weights trains on without an error, and so does a machine with other files. So
-several processes compare each parameter's number of elements, sum and sum of squares with its file's after every load.
+A process with zeros in place of weights trains on without an error, and so does a machine with other files. So several
+processes compare each parameter's number of elements, sum and sum of squares with its file's after every load.
 
     Worker._run ──> expected(policy)             before sharding; the reading is spread over the processes
-                └─> shards.shard ──> verify(policy, expected)      parts are reduced over the shards
+                └─> fsdp.shard ──> verify(policy, expected)        sums are reduced over the shards
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from thinkimg.errors import UserError
-from thinkimg.trainer.checkpoint import Policy
 from thinkimg.trainer.forward.fsdp import is_shard, local
 from thinkimg.trainer.forward.logprobs import unwrap
-from thinkimg.trainer.optimise import Ranks
+from thinkimg.trainer.policy import PolicyModel
+from thinkimg.trainer.ranks import Ranks
 
 CHUNK = 2**24  # elements that are widened to float64 at a time: 128 MiB
 TOLERANCE = 1e-9  # relative; sums in another order differ by less than 1e-12, one row of zeros in 152,064 by some 1e-5
@@ -50,29 +50,27 @@ class Source(NamedTuple):
     key: str
 
 
-def expected(policy: Policy, ranks: Ranks) -> dict[str, Checksum]:
+def expected(policy: PolicyModel, ranks: Ranks) -> dict[str, Checksum]:
     """Return the checksum that each parameter has to have, by its name in the model below peft's wrappers.
 
-    All processes call it, before layers are sharded. Each reads every n-th tensor and casts it to the parameter's dtype.
+    All processes call it, before layers are sharded. Each reads every n-th tensor, in the parameter's dtype.
     A new adapter is in no file: the first process's counts. Parameters in 4 bits are left out.
     Raises UserError in every process if a parameter is in no file.
     """
     parameters = floating(policy)
-    fresh = {name for name in parameters if "lora_" in name and policy.adapter is None}
+    new = {name for name in parameters if "lora_" in name and policy.adapter_file is None}
 
     def read() -> dict[str, Tensor]:
         located = locate(policy)
-        mine = sorted(located)[ranks.rank :: ranks.count]
-        return {name: read_sums(located[name], parameters[name]) for name in mine}
+        own = sorted(located)[ranks.rank :: ranks.count]
+        return {name: read_sums(located[name], parameters[name]) for name in own}
 
-    result: dict[str, Checksum] = {}
-    for part in ranks.gather(to_checksums(ranks.together(read))):
-        result |= part
-    own = to_checksums({name: sums(parameters[name]) for name in fresh})
-    return result | ranks.gather(own)[0]
+    from_files = ranks.merge(to_checksums(ranks.together(read)))
+    of_new = to_checksums({name: sums(parameters[name]) for name in new})
+    return from_files | ranks.gather(of_new)[0]
 
 
-def verify(policy: Policy, references: Mapping[str, Checksum], ranks: Ranks) -> None:
+def verify(policy: PolicyModel, references: Mapping[str, Checksum], ranks: Ranks) -> None:
     """Compare the parameters in memory with `expected`'s result. All processes call it, after sharding.
 
     Raises UserError in every process if one's parameters are others.
@@ -82,14 +80,14 @@ def verify(policy: Policy, references: Mapping[str, Checksum], ranks: Ranks) -> 
     for rank, names in enumerate(ranks.gather(wrong)):
         if names:
             raise UserError(
-                f"{len(names)} of {len(references)} parameters in process {rank} of the trainer are not those of the files "
-                f"in {policy.weights}; the first is {names[0]}.",
+                f"In process {rank} of the trainer {len(names)} of {len(references)} parameters differ from the files "
+                f"in {policy.weights_directory}; the first is {names[0]}.",
                 hint="Nothing was trained. See that every node has the same files, and that nothing writes to them.",
             )
 
 
 def measure(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Checksum]:
-    """Return the checksums of parameters in memory; those of DTensors are summed over all processes, which all call it."""
+    """Return the checksums of parameters in memory. All processes call it: sums of DTensors go over all of them."""
     values = {name: sums(local(parameter)) for name, parameter in parameters.items()}
     parts = [name for name, parameter in parameters.items() if is_shard(parameter)]
     if parts:
@@ -99,12 +97,12 @@ def measure(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Checksu
     return to_checksums(values)
 
 
-def floating(policy: Policy) -> dict[str, Tensor]:
+def floating(policy: PolicyModel) -> dict[str, Tensor]:
     """Return the parameters by name, each once; without those in 4 bits, which are held as integers."""
     return {name: p for name, p in unwrap(policy.model).named_parameters() if p.is_floating_point()}
 
 
-def locate(policy: Policy) -> dict[str, Source]:
+def locate(policy: PolicyModel) -> dict[str, Source]:
     """Return the source of each parameter of `floating`, except a new adapter's.
 
     Keys are renamed as transformers does it when it loads. A tied parameter may be in the file by any of its names.
@@ -122,18 +120,18 @@ def locate(policy: Policy) -> dict[str, Source]:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     sources: dict[str, Source] = {}
-    for source in tensors(weight_files(policy.weights)):
+    for source in tensors(list_weight_files(policy.weights_directory)):
         name, converter = rename_source_key(source.key, renamings, converters, model.base_model_prefix, names)
         if name not in names and source.key in names:  # as transformers: a name of today that looks like an old one
             name, converter = source.key, None
         if converter is None:  # else the tensor is but a piece of a parameter
             sources[name] = source
-    if policy.adapter is not None:
-        sources |= {source.key.removeprefix(ADAPTER_PREFIX): source for source in tensors([policy.adapter])}
+    if policy.adapter_file is not None:
+        sources |= {source.key.removeprefix(ADAPTER_PREFIX): source for source in tensors([policy.adapter_file])}
 
     located, missing = {}, []
     for name, parameter in floating(policy).items():
-        if "lora_" in name and policy.adapter is None:
+        if "lora_" in name and policy.adapter_file is None:
             continue
         keys = [alias.replace(".default.", ".") if "lora_" in alias else alias for alias in aliases[parameter]]
         source = next((sources[key] for key in keys if key in sources), None)
@@ -143,14 +141,14 @@ def locate(policy: Policy) -> dict[str, Source]:
             located[name] = source
     if missing:
         raise UserError(
-            f"{len(missing)} parameters of the model in {policy.weights} are in none of its safetensors files; the first is "
-            f"{missing[0]}.",
+            f"{len(missing)} parameters of the model in {policy.weights_directory} are in none of its safetensors "
+            f"files; the first is {missing[0]}.",
             hint="Several processes check what they have loaded: save the model as safetensors.",
         )
     return located
 
 
-def weight_files(directory: Path) -> list[Path]:
+def list_weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files from which transformers loads the model in a directory, none if it has none."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import get_checkpoint_shard_files

@@ -1,8 +1,8 @@
-"""How the processes of a trainer on several nodes learn that one of them is gone.
+"""Heartbeat of a trainer's processes, by which they learn that one of them is gone.
 
-A process that dies closes its connections, but a machine that stops answers nothing and closes nothing, and a collective would
-wait for it for half an hour. So each process counts in the store of the process group, in a thread and over a connection of
-its own; the first watches the others, and they watch the first.
+A process that dies closes its connections. A machine that stops closes nothing, and a collective would wait for it for
+half an hour. So each process counts in the store of the process group, in a thread and over a connection of its own.
+The first process watches the others, and they watch the first.
 """
 
 import os
@@ -16,13 +16,16 @@ BEAT_S = 2.0
 SILENCE_S = 30.0  # a process that computes beats all the same; loading a file may hold a thread up for seconds
 
 
-class Pulse(threading.Thread):
-    """Begins when it is made. `lost` is called once, with a sentence, and is expected to end the process."""
+class Heartbeat(threading.Thread):
+    """Thread that beats and watches from its creation on.
+
+    `lost` is called once, with a sentence, and has to end the process.
+    """
 
     def __init__(self, rank: int, count: int, lost: Callable[[str], None]):
         from torch.distributed import TCPStore
 
-        super().__init__(name="pulse", daemon=True)
+        super().__init__(name="heartbeat", daemon=True)
         self._rank, self._lost = rank, lost
         self._watched = range(1, count) if rank == 0 else range(1)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -30,6 +33,7 @@ class Pulse(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        """Beat, and watch the other processes, until one is gone."""
         number, seen = 0, dict.fromkeys(self._watched, ("", time.monotonic()))
         while True:
             number += 1
@@ -45,8 +49,7 @@ class Pulse(threading.Thread):
             for rank, (beat, since) in seen.items():
                 if time.monotonic() - since > SILENCE_S:
                     host = beat.partition(" ")[2] or "another node"
-                    self._lost(
-                        f"process {rank} of the trainer, on {host}, has ended or can't be reached; its own log may say why"
-                    )
+                    lost = f"process {rank} of the trainer, on {host}, has ended or can't be reached"
+                    self._lost(f"{lost}; its own log may say why")
                     return
             time.sleep(BEAT_S)

@@ -1,4 +1,4 @@
-"""The parity gate: before the first step, are the trainer's model and inputs those that the engine sampled with?"""
+"""Parity gate: before the first step, comparison of the trainer's model and inputs with those of the engine."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,7 +15,7 @@ FROM_GROUP = 4
 
 
 def check_weights(rows: Sequence[Row], version: str) -> None:
-    """Raises UserError if a row was sampled with other weights than those that are to be trained."""
+    """Raise UserError if a row was sampled with other weights than those that are to be trained."""
     for row in rows:
         if row.weights != version:
             raise UserError(
@@ -26,18 +26,18 @@ def check_weights(rows: Sequence[Row], version: str) -> None:
 
 
 def check_tokens(rows: Sequence[Row], image_token: int) -> None:
-    """Raises UserError if a row's image tokens are not what its grids say: as many, each image's in one piece."""
+    """Raise UserError if a row's image tokens differ from its grids: in number, or an image's are interrupted."""
     for row in rows:
         talk = row.conversation
         sizes = [image_tokens(grid) for grid in talk.grids]
-        found = np.flatnonzero(talk.tokens == image_token)
-        if len(found) != sum(sizes):
+        index = np.flatnonzero(talk.tokens == image_token)
+        if len(index) != sum(sizes):
             raise UserError(
-                f"Trajectory {row.trajectory_id} has {len(found)} image tokens, and grids of {sum(sizes)} in all.",
+                f"Trajectory {row.trajectory_id} has {len(index)} image tokens, and its grids {sum(sizes)}.",
                 hint="The rollouts were changed since they were made: make them again.",
             )
-        for image, place in zip(talk.images, np.split(found, np.cumsum(sizes)[:-1]), strict=True):
-            if np.any(np.diff(place) != 1):
+        for image, own in zip(talk.images, np.split(index, np.cumsum(sizes)[:-1]), strict=True):
+            if np.any(np.diff(own) != 1):
                 raise UserError(
                     f"In trajectory {row.trajectory_id} the tokens of image {image[:16]}… are interrupted.",
                     hint="The rollouts were changed since they were made: make them again.",
@@ -45,7 +45,7 @@ def check_tokens(rows: Sequence[Row], image_token: int) -> None:
 
 
 def check_positions(rows: Sequence[Row], model) -> None:
-    """Raises UserError if the positions that we compute aren't those of the model's own get_rope_index.
+    """Raise UserError if the trainer's positions differ from those of the model's own get_rope_index.
 
     Rows with two images side by side are left out: transformers takes these for one. model: Qwen2_5_VLModel.
     """
@@ -66,28 +66,31 @@ def check_positions(rows: Sequence[Row], model) -> None:
             raise UserError(
                 f"The position of token {k} of trajectory {row.trajectory_id} is {ours[:, k].tolist()} (time, height, "
                 f"width) to the trainer and {theirs[:, 0, k].tolist()} to the model's own get_rope_index.",
-                hint="A version of transformers that this one does not know? See pyproject.toml.",
+                hint="Install a version of transformers that pyproject.toml allows.",
             )
 
 
 def choose(rows: Sequence[Row], wanted: int, seed: int) -> list[int]:
-    """Indices of the rows to compare, ascending: up to FROM_GROUP of a group, so that shared prompts are compared, too."""
+    """Return the indices of the rows to compare, ascending.
+
+    They are up to FROM_GROUP rows of a group, so that shared prompts are compared too.
+    """
     rng = np.random.default_rng([seed, 1])
-    taken: list[int] = []
+    chosen: list[int] = []
     counts: dict[str, int] = {}
     order = rng.permutation(len(rows)).tolist()
     names = list(dict.fromkeys(rows[i].group_id for i in order))
     for i in sorted(order, key=lambda i: names.index(rows[i].group_id)):
         group = rows[i].group_id
-        if len(taken) < wanted and counts.get(group, 0) < FROM_GROUP:
-            taken.append(i)
+        if len(chosen) < wanted and counts.get(group, 0) < FROM_GROUP:
+            chosen.append(i)
             counts[group] = counts.get(group, 0) + 1
-    taken += [i for i in order if i not in taken][: wanted - len(taken)]
-    return sorted(taken)
+    chosen += [i for i in order if i not in chosen][: wanted - len(chosen)]
+    return sorted(chosen)
 
 
 def compare(engine: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
-    """Metrics over the log-probabilities (N,) of sampled tokens.
+    """Return metrics over the log-probabilities (N,) of sampled tokens.
 
     kl is Schulman's k3 estimator of KL(engine || trainer) on the engine's samples, r - 1 - log r with
     r = p(trainer) / p(engine) (joschu.net/blog/kl-approx.html); nats per token. ratio/* are quantiles of r.
@@ -115,11 +118,11 @@ def check_numbers(
     files: Mapping[str, bytes],
     explain: Callable[[list[int]], str] = lambda worst: "",
 ) -> None:
-    """Raises UserError, showing the worst token, if the mean difference or the KL exceeds the limit (nats per token).
+    """Raise UserError, showing the worst token, if the mean difference or the KL exceeds the limit (nats per token).
 
-    The KL is held to it as well: it catches a few tokens that are far off, which the mean of the absolute hides.
+    The KL catches a few tokens that are far off, which the mean of the absolute differences hides.
     trainer: log-probabilities of each row's scored tokens. files: the policy's, for its tokenizer.json.
-    explain: given the rows' numbers, the worst first, says what the difference is made of (causes.py).
+    explain: from the rows' indices, the worst first, to a sentence on the causes (parity_diagnosis.py).
     """
     worst = max(metrics["parity/mean_abs"], metrics["parity/kl"])
     if worst <= limit:  # NaN is not
@@ -127,20 +130,20 @@ def check_numbers(
     differences = [np.nan_to_num(np.abs(t - row.engine), nan=np.inf) for t, row in zip(trainer, rows, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -differences[i].max())
     number = order[0]
-    place = int(differences[number].argmax())
+    scored = int(differences[number].argmax())
     row = rows[number]
-    position = int(np.flatnonzero(row.conversation.scored)[place])
+    position = int(np.flatnonzero(row.conversation.scored)[scored])
     raise UserError(
-        f"Engine and trainer disagree: mean |log p| difference {metrics['parity/mean_abs']:.4f}, KL {metrics['parity/kl']:.4f} "
-        f"on {metrics['parity/tokens']} tokens, allowed are {limit}; the worst is token {position} of trajectory "
-        f"{row.trajectory_id}, {context(row, position, files)}: engine {row.engine[place]:.3f}, "
-        f"trainer {trainer[number][place]:.3f}. {explain(order)}".rstrip(),
-        hint="Same weights, images, temperature and banned tokens on both sides? train.parity.max_kl is the limit.",
+        f"Engine and trainer disagree on {metrics['parity/tokens']} tokens: mean |log p| difference "
+        f"{metrics['parity/mean_abs']:.4f}, KL {metrics['parity/kl']:.4f}, allowed are {limit}. The worst is token "
+        f"{position} of trajectory {row.trajectory_id}, {show_token(row, position, files)}: "
+        f"engine {row.engine[scored]:.3f}, trainer {trainer[number][scored]:.3f}. {explain(order)}".rstrip(),
+        hint="Do both sides have the same weights, images, temperature and banned tokens? See train.parity.max_kl.",
     )
 
 
-def context(row: Row, position: int, files: Mapping[str, bytes]) -> str:
-    """The token and what stands before it, as text."""
+def show_token(row: Row, position: int, files: Mapping[str, bytes]) -> str:
+    """Return a token and the twelve before it, as text."""
     tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
     tokens = row.conversation.tokens[: position + 1]
     before = tokenizer.decode(tokens[max(0, position - 12) : position].tolist(), skip_special_tokens=False)

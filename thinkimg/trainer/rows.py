@@ -1,4 +1,4 @@
-"""What a training job reads: trajectories with their advantages, and the patches of their images."""
+"""Input of a training job: trajectories with their advantages, and the patches of their images."""
 
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping
@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from thinkimg.conversation.tokens import ROLES, expansion
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
-from thinkimg.images.patches import patches
-from thinkimg.images.view import grid, view
+from thinkimg.images.patches import extract_patches
+from thinkimg.images.view import count_patches, resize_to_view
 from thinkimg.records import Role, Trajectory
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Episodes, open_artifact
@@ -27,18 +27,19 @@ READERS = 8
 
 @dataclass(frozen=True)
 class Row:
-    """A trajectory as the trainer sees it. engine: (N,) float32 log-probabilities of its N scored tokens."""
+    """A trajectory with N scored tokens."""
 
     trajectory_id: str
     group_id: str
     weights: str
     conversation: Conversation
     engine: np.ndarray
+    """(N,) float32 log-probabilities, as sampled."""
     advantage: float = 0.0
 
 
 def read_advantages(path: Path | str) -> dict[str, float]:
-    """trajectory_id -> advantage of the included rows."""
+    """Return the advantages of the included rows, by trajectory_id."""
     columns = pq.read_table(path, columns=["trajectory_id", "advantage"]).to_pydict()
     return dict(zip(columns["trajectory_id"], columns["advantage"], strict=True))
 
@@ -46,7 +47,7 @@ def read_advantages(path: Path | str) -> dict[str, float]:
 def read_rows(
     artifact: Episodes, image_token: int, advantages: Mapping[str, float] | None = None, table: str = "trajectories"
 ) -> list[Row]:
-    """The rows with an advantage (all with sampled tokens if None) in the artifact's order.
+    """Return the rows with an advantage (None: all with sampled tokens), in the artifact's order.
 
     Raises UserError if an advantage belongs to none of them, or a row has another number of placeholders than of grids.
     """
@@ -57,18 +58,21 @@ def read_rows(
     if advantages is not None and len(rows) < len(advantages):
         unknown = sorted(set(advantages) - {row.trajectory_id for row in rows})
         raise UserError(
-            f"{len(unknown)} of {len(advantages)} advantages belong to no trajectory with sampled tokens: {unknown[:3]}.",
+            f"{len(unknown)} of {len(advantages)} advantages belong to no trajectory with sampled tokens; the first is "
+            f"{unknown[0]}.",
             hint="Are the advantages those of these rollouts?",
         )
     return rows
 
 
 def read_row(trajectory: Trajectory, image_token: int, advantage: float) -> Row:
+    """Return a trajectory as a row. Raises UserError if placeholders, images and grids differ in number."""
     placeholders = trajectory.tokens.count(image_token)
     if not placeholders == len(trajectory.grids) == len(trajectory.images):
         raise UserError(
             f"Trajectory {trajectory.trajectory_id} has {placeholders} placeholders, {len(trajectory.images)} images "
-            f"and {len(trajectory.grids)} grids."
+            f"and {len(trajectory.grids)} grids.",
+            hint="The rollouts were changed since they were made: make them again.",
         )
     return Row(
         trajectory.trajectory_id,
@@ -81,7 +85,7 @@ def read_row(trajectory: Trajectory, image_token: int, advantage: float) -> Row:
 
 
 class Patches:
-    """Image hash -> patches as the vision tower takes them, made once while they fit and checked against hash and grid."""
+    """Cache of patches as the vision tower takes them, by image hash; checked against hash and grid."""
 
     def __init__(
         self, tables: Iterable[Path | str], *, min_pixels: int, max_pixels: int, cache_bytes: int = CACHE_BYTES
@@ -90,40 +94,44 @@ class Patches:
         self._images = ImageTable([open_artifact(Path(table)) for table in tables], PIXEL_CACHE_BYTES)
         self._limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self._grids: dict[str, tuple[int, ...]] = {}
-        self._made: OrderedDict[str, Future[np.ndarray]] = OrderedDict()
+        self._cache: OrderedDict[str, Future[np.ndarray]] = OrderedDict()
         self._room = cache_bytes
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="patches")
 
-    def prepare(self, conversations: Iterable[Conversation], known: Container[str] = ()) -> None:
-        """Begin to make what these will need and is not known, in threads, while the model computes on others."""
-        for c in conversations:
-            for key, patch_grid in zip(c.images, c.grids, strict=True):
+    def prepare(self, conversations: Iterable[Conversation], unneeded: Container[str] = ()) -> None:
+        """Start making the patches of conversations in threads, while the model computes on others.
+
+        unneeded: keys of images whose features are cached.
+        """
+        for row in conversations:
+            for key, patch_grid in zip(row.images, row.grids, strict=True):
                 self._grids[key] = tuple(patch_grid.tolist())
-                if key not in known:
+                if key not in unneeded:
                     self._request(key)
 
     def __call__(self, key: str) -> np.ndarray:
-        """(h * w, 1176) float32 of an image of a conversation that was prepared before.
+        """Return (h * w, 1176) float32 of an image of a conversation that was prepared before.
 
-        Raises UserError if the pixels don't have the hash that they are stored under, or have another grid in a row.
+        Raises UserError if the pixels' hash is not the one they are stored under, or a row has another grid.
         """
         return self._request(key).result()
 
     def trim(self) -> None:
-        """Forget the images that were not asked for longest, down to the limit."""
+        """Forget the least recently used images, down to the limit."""
         while self._room < 0:
-            key, _ = self._made.popitem(last=False)
+            key, _ = self._cache.popitem(last=False)
             self._room += self._bytes(key)
 
     def close(self) -> None:
+        """Stop the threads."""
         self._readers.shutdown(cancel_futures=True)
 
     def _request(self, key: str) -> Future[np.ndarray]:
-        if key not in self._made:
-            self._made[key] = self._readers.submit(self._make, key, self._grids[key])
+        if key not in self._cache:
+            self._cache[key] = self._readers.submit(self._make, key, self._grids[key])
             self._room -= self._bytes(key)
-        self._made.move_to_end(key)
-        return self._made[key]
+        self._cache.move_to_end(key)
+        return self._cache[key]
 
     def _bytes(self, key: str) -> int:
         return int(np.prod(self._grids[key])) * PATCH_BYTES
@@ -134,24 +142,24 @@ class Patches:
         except KeyError:
             hint = "Does the data set belong to the rollouts?"
             raise UserError(f"The image {key} is in none of the image tables.", hint=hint) from None
-        if (found := pixel_hash(image)) != key:
+        if (actual := pixel_hash(image)) != key:
             raise UserError(
-                f"The pixels stored as {key[:16]}… have the hash {found[:16]}….",
+                f"The pixels stored as {key[:16]}… have the hash {actual[:16]}….",
                 hint="The artifact was changed since it was made: make it again.",
             )
-        seen = view(image, **self._limits)
-        if grid(*seen.size) != patch_grid:
+        resized = resize_to_view(image, **self._limits)
+        if (own := count_patches(*resized.size)) != patch_grid:
             raise UserError(
-                f"The image {key[:16]}… was {patch_grid} patches to the engine and is {grid(*seen.size)} to the trainer.",
+                f"The image {key[:16]}… had {patch_grid} patches in the engine and has {own} in the trainer.",
                 hint="images.min_pixels and images.max_pixels must be those of the rollouts.",
             )
-        return patches(seen)
+        return extract_patches(resized)
 
 
 def conversation(trajectory: Trajectory, image_token: int) -> Conversation:
-    """What the trainer computes on: the trajectory's expanded ids, scored where they were sampled.
+    """Return a trajectory's expanded ids, scored at the sampled ones.
 
-    Its scored tokens and trajectory.logprobs are in the same order. Images go by content hash of their full resolution.
+    Scored tokens and trajectory.logprobs have the same order. Images go by content hash of their full resolution.
     """
     counts = expansion(trajectory.tokens, trajectory.grids, image_token)
     scored = np.asarray(trajectory.roles) == ROLES.index(Role.SAMPLED)

@@ -12,14 +12,21 @@ from thinkimg.settings import Positive, Settings
 
 
 class WarmstartConfig(Settings):
+    """Supervised fine-tuning before the first iteration."""
+
     demonstrations: str | None = None
     """JSONL of conversations {sample_id, turns: [text, …]}; null: scripted ones for the built-in puzzles.
     Without either the base model is taken as it is."""
     steps: int = Field(100, ge=0)
+    """Optimizer steps; 0: the base model is taken as it is."""
     batch: Positive = 16
+    """Conversations per step."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate; it falls to a tenth by the last step."""
     warmup_steps: int = Field(10, ge=0)
+    """Steps over which the learning rate rises."""
     flaws: Flaws = Flaws()
+    """Shares of scripted demonstrations that are wrong on purpose."""
     pairs: int = Field(0, ge=0)
     """Puzzles from which a tiny policy also learns to compare images, as the image reward `self` asks it to."""
     checkpoint: str | None = None
@@ -27,24 +34,32 @@ class WarmstartConfig(Settings):
 
 
 class ParityConfig(Settings):
+    """Comparison of engine and trainer before the first step of every iteration."""
+
     trajectories: Positive = 16
-    """How many are compared before the first step of an iteration."""
+    """Trajectories that are compared, at most."""
     max_kl: float = Field(0.05, gt=0)
     """Mean of |log p(engine) - log p(trainer)| over sampled tokens, above which the stage refuses to train."""
 
 
 class TrainConfig(Settings):
+    """GRPO steps of an iteration."""
+
     loss: LossConfig = LossConfig()
     learning_rate: float = Field(1e-5, gt=0)
+    """Learning rate of AdamW, constant after the warm-up."""
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of AdamW."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps from the first iteration on over which the rate rises to learning_rate; constant afterwards."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Norm to which the gradient of a step is clipped."""
     steps: Positive = 1
     """Optimizer steps per iteration and epoch: the groups are dealt into this many batches."""
     epochs: Positive = 1
+    """Passes over the rows of an iteration."""
     min_std: float = Field(0.02, ge=0)
-    """Groups whose total reward varies less are silent."""
+    """Groups whose total reward has a smaller standard deviation are silent: no advantage, no part in the loss."""
     token_budget: Positive = 16384
     """Tokens per micro-batch; a prompt that rows share counts once."""
     shared_prompts: bool = True
@@ -52,14 +67,15 @@ class TrainConfig(Settings):
     allow it (sliding windows, attention dropout, positions that depend on the length) it is off by itself, with a
     warning."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     parity: ParityConfig = ParityConfig()
 
 
 class TrainerConfig(Settings):
-    """Where and how the trainer runs."""
+    """Processes and machines of the trainer."""
 
     processes: Positive = 1
-    """In all, over all nodes."""
+    """Training processes, one per GPU, over all nodes together."""
     accelerate_config: str | None = None
     """Several GPUs by `accelerate launch`: ddp (each holds the model), fsdp2 (each holds a part of every layer), or the
     path of a file of your own as `accelerate config` writes it, whose number of processes `processes` replaces."""

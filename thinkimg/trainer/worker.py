@@ -1,4 +1,4 @@
-"""The training process: polls the spool of client.Trainer and runs its jobs on the policy that it holds.
+"""Training process: polls the spool of client.Trainer and runs its jobs on the policy that it holds.
 
 It imports neither Prefect nor MLflow nor vLLM, so that a machine that trains alone needs none of them.
 """
@@ -21,45 +21,46 @@ from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
 from thinkimg.store import files
 from thinkimg.trainer import attention_job, checkpoint, checksums, grpo_job, warmstart_job
-from thinkimg.trainer.checkpoint import Policy
 from thinkimg.trainer.client import FSDP1, KINDS_HINT, NO_SPOOL, POLL_S, REJOIN_S
 from thinkimg.trainer.forward import fsdp
-from thinkimg.trainer.heartbeat import BEAT_S, SILENCE_S, Pulse
-from thinkimg.trainer.optimise import Ranks
+from thinkimg.trainer.heartbeat import BEAT_S, SILENCE_S, Heartbeat
+from thinkimg.trainer.policy import PolicyModel
+from thinkimg.trainer.ranks import Ranks
 
+JOBS = {"train": grpo_job.run, "warmstart": warmstart_job.run, "attention": attention_job.run}
 STATES = ("state.json", "optimizer.safetensors", "model", "adapter")
-HEARTBEAT_S = 60.0  # the other processes wait for rank 0 in a collective, which may not last longer than some minutes
+IDLE_S = 60.0  # the other processes wait for rank 0 in a collective, which may last some minutes at most
 PATIENCE_S = SILENCE_S + 2 * BEAT_S
 
 
 class Worker:
-    """Polls the spool directory and runs jobs on the policy that it holds."""
+    """Runner of the jobs in a spool directory, on the policy that it holds."""
 
     def __init__(self, spool: Path, processes: int):
         for name in ("DEEPSPEED", "MEGATRON_LM"):
             if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
                 raise UserError(f"The accelerate config asks for {name}.", hint=KINDS_HINT)
-        # Where this is true, as accelerate's launcher has it by default, transformers gives all processes but a machine's
+        # If this is true, as accelerate's launcher has it by default, transformers gives all processes but a machine's
         # first a model of zeros, for Accelerator.prepare to fill. Nothing is prepared here.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         closure.check_cuda()
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        assert self.accelerator.num_processes == processes, (
-            f"{self.accelerator.num_processes} processes, not {processes}"
-        )
+        actual = self.accelerator.num_processes
+        assert actual == processes, f"{actual} processes, not {processes}"
         self.spool, self.ranks = spool, Ranks(self.accelerator.process_index, processes)
         # accelerate's launcher says so in the environment; on a CPU its Accelerator does not heed it.
         self.sharded = processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if self.sharded and os.environ.get("FSDP_VERSION") != "2":
             raise UserError(*FSDP1)
-        self.policy: Policy | None = None
-        self.held: list[tuple] | None = None
+        self.policy: PolicyModel | None = None
+        self.stamps: list[tuple] | None = None  # of the files that hold the policy in memory
         self.number = 1
-        self.pulse = Pulse(self.ranks.rank, processes, self._lost) if processes > 1 else None
+        self.heartbeat = Heartbeat(self.ranks.rank, processes, self._lost) if processes > 1 else None
 
     def serve(self) -> None:
+        """Run jobs until the process is ended."""
         while True:
             try:
                 job = self._next(f"{self.number:06}.job.json")
@@ -72,34 +73,32 @@ class Worker:
                 continue
             result = self._answer(job, self.spool / f"{self.number:06}.progress.jsonl")
             if self.ranks.rank == 0:
-                self._tell(result)
+                self._write(result)
             if "error" in result and self.ranks.count > 1:
                 if self.ranks.rank:
                     time.sleep(REJOIN_S)  # the launcher ends all when one has left: the first has to answer before
                 sys.exit(1)  # some processes may still wait for others in the middle of a step
             self.number += 1
 
-    def _tell(self, result: dict) -> None:
+    def _write(self, result: dict) -> None:
         files.write(self.spool / f"{self.number:06}.result.json", json.dumps(result))
 
     def _lost(self, sentence: str) -> None:
-        """Another process is gone. The main thread may be in a collective that waits for it, so that nothing else is done."""
+        """End this process, as another is gone; the main thread may be in a collective that waits for it."""
         print(sentence, file=sys.stderr, flush=True)
         if self.ranks.rank == 0:
-            self._tell({"error": {"user": False, "message": sentence, "hint": "", "traceback": ""}})
+            self._write({"error": {"user": False, "message": sentence, "hint": "", "traceback": ""}})
         os._exit(1)
 
     def _next(self, name: str) -> dict | None:
-        """The job, or None after a while without one; the same in every process."""
+        """Return the job, or None after a while without one; the same in every process."""
         job = None
         if self.ranks.rank == 0:
             start = time.monotonic()
-            while not (self.spool / name).exists() and time.monotonic() - start < HEARTBEAT_S:
+            while not (self.spool / name).exists() and time.monotonic() - start < IDLE_S:
                 time.sleep(POLL_S)
             if (self.spool / name).exists():
                 job = json.loads((self.spool / name).read_text())
-        if self.ranks.count == 1:
-            return job
         return self.ranks.gather(job)[0]
 
     def _answer(self, job: dict, lines: Path) -> dict:
@@ -110,14 +109,14 @@ class Worker:
 
         try:
             return self._run(job, progress)
-        except Exception as error:  # the job failed, not the worker: the parent gets told
-            self.policy = self.held = None
+        except Exception as error:  # the job failed and not the worker: the parent reads it in the result
+            self.policy = self.stamps = None
             user = isinstance(error, UserError)
             message = error.message if user else f"{type(error).__name__}: {error}"
             tail = "".join(traceback.format_exception(error)[-8:])
             print(tail, file=sys.stderr, flush=True)
-            if self.pulse is not None and self.ranks.rank == 0 and not user:
-                self.pulse.join(PATIENCE_S)  # if it is because a process is gone, that is what there is to say
+            if self.heartbeat is not None and self.ranks.rank == 0 and not user:
+                self.heartbeat.join(PATIENCE_S)  # if a process is gone, that is the cause, and the heartbeat says it
             hint = error.hint if user else ""
             return {"error": {"user": user, "message": message, "hint": hint, "traceback": tail}}
 
@@ -128,7 +127,7 @@ class Worker:
         base = Base(**job["base"]) if job.get("base") else None
         reloaded = not self._holds(job, config)
         if reloaded:
-            self.policy = self.held = None  # before the next one takes memory
+            self.policy = self.stamps = None  # before the next one takes memory
             self.policy = self.ranks.together(lambda: self._load(job, config, base))
             references = checksums.expected(self.policy, self.ranks) if self.ranks.count > 1 else {}
             if self.sharded:
@@ -136,52 +135,45 @@ class Worker:
                 self.policy.sharded = True
             if self.ranks.count > 1:
                 checksums.verify(self.policy, references, self.ranks)
-        if job["kind"] == "attention":  # changes nothing, so that the weights stay those of the directory
-            result = attention_job.run(job, self.policy, self.ranks, progress)
-            self.held = self._stamped(job["policy"]["directory"])
-            return result | {"reloaded": reloaded}
-        policy, self.held = self.policy, None  # until the job is done the weights are those of no directory
-        if job["kind"] == "train":
-            result = grpo_job.run(job, policy, self.ranks, progress)
-        else:
-            assert job["kind"] == "warmstart", job["kind"]
-            result = warmstart_job.run(job, policy, self.ranks, progress)
-        self.held = self._stamped(job["output"])
+        self.stamps = None  # until the job is done the weights are those of no directory
+        result = JOBS[job["kind"]](job, self.policy, self.ranks, progress)
+        # A job without an output changes nothing, so that the weights stay those of the directory.
+        self.stamps = self._read_stamps(job.get("output") or job["policy"]["directory"])
         return result | {"reloaded": reloaded}
 
-    def _stamped(self, directory: str) -> list[tuple]:
-        return self.ranks.gather(stamps(Path(directory)) if self.ranks.rank == 0 else [])[0]
+    def _read_stamps(self, directory: str) -> list[tuple]:
+        return self.ranks.gather(read_stamps(Path(directory)) if self.ranks.rank == 0 else [])[0]
 
-    def _load(self, job: dict, config, base: Base | None) -> Policy:
+    def _load(self, job: dict, config: ModelConfig, base: Base | None) -> PolicyModel:
         if job["kind"] == "warmstart":
             return checkpoint.from_base(base, config, self.accelerator.device, seed=job["seed"])
         return checkpoint.load(job["policy"]["directory"], config, self.accelerator.device, base)
 
-    def _holds(self, job: dict, config) -> bool:
-        """Whether the job's policy is the one in memory: its files are those that this worker wrote last, renamed or not."""
-        if job["kind"] == "warmstart" or self.held is None or self.policy.config != config:
+    def _holds(self, job: dict, config: ModelConfig) -> bool:
+        """Return True if the job's policy is in memory: its files are those this worker wrote last, renamed or not."""
+        if job["kind"] == "warmstart" or self.stamps is None or self.policy.config != config:
             return False
-        mine = stamps(Path(job["policy"]["directory"])) == self.held if self.ranks.rank == 0 else False
-        return self.ranks.gather(mine)[0]
+        return self._read_stamps(job["policy"]["directory"]) == self.stamps
 
 
-def stamps(directory: Path) -> list[tuple]:
-    """(name, inode, size, time of change) of a policy's files: renaming a directory above them changes none of these."""
-    found = []
+def read_stamps(directory: Path) -> list[tuple]:
+    """Return (name, device, inode, size, time of change) of a policy's files; renaming its directory changes none."""
+    stamps = []
     for top in STATES:
         path = directory / top
         for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []:
             stat = file.stat()
-            found.append((f"{top}/{file.name}", stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-    return found
+            stamps.append((f"{top}/{file.name}", stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return stamps
 
 
 def main() -> None:
+    """Serve the spool of the command line; write a UserError at the start as the answer to the first job."""
     spool = sys.argv[1]
     try:
         worker = Worker(Path(spool), int(sys.argv[2]))
     except UserError as error:
-        if spool != NO_SPOOL:  # the answer to the first job, whatever that will be
+        if spool != NO_SPOOL:
             answer = {"user": True, "message": error.message, "hint": error.hint, "traceback": ""}
             files.write(Path(spool, f"{1:06}.result.json"), json.dumps({"error": answer, "ended": True}))
         sys.exit(str(error))

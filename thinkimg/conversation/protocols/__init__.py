@@ -1,7 +1,7 @@
 """The protocols: one file per way of writing a turn, named like the value of `conversation.protocol`.
 
 Such a file defines `PROTOCOL`, an instance of a subclass of protocol.Protocol. What the model writes is parsed, never
-evaluated, and a turn that does not parse is answered with a sentence that tells the model how to correct it.
+evaluated. A turn that does not parse is answered with a sentence that tells the model how to correct it.
 
     sampled text ──► PROTOCOL.parse ──► ToolCall | Answer | Malformed ──► Episode ──► PROTOCOL.observation ──► tokens
 

@@ -1,15 +1,15 @@
-"""Qwen's <tool_call>…</tool_call>, or <answer>…</answer>, after a thought in prose."""
+"""Protocol `qwen`: a thought in prose, then Qwen's <tool_call>…</tool_call> or <answer>…</answer>."""
 
 from typing import Any
 
-from thinkimg.conversation.protocol import IMAGE, Content, Malformed, Protocol, call_json, text
+from thinkimg.conversation.protocol import IMAGE_PART, Content, Malformed, Protocol, render_json, text_part
 
 
 class Qwen(Protocol):
-    """What Qwen models are trained on: <tool_call>{"name", "arguments"}</tool_call>, results in <tool_response>.
+    """Protocol that Qwen models are trained on: <tool_call>{"name", "arguments"}</tool_call>, then <tool_response>.
 
-    The thought is whatever precedes the call or the answer, with <think> tags or without: the stock models write prose
-    there. An answer has no form of its own in Qwen's template, so that it is <answer>…</answer> here, too.
+    The thought is all that precedes the call or the answer, with <think> tags or without: the stock models write prose
+    there. Qwen's template has no form for an answer, so that it is <answer>…</answer> here, too.
     """
 
     open_call, close_call, args_key = "<tool_call>", "</tool_call>", "arguments"
@@ -25,10 +25,10 @@ class Qwen(Protocol):
         return f"{thought}\n" if thought else ""
 
     def render_call(self, name: str, args: dict[str, Any]) -> str:
-        return f"<tool_call>\n{call_json(name, self.args_key, args)}\n</tool_call>"
+        return f"<tool_call>\n{render_json(name, self.args_key, args)}\n</tool_call>"
 
     def observation(self, value: str, *, image: bool) -> Content:
-        return [text("<tool_response>\n"), *[IMAGE] * image, text(f"{value}\n</tool_response>")]
+        return [text_part("<tool_response>\n"), *[IMAGE_PART] * image, text_part(f"{value}\n</tool_response>")]
 
 
 PROTOCOL = Qwen()

@@ -1,12 +1,15 @@
-"""<think>…</think>, then <tool>…</tool> or <answer>…</answer>."""
+"""Protocol `think`: <think>…</think>, then <tool>…</tool> or <answer>…</answer>."""
 
 from typing import Any
 
-from thinkimg.conversation.protocol import IMAGE, Content, Malformed, Protocol, call_json, text
+from thinkimg.conversation.protocol import IMAGE_PART, Content, Malformed, Protocol, render_json, text_part
 
 
 class Think(Protocol):
-    """<think>…</think>, then <tool>{"name": …, "args": {…}}</tool> or <answer>…</answer>; only white space around."""
+    """Protocol of <think>…</think>, then <tool>{"name": …, "args": {…}}</tool> or <answer>…</answer>.
+
+    Between and around them there is white space only.
+    """
 
     open_call, close_call, args_key = "<tool>", "</tool>", "args"
     call_form = '<tool>{"name": "…", "args": {…}}</tool>'
@@ -22,10 +25,10 @@ class Think(Protocol):
         return f"<think>{thought}</think>"
 
     def render_call(self, name: str, args: dict[str, Any]) -> str:
-        return f"<tool>{call_json(name, self.args_key, args)}</tool>"
+        return f"<tool>{render_json(name, self.args_key, args)}</tool>"
 
     def observation(self, value: str, *, image: bool) -> Content:
-        return [IMAGE] * image + [text(value)]
+        return [IMAGE_PART] * image + [text_part(value)]
 
 
 PROTOCOL = Think()

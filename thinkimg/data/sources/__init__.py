@@ -1,8 +1,8 @@
-"""The data sources: one file per source, named like the value of `data.source`.
+"""Data sources: one file per source, named like the value of `data.source`.
 
 Such a file defines `class Settings(RowsConfig)`, with the settings that only this source has, and `open_source`, which
-gives a `source.Source`. The rows come lazily and in order, as often as they are asked for. An image is read when its
-reader is called, so that memory holds the images in work. A row that cannot be used is a Refused, in its place.
+returns a `source.Source`. The rows come lazily and in order, in as many passes as needed. An image is read when its
+reader is called, so that memory holds the images in work. A row that cannot be used is replaced by a Refused.
 
     data ──► Settings          prepare ──► source.open_source ──► rows ──► prepared.survey ──► samples, images
 

@@ -1,5 +1,4 @@
-"""A data set of the Hugging Face Hub, or a local copy of one, through `datasets`; images stay encoded for our own
-decoder."""
+"""Data set of the Hugging Face Hub, or a local copy of one, through `datasets`; images stay encoded."""
 
 import os
 from collections.abc import Iterator
@@ -18,19 +17,25 @@ if TYPE_CHECKING:
 
 
 class Settings(RowsConfig):
+    """Settings of a data set of the Hub."""
+
     source: Literal["hub"] = "hub"
     path: str
     """Id of the data set on the Hub, or a local copy of one."""
     hub_config: str | None = None
     """Name of its configuration."""
     hub_split: str = "train"
+    """Split of the data set that is read."""
     revision: str | None = None
     """Commit or tag."""
 
 
 def open_source(data: Settings, limits: ImageLimits) -> Source:
-    """The data set's Arrow file is mapped, not read. Its digest is the library's fingerprint, which follows the commit;
-    for a local directory it is the hash of its files. Raises UserError where it can't be loaded."""
+    """Return the source of the data set's rows; its Arrow file is mapped, not read.
+
+    The digest is the library's fingerprint, which follows the commit; for a local directory the hash of its files.
+    Raises UserError if the data set can't be loaded or lacks a mapped column.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
 
@@ -61,7 +66,7 @@ def _rows(dataset: "datasets.Dataset", data: Settings, images: ImageFiles) -> It
 
 
 def _undecoded(dataset: "datasets.Dataset", mapped: set[str | None]) -> "datasets.Dataset":
-    """The data set with images as {bytes, path}, without media columns that are not mapped."""
+    """Return the data set with images as {bytes, path}, without media columns that are not mapped."""
     for name, feature in dataset.features.items():
         if not _holds_media(feature):
             continue

@@ -14,7 +14,10 @@ class Settings(LossConfig):
 
 
 def per_token(cfg: Settings, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]":
-    """-min(ratio, epsilon_high) A log pi. The cap is epsilon_high itself, not 1 + epsilon_high (recommended: 5.0)."""
+    """Return -min(ratio, epsilon_high) A log pi.
+
+    The cap is epsilon_high itself, not 1 + epsilon_high (recommended: 5.0).
+    """
     weight = terms.ratio.clamp(max=cfg.upper_epsilon).detach()
     is_clipped = (terms.ratio > cfg.upper_epsilon) & (terms.advantages > 0)
     return -weight * terms.advantages * terms.logps, {"cispo_clip_ratio": by_level(cfg, is_clipped)}

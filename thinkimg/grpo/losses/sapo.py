@@ -20,7 +20,7 @@ class Settings(LossConfig):
 
 
 def per_token(cfg: Settings, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]":
-    """-(4 / tau) sigmoid(tau (ratio - 1)) A, with tau by the sign of A."""
+    """Return -(4 / tau) sigmoid(tau (ratio - 1)) A, with tau by the sign of A."""
     import torch
 
     tau = torch.where(terms.advantages > 0, cfg.sapo_temperature_pos, cfg.sapo_temperature_neg)

@@ -37,9 +37,9 @@ class Settings(LossConfig):
 
 
 def gamma_weight(cfg: Settings, terms: Terms) -> "Tensor":
-    """phi(w) = e^lambda w^k e^(-lambda w), so phi(1) = 1; w is policy / engine over the row's tokens, a product.
+    """Return (B, 1): phi(w) = e^lambda w^k e^(-lambda w); w is policy / engine, a product over the row's tokens.
 
-    Returns (B, 1). Its gradient is not wanted: d(-phi A log pi) = -phi A d log pi.
+    phi(1) = 1. Its gradient is not wanted: d(-phi A log pi) = -phi A d log pi.
     """
     import torch
 
@@ -56,7 +56,7 @@ def gamma_weight(cfg: Settings, terms: Terms) -> "Tensor":
 
 
 def per_token(cfg: Settings, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]":
-    """-phi A log pi."""
+    """Return -phi A log pi."""
     phi = gamma_weight(cfg, terms)
     return -phi * terms.advantages * terms.logps, {"vespo/phi_seq_mean": phi.squeeze(1)}
 

@@ -17,5 +17,5 @@ region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """min(255, factor * pixel)."""
+    """Return min(255, factor * pixel)."""
     return ImageEnhance.Brightness(image).enhance(args.factor)

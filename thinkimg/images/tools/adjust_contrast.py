@@ -17,5 +17,5 @@ region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """mean + factor * (pixel - mean), clipped to 0..255; mean is that of the image in grey."""
+    """Return mean + factor * (pixel - mean), clipped to 0..255; mean is that of the image in grey."""
     return ImageEnhance.Contrast(image).enhance(args.factor)

@@ -17,5 +17,5 @@ region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """The blurred image; the radius is scaled along each axis, so that the model sees the blur that it asked for."""
+    """Return the blurred image; the radius is scaled along each axis, so that the model sees the one it asked for."""
     return image.filter(ImageFilter.GaussianBlur(frame.to_full(args.radius, args.radius)))

@@ -17,5 +17,5 @@ region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """smooth + factor * (pixel - smooth), clipped to 0..255."""
+    """Return smooth + factor * (pixel - smooth), clipped to 0..255."""
     return ImageEnhance.Sharpness(image).enhance(args.factor)

@@ -7,12 +7,12 @@ from thinkimg.images.tool import ToolArgs, in_place
 
 
 class Args(ToolArgs):
-    """Nothing to choose."""
+    """No arguments of its own."""
 
 
 region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """Luma (ITU-R 601-2) in all three channels."""
+    """Return luma (ITU-R 601-2) in all three channels."""
     return image.convert("L").convert("RGB")

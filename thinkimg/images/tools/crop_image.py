@@ -17,14 +17,14 @@ class Args(ToolArgs):
 
 
 def region(args: Args, view: tuple[int, int]) -> Box:
-    """The rectangle."""
+    """Return the rectangle."""
     return args.x, args.y, args.x + args.width, args.y + args.height
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """All full-resolution pixels that the rectangle touches."""
-    left, top, right, bottom = region(args, frame.view)
-    if right > frame.view[0] or bottom > frame.view[1]:
-        seen = f"{frame.view[0]}x{frame.view[1]}"
-        raise ToolError(f"the rectangle ends at x={right}, y={bottom}, but the image is {seen} pixels as you see it")
-    return image.crop(frame.box_to_full((left, top, right, bottom)))
+    """Return all full-resolution pixels that the rectangle touches."""
+    box = region(args, frame.view)
+    if box[2] > frame.view[0] or box[3] > frame.view[1]:
+        size = f"{frame.view[0]}x{frame.view[1]}"
+        raise ToolError(f"the rectangle ends at x={box[2]}, y={box[3]}, but the image is {size} pixels as you see it")
+    return image.crop(frame.box_to_full(box))

@@ -15,10 +15,10 @@ class Args(ToolArgs):
 
 
 def region(args: Args, view: tuple[int, int]) -> None:
-    """None: left is right, or top is bottom."""
+    """Return None: left is right, or top is bottom."""
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """The mirrored image, exact."""
+    """Return the mirrored image, exact."""
     methods = {"horizontal": Image.Transpose.FLIP_LEFT_RIGHT, "vertical": Image.Transpose.FLIP_TOP_BOTTOM}
     return image.transpose(methods[args.direction])

@@ -19,7 +19,7 @@ region = in_place
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """The resized image (BICUBIC); no side vanishes."""
+    """Return the resized image (BICUBIC), with sides of at least one pixel."""
     size = args.width, args.height
     if args.keep_aspect:
         scale = min(args.width / image.width, args.height / image.height)

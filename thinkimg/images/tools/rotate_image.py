@@ -17,11 +17,14 @@ class Args(ToolArgs):
 
 
 def region(args: Args, view: tuple[int, int]) -> None:
-    """None: what was a box lies askew, or on its side."""
+    """Return None: a box of the source is askew, or lies on its side."""
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """Exact for multiples of 90 degrees with expand, else resampled (BICUBIC); what comes in from outside is black."""
+    """Return the rotated image: exact for multiples of 90 degrees with expand, else resampled (BICUBIC).
+
+    Pixels from outside of the source are black.
+    """
     if args.expand:
         # Before the work: a 50-megapixel strip of 100,000 x 500, rotated by 45 degrees, would take 15 GB.
         cos, sin = (abs(ratio(math.radians(args.angle))) for ratio in (math.cos, math.sin))

@@ -18,24 +18,24 @@ class Args(ToolArgs):
 
 
 def region(args: Args, view: tuple[int, int]) -> Box:
-    """1/factor of the frame around the centre, moved inside if it would cross the border."""
-    left, _ = _window(args.center_x, view[0], args.factor)
-    top, _ = _window(args.center_y, view[1], args.factor)
-    return left, top, left + view[0] / args.factor, top + view[1] / args.factor
+    """Return 1/factor of the frame around the centre, moved inside if it would cross the border."""
+    x0, _ = _window(args.center_x, view[0], args.factor)
+    y0, _ = _window(args.center_y, view[1], args.factor)
+    return x0, y0, x0 + view[0] / args.factor, y0 + view[1] / args.factor
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """1/factor of the frame around the centre, moved inside if it would cross the border, resized to the view size."""
+    """Return the region, cut from the full resolution and resized to the view's size."""
     if args.center_x > frame.view[0] or args.center_y > frame.view[1]:
-        seen = f"{frame.view[0]}x{frame.view[1]}"
+        size = f"{frame.view[0]}x{frame.view[1]}"
         center = f"x={args.center_x:g}, y={args.center_y:g}"
-        raise ToolError(f"the center {center} is outside of the image, which is {seen} pixels as you see it")
-    left, right = _window(frame.to_full(args.center_x, 0)[0], image.width, args.factor)
-    top, bottom = _window(frame.to_full(0, args.center_y)[1], image.height, args.factor)
+        raise ToolError(f"the center {center} is outside of the image, which is {size} pixels as you see it")
+    x0, x1 = _window(frame.to_full(args.center_x, 0)[0], image.width, args.factor)
+    y0, y1 = _window(frame.to_full(0, args.center_y)[1], image.height, args.factor)
     # Cut first, as resize would blend in pixels from beyond its box; the rest of the box keeps the factor exact.
-    x, y = math.floor(left), math.floor(top)
-    part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
-    return part.resize(frame.view, Image.Resampling.BICUBIC, box=(left - x, top - y, right - x, bottom - y))
+    x, y = math.floor(x0), math.floor(y0)
+    part = image.crop((x, y, math.ceil(x1), math.ceil(y1)))
+    return part.resize(frame.view, Image.Resampling.BICUBIC, box=(x0 - x, y0 - y, x1 - x, y1 - y))
 
 
 def _window(center: float, size: int, factor: float) -> tuple[float, float]:

@@ -1,9 +1,9 @@
-"""What the question looks at: relative attention of the policy on the processed image.
+"""Judge `attention`: relative attention of the policy on the processed image.
 
-One forward in transformers over one user turn [original][processed] text, read in one layer. a(text) is the attention
-mass on the processed image's tokens, mean over heads and over the query rows; rel = a(question) / a(generic
-instruction), the relative attention of arXiv 2502.17422; value = rel / (1 + rel), 0.5 where the question looks no more
-than any text does.
+One forward pass in transformers over one user turn [original][processed] text, measured in one layer. a(text) is the
+attention mass on the processed image's tokens, mean over heads and over the query rows. rel = a(question) / a(generic
+instruction) is the relative attention of arXiv 2502.17422. value = rel / (1 + rel), 0.5 where the question looks at the
+image no more than any text does.
 """
 
 from collections.abc import Sequence
@@ -13,52 +13,54 @@ from pydantic import Field
 
 import thinkimg.settings
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.protocol import IMAGE, text
+from thinkimg.conversation.protocol import IMAGE_PART, text_part
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
-from thinkimg.rewards.judgement import Identity, Judgement, Pair
+from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 
-NAME, USES = "attention", ("trainer",)
+USES = ("trainer",)
 GENERIC = "Write a general description of the image."  # arXiv 2502.17422, section 4
 
 
 class Settings(thinkimg.settings.Settings):
-    """Where attention is read; `thinkimg calibrate attention` finds both for a model."""
+    """Layer and rows in which attention is measured; `thinkimg calibrate attention` finds both for a model."""
 
     layer: int = Field(22, ge=0)
     """Layer of the language model, from 0."""
     rows: Literal["text", "last"] = "text"
-    """The query rows: all tokens of the text, or the last token of the prompt."""
+    """Query rows: all tokens of the text, or the last token of the prompt."""
 
 
 def prompt(settings: JudgeSettings) -> str:
-    where, model = settings.image.attention, settings.model
-    asked = (GENERIC, where.layer, where.rows, model.dtype, model.load_in_4bit, settings.token_budget)
+    own, model = settings.image.attention, settings.model
+    asked = (GENERIC, own.layer, own.rows, model.dtype, model.load_in_4bit, settings.token_budget)
     return settings.hashed(*asked)
 
 
-def identity(context: JudgeContext) -> Identity:
+def identity(context: JudgeContext) -> JudgeIdentity:
     assert context.policy is not None
-    return Identity(NAME, "policy", context.policy.digest, prompt(context.settings))
+    return JudgeIdentity("attention", "policy", context.policy.digest, prompt(context.settings))
 
 
 def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
     settings = context.settings.image.attention
-    place = f"{settings.layer}/{settings.rows}"
-    return [verdict(found[place], place) for found in look(pairs, context, [settings.layer])]
+    at = f"{settings.layer}/{settings.rows}"
+    return [judge_masses(masses[at], at) for masses in measure_attention(pairs, context, [settings.layer])]
 
 
-def verdict(found: dict[str, float], place: str) -> Judgement:
-    if not (found["generic"] > 0 and found["question"] >= 0):  # NaN is neither: a question without words, say
+def judge_masses(masses: dict[str, float], at: str) -> Judgement:
+    """Return the judgement of the attention masses of question and generic instruction. at: "<layer>/<rows>"."""
+    if not (masses["generic"] > 0 and masses["question"] >= 0):  # NaN is neither: a question without words, say
         return Judgement(None, "Question or generic instruction look at no part of the processed image.", {})
-    relative = found["question"] / found["generic"]
-    return Judgement(relative / (1 + relative), None, found | {"relative": relative, "at": place})
+    relative = masses["question"] / masses["generic"]
+    return Judgement(relative / (1 + relative), None, masses | {"relative": relative, "at": at})
 
 
-def look(pairs: Sequence[Pair], context: JudgeContext, layers: Sequence[int]) -> list[dict[str, dict[str, float]]]:
-    """Per pair "<layer>/<rows>" -> attention masses, as trainer/attention_job.py measures them in the kept trainer
-    worker."""
+def measure_attention(
+    pairs: Sequence[Pair], context: JudgeContext, layers: Sequence[int]
+) -> list[dict[str, dict[str, float]]]:
+    """Return for each pair "<layer>/<rows>" -> attention masses, as trainer/attention_job.py measures them."""
     assert context.policy is not None
-    settings, trainer = context.settings, context.resources.trainer  # it gets up while pictures are measured
+    settings, trainer = context.settings, context.resources.trainer  # it starts while images are resized
     hashes = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
     grids = dict(zip(hashes, context.map(lambda sha: context.picture(sha).grid, hashes), strict=True))
     prompts = {words: encode_prompt(context.codec, words) for words in {GENERIC, *(pair.question for pair in pairs)}}
@@ -83,19 +85,19 @@ def look(pairs: Sequence[Pair], context: JudgeContext, layers: Sequence[int]) ->
             for pair in pairs
         ],
     }
-    done = 0
+    judged = 0
 
     def progress(line: dict[str, Any]) -> None:  # of forwards, two to a pair; of several processes the first one's
-        nonlocal done
-        context.judged(line["step"] * len(pairs) // line["steps"] - done)
-        done = line["step"] * len(pairs) // line["steps"]
+        nonlocal judged
+        before, judged = judged, line["step"] * len(pairs) // line["steps"]
+        context.judged(judged - before)
 
     return trainer.submit(job, progress)["pairs"]
 
 
 def encode_prompt(codec: Codec, words: str) -> dict[str, Any]:
-    """Compact ids of the user turn, and [first, end) of the text's tokens in it."""
-    tokens = codec.prompt("", [IMAGE, IMAGE, text(words)])
+    """Return the compact ids of the user turn, and [first, end) of the text's tokens in it."""
+    tokens = codec.prompt("", [IMAGE_PART, IMAGE_PART, text_part(words)])
     length = len(codec.encode(words))
     end = len(tokens) - 1 - tokens[::-1].index(codec.end)
     return {"tokens": tokens, "text": [end - length, end]}

@@ -1,6 +1,6 @@
-"""CLIP's judgement: is the processed image closer to the question than the original is?
+"""Judge `embedding`: CLIP's preference for the processed image over the original, given the question.
 
-value = sigmoid(logit_scale x (cos(processed, question) - cos(original, question))), the probability that CLIP itself
+value = sigmoid(logit_scale x (cos(processed, question) - cos(original, question))): the probability that CLIP itself
 gives the processed image of the two; 0.5 is no difference. Each unique image and question is encoded once.
 """
 
@@ -10,15 +10,14 @@ from collections.abc import Sequence
 import thinkimg.settings
 from thinkimg.models.clip import weights_digest
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
-from thinkimg.rewards.judgement import Identity, Judgement, Pair
-
-NAME = "embedding"
+from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 
 
 class Settings(thinkimg.settings.Settings):
+    """CLIP that judges."""
+
     model: str = "ViT-B-32"
-    """A model of open_clip, `hf-hub:…`, `local-dir:…`; "warmstart": a small one that the warm start trains on the
-    puzzles."""
+    """Model of open_clip, `hf-hub:…`, `local-dir:…`; "warmstart": a small one that is trained on the puzzles."""
     pretrained: str | None = "laion2b_s34b_b79k"
     """Tag or file of its weights; null where the model's name says it all."""
 
@@ -27,25 +26,25 @@ def prompt(settings: JudgeSettings) -> str:
     return ""
 
 
-def identity(context: JudgeContext) -> Identity:
+def identity(context: JudgeContext) -> JudgeIdentity:
     settings = context.settings.image.embedding
     name = settings.model if settings.pretrained is None else f"{settings.model}/{settings.pretrained}"
-    return Identity(NAME, name, weights_digest(settings, context.clip), "")
+    return JudgeIdentity("embedding", name, weights_digest(settings, context.clip), "")
 
 
 def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
     encoder = context.resources.encoder(context.settings.image.embedding, context.clip)
     hashes = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
     questions = sorted({pair.question for pair in pairs})
-    # Full resolution: CLIP sees the picture at its own size, and shrinks it once.
+    # Full resolution, so that the image is shrunk once, to CLIP's own size.
     images = dict(zip(hashes, encoder.images(hashes, context.images.decoded, context.map), strict=True))
     texts = dict(zip(questions, encoder.texts(questions), strict=True))
-    found = []
+    judgements = []
     for pair in pairs:
         text = texts[pair.question]
         near, far = float(images[pair.processed] @ text), float(images[pair.original] @ text)
         value = 1 / (1 + math.exp(-encoder.logit_scale * (near - far)))
         evidence = {"cos_processed": near, "cos_original": far, "logit_scale": encoder.logit_scale}
-        found.append(Judgement(value, None, evidence))
+        judgements.append(Judgement(value, None, evidence))
     context.judged(len(pairs))
-    return found
+    return judgements

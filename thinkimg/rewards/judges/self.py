@@ -1,7 +1,8 @@
-"""The policy's own judgement: shown the original and the processed image, with which is the question easier to answer?
+"""Judge `self`: the policy's own preference between the original and the processed image, given the question.
 
-Judged by the weights that made the rollouts. The reply is read from the distribution of one forward step, in both
-orders, so that a habit of saying 1 or 2 cancels out: value = ½ [P(2 | original, processed) + P(1 | processed,
+It is judged by the weights that made the rollouts. The reply is read from the distribution of one forward step, in both
+orders, so that a habit of saying 1 or 2 cancels out.
+value = ½ [P(2 | original, processed) + P(1 | processed,
 original)], with P normalised over the two ratings; 0.5 is no preference.
 """
 
@@ -12,52 +13,54 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinkimg.conversation import compare
-from thinkimg.engine.client import EngineClient, EngineUnavailable, ImageRef
+from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.media import Media
+from thinkimg.engine.request import ImageRef
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
-from thinkimg.rewards.judgement import Identity, Judgement, Pair
+from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 
-NAME, USES = "self", ("engine",)
+USES = ("engine",)
 
 
 def prompt(settings: JudgeSettings) -> str:
-    return settings.hashed(compare.prompt_hash(), settings.model.dtype)
+    return settings.hashed(compare.hash_prompt(), settings.model.dtype)
 
 
-def identity(context: JudgeContext) -> Identity:
+def identity(context: JudgeContext) -> JudgeIdentity:
     assert context.policy is not None
-    return Identity(NAME, "policy", context.policy.digest, prompt(context.settings))
+    return JudgeIdentity("self", "policy", context.policy.digest, prompt(context.settings))
 
 
 def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
-    """Raises EngineUnavailable where no server answers: then the stage stops, and goes on later from its closed
-    parts."""
+    """Judge by the engine. Raises EngineUnavailable where no server answers: the stage stops, and can go on later."""
     return asyncio.run(_judge(pairs, context))
 
 
 async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
     assert context.policy is not None
     settings = context.settings
-    prompts = {question: compare.prompt(context.codec, question) for question in {pair.question for pair in pairs}}
-    engine, adapter = await context.resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
+    prompts = {
+        question: compare.encode_comparison(context.codec, question) for question in {pair.question for pair in pairs}
+    }
+    engine = await context.resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
     async with engine:
         with tempfile.TemporaryDirectory(dir=context.resources.media) as scratch:
-            refs = await asyncio.to_thread(
-                references, pairs, context, Path(scratch) if engine.media == "file" else None
-            )
+            folder = Path(scratch) if engine.media == "file" else None
+            refs = await asyncio.to_thread(encode_views, pairs, context, folder)
             ratings = compare.rating_tokens(context.codec)
 
-            async def one(pair: Pair) -> Judgement:
-                found = await _compare(pair, engine, adapter, refs, prompts[pair.question], ratings)
+            async def judge_pair(pair: Pair) -> Judgement:
+                images = [refs[pair.original], refs[pair.processed]]
+                judgement = await _compare(engine, images, prompts[pair.question], ratings)
                 context.judged(1)
-                return found
+                return judgement
 
-            return await asyncio.gather(*(one(pair) for pair in pairs))
+            return await asyncio.gather(*(judge_pair(pair) for pair in pairs))
 
 
-def references(pairs: Sequence[Pair], context: JudgeContext, folder: Path | None) -> dict[str, ImageRef]:
-    """What the engine is sent for each image: its view, encoded once."""
+def encode_views(pairs: Sequence[Pair], context: JudgeContext, folder: Path | None) -> dict[str, ImageRef]:
+    """Return content hash -> reference to an image's view, for the engine; each is encoded once."""
     media = Media(folder)
 
     def refer(sha256: str) -> ImageRef:
@@ -68,24 +71,21 @@ def references(pairs: Sequence[Pair], context: JudgeContext, folder: Path | None
     return dict(zip(hashes, context.map(refer, hashes), strict=True))
 
 
-async def _compare(
-    pair: Pair, engine: EngineClient, adapter: str | None, refs: dict[str, ImageRef], prompt: list[int], ratings: list[int]
-) -> Judgement:  # fmt: skip
-    images = [refs[pair.original], refs[pair.processed]]
+async def _compare(engine: EngineClient, images: list[ImageRef], prompt: list[int], ratings: list[int]) -> Judgement:
     try:
-        found = await asyncio.gather(
-            engine.next_token_logprobs(prompt, images, ratings, adapter),
-            engine.next_token_logprobs(prompt, images[::-1], ratings, adapter),
+        forward, backward = await asyncio.gather(
+            engine.next_token_logprobs(prompt, images, ratings),
+            engine.next_token_logprobs(prompt, images[::-1], ratings),
         )
     except EngineUnavailable:
         raise
     except EngineError as error:
         return Judgement(None, f"The engine refused to judge: {error.message}", {})
-    return verdict(*found)
+    return judge_ratings(forward, backward)
 
 
-def verdict(forward: Sequence[float], backward: Sequence[float]) -> Judgement:
-    """From the log-probabilities of (1, 2) with the original shown first, and with the processed image shown first."""
+def judge_ratings(forward: Sequence[float], backward: Sequence[float]) -> Judgement:
+    """Return the judgement of the log-probabilities of (1, 2): with the original first, and with it second."""
     evidence = {"logprobs": [list(forward), list(backward)]}
     preferences = [preference(forward[1], forward[0]), preference(backward[0], backward[1])]
     if any(math.isnan(p) for p in preferences):
@@ -94,7 +94,7 @@ def verdict(forward: Sequence[float], backward: Sequence[float]) -> Judgement:
 
 
 def preference(chosen: float, other: float) -> float:
-    """P(chosen) normalised over the two, from their log-probabilities; NaN if neither has any."""
+    """Return P(chosen) normalised over the two, by their log-probabilities; NaN if both are -inf."""
     if chosen == other:
         return math.nan if chosen == -math.inf else 0.5
     return 1 / (1 + math.exp(min(other - chosen, 700.0)))

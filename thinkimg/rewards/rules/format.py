@@ -1,11 +1,11 @@
-"""Format: the share of turns that parse, provided that the trajectory ends with its one answer."""
+"""Rule `format`: the share of turns that parse, provided that the trajectory ends with its one answer."""
 
 from thinkimg.records import StopReason, Trajectory, TurnKind
 from thinkimg.rewards.batch import Batch, Score
 
 
 def score(batch: Batch) -> list[Score]:
-    """(turns that parse / turns) if exactly one answer ends the trajectory, else 0."""
+    """Return (turns that parse / turns) if exactly one answer ends the trajectory, else 0."""
     return [_score(trajectory) for trajectory in batch.trajectories]
 
 

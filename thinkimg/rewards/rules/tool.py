@@ -1,4 +1,4 @@
-"""Tool use: the share of the tool calls that succeeded and brought something new."""
+"""Rule `tool`: the share of tool calls that succeeded and brought something new."""
 
 import json
 
@@ -7,9 +7,9 @@ from thinkimg.rewards.batch import Batch, Score
 
 
 def score(batch: Batch) -> list[Score]:
-    """Successful, non-duplicate calls / calls; 0 without a call.
+    """Return (successful calls that are no duplicates / calls); 0 without a call.
 
-    A call is a duplicate if the image that it made was there before, or if the same call on the same image succeeded
+    A call is a duplicate if its image was in the conversation before, or if the same call on the same image succeeded
     before.
     """
     return [_score(trajectory) for trajectory in batch.trajectories]
@@ -32,7 +32,7 @@ def _score(trajectory: Trajectory) -> Score:
 
 
 def _identity(turn: Turn) -> tuple[str, str, int]:
-    """What the call does: "current" and 0 may name one image, and the source is its index either way."""
+    """Return tool, arguments and source of a call; without `image`, as "current" and 0 may name the same source."""
     assert turn.tool is not None and turn.args is not None and turn.source is not None
     args = json.loads(turn.args)
     args.pop("image", None)

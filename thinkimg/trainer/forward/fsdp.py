@@ -1,7 +1,7 @@
-"""FSDP2: each process holds a part of every decoder layer, and sees whole layers one at a time.
+"""FSDP2: each process holds a shard of every decoder layer, and gathers the layers one at a time.
 
-Embeddings, head, final norm and vision tower stay whole in each process (a tenth of a 7B): the trainer calls them one by
-one, without the wrapper's forward. Gradients are summed, as without FSDP2, since the loss is normalised over the step.
+Embeddings, head, final norm and vision tower stay unsharded (a tenth of a 7B): the trainer calls them one by one,
+without the wrapper's forward. Gradients are summed, as without FSDP2, since the loss is normalised over the step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,23 +32,19 @@ def shard(model: "PreTrainedModel", device: torch.device) -> None:
 
 
 def is_shard(tensor: Tensor) -> bool:
+    """Return True if a tensor is spread over the processes."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part."""
+    """Return this process's shard, or an unsharded tensor itself."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, detached and on the CPU; every process has to ask."""
-    return (tensor.full_tensor() if is_shard(tensor) else tensor).detach().cpu().contiguous()
-
-
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as the parameter is held."""
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return an unsharded tensor on the parameter's device, sharded as the parameter is."""
     value = value.to(parameter.device)
     if not is_shard(parameter):
         return value
@@ -57,21 +53,27 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
-def wholes(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """All of them, one after the other, where `keep`; elsewhere each is gathered and let go."""
-    found = {}
+def gather_all(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Return tensors unsharded, detached and on the CPU; every process must call.
+
+    keep: False: each is gathered for the other processes and dropped here, and the result is empty.
+    """
+    gathered = {}
     for name, tensor in tensors.items():
-        value = whole(tensor)
+        value = (tensor.full_tensor() if is_shard(tensor) else tensor).detach().cpu().contiguous()
         if keep:
-            found[name] = value
-    return found
+            gathered[name] = value
+    return gathered
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """As torch.nn.utils.clip_grad_norm_, over parts and whole tensors; returns the norm before."""
+    """Clip the norm of sharded and unsharded gradients together; return the norm before clipping.
+
+    torch.nn.utils.clip_grad_norm_ takes the two kinds only apart.
+    """
     grads = [parameter.grad for parameter in parameters]
-    parts = [local(grad) for grad in grads if is_shard(grad)]
-    square = sum((part.float().square().sum() for part in parts), torch.zeros((), device=grads[0].device))
+    shards = [local(grad) for grad in grads if is_shard(grad)]
+    square = sum((shard.float().square().sum() for shard in shards), torch.zeros((), device=grads[0].device))
     torch.distributed.all_reduce(square)
     square = square + sum(grad.float().square().sum() for grad in grads if not is_shard(grad))
     norm = float(square.sqrt())

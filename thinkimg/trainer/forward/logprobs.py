@@ -1,4 +1,4 @@
-"""The policy's forward pass: log-probabilities of chosen tokens without ever holding all logits."""
+"""Forward pass of a policy: log-probabilities of chosen tokens, with a slice of the logits in memory at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from thinkimg.images.patches import image_tokens
 from thinkimg.trainer.forward.flex import bucket
 from thinkimg.trainer.forward.packed_attention import Layout
 from thinkimg.trainer.forward.packing import Conversation, mrope_positions
@@ -21,21 +22,21 @@ HEAD_CHUNK = 2048  # scored tokens per slice of logits: 2048 x 152,064 float32 a
 
 
 def unwrap(model: "PreTrainedModel"):
-    """Qwen2_5_VLForConditionalGeneration below peft's wrappers."""
+    """Return the Qwen2_5_VLForConditionalGeneration below peft's wrappers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def base_model(model: "PreTrainedModel"):
-    """Qwen2_5_VLModel (visual + language_model) below a head and, with LoRA, below peft's wrappers."""
+    """Return the Qwen2_5_VLModel (visual + language_model) below a head and, with LoRA, below peft's wrappers."""
     return unwrap(model).model
 
 
-def batch_tensors(
-    rows: Sequence[Conversation], image_token: int, pad_token: int, device, where: Callable | None = None
+def build_batch(
+    rows: Sequence[Conversation], image_token: int, pad_token: int, device, positioner: Callable | None = None
 ) -> dict[str, Tensor]:
-    """Right-padded batch. Causal attention never looks to the right, so padding needs no mask.
+    """Return a right-padded batch. Causal attention never looks to the right, so padding needs no mask.
 
-    where: (tokens, image token, grids) -> (3, T) positions; None: mrope_positions.
+    positioner: (tokens, image token, grids) -> (3, T) positions; None: mrope_positions.
     Returns tokens (B, T) int64, positions (3, B, T) int64, row and column (N,) of the scored tokens, row by row.
     """
     length = max(len(row.tokens) for row in rows)
@@ -43,50 +44,58 @@ def batch_tensors(
     positions = np.zeros((3, len(rows), length), dtype=np.int64)
     for b, row in enumerate(rows):
         tokens[b, : len(row.tokens)] = row.tokens
-        positions[:, b, : len(row.tokens)] = (where or mrope_positions)(row.tokens, image_token, row.grids)
+        positions[:, b, : len(row.tokens)] = (positioner or mrope_positions)(row.tokens, image_token, row.grids)
     scored = [np.flatnonzero(row.scored) for row in rows]
-    numbers = np.repeat(np.arange(len(rows)), [len(s) for s in scored])
-    arrays = {"tokens": tokens, "positions": positions, "row": numbers, "column": np.concatenate(scored)}
+    row_of = np.repeat(np.arange(len(rows)), [len(s) for s in scored])
+    arrays = {"tokens": tokens, "positions": positions, "row": row_of, "column": np.concatenate(scored)}
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def image_features(
+def compute_features(
     model,
     images: Sequence[str],
     pixels: Callable[[str], np.ndarray],
     grids: np.ndarray,
-    known: dict[str, Tensor] | None = None,
+    cache: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Features of the pictures in order, (sum of tokens, hidden); the vision tower runs once for each unique one.
+    """Return the features of images in order, (sum of tokens, hidden); the vision tower runs once for each unique one.
 
-    images: keys; pixels: key -> (patches, 1176) float32; grids: (len(images), 3). known: features that need not be
-    computed again, by key; those that were computed are added to it (for a frozen tower, under no_grad).
+    images: keys. pixels: key -> (patches, 1176) float32. grids: (len(images), 3).
+    cache: features by key, of a frozen tower; new ones are added to it.
     """
     visual = base_model(model).visual
-    parts = {} if known is None else known
-    missing = {key: grid for key, grid in zip(images, grids, strict=True) if key not in parts}
+    features = {} if cache is None else cache
+    missing = {key: grid for key, grid in zip(images, grids, strict=True) if key not in features}
     if missing:
         grid = torch.as_tensor(np.stack(list(missing.values())), device=visual.device)
-        flat = torch.from_numpy(np.concatenate([pixels(key) for key in missing])).to(visual.device, visual.dtype)
-        features = visual(flat, grid_thw=grid).pooler_output
-        parts |= zip(missing, features.split((grid.prod(-1) // 4).tolist()), strict=True)
-    return torch.cat([parts[key] for key in images])
+        patches = torch.cat([torch.as_tensor(pixels(key)) for key in missing]).to(visual.device, visual.dtype)
+        parts = visual(patches, grid_thw=grid).pooler_output.split([image_tokens(grid) for grid in missing.values()])
+        features |= zip(missing, parts, strict=True)
+    return torch.cat([features[key] for key in images])
 
 
-def hidden_states(model, batch: dict[str, Tensor], features: Tensor | None, image_token: int) -> Tensor:
-    """(N, hidden): for each scored token the state that predicts it."""
+def compute_padded_states(
+    model, batch: dict[str, Tensor], features: Tensor | None, image_token: int, **attention: object
+) -> Tensor:
+    """Return (N, hidden): for each scored token of a padded batch the state that predicts it.
+
+    attention: further arguments of the attention function.
+    """
     base = base_model(model)
     tokens = batch["tokens"]
     embeddings = base.get_input_embeddings()(tokens)
     if features is not None:
-        where = (tokens == image_token)[..., None].expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(where, features.to(embeddings.dtype))
-    states = base.language_model(inputs_embeds=embeddings, position_ids=batch["positions"], use_cache=False)
+        is_image = (tokens == image_token)[..., None].expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+    positions = batch["positions"]
+    states = base.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **attention)
     return states.last_hidden_state[batch["row"], batch["column"] - 1]
 
 
-def packed_states(model, packed: Packed, features: Tensor | None, image_token: int, *, grouped: bool = False) -> Tensor:
-    """(N, hidden): for each scored token of a packed batch the state that predicts it."""
+def compute_packed_states(
+    model, packed: Packed, features: Tensor | None, image_token: int, *, grouped: bool = False
+) -> Tensor:
+    """Return (N, hidden): for each scored token of a packed batch the state that predicts it."""
     base = base_model(model)
     embed = base.get_input_embeddings()
     device = embed.weight.device
@@ -95,8 +104,8 @@ def packed_states(model, packed: Packed, features: Tensor | None, image_token: i
     )
     embeddings = embed(tokens)
     if features is not None:
-        where = torch.from_numpy(np.flatnonzero(packed.tokens == image_token)).to(device)
-        embeddings = embeddings.index_copy(0, where, features.to(embeddings.dtype))
+        index = torch.from_numpy(np.flatnonzero(packed.tokens == image_token)).to(device)
+        embeddings = embeddings.index_copy(0, index, features.to(embeddings.dtype))
     states = base.language_model(
         inputs_embeds=embeddings[None],
         position_ids=positions[:, None],
@@ -106,7 +115,7 @@ def packed_states(model, packed: Packed, features: Tensor | None, image_token: i
     return states.last_hidden_state[0].index_select(0, before)
 
 
-def token_logps(
+def compute_logps(
     head: torch.nn.Linear,
     states: Tensor,
     targets: Tensor,
@@ -116,10 +125,10 @@ def token_logps(
     entropy: bool = False,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (N,) float32 of targets (N,) given states (N, hidden), with the engine's processing.
+    """Return log-probabilities (N,) float32 of targets (N,) given states (N, hidden), processed as the engine does.
 
-    The engine renormalises after banning tokens and dividing by the temperature (logprobs_mode=processed_logprobs), so
-    the same is done here. Logits exist for HEAD_CHUNK tokens at a time and are computed again in the backward pass.
+    The engine renormalises after banning tokens and dividing by the temperature (logprobs_mode=processed_logprobs).
+    Logits exist for HEAD_CHUNK tokens at a time and are computed again in the backward pass.
     entropy: also return entropies (N,) float32 in nats, with gradient if entropy_grad; else None.
     """
 
@@ -151,7 +160,7 @@ def token_logps(
 
 
 class Scorer:
-    """Log-probabilities of whole conversations under a model, as the engine would give them."""
+    """Scorer of whole conversations: log-probabilities under a model, processed as the engine does."""
 
     def __init__(
         self,
@@ -161,16 +170,17 @@ class Scorer:
         temperature: float,
         banned: Sequence[int],
         features: dict[str, Tensor] | None,
-        positions: Callable | None = None,
+        positioner: Callable | None = None,
     ):
-        """pixels: image key -> patches, as `packing.patches` gives them. banned: ids that the engine can't sample.
+        """pixels: image key -> patches, as `rows.Patches` gives them. banned: ids that the engine can't sample.
 
-        features: where the features of a frozen vision tower are kept, by image key; None: the tower is being trained.
-        positions: of padded batches, others than the right ones to see what they would change.
+        features: cache of a frozen vision tower's features, by image key; None: the tower is being trained.
+        positioner: of padded batches, in place of the right one, to see the effect of positions.
         """
-        self.model, self.pixels, self.features, self.positions = model, pixels, features, positions
+        self.model, self.pixels, self.features, self.positioner = model, pixels, features, positioner
         self.head = unwrap(model).lm_head
         self.device = self.head.weight.device
+        self.on_gpu = self.device.type == "cuda"
         config = unwrap(model).config
         self.image_token, self.pad_token = config.image_token_id, config.text_config.pad_token_id or 0
         self.temperature = temperature
@@ -184,33 +194,40 @@ class Scorer:
         entropy: bool = False,
         entropy_grad: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(N,) float32 log-probabilities of the scored tokens, row by row, and their entropies (N,) if asked for.
+        """Return (N,) float32 log-probabilities of the scored tokens, row by row, and entropies (N,) if asked for.
 
-        units: pack the rows, sharing their prefixes so (sharing.py); None: a padded batch.
+        units: packing of the rows, by their index (shared_prompts.py); None: a padded batch.
         """
         if units is None:
-            batch = batch_tensors(rows, self.image_token, self.pad_token, self.device, self.positions)
-            images = [key for row in rows for key in row.images]
-            grids = np.concatenate([row.grids for row in rows]) if images else None
-            states = hidden_states(self.model, batch, self._features(images, grids), self.image_token)
+            batch = self.build_batch(rows)
+            states = self.compute_states(rows, batch)
             targets = batch["tokens"][batch["row"], batch["column"]]
         else:
             packed = pack(rows, units, self.image_token)
             features = self._features(packed.images, packed.grids)
-            if self.device.type == "cuda":
+            if self.on_gpu:
                 packed = pad(packed, bucket(len(packed.tokens)), self.pad_token)
-            states = packed_states(self.model, packed, features, self.image_token)
+            states = compute_packed_states(self.model, packed, features, self.image_token, grouped=self.on_gpu)
             targets = torch.from_numpy(packed.targets).to(self.device)
-        return token_logps(
-            self.head, states, targets,
-            temperature=self.temperature, banned=self.banned, entropy=entropy, entropy_grad=entropy_grad,
-        )  # fmt: skip
+            del features  # as the padded branch holds none: memory while the head computes
+        options = {"temperature": self.temperature, "banned": self.banned}
+        return compute_logps(self.head, states, targets, entropy=entropy, entropy_grad=entropy_grad, **options)
+
+    def build_batch(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
+        """Return the padded batch of rows, as the function build_batch."""
+        return build_batch(rows, self.image_token, self.pad_token, self.device, self.positioner)
+
+    def compute_states(self, rows: Sequence[Conversation], batch: dict[str, Tensor], **attention: object) -> Tensor:
+        """Return the states of a padded batch, as compute_padded_states; the vision tower runs for new images."""
+        images = [key for row in rows for key in row.images]
+        grids = np.concatenate([row.grids for row in rows]) if images else None
+        return compute_padded_states(self.model, batch, self._features(images, grids), self.image_token, **attention)
 
     def _features(self, images: Sequence[str], grids: np.ndarray | None) -> Tensor | None:
         if not len(images):
             return None
         with torch.set_grad_enabled(self.features is None and torch.is_grad_enabled()):
-            return image_features(self.model, images, self.pixels, grids, self.features)
+            return compute_features(self.model, images, self.pixels, grids, self.features)
 
     def trim(self) -> None:
         """Forget the oldest features beyond FEATURE_BYTES."""

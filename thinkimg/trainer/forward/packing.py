@@ -1,7 +1,7 @@
-"""Turns conversations into batches: expanded token ids, mRoPE positions, the patches of each unique image once."""
+"""Conversations as the trainer computes on them, their mRoPE positions, and padded batches of similar length."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,33 +12,31 @@ BUSY, SPREAD = 2048, 1.15  # tokens that keep a machine busy; from there on, lon
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the trainer needs of one trajectory.
-
-    tokens: (T,) int64, expanded (one id per image token). scored: (T,) bool, the tokens with a log-probability (never the
-    first). images: keys of the pictures in order. grids: (n_images, 3) int64 patches (t, h, w).
-    extras: further per-scored-token arrays, each (scored.sum(),), that travel with the row.
-    """
+    """Tokens and images of one trajectory."""
 
     tokens: np.ndarray
+    """(T,) int64, expanded: one id per image token."""
     scored: np.ndarray
+    """(T,) bool: the tokens with a log-probability, never the first."""
     images: tuple[str, ...]
+    """Keys of the images, in order."""
     grids: np.ndarray
-    extras: dict[str, np.ndarray] = field(default_factory=dict)
+    """(images, 3) int64: patches (t, h, w) of each image."""
 
 
 def mrope_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
-    """(3, T) int64 temporal, height and width positions, as Qwen2.5-VL's get_rope_index gives them for still images.
+    """Return (3, T) int64 temporal, height and width positions, equal to Qwen2.5-VL's get_rope_index for still images.
 
     Images are told apart by their grids in order, so two images may stand side by side.
     """
     positions = np.empty((3, len(tokens)), dtype=np.int64)
     index, position = 0, 0
     starts = np.flatnonzero(tokens == image_token)
-    taken = 0
+    placed = 0
     for grid in grids:
-        assert taken < len(starts), "more grids than image tokens"
-        start, count = int(starts[taken]), image_tokens(grid)
-        taken += count
+        assert placed < len(starts), "more grids than image tokens"
+        start, count = int(starts[placed]), image_tokens(grid)
+        placed += count
         text = np.arange(position, position + start - index)
         positions[:, index:start] = text
         position += start - index
@@ -48,15 +46,16 @@ def mrope_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> 
         positions[2, start : start + count] = position + np.tile(np.arange(columns), rows)
         position += max(rows, columns)
         index = start + count
-    assert taken == len(starts), f"{len(starts)} image tokens, grids hold {taken}"
+    assert placed == len(starts), f"{len(starts)} image tokens, grids hold {placed}"
     positions[:, index:] = np.arange(position, position + len(tokens) - index)
     return positions
 
 
-def micro_batches(conversations: Iterable[Conversation], token_budget: int) -> Iterator[list[int]]:
-    """Indices of conversations of similar length, each batch at most token_budget padded tokens (or a single row).
+def batch_by_length(conversations: Iterable[Conversation], token_budget: int) -> Iterator[list[int]]:
+    """Yield batches of indices of conversations of similar length, the shortest first.
 
-    Once a batch keeps the machine busy, a row that would add much padding begins the next: 9 % of a step on a CPU.
+    A batch has at most token_budget padded tokens, or a single row. Once it keeps the machine busy, a row that would
+    add much padding begins the next: 9 % of a step on a CPU.
     """
     lengths = [len(c.tokens) for c in conversations]
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))

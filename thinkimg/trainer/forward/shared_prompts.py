@@ -1,10 +1,10 @@
-"""Which rows are computed together: a group's common prompt once, then each row's own tokens, in packed micro-batches.
+"""Packed micro-batches: a group's common prompt once, then each row's own tokens.
 
     row 1   [ prompt with its images | first answer | tool image | … ]
     row 2   [ prompt with its images | another answer … ]
-    packed  [ prompt with its images | first answer | tool image | … | another answer … ]     one sequence, nothing padded
+    packed  [ prompt with its images | first answer | tool image | … | another answer … ]    one sequence, no padding
 
-Every token attends to the prompt and to its own row only (attention.py), and has the position that it has in its row.
+Every token attends to the prompt and to its own row only (packed_attention.py), and keeps the position of its row.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,14 +18,14 @@ from thinkimg.trainer.forward.packing import Conversation, mrope_positions
 
 
 class Unit(NamedTuple):
-    """Rows that share their first `prefix` tokens; a row on its own is all prefix."""
+    """Rows that share their first `prefix` tokens; a row alone is all prefix."""
 
     rows: tuple[int, ...]
     prefix: int
 
 
 class Span(NamedTuple):
-    """Tokens [start, start + length) of a packed sequence; parent: number of the span that it may look at, too."""
+    """Tokens [start, start + length) of a packed sequence; parent: number of the span that it also attends to."""
 
     start: int
     length: int
@@ -34,32 +34,34 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch as one sequence of T tokens.
-
-    tokens: (T,) int64. positions: (3, T) int64. spans: in order, without gaps; branches follow their prefix, whose
-    own parent it is. images, grids: of each prefix and branch in order. before, targets: (N,) int64, for each scored
-    token, row by row in the order of the rows, the packed index of the token before it and its id.
-    """
+    """A micro-batch as one sequence of T tokens, of which N are scored."""
 
     tokens: np.ndarray
+    """(T,) int64."""
     positions: np.ndarray
+    """(3, T) int64."""
     spans: tuple[Span, ...]
+    """In order, without gaps; branches follow their prefix, which is its own parent."""
     images: tuple[str, ...]
+    """Keys of the images of each prefix and branch, in order."""
     grids: np.ndarray
+    """(images, 3) int64."""
     before: np.ndarray
+    """(N,) int64: packed index of the token before each scored one, row by row."""
     targets: np.ndarray
+    """(N,) int64: ids of the scored tokens, row by row."""
 
 
-def common_prefix(a: Conversation, b: Conversation, image_token: int) -> int:
-    """Number of first tokens that two rows have in common, images included by content hash and grid; splits no image.
+def count_common_prefix(a: Conversation, b: Conversation, image_token: int) -> int:
+    """Return the number of first tokens that two rows share, images included by content hash and grid; splits no image.
 
-    Positions agree on it, since they depend on nothing but the tokens and the grids before.
+    Positions agree there, since they depend on nothing but the tokens and the grids before.
     """
     length = min(len(a.tokens), len(b.tokens))
     different = np.flatnonzero(a.tokens[:length] != b.tokens[:length])
     if len(different):
         length = int(different[0])
-    for k, (start, end) in enumerate(image_spans(a, image_token)):
+    for k, (start, end) in enumerate(find_image_spans(a, image_token)):
         if start >= length:
             break
         same = k < len(b.images) and a.images[k] == b.images[k] and np.array_equal(a.grids[k], b.grids[k])
@@ -68,24 +70,24 @@ def common_prefix(a: Conversation, b: Conversation, image_token: int) -> int:
     return length
 
 
-def image_spans(row: Conversation, image_token: int) -> list[tuple[int, int]]:
-    """[start, end) of each image's tokens."""
-    places = np.flatnonzero(row.tokens == image_token)
+def find_image_spans(row: Conversation, image_token: int) -> list[tuple[int, int]]:
+    """Return [start, end) of each image's tokens."""
+    index = np.flatnonzero(row.tokens == image_token)
     sizes = np.array([image_tokens(grid) for grid in row.grids], dtype=np.int64)
     ends = np.cumsum(sizes)
-    return [(int(places[end - size]), int(places[end - 1]) + 1) for size, end in zip(sizes, ends, strict=True)]
+    return [(int(index[end - size]), int(index[end - 1]) + 1) for size, end in zip(sizes, ends, strict=True)]
 
 
 def plan(
     conversations: Sequence[Conversation], groups: Sequence[Hashable], token_budget: int, image_token: int
 ) -> list[list[Unit]]:
-    """Micro-batches of at most token_budget tokens each (or a single row), those of the most tokens first.
+    """Return micro-batches of at most token_budget tokens each (or a single row), those of the most tokens first.
 
-    Rows of one group share what they have in common, where that saves anything. A group that is larger than the budget
-    is cut, and its prompt computed in each part.
+    Rows of one group share their common tokens if that saves anything. A group that is larger than the budget is cut,
+    and its prompt computed in each part.
     """
     units = [
-        (unit, cost(unit, conversations))
+        (unit, count_unit_tokens(unit, conversations))
         for unit in share_groups(conversations, groups, image_token)
         for unit in cut(unit, conversations, token_budget)
     ]
@@ -102,7 +104,7 @@ def plan(
 
 
 def share_groups(conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: int) -> list[Unit]:
-    """A unit for each group, several where its rows don't begin alike; the shortest rows of a unit come first."""
+    """Return a unit for each group, several if its rows don't begin alike; the shortest rows of a unit come first."""
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
@@ -111,37 +113,37 @@ def share_groups(conversations: Sequence[Conversation], groups: Sequence[Hashabl
         rows.sort(key=lambda i: (len(conversations[i].tokens), i))
         while rows:
             first, rest = rows[0], []
-            taken, prefix = [first], len(conversations[first].tokens)
+            sharing, prefix = [first], len(conversations[first].tokens)
             for i in rows[1:]:
-                common = common_prefix(conversations[first], conversations[i], image_token)
-                # A row is let in unless the others lose more by it (shared tokens) than it gains itself.
+                common = count_common_prefix(conversations[first], conversations[i], image_token)
+                # A row joins unless the others lose more shared tokens by it than it saves itself.
                 shorter = min(prefix, common)
-                if len(taken) * shorter > (len(taken) - 1) * prefix:
-                    taken.append(i)
+                if len(sharing) * shorter > (len(sharing) - 1) * prefix:
+                    sharing.append(i)
                     prefix = shorter
                 else:
                     rest.append(i)
-            units.append(Unit(tuple(taken), prefix))
+            units.append(Unit(tuple(sharing), prefix))
             rows = rest
     return units
 
 
-def cost(unit: Unit, conversations: Sequence[Conversation]) -> int:
-    """Tokens that are computed."""
+def count_unit_tokens(unit: Unit, conversations: Sequence[Conversation]) -> int:
+    """Return the tokens that a unit computes: its prefix once."""
     return unit.prefix + sum(len(conversations[i].tokens) - unit.prefix for i in unit.rows)
 
 
 def cut(unit: Unit, conversations: Sequence[Conversation], token_budget: int) -> list[Unit]:
-    """The unit, or even parts of it that keep to the budget (as far as the longest row does)."""
+    """Return the unit, or even parts of it within the budget (as far as the longest row is)."""
     own = [len(conversations[i].tokens) - unit.prefix for i in unit.rows]
     room = max(token_budget - unit.prefix, max(own), 1)
     if sum(own) <= room:
         return [unit]
-    even = sum(own) / -(-sum(own) // room)
+    target = sum(own) / -(-sum(own) // room)
     parts: list[list[int]] = [[]]
     used = 0
     for i, more in zip(unit.rows, own, strict=True):
-        if parts[-1] and (used + more > room or used + more / 2 > even):
+        if parts[-1] and (used + more > room or used + more / 2 > target):
             parts.append([])
             used = 0
         parts[-1].append(i)
@@ -152,14 +154,17 @@ def cut(unit: Unit, conversations: Sequence[Conversation], token_budget: int) ->
 def balance(
     conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: int, parts: int
 ) -> list[list[int]]:
-    """Row indices for each of so many processes: whole groups as far as that leaves none idle, about as much work each."""
-    pieces = [(cost(unit, conversations), unit) for unit in share_groups(conversations, groups, image_token)]
+    """Return the row indices of each of `parts` processes, for about equal work.
+
+    Groups stay together as far as that leaves no process idle.
+    """
+    pieces = [(count_unit_tokens(u, conversations), u) for u in share_groups(conversations, groups, image_token)]
     while len(pieces) < 2 * parts and any(len(unit.rows) > 1 for _, unit in pieces):
         i = max((i for i, (_, unit) in enumerate(pieces) if len(unit.rows) > 1), key=lambda i: pieces[i][0])
         _, unit = pieces.pop(i)
         for rows in (unit.rows[::2], unit.rows[1::2]):
             half = Unit(rows, unit.prefix)
-            pieces.append((cost(half, conversations), half))
+            pieces.append((count_unit_tokens(half, conversations), half))
     dealt: list[list[int]] = [[] for _ in range(parts)]
     load = [0] * parts
     for tokens, unit in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
@@ -170,19 +175,19 @@ def balance(
 
 
 def pack(rows: Sequence[Conversation], units: Sequence[Unit], image_token: int) -> Packed:
-    """One sequence of the rows (each in exactly one of the units)."""
+    """Return the rows as one sequence; each row is in exactly one of the units."""
     tokens, positions, spans = [], [], []
     images: list[str] = []
     grids: list[np.ndarray] = []
     before: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(rows)
     end = 0
 
-    def add(row: Conversation, where: np.ndarray, start: int, stop: int, parent: int) -> None:
+    def add(row: Conversation, row_positions: np.ndarray, start: int, stop: int, parent: int) -> None:
         nonlocal end
         spans.append(Span(end, stop - start, parent))
         tokens.append(row.tokens[start:stop])
-        positions.append(where[:, start:stop])
-        for key, grid, (first, _) in zip(row.images, row.grids, image_spans(row, image_token), strict=True):
+        positions.append(row_positions[:, start:stop])
+        for key, grid, (first, _) in zip(row.images, row.grids, find_image_spans(row, image_token), strict=True):
             if start <= first < stop:
                 images.append(key)
                 grids.append(grid)
@@ -192,14 +197,14 @@ def pack(rows: Sequence[Conversation], units: Sequence[Unit], image_token: int) 
         parent, first = len(spans), end
         prefix_positions = None
         for i in unit.rows:
-            where = mrope_positions(rows[i].tokens, image_token, rows[i].grids)
+            row_positions = mrope_positions(rows[i].tokens, image_token, rows[i].grids)
             if prefix_positions is None:
-                prefix_positions = where[:, : unit.prefix]
-                add(rows[i], where, 0, unit.prefix, parent)
-            assert np.array_equal(where[:, : unit.prefix], prefix_positions), "positions agree on a common prompt"
+                prefix_positions = row_positions[:, : unit.prefix]
+                add(rows[i], row_positions, 0, unit.prefix, parent)
+            assert np.array_equal(row_positions[:, : unit.prefix], prefix_positions), "positions differ on a prompt"
             own = end
             if len(rows[i].tokens) > unit.prefix:
-                add(rows[i], where, unit.prefix, len(rows[i].tokens), parent)
+                add(rows[i], row_positions, unit.prefix, len(rows[i].tokens), parent)
             previous = np.flatnonzero(rows[i].scored) - 1
             before[i] = np.where(previous < unit.prefix, first + previous, own + previous - unit.prefix)
     return Packed(
@@ -214,7 +219,7 @@ def pack(rows: Sequence[Conversation], units: Sequence[Unit], image_token: int) 
 
 
 def pad(packed: Packed, length: int, pad_token: int) -> Packed:
-    """The same with padding at the end, a span that nothing else looks at."""
+    """Return the sequence with padding at its end, a span that nothing else attends to."""
     more = length - len(packed.tokens)
     if not more:
         return packed
@@ -226,8 +231,8 @@ def pad(packed: Packed, length: int, pad_token: int) -> Packed:
     )
 
 
-def obstacle(config) -> str | None:
-    """Why rows of a model with this text config can't be packed, or None. What shares a sequence must not notice.
+def find_obstacle(config) -> str | None:
+    """Return the reason why a model can't compute packed rows as it does single ones, or None.
 
     config: Qwen2_5_VLTextConfig.
     """

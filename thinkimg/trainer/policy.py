@@ -1,0 +1,184 @@
+"""Policy in training: a Qwen2.5-VL, alone or under a LoRA adapter, with its optimizer."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from thinkimg.errors import UserError
+from thinkimg.models.base import Base
+from thinkimg.models.settings import ModelConfig
+from thinkimg.trainer.forward.fsdp import is_shard, shard_like
+from thinkimg.trainer.forward.packed_attention import use_packed_attention
+from thinkimg.trainer.forward.vision import batch_equal_chunks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+@dataclass
+class PolicyModel:
+    """Model in training, in memory; `store.kinds.Policy` is the artifact that it is saved to.
+
+    Parameters are named as transformers and peft name them.
+    """
+
+    model: "PreTrainedModel"
+    config: ModelConfig
+    base: Base
+    files: dict[str, bytes] = field(repr=False)
+    """Tokenizer, processor and chat template, by file name."""
+    updates: int = 0
+    """Optimizer steps of GRPO so far; the warm start's are not counted."""
+    moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Contents of optimizer.safetensors, until an optimizer takes them."""
+    optimizer: torch.optim.AdamW | None = None
+    sharded: bool = False
+    """True if its layers are spread over the processes (FSDP2, forward/fsdp.py)."""
+    checked_tokens: int = 0
+    """Tokens of the largest micro-batch that passed the memory check (memory.py)."""
+    packing_obstacle: str | None = None
+    """Reason why its rows can't be packed, "" if they can; None: not tried yet (packing_check.py)."""
+    weights_directory: Path | None = None
+    """Directory that the model below the adapter was read from; None: none."""
+    adapter_file: Path | None = None
+    """Safetensors file that the adapter was read from; None: there is none, or a new one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context of a forward pass: bfloat16 if the config says so. Trained weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def resume_optimizer(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+        """Return AdamW over the parameters, with the moments of the steps so far.
+
+        Raises UserError if the moments are gone, or belong to other parameters.
+        """
+        if self.optimizer is None:
+            self.optimizer = new_optimizer(parameters.values(), weight_decay)
+            names = {name.partition(".")[2] for name in self.moments}
+            if self.updates and not names:
+                raise UserError(
+                    "The policy's optimizer state is gone: only the last two policies of a loop keep theirs.",
+                    hint="Go on from the loop's first policy or from its last two.",
+                )
+            if names and names != set(parameters):
+                raise UserError(
+                    "The policy's optimizer belongs to other parameters than those to be trained.",
+                    hint="Keep model.adaptation and model.train_vision as they were, or start a new policy.",
+                )
+            # In the parameters' order, not the set's: all processes must shard the same moment at the same time.
+            for name, parameter in parameters.items() if names else ():
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.updates), device=self.device),
+                    "exp_avg": shard_like(self.moments[f"exp_avg.{name}"], parameter),
+                    "exp_avg_sq": shard_like(self.moments[f"exp_avg_sq.{name}"], parameter),
+                }
+            self.moments = {}
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = weight_decay
+        return self.optimizer
+
+
+def train_only(model: torch.nn.Module, config: ModelConfig, *, vision: bool) -> dict[str, torch.nn.Parameter]:
+    """Freeze all but what the config lets train, and the vision tower too if not `vision`.
+
+    Returns the trained parameters by name, all float32.
+    """
+    trained = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name if config.adaptation == "lora" else vision or ".visual." not in name)
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
+            trained[name] = parameter
+    return trained
+
+
+def new_optimizer(parameters: Iterable[torch.nn.Parameter], weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """Return an AdamW whose learning rate is set before each step."""
+    parameters = list(parameters)
+    shards, others = [p for p in parameters if is_shard(p)], [p for p in parameters if not is_shard(p)]
+    groups = [{"params": group} for group in (shards, others) if group]  # one kernel call can't take both
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+
+
+def load_model(directory: Path, config: ModelConfig, device: torch.device | str) -> "PreTrainedModel":
+    """Return a model in the dtype it is used in: float32 for full fine-tuning, else config.dtype or 4 bits.
+
+    Raises UserError if it can't be loaded, or if the files lack weights: transformers would draw those at random.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    options = {"output_loading_info": True}
+    if config.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        device = torch.device(device)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+            llm_int8_skip_modules=["model.visual", "lm_head"],
+        )
+        options["device_map"] = {"": "cpu" if device.type == "cpu" else device.index or 0}
+    dtype = torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa", **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"The model in {directory} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    if model.config.model_type != "qwen2_5_vl":
+        raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"The model in {directory} lacks {len(missing)} of its weights; the first is {missing[0]}.",
+            hint="Is the download complete, and are the names in the files those of a Qwen2.5-VL?",
+        )
+    batch_equal_chunks(model)
+    use_packed_attention(model)
+    if not config.load_in_4bit:
+        return model.to(device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else a pass without gradients packs the weights for a kernel that has no backward (seen with 0.50).
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_adapter(model: "PreTrainedModel", config: ModelConfig):
+    """Return the model under a new LoRA adapter, which changes nothing yet."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=language_linears(model))
+    model = get_peft_model(model, lora)
+    keep_input_dtype(model, config)
+    return model
+
+
+def keep_input_dtype(model: torch.nn.Module, config: ModelConfig) -> None:
+    """Stop peft from widening each adapter's input to float32, if autocast would narrow it again.
+
+    That saves two passes over all activations: 600 MB for each linear layer of a 7B and 14,000 tokens.
+    """
+    if config.dtype == "bfloat16":
+        for module in model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+
+
+def language_linears(model: "PreTrainedModel") -> str:
+    """Return a regular expression for the language model's linear layers; peft would save a set in random order."""
+    layers = model.model.language_model.named_modules()
+    leaves = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear)})
+    return rf".*\.language_model\..*\.({'|'.join(leaves)})"
