@@ -159,7 +159,7 @@ def measure(preset: str, overrides: list[str]) -> list[dict[str, float]]:
     from thinkimg.tracking.loop import LoopTracker
 
     clock, rows = Clock(), []
-    clock.patch("store", files, "sync", "sync_tree", "rename", "remove", "sha256", "append")
+    clock.patch("store", files, "sync_path", "sync_tree", "rename", "remove", "sha256", "append")
     clock.patch("store", artifacts, "write_table")
     clock.patch("store", pq, "read_table", "read_metadata")
     clock.patch("store", manifest, "read_batches")

@@ -73,7 +73,7 @@ def main() -> None:
             policy = store.resolve(args.policy, "policy")
         else:
             policy = builder.make(warmstart, dataset=builder.make(prepare))
-        small = builder.make(train_clip) if config.image.embedding.model == clip.OWN else None
+        small = builder.make(train_clip) if config.image.embedding.model == clip.OWN_CLIP else None
         pairs = builder.make(known_pairs, split="held_out", count=args.pairs)
         asyncio.run(warm(resources, config, policy))
         url = config.where.engine.urls[0] if config.where.engine.urls else own_url(resources, config, policy)
@@ -198,7 +198,7 @@ def speed(context: JudgeContext, rows: Sequence[dict[str, str]]) -> None:
     def encode(batch: int) -> float:
         before, clip.BATCH = clip.BATCH, batch
         start = time.perf_counter()
-        encoder._encode(encoder._model.encode_image, ([ready[s] for s in part] for part in clip.batches(hashes)))
+        encoder._encode(encoder._model.encode_image, ([ready[s] for s in part] for part in clip.split_batches(hashes)))
         elapsed = time.perf_counter() - start
         clip.BATCH = before
         return elapsed

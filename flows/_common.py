@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import flows._environment  # noqa: F401
 
 import cyclopts
+from prefect.context import FlowRunContext
 from prefect.runtime import deployment
 from pydantic import Field
 
@@ -40,6 +41,14 @@ Iterations = described(int | None, "Iterations of the loop; left out, as the pre
 Seed = described(int | None, "Seed; left out, as the preset says.", ge=0, lt=2**32)
 
 
+def is_deployed() -> bool:
+    """Tell whether the current run is a deployment's."""
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:  # else prefect.runtime asks the API each time
+        return context.flow_run.deployment_id is not None
+    return deployment.id is not None
+
+
 def open_config(preset: str, overrides: list[str], **settings: Any) -> tuple[Config, Store]:
     """Return the resolved config and its store.
 
@@ -49,7 +58,7 @@ def open_config(preset: str, overrides: list[str], **settings: Any) -> tuple[Con
     here = str(Path.cwd())
     if here not in sys.path:  # for a user's own reward functions
         sys.path.insert(0, here)
-    if deployment.id is not None:
+    if is_deployed():
         check_run(preset, overrides)
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items() if value is not None]
     config = load_config(preset, [*overrides, *given])
@@ -60,7 +69,7 @@ def open_input(store: Store, reference: str, kind: str) -> Artifact:
     """Return the artifact that a form names. Raises UserError where the run of a deployment names one elsewhere."""
     artifact = store.resolve(reference, kind)
     inside = artifact.directory.resolve().is_relative_to(store.root.resolve())
-    if deployment.id is not None and not inside:
+    if not inside and is_deployed():
         raise UserError(
             f"The run of a deployment can't use {reference}, which is outside of its store.",
             hint="Name an artifact by the beginning of its fingerprint.",

@@ -17,7 +17,6 @@ from flows._run import PrefectRun
 from thinkimg import console
 from thinkimg.analysis import alarms, console_report
 from thinkimg.closure import check_closure
-from thinkimg.errors import UserError
 from thinkimg.pipeline import pipeline
 from thinkimg.resources import Resources
 from thinkimg.stages.train import train
@@ -33,7 +32,7 @@ def name_loop_run() -> str:
     form = dict(flow_run.parameters)
     try:
         config, _ = open_config(form.pop("preset", "development"), form.pop("overrides", []), **form)
-    except UserError:  # which the flow itself reports
+    except Exception:  # which the flow itself reports
         return "loop"
     return f"{Path(config.preset).stem} {readable_mix(config.mix)} seed={config.seed}"
 

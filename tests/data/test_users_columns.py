@@ -1,6 +1,8 @@
 """Columns of a user's own never meet our names: whatever they are called and hold, nothing that we compute changes."""
 
 import dataclasses
+import datetime
+import decimal
 import inspect
 import json
 
@@ -16,6 +18,8 @@ from single_stage import build_stage
 from thinkimg import records as schemas
 from thinkimg.analysis.figures import marked_region
 from thinkimg.config.load import validate
+from thinkimg.data.settings import RowsConfig
+from thinkimg.data.source import raw_row
 from thinkimg.errors import UserError
 from thinkimg.records import AnswerType, Sample, StopReason, Trajectory, Turn, TurnKind, from_row, to_row
 from thinkimg.rewards import functions
@@ -106,6 +110,17 @@ def test_a_worked_solution_beside_the_answer_goes_through_prepare_and_evaluation
     rows = np.array([[dataclasses.replace(ROW, answer="yes")]] * 6, dtype=object)
     metrics = summarise_evaluation(samples, rows, np.ones((6, 1)))
     assert metrics["accuracy"] == 1 and not any("geometry" in name or "right" in name for name in metrics)
+
+
+def test_a_column_of_any_kind_becomes_json():
+    """As a user's own source, or the Hub's features, give it: keys of any type, dates, bytes, NaN."""
+    day = datetime.date(2026, 1, 2)
+    value = {1: "a", None: (3, float("nan")), day: {b"key": day}, "image": b"1234", "deep": [decimal.Decimal("1.5")]}
+    record = {"image": 0, "question": "q", "answer": "a", "own": value, "raw": b"left out"}
+    row = raw_row(record, RowsConfig(), lambda value: lambda: b"", id="0", where="row 0")
+    assert row.columns == {"own": {
+        "1": "a", "None": [3, None], "2026-01-02": {"b'key'": "2026-01-02"}, "image": "4 bytes", "deep": ["1.5"],
+    }}  # fmt: skip
 
 
 def test_further_answers_and_targets_are_those_of_the_mapped_columns(tmp_path):

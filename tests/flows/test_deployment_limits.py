@@ -43,6 +43,7 @@ NAMED = [
     "train={loss: {loss_type: spy}}",
     "conversation.tools=[allowed_not]",
     "data.source=trusted.more",
+    "rewards.rules=['trusted:score']",
 ]
 FIXED = {
     "where.functions_allow=[spy]": "where.functions_allow",
@@ -80,6 +81,12 @@ def test_user_code_in_an_override_is_refused_before_it_is_imported(deployed, ove
     assert not (deployed / "imported").exists() and "spy" not in sys.modules
 
 
+@pytest.mark.parametrize("override", ["seed=2001-99-99", "image.types=&a [*a]", "image=&a {types: *a}"])
+def test_a_value_that_is_none_is_refused_in_a_sentence(deployed, override):
+    with pytest.raises(UserError, match="is no YAML"):
+        open_config("tiny", [override])
+
+
 @pytest.mark.parametrize("override", FIXED)
 def test_a_setting_of_the_workers_owner_is_refused(deployed, override):
     with pytest.raises(UserError) as error:
@@ -113,8 +120,16 @@ def test_with_remote_code_in_the_preset_a_run_can_not_choose_the_model(deployed)
 def test_a_preset_file_lies_in_the_working_directory(deployed, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "open.yaml"
     outside.write_text("extends: tiny\nmodel: {trust_remote_code: true}\n")
-    for path in (str(outside), os.path.relpath(outside)):
-        with pytest.raises(UserError, match="is outside of its working directory"):
+    for folder in ("artifacts/mlartifacts/0", "data"):  # others write there: MLflow's server, a download
+        Path(folder).mkdir(parents=True)
+        Path(folder, "open.yaml").write_text(outside.read_text())
+    Path("link.yaml").symlink_to(outside)
+    Path("folder").symlink_to(outside.parent / "..")
+    below = ("artifacts/mlartifacts/0/open.yaml", "data/open.yaml")
+    links = ("link.yaml", f"folder/{outside.parent.name}/open.yaml", f"folder/../{outside.name}")
+    Path(outside.parent.parent.parent, outside.name).write_text(outside.read_text())
+    for path in (str(outside), os.path.relpath(outside), *below, *links):
+        with pytest.raises(UserError, match="does not lie in its working directory"):
             open_config(path, [])
     assert open_config(str(deployed / "open.yaml"), [])[0].rewards.functions == ("trusted:score",)
 

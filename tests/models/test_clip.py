@@ -137,5 +137,6 @@ def test_the_controls_of_the_measure_are_what_they_should_be():
     assert auc(np.ones(50), np.zeros(50)) == 1.0 and auc(np.ones(5), np.ones(7)) == 0.5
     mid, low, high = auc_interval(rng.uniform(size=300), rng.uniform(size=300))
     assert low < 0.5 < high and low < mid < high and high - low < 0.12
+    assert auc_interval(np.ones(1), np.zeros(1)) == (1, 1, 1), "half of three pairs is one"
     right, wrong = rng.normal(1, 1, 20), rng.normal(0, 1, 30)
     assert auc(right, wrong) == pytest.approx(np.mean(right[:, None] > wrong[None]))

@@ -4,7 +4,6 @@ The preset file is trusted: it lies on the worker's machine. Preset name and ove
 checked as data, before anything is imported, for an import alone runs code. docs/security.md says what this is worth.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,14 @@ REMOTE_CODE = ("model", "warmstart.checkpoint")
 
 def check_run(preset: str, overrides: Iterable[str]) -> None:
     """Raise UserError, with one sentence, for what the run of a deployment may not set or name."""
-    inside = Path(os.path.abspath(preset)).is_relative_to(Path.cwd())
-    if preset not in list_presets() and not inside:
+    # In folders below others may write: MLflow's server stores uploads, a data set is downloaded.
+    if preset not in list_presets() and Path(preset).resolve().parent != Path.cwd().resolve():
         raise UserError(
-            f"The run of a deployment can't use the preset {preset}, which is outside of its working directory.",
-            hint=f"Put the file into {Path.cwd()}.",
+            f"The run of a deployment can't use the preset {preset}, which does not lie in its working directory.",
+            hint=f"Put the file into {Path.cwd()} itself.",
         )
     tree = read_preset(preset)
     allowed = texts(value_at(tree, "where.functions_allow"))
-    trusted = {name for path in CODE for name in texts(value_at(tree, path))}
     fixed = FIXED + (REMOTE_CODE if value_at(tree, "model.trust_remote_code") else ())
     for key, value in map(parse_override, overrides):
         override = nest(key.split("."), value)
@@ -55,8 +53,9 @@ def check_run(preset: str, overrides: Iterable[str]) -> None:
                 name = key if below else path
                 raise UserError(f"The run of a deployment can't set {name}.", hint="Set it in the preset file.")
         for path, registry in CODE.items():
+            trusted = {*texts(value_at(tree, path)), *(registry or ())}
             for name in texts(value_at(override, path)):
-                if name not in {*trusted, *(registry or ())} and not is_allowed(name, allowed):
+                if name not in trusted and not is_allowed(name, allowed):
                     raise UserError(
                         f"The run of a deployment can't name {name} in {path}.",
                         hint="Name it in the preset file, or its module there in where.functions_allow.",

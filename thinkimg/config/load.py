@@ -70,8 +70,10 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"The override '{override}' has no value.", hint="Write it as a.b=value.")
     try:
-        return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.safe_load(text)
+        json.dumps(value, default=str, skipkeys=True)  # raises for a list that holds itself
+        return key.strip(), value
+    except (yaml.YAMLError, ValueError):  # a ValueError also for a date that does not exist
         raise UserError(f"The value of '{override}' is no YAML.", hint="Quote texts with special characters.") from None
 
 

@@ -30,9 +30,8 @@ class Codec:
     in the copy all of the form <|…|> are, as Qwen leaves <|fim_prefix|> and others unmarked.
 
     A prompt's markup is rendered with slots in place of the texts and cut at its special tokens. Each piece is encoded
-    with its texts filled in. Tokenizers cut at special tokens first, so that the
-    result equals apply_chat_template's for every text without special tokens. That includes white space and Unicode
-    normalisation at the seams.
+    with its texts filled in. Tokenizers cut at special tokens first, so that the result equals apply_chat_template's
+    for every text without special tokens. That includes white space and Unicode normalisation at the seams.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -266,13 +266,22 @@ def _parse_list(value: Any) -> Any:
 def _unmapped(record: Mapping[str, Any], mapped: Collection[str | None]) -> dict[str, Any]:
     """Return the other columns as JSON: NaN and infinities become null, dates and decimals text, bytes their length."""
     columns = {
-        str(name): value for name, value in record.items() if name not in mapped and not isinstance(value, bytes)
+        str(name): _to_json(value)
+        for name, value in record.items()
+        if name not in mapped and not isinstance(value, bytes)
     }
-    text = json.dumps(
-        columns,
-        ensure_ascii=False,
-        default=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else str(value),
-    )
-    if not _is_unicode(text):
+    if not _is_unicode(json.dumps(columns, ensure_ascii=False)):
         raise RowRefused(Reason.TEXT, "another column holds no valid Unicode")
-    return json.loads(text, parse_constant=lambda constant: None)
+    return columns
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)

@@ -67,9 +67,8 @@ class Server:
     """Server of vLLM: entering the context starts it and waits until it is ready, leaving the context ends it.
 
     model: local directory or Hub id. log_path: its log, appended to. version: weight version that it reports until
-    other weights are loaded. progress:
-    takes a line now and then while it starts. Raises UserError if there is no model directory, EngineError if it does
-    not start.
+    other weights are loaded. progress: called with a line now and then while it starts. Raises UserError if there is no
+    model directory, EngineError if it does not start.
     """
 
     def __init__(

@@ -58,11 +58,13 @@ class Encoder:
         def prepare(name: str):
             return self._preprocess(open_image(name))
 
-        return self._encode(self._model.encode_image, (list(run(prepare, part)) for part in _split(names)))
+        return self._encode(self._model.encode_image, (list(run(prepare, part)) for part in split_batches(names)))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return (n, d) float32 of the texts."""
-        return self._encode(self._model.encode_text, (list(self._tokenizer(list(part))) for part in _split(texts)))
+        return self._encode(
+            self._model.encode_text, (list(self._tokenizer(list(part))) for part in split_batches(texts))
+        )
 
     def _encode(self, encode: Callable, batches: Iterator[list]) -> np.ndarray:
         import torch
@@ -74,7 +76,7 @@ class Encoder:
         return np.concatenate(vectors) if vectors else np.empty((0, 0), dtype=np.float32)
 
 
-def _split(items: Sequence) -> Iterator[Sequence]:
+def split_batches(items: Sequence) -> Iterator[Sequence]:
     return (items[i : i + BATCH] for i in range(0, len(items), BATCH))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, StrictBool, ValidationError
 
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import mix_rewards
@@ -135,7 +135,7 @@ class ImageOverrides(Settings):
 
     types: list[str] | None = None
     weights: dict[str, _Weight] = {}
-    only_if_right: bool | None = None
+    only_if_right: StrictBool | None = None
 
 
 class MixFile(Settings):
@@ -143,6 +143,9 @@ class MixFile(Settings):
 
     mix: dict[str, _Weight]
     image: ImageOverrides = ImageOverrides()
+
+
+PROBLEMS = {"model_type": "it is no mapping", "missing": "it is missing", "extra_forbidden": "a mix has no such part"}
 
 
 def read_mix(tree: Any, path: str, default: Mix, scored: Collection[str]) -> Mix:
@@ -156,7 +159,8 @@ def read_mix(tree: Any, path: str, default: Mix, scored: Collection[str]) -> Mix
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "mix"
         hint = "Write it as `mix: {answer: 0.8, image: 0.2}`; image.types, .weights and .only_if_right may follow."
-        raise UserError(f"{path} does not fit at '{name}': {first['msg']}.", hint=hint) from None
+        problem = PROBLEMS.get(first["type"], first["msg"])
+        raise UserError(f"{path} does not fit at '{name}': {problem}.", hint=hint) from None
     image, types = file.image, file.image.types
     names = map(short_name, types if types is not None else list(image.weights) or default.types)
     columns = {name: image.weights.get(name, default.types.get(name, 0.0)) for name in names}

@@ -16,9 +16,11 @@ def auc(right: np.ndarray, wrong: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def auc_interval(right: np.ndarray, wrong: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
-    """Return (AUC, lower, upper): 95 % percentile bootstrap over pairs, (n,) each."""
+    """Return (AUC, lower, upper): 95 % percentile bootstrap over pairs, (n,) each; three times the AUC for one pair."""
     from scipy.stats import bootstrap
 
+    if len(right) < 2:
+        return (float(auc(right, wrong)),) * 3
     samples = bootstrap((right, wrong), auc, n_resamples=2000, paired=True, method="percentile", rng=seed)
     low, high = samples.confidence_interval
     return float(auc(right, wrong)), float(low), float(high)

@@ -2,8 +2,10 @@
 
 It is judged by the weights that made the rollouts. The reply is read from the distribution of one forward step, in both
 orders, so that a habit of saying 1 or 2 cancels out.
-value = ½ [P(2 | original, processed) + P(1 | processed,
-original)], with P normalised over the two ratings; 0.5 is no preference.
+
+    value = ½ [P(2 | original, processed) + P(1 | processed, original)]
+
+P is normalised over the two ratings; 0.5 is no preference.
 """
 
 import asyncio
