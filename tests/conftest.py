@@ -1,6 +1,7 @@
 """Fixtures that are dear to make and so are made once: tiny models, and one vLLM server for all tests that need one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ from hypothesis import settings
 # An example's time says nothing where other work takes the cores.
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
+
+# A shell's `pytest &` has SIGINT ignored, in all that it starts: nothing could be interrupted, here or in a child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -165,7 +165,7 @@ def test_what_the_engine_refused_is_no_finished_work(stages, tmp_path, monkeypat
     monkeypatch.setattr(rollout, "open_sampler", Refused)
     for _ in range(2):
         with pytest.raises(
-            UserError, match=r"The engine refused \d+ of \d+ .* shows no images.* Hint: Mend that and run"
+            UserError, match=r"The engine refused \d+ of \d+ .* shows no images.* Hint: Correct that and run"
         ):
             stages.run(name, store)
         assert not list(tmp_path.rglob("trajectories-*"))
