@@ -42,9 +42,9 @@ PREFECT := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=true $(BIN)/prefe
 # Leases on disk: else whoever held a concurrency limit when the server is restarted holds it for ever.
 server: $(READY)
 	@PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem \
-		$(PREFECT) server start --host 127.0.0.1
+		$(PREFECT) server start --host 127.0.0.1 --port $(or $(filter-out //%,$(lastword $(subst :, ,$(API:/api=)))),4200)
 
-# The pool, the device's concurrency limit, the deployments of prefect.yaml; doing it again changes nothing.
+# The pool, the device's concurrency limit, the deployments as prefect.yaml has them, with their schedules.
 deploy: $(READY)
 	@PREFECT_API_URL=$(API) $(PREFECT) work-pool create thinkimg --type process --overwrite
 	@PREFECT_API_URL=$(API) $(BIN)/python -m flows._device

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from thinkimg.config.load import RENAMED, list_presets
 from thinkimg.config.tree import Config
+from thinkimg.images.toolbox import load_tools
 from thinkimg.settings import Composite, Settings, Variant
 
 HEAD = """\
@@ -42,6 +43,9 @@ In the tables *required* means that there is no default, and `null` that nothing
 def page() -> str:
     """Return the page as Markdown."""
     parts = [HEAD, *sections(Config, ""), "## Renamed settings\n", table(("before", "now"), RENAMED.items())]
+    parts.append("## Tools\n\nThe model calls them so; each also takes `image`, `current` or `original` or an index.\n")
+    signatures = ((f"`{sentence(tool.signature())}`", sentence(tool.description)) for tool in load_tools().values())
+    parts.append(table(("tool", "meaning"), signatures))
     parts.append("## Presets\n\nEach file as it is; a preset that `extends` another says only what differs.\n")
     for name in list_presets():
         text = resources.files("thinkimg.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
