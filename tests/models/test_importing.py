@@ -9,6 +9,8 @@ RACE = """
 import sys, threading
 from importlib.abc import MetaPathFinder
 
+from thinkimg.errors import UserError
+
 begun, raised = threading.Event(), []
 
 class Slow(MetaPathFinder):
@@ -42,10 +44,10 @@ def merged():
 def run(function):
     try:
         function()
-    except ImportError as error:
+    except (UserError, FileNotFoundError):  # there is no such CLIP, and no such policy
+        pass
+    except BaseException as error:
         raised.append(error)
-    except Exception:
-        pass  # there is no such CLIP, and no such adapter
 
 first, second = (threading.Thread(target=run, args=[globals()[name]]) for name in sys.argv[1:])
 first.start()

@@ -63,13 +63,13 @@ class History:
     """Figures of a loop so far, as its record has them."""
 
     metrics: Sequence[Mapping[str, float]]
-    """Of each iteration from 1, in order."""
+    """Metrics of each iteration from 1, in order."""
     before: Mapping[str, float] = field(default_factory=dict)
     """Metrics of step 0."""
     mixed: Sequence[str] = ()
     """Components with a weight in the mix."""
     tools: bool = True
-    """Whether any tool is on offer."""
+    """True if any tool is on offer."""
 
     def signal(self, name: str) -> list[Estimate | None]:
         """Return `signal/<name>` of each iteration."""

@@ -28,7 +28,7 @@ class Logps:
     reference: Tensor | None = None
     """Under the reference policy; needed if beta != 0."""
     engine: Tensor | None = None
-    """As sampled, NaN where unknown; needed if the correction is on. `off_policy_mask_threshold` prefers it."""
+    """Under the engine, at sampling; NaN where unknown. Needed by the correction, preferred by the off-policy mask."""
 
     def masked(self, keep: Tensor) -> "Logps":
         """Return the log-probabilities with 0 where `keep` (B, T) is False.
