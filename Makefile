@@ -4,6 +4,7 @@ BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 # CLOSURE=cpu or gpu: which packages; left out, those that .venv holds, or that fit the machine.
 CLOSURE ?=
+export PYTHON CLOSURE
 READY := .venv/ready$(addprefix -,$(CLOSURE))
 
 .PHONY: demo setup test test-all lint ui server deploy worker chaos
@@ -14,10 +15,10 @@ demo: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml $(wildcard requirements/*)
-	@PYTHON="$(PYTHON)" CLOSURE="$(CLOSURE)" bash requirements/setup.sh
+	@bash requirements/setup.sh
 
 .venv/ready-test: $(READY) requirements/test.txt
-	@PYTHON="$(PYTHON)" CLOSURE="$(CLOSURE)" bash requirements/setup.sh test
+	@bash requirements/setup.sh test
 
 test: .venv/ready-test
 	$(BIN)/pytest -q -m "not long"
@@ -37,22 +38,28 @@ ui: $(READY)
 
 # Scheduled runs: three terminals, or three services. Whoever sets PREFECT_API_URL has a server of his own.
 API := $(or $(PREFECT_API_URL),http://127.0.0.1:4200/api)
-PREFECT := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=true $(BIN)/prefect --no-prompt
+PREFECT := $(BIN)/prefect --no-prompt
+# Exported, not written into the commands, where a shell would read what is special in a path or an address.
+deploy worker: export PREFECT_API_URL := $(API)
+deploy: export PWD := $(CURDIR)
+server deploy worker: export PREFECT_SERVER_ANALYTICS_ENABLED := false
+server deploy worker: export DO_NOT_TRACK := true
+server: export PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE := prefect.server.concurrency.lease_storage.filesystem
+chaos: export THINKIMG_KILLS := $(or $(KILLS),300)
 
 # Leases on disk: else whoever held a concurrency limit when the server is restarted holds it for ever.
 server: $(READY)
-	@PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem \
-		$(PREFECT) server start --host 127.0.0.1 --port $(or $(filter-out //%,$(lastword $(subst :, ,$(API:/api=)))),4200)
+	@$(PREFECT) server start --host 127.0.0.1 --port $(or $(filter-out //%,$(lastword $(subst :, ,$(API:/api=)))),4200)
 
 # The pool, the device's concurrency limit, the deployments as prefect.yaml has them, with their schedules.
 deploy: $(READY)
-	@PREFECT_API_URL=$(API) $(PREFECT) work-pool create thinkimg --type process --overwrite
-	@PREFECT_API_URL=$(API) $(BIN)/python -m flows._device
-	@PWD="$(CURDIR)" PREFECT_API_URL=$(API) $(PREFECT) deploy --all
+	@$(PREFECT) work-pool create thinkimg --type process --overwrite
+	@$(BIN)/python -m flows._device
+	@$(PREFECT) deploy --all
 
 worker: $(READY)
-	@PREFECT_API_URL=$(API) $(PREFECT) worker start --pool thinkimg --type process
+	@$(PREFECT) worker start --pool thinkimg --type process
 
 # Hundreds of kills; THINKIMG_SEED=… replays.
 chaos: .venv/ready-test
-	THINKIMG_KILLS=$(or $(KILLS),300) $(BIN)/pytest -q -m long tests/system/test_chaos.py
+	$(BIN)/pytest -q -m long tests/system/test_chaos.py

@@ -38,7 +38,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from workload import GEOMETRIES, IMAGE, PAD, Geometry, Pixels, enable_fast_attention, make_groups, make_policy
 
-from thinkimg.grpo.loss import Logps, grpo_loss, step_normaliser
+from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.shared_prompts import count_unit_tokens, share_groups
@@ -61,7 +61,7 @@ class Step:
         rng = np.random.default_rng(1)
         self.advantages = torch.from_numpy(rng.standard_normal(len(self.rows)).astype(np.float32)).to(device)
         masks = [torch.ones(1, int(row.scored.sum())) for row in self.rows]
-        self.normaliser = step_normaliser(LOSS, masks, max_completion_length=8192)
+        self.normaliser = compute_normaliser(LOSS, masks, max_completion_length=8192)
         self.pixels = Pixels(self.rows)
         self.old: dict[int, torch.Tensor] = {}
         self.logps: dict[int, torch.Tensor] = {}
@@ -82,7 +82,7 @@ class Step:
         for i, part in zip(indices, flat.detach().split(counts.tolist()), strict=True):
             self.logps[i] = part
         old = torch.cat([self.old.get(i, self.logps[i]) for i in indices])
-        output = grpo_loss(
+        output = compute_grpo_loss(
             LOSS,
             Logps(padded(flat), padded(old)),
             advantages=self.advantages[indices],

@@ -32,14 +32,14 @@ from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from thinkimg.grpo.advantages import advantages  # noqa: E402
+from thinkimg.grpo.advantages import group_advantages  # noqa: E402
 from thinkimg.images.decode import pixel_hash  # noqa: E402
 from thinkimg.models.settings import TinyModel  # noqa: E402
 from thinkimg.models.tiny import create_tiny  # noqa: E402
 from thinkimg.store.artifacts import Store  # noqa: E402
 from thinkimg.store.image_table import encode_lossless, image_writer  # noqa: E402
 from thinkimg.store.manifest import Recipe  # noqa: E402
-from thinkimg.trainer.policy import language_linears  # noqa: E402
+from thinkimg.trainer.policy import match_language_linears  # noqa: E402
 
 SIZE = 8
 RATE = 1e-5
@@ -82,7 +82,7 @@ class Workload:
         base = AutoModelForImageTextToText.from_pretrained(
             self.root / "model", dtype=torch.float32, attn_implementation="sdpa"
         )
-        lora = LoraConfig(r=8, lora_alpha=8, target_modules=language_linears(base))
+        lora = LoraConfig(r=8, lora_alpha=8, target_modules=match_language_linears(base))
         model = get_peft_model(base, lora)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -177,7 +177,7 @@ def thinkimg(work: Workload, steps: int) -> Laps:
     policy = PolicyModel(model.eval(), settings, Base("tiny"), {})
     loss = LossConfig(vllm_importance_sampling_correction=False)
     names = np.repeat(np.arange(len(work.groups)), SIZE)
-    found = advantages(work.rewards, names, np.ones(len(names), dtype=bool), scale_rewards="group").advantages
+    found = group_advantages(work.rewards, names, np.ones(len(names), dtype=bool), scale_rewards="group").advantages
     rows = [
         Row(str(i), str(names[i]), "", row, np.zeros(int(row.scored.sum()), dtype=np.float32), float(found[i]))
         for i, row in enumerate(work.rows)

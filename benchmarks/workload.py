@@ -12,7 +12,7 @@ from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.forward.vision import batch_equal_chunks
-from thinkimg.trainer.policy import PolicyModel, keep_input_dtype, language_linears, train_only
+from thinkimg.trainer.policy import PolicyModel, keep_input_dtype, match_language_linears, train_only
 
 IMAGE, BEGIN, END, PAD = 3, 4, 5, 0  # ids of the pad of an image, what stands around it, and padding
 
@@ -100,7 +100,7 @@ def make_policy(
             if parameter.dim() >= 2:
                 width = parameter.shape[1] if "embed_tokens" in name else parameter[0].numel()
                 parameter.normal_(0, 1 / math.sqrt(width), generator=generator)
-    lora = LoraConfig(r=geometry.lora_rank, lora_alpha=geometry.lora_rank, target_modules=language_linears(model))
+    lora = LoraConfig(r=geometry.lora_rank, lora_alpha=geometry.lora_rank, target_modules=match_language_linears(model))
     model = get_peft_model(model, lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

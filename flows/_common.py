@@ -1,9 +1,7 @@
 """Parameter types of the flows, opening of config and store, and the command line."""
 
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import flows._environment  # noqa: F401
@@ -13,9 +11,12 @@ from prefect.context import FlowRunContext
 from prefect.runtime import deployment
 from pydantic import Field
 
+from thinkimg import settings
+from thinkimg.config import tree
 from thinkimg.config.deployment import check_run
 from thinkimg.config.load import list_presets, load_config
 from thinkimg.config.tree import Config
+from thinkimg.config.values import MAX_LENGTH, NAME
 from thinkimg.errors import UserError
 from thinkimg.exit import run_guarded
 from thinkimg.store.artifacts import Store
@@ -34,11 +35,11 @@ Preset = described(
     pattern=rf"^({'|'.join(list_presets())}|.+\.ya?ml)$",
 )
 Overrides = described(
-    list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*=", max_length=2000)]],
+    list[Annotated[str, Field(pattern=f"^{NAME}=", max_length=MAX_LENGTH)]],
     "Settings that differ from the preset, each as a.b=value; see `thinkimg schema`.",
 )
-Iterations = described(int | None, "Iterations of the loop; left out, as the preset says.", ge=1, le=1_000_000)
-Seed = described(int | None, "Seed; left out, as the preset says.", ge=0, lt=2**32)
+Iterations = described(tree.Iterations | None, "Iterations of the loop; left out, as the preset says.")
+Seed = described(settings.Seed | None, "Seed; left out, as the preset says.")
 
 
 def is_deployed() -> bool:
@@ -55,9 +56,6 @@ def open_config(preset: str, overrides: list[str], **settings: Any) -> tuple[Con
     settings: name -> value of those that are parameters of the flow; None leaves the preset's.
     Raises UserError for what the run of a deployment may not set (see thinkimg/config/deployment.py).
     """
-    here = str(Path.cwd())
-    if here not in sys.path:  # for a user's own reward functions
-        sys.path.insert(0, here)
     if is_deployed():
         check_run(preset, overrides)
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items() if value is not None]
@@ -67,7 +65,7 @@ def open_config(preset: str, overrides: list[str], **settings: Any) -> tuple[Con
 
 def open_input(store: Store, reference: str, kind: str) -> Artifact:
     """Return the artifact that a form names. Raises UserError where the run of a deployment names one elsewhere."""
-    artifact = store.resolve(reference, kind)
+    artifact = store.resolve(settings.expand_path(reference), kind)
     inside = artifact.directory.resolve().is_relative_to(store.root.resolve())
     if not inside and is_deployed():
         raise UserError(

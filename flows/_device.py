@@ -50,7 +50,7 @@ def hold_device(check: Callable[[], None] = lambda: None) -> Iterator[None]:
                 except TimeoutError:
                     log.debug("another run was quicker to take %s", LIMIT)
             elif not announced:
-                console.say(f"waiting for the device, which another run holds (concurrency limit {LIMIT})")
+                console.note(f"waiting for the device, which another run holds (concurrency limit {LIMIT})")
                 announced = True
             time.sleep(RETRY_S)
         yield

@@ -128,7 +128,7 @@ def run_alone(stage: Stage, form: Mapping[str, Any]) -> State:
     roles = [role for role in list_inputs(stage) if form.get(role)]
     given = {role: open_input(store, form[role], stage.reads[role].kind.KIND) for role in roles}
     parameters = {name: form[name] for name in stage.parameters}
-    with Resources(config.where, console.say, hold_device) as resources:
+    with Resources(config.where, console.note, hold_device) as resources:
         scheduler = PrefectRun(config, store, resources)
         handle = scheduler.require(stage, **given, **parameters)
         scheduler.handles.remove(handle)

@@ -7,6 +7,7 @@ or migrate one database at once crash now and then (seen with Prefect 3.7).
 import atexit
 import os
 import re
+import secrets
 import sys
 import threading
 import time
@@ -20,7 +21,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as STARTUP_TIMEOUT
 
 from thinkimg import console
-from thinkimg.engine.server import is_healthy
+from thinkimg.disk import writing
+from thinkimg.environment import check_proxies, child_environment, is_healthy
+from thinkimg.errors import shorten
 from thinkimg.process import free_port, spawn
 from thinkimg.store import files
 
@@ -30,12 +33,13 @@ SERVICES_OFF = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "0",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "0",
 }
-ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
+NO_CREDENTIALS = {"PREFECT_API_KEY": "", "PREFECT_CLIENT_CUSTOM_HEADERS": "{}"}  # they are another API's
+ERROR = re.compile(r"cannot start |(\w+\.)*\w*(Error|Exception): ")  # the first is the watchdog's
 
 ANNOUNCE_S = 3.0  # of waiting, before it is announced
 
 _own: Future | None = None
-"""The URL of this process's embedded server, once it answers."""
+"""The settings with which this process's embedded server is reached, once it answers."""
 
 
 def is_embedded() -> bool:
@@ -57,37 +61,46 @@ def start_server() -> None:
 
 def use_server() -> None:
     """Point this process and its children to an API: the configured one, or the embedded server once it answers."""
+    check_proxies(os.environ)
     start_server()
     if PREFECT_API_URL.value() is None:
         if not wait([_own], timeout=ANNOUNCE_S).done:
-            console.say("waiting for Prefect's server to start")
-        os.environ["PREFECT_API_URL"] = _own.result()
+            console.note("waiting for Prefect's server to start")
+        os.environ.update(_own.result())
         refresh_global_settings_context()
 
 
 def _settle(future: Future) -> None:
     try:
         home = PREFECT_HOME.value()
-        files.make_directory(home)
+        with writing(home, hint="Set PREFECT_HOME to a directory that this user can write to."):
+            home.mkdir(parents=True, exist_ok=True)
         with files.locked(home / "thinkimg-server.lock"):
             future.set_result(_launch(free_port(), STARTUP_TIMEOUT.value()))
     except BaseException as error:  # raised by `use_server`
         future.set_exception(error)
 
 
-def _launch(port: int, timeout: float) -> str:
-    """Start the server, wait until it answers, and return its API's URL."""
+def _launch(port: int, timeout: float) -> dict[str, str]:
+    """Start the server, wait until it answers, and return the settings of its clients."""
+    password = f"thinkimg:{secrets.token_urlsafe()}"  # in place of the user's, which are for another server
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     embedded = {
         "PREFECT_UI_ENABLED": "0",
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
-    } | SERVICES_OFF
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_API_BASE_PATH": "/api",
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_API_AUTH_STRING": password,
+    }
+    environment = child_environment("prefect", os.environ, SERVICES_OFF | settings | embedded | NO_CREDENTIALS)
     app = ["--app-dir", str(prefect.__module_path__.parent), "--factory", "prefect.server.api.server:create_app"]
     where = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     log = PREFECT_HOME.value() / "thinkimg-server.log"
     argv = [sys.executable, "-m", "uvicorn", *app, *where]
-    child = spawn(argv, name="prefect", env=os.environ | embedded | settings, log_path=log)
+    child = spawn(argv, name="prefect", env=environment, log_path=log)
     # A slow shutdown saves nothing: its records are of no use without a UI.
     atexit.register(child.terminate, timeout=1.0)
     deadline = time.monotonic() + timeout
@@ -96,9 +109,9 @@ def _launch(port: int, timeout: float) -> str:
             problem = "did not start in time" if child.alive else "ended"
             child.terminate()
             causes = [line for line in child.log_tail(200).splitlines() if ERROR.match(line)]
-            cause = f" ({causes[-1][:300]})" if causes else ""
+            cause = f" ({shorten(causes[-1], 300)})" if causes else ""
             raise PrefectUnavailable(
                 f"Prefect's embedded server {problem}{cause}. Hint: read {log}; its database is in {log.parent}"
             )
         time.sleep(0.1)
-    return f"http://127.0.0.1:{port}/api"
+    return {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_API_AUTH_STRING": password} | NO_CREDENTIALS

@@ -17,7 +17,7 @@ from flows._run import PrefectRun
 from thinkimg import console
 from thinkimg.analysis import alarms, console_report
 from thinkimg.closure import check_closure
-from thinkimg.pipeline import pipeline
+from thinkimg.pipeline import outside_inputs, pipeline
 from thinkimg.resources import Resources
 from thinkimg.stages.train import train
 from thinkimg.store.manifest import Artifact
@@ -49,9 +49,9 @@ def loop(
     config, store = open_config(preset, overrides, iterations=iterations, seed=seed, mix=mix)
     check_closure()
     with (
-        open_loop(config, store) as tracker,
+        open_loop(config, store, outside_inputs(config)) as tracker,
         _ui.show_bar("iterations") as progress,
-        Resources(config.where, console.say, hold_device) as resources,
+        Resources(config.where, console.note, hold_device) as resources,
     ):
 
         def report(iteration: int, artifacts: dict[str, Artifact]) -> None:

@@ -14,6 +14,10 @@ refuse() {
   exit 2
 }
 
+warn() {
+  echo "warning: $1" >&2
+}
+
 held() {
   if [ -e .venv/closure ]; then
     cat .venv/closure
@@ -73,9 +77,18 @@ site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"
 for suffix in py pth; do cp "requirements/cpu_torch_hook.$suffix" "$site/_thinkimg_cpu_torch_hook.$suffix"; done
 if [ "$closure" = gpu ]; then
   headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
-  if ! command -v cc >/dev/null || [ ! -e "$headers/Python.h" ]; then
-    echo "warning: Triton compiles when it runs, and needs a C compiler (cc) and Python's headers ($headers/Python.h): install both." >&2
-  fi
+  command -v cc >/dev/null || warn "Triton compiles when it runs, and there is no C compiler (cc): install gcc."
+  [ -e "$headers/Python.h" ] ||
+    warn "Triton compiles against Python's headers, and there is no $headers/Python.h: install python3.11-dev."
+  gpus=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9]' | sort -u) || gpus=""
+  while IFS=', ' read -r driver capability; do
+    [ -z "$driver" ] || [ "${driver%%.*}" -ge 580 ] ||
+      warn "CUDA 13 needs NVIDIA's driver 580 or later, and this machine has $driver: update it."
+    case "$capability" in
+      [1-6].* | 7.[0-4]) warn "CUDA 13 needs a GPU of compute capability 7.5 or more, and this one has $capability." ;;
+      7.*) warn "bfloat16 needs a GPU of compute capability 8.0 or more, and this one has $capability: set model.dtype=float32." ;;
+    esac
+  done <<<"$gpus"
 fi
 touch .venv/ready ".venv/ready-$closure"
 rm -rf .venv.old

@@ -1,5 +1,6 @@
 """Fixtures that are dear to make and so are made once: tiny models, and one vLLM server for all tests that need one."""
 
+import json
 import os
 import signal
 import subprocess
@@ -97,11 +98,12 @@ def empty_database(tmp_path_factory) -> Path:
 
 # The server's parent is a process of its own, so that the last thing we do to it can be the worst.
 KEEPER = """
-import sys, time
+import json, os, sys, time
 from pathlib import Path
+os.environ |= json.loads(sys.argv[4])
 from thinkimg.engine.server import Server, ServerSettings
 from thinkimg.engine.settings import EngineConfig, EngineSettings
-model, log, media = map(Path, sys.argv[1:])
+model, log, media = map(Path, sys.argv[1:4])
 limits = EngineSettings(dtype="float32", max_tokens=2048, max_images=16, max_pixels=10**6)
 settings = ServerSettings(limits, EngineConfig(cpu_kvcache_gib=1, max_num_seqs=64), media_dir=media)
 server = Server(model, log_path=log, version="v0", settings=settings)
@@ -116,24 +118,31 @@ def engine(tiny_models, media_dir, tmp_path_factory):
     """A running vLLM server (`.url`, below `.pid`) with the first tiny model, version "v0"; who loads other weights
     loads these again.
 
+    Everything about its start is hostile: variables, the working directory's modules, the length of TMPDIR. What it and
+    its processes connect to is in `.addresses`.
+
     At the end its parent gets SIGKILL, and everything that descends from that has to be gone within seconds: without
     the watchdog VLLM::EngineCore is what stays alive.
     """
-    from paths import REPOSITORY
+    from hostile import GOOD, HOSTILE, deep_folder, record_addresses, shadow
     from processes import title
 
     from thinkimg.watchdog import descendants
 
-    log = tmp_path_factory.mktemp("engine") / "engine.log"
-    argv = [sys.executable, "-c", KEEPER, str(tiny_models[0]), str(log), str(media_dir)]
-    with subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as keeper:
+    place = tmp_path_factory.mktemp("engine")
+    addresses = place / "addresses"
+    variables = HOSTILE | GOOD | record_addresses(addresses) | {"TMPDIR": str(deep_folder(place))}
+    argv = [sys.executable, "-P", "-c", KEEPER, str(tiny_models[0]), str(place / "engine.log"), str(media_dir)]
+    with subprocess.Popen(
+        [*argv, json.dumps(variables)], cwd=shadow(place / "folder"), stdout=subprocess.PIPE, text=True
+    ) as keeper:
         try:
             url = keeper.stdout.readline().strip()
             assert url, "the server did not start: see the captured stderr"
             family = descendants(keeper.pid)
             titles = [title(pid) for pid in family]
             assert any("EngineCore" in name for name in titles), titles
-            yield SimpleNamespace(url=url, pid=keeper.pid)
+            yield SimpleNamespace(url=url, pid=keeper.pid, addresses=addresses)
         finally:
             keeper.kill()
     deadline = time.monotonic() + 10

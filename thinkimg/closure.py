@@ -7,6 +7,7 @@ from functools import cache
 from glob import glob
 from importlib.metadata import distributions, version
 
+from thinkimg.environment import child_environment
 from thinkimg.errors import UserError
 
 HIDING = ("", "-1")  # values of CUDA_VISIBLE_DEVICES that show no GPU
@@ -35,7 +36,10 @@ def visible_gpus() -> int:
 def listed_gpus() -> int:
     """Return the number of GPUs that nvidia-smi lists, as in setup.sh: Windows' Linux has no device files of them."""
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        environment = child_environment("tool", os.environ)
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], env=environment, capture_output=True, text=True, timeout=60
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return len(re.findall(r"^GPU \d", listing, re.MULTILINE))

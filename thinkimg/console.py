@@ -1,4 +1,4 @@
-"""Console output for people: progress bars at a terminal, a line now and then elsewhere."""
+"""Console output for people: results on stdout, and on stderr progress, so that `$(thinkimg …)` is the result alone."""
 
 import sys
 import threading
@@ -9,15 +9,24 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Without a terminal rich takes 80 columns, which cuts tables.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+class _Console(Console):
+    """Console that leaves a broken pipe to exit.py, whether it is stdout's or stderr's."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # what rich has just caught
+
+
+# Without a terminal rich takes 80 columns, which cuts tables. There may be no stdout at all.
+console = _Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 160)
+notes = _Console(highlight=False, stderr=True, width=None if sys.stderr and sys.stderr.isatty() else 160)
 LINE_S = 15.0  # between two lines of progress where there is no terminal
 
 
 @contextmanager
 def show_progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yield progress(done, total): a bar at a terminal, lines elsewhere, nothing if it is never called."""
-    if not console.is_terminal:
+    if not notes.is_terminal:
         yield _Lines(label)
         return
     with _bars.add(label) as show:
@@ -37,9 +46,7 @@ class _Bars:
         with self._lock:
             if self._display is None:
                 columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-                self._display = Progress(
-                    TextColumn("{task.description:<16}"), *columns, console=console, transient=True
-                )
+                self._display = Progress(TextColumn("{task.description:<16}"), *columns, console=notes, transient=True)
                 self._display.start()
             display, task = self._display, self._display.add_task(label, total=None)
         try:
@@ -64,12 +71,22 @@ class _Lines:
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() - self.printed >= LINE_S:
             self.printed = time.monotonic()
-            console.print(f"{self.label}: {done} of {total}")
+            note(f"{self.label}: {done} of {total}")
 
 
 def say(line: str) -> None:
-    """Print a line as it is, without markup or wrapping."""
+    """Print a line of a result as it is, without markup or wrapping."""
     console.print(line, markup=False, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """Print a line about the work, on stderr."""
+    notes.print(line, markup=False, soft_wrap=True)
+
+
+def takes_unicode() -> bool:
+    """Tell whether stdout can show every character; else JSON and YAML have escapes, so that nothing is lost."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def format_number(value: float) -> str:

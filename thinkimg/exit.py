@@ -1,16 +1,25 @@
-"""Exit of a command: a sentence and an exit code in place of a traceback."""
+"""Exit of a command: a sentence and an exit code in place of a traceback, whatever its surroundings are."""
 
 import atexit
+import contextlib
 import gc
 import os
+import select
+import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
 
-from thinkimg.errors import UserError
+from thinkimg.disk import NO_SPACE, disk_number
+from thinkimg.environment import exempt_localhost
+from thinkimg.errors import UserError, shorten
+from thinkimg.redaction import without_secrets
+from thinkimg.registry import allow_user_modules
 
 EXPLAINED = {"EngineError", "TrainerError", "PrefectUnavailable", "StoppedByAlarm"}
 """Names of errors, and of their base classes, whose text is complete; by name, so that their modules need not load."""
+GO_ON = "The same command goes on from what is complete."
 
 
 def skip_last_collection() -> None:
@@ -20,25 +29,94 @@ def skip_last_collection() -> None:
 
 
 def run_guarded(command: Callable[[], object]) -> None:
-    """Run a command; print an error that has an explanation as one sentence on stderr, and exit.
+    """Run a command; print what went wrong as one sentence on stderr, and exit.
 
-    The exit code is 2 for a user's mistake, 1 for a broken engine, trainer or server, and for an alarm.
+    The exit code is 2 for a user's mistake, 1 for a broken engine, trainer or server, for an alarm and for an error
+    that nobody expected, and 128 + n for signal n.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # Prefect logs every exception once per flow level
-    sys.path.insert(0, str(Path.cwd()))  # a user's own reward functions
+    open_streams()
     atexit.register(skip_last_collection)
     try:
-        command()
+        allow_user_modules(in_command=True)
+        exempt_localhost(os.environ)
+        try:
+            with hearing_signals():
+                command()
+        finally:
+            sys.stdout.flush()  # at the interpreter's end a broken pipe would be a traceback
     except Exception as error:
-        sentence, code = explain_error(error)
-        if sentence is None:
+        if isinstance(error, BrokenPipeError) and (is_abandoned(1) or is_abandoned(2)):
+            leave(None, 128 + signal.SIGPIPE)
+        leave(*explain_error(error))
+    except KeyboardInterrupt:
+        leave(f"Interrupted. {GO_ON}", 128 + signal.SIGINT)
+    except BaseException as error:
+        if type(error).__name__ != "TerminationSignal":  # Prefect's
             raise
-        print(f"thinkimg: {sentence}", file=sys.stderr)
-        raise SystemExit(code) from None
+        leave(f"Terminated. {GO_ON}", 128 + signal.SIGTERM)
 
 
-def explain_error(error: Exception) -> tuple[str | None, int]:
-    """Return a sentence for the user and the exit code; None for an unexpected error."""
+def leave(sentence: str | None, code: int) -> None:
+    """Print a sentence on stderr and exit. What is left in the buffers and can't be written is dropped."""
+    with contextlib.suppress(OSError):
+        if sentence:
+            print(f"thinkimg: {without_secrets(sentence)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(code) from None
+
+
+@contextlib.contextmanager
+def hearing_signals() -> Iterator[None]:
+    """Have the first Ctrl-C, or SIGTERM, say so at once, and end what the main thread does by an exception.
+
+    asyncio would take Python's own handler for one of its own, which waits until a coroutine waits: an engine that
+    starts would be waited for.
+    """
+
+    def hear(number: int, frame: FrameType | None) -> NoReturn:
+        os.write(2, b"thinkimg: stopping\n")  # print might be interrupted within itself
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number, handler in kept.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in heard:
+        signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, kept[number])
+
+
+def open_streams() -> None:
+    """Let stdin, stdout and stderr be there, and take every text.
+
+    Where one is closed, the next file that is opened gets its number, and what we or a child print goes into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an en dash in a table must not end a loop at a latin-1 terminal
+
+
+def is_abandoned(descriptor: int) -> bool:
+    """Tell whether a descriptor is a pipe or a terminal that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def explain_error(error: Exception) -> tuple[str, int]:
+    """Return a sentence for the user and the exit code."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, UserError):
         return str(error), 2
@@ -51,4 +129,9 @@ def explain_error(error: Exception) -> tuple[str | None, int]:
         detail = str(error).split("\n")[0] or type(error).__name__
         hint = "Start it (`make server`) or unset PREFECT_API_URL, then run this again: complete artifacts are kept."
         return f"Prefect's server does not answer ({detail}). Hint: {hint}", 1
-    return None, 1
+    if isinstance(error, PermissionError) or disk_number(error) in NO_SPACE:
+        return f"{shorten(str(error))}. Hint: Free some space there, or get leave to write. {GO_ON}", 2
+    from thinkimg.crash import write_report
+
+    cause, report = write_report(error)
+    return f"Nobody expected this: {cause}. Hint: {GO_ON} If it happens again, report it with {report}", 1

@@ -6,6 +6,8 @@ prepare ──► dataset ─┬─► rollout ──► rollouts ──► scor
                      └─► evaluate ──► evaluation
 """
 
+from typing import Any
+
 from thinkimg.config.tree import Config
 from thinkimg.scheduler import H, Run
 from thinkimg.stages.demonstrate import demonstrate
@@ -14,9 +16,24 @@ from thinkimg.stages.known_pairs import known_pairs
 from thinkimg.stages.prepare import prepare, puzzles
 from thinkimg.stages.rollout import rollout
 from thinkimg.stages.score import score
+from thinkimg.stages.stage import Stage
 from thinkimg.stages.train import train
 from thinkimg.stages.train_clip import train_clip
 from thinkimg.stages.warmstart import warmstart
+
+READERS: tuple[Stage[Any], ...] = (prepare, demonstrate, warmstart, score)
+"""Stages that read what is no artifact."""
+
+
+def outside_inputs(config: Config) -> dict[str, str]:
+    """Return what a loop reads beside its config, for its identity: name -> digest.
+
+    A user's data and conversations, weights from outside, and the user's own code. Raises UserError if one is missing.
+    """
+    stages = [stage for stage in READERS if stage.wanted(config)]
+    references = [reference for stage in stages for reference in stage.outside(stage.settings(config)).items()]
+    code = {f"code of {path}": digest for path, digest in config.sources().items()}
+    return {role: reference.digest for role, reference in references} | code
 
 
 def pipeline(run: Run[H], config: Config) -> H:
@@ -38,7 +55,9 @@ def pipeline(run: Run[H], config: Config) -> H:
         policies.append(
             run(train, dataset=data, policy=policies[-1], rollouts=rollouts, scores=scores, reference=first)
         )
-        samples = config.evaluate.samples_ends if i == config.iterations else config.evaluate.samples
-        evaluation = run(evaluate, dataset=data, policy=policies[-1], samples=samples)
+        last, evaluation = i == config.iterations, None
+        if last or i % config.evaluate.every == 0:
+            samples = config.evaluate.samples_ends if last else config.evaluate.samples
+            evaluation = run(evaluate, dataset=data, policy=policies[-1], samples=samples)
         run.report(i, rollout=rollouts, score=scores, train=policies[-1], evaluate=evaluation)
     return policies[-1]

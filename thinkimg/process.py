@@ -1,5 +1,7 @@
 """Child processes that never outlive their parent, even if the parent gets SIGKILL."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,14 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
+from thinkimg.disk import writing
+from thinkimg.errors import UserError
 from thinkimg.watchdog import ProcessId, Table, descendants, process_table, signal_each, write_record
 
 WATCHDOG = Path(__file__).with_name("watchdog.py")
 WATCHDOG_TIMEOUT_S = 15.0  # it needs five seconds to end everything
 KILL_TIMEOUT_S = 5.0  # a process may be waiting for a disk
 PID_MAX = 2**22  # Linux's, on any machine
+SOCKET_PATH = 107  # bytes of a socket's path that the kernel allows
+SOCKET_NAME = 1 + 36  # of vLLM's sockets, the longest
+RECORD_NAME = 1 + 36  # a name of up to 9 letters, process id and nanoseconds
+SHORT_ROOTS = (Path("/tmp"), Path("/dev/shm"))
 
 
 class Child:
@@ -86,19 +94,20 @@ def spawn(
 
     It has a directory of its own for temporary files, which is removed with it. Processes that earlier runs left behind
     are ended first.
-    env: its environment, None for ours. log_path: file to append its stdout and stderr to, None for ours.
+    env: its environment (see environment.py), None for ours. log_path: file to append its stdout and stderr to, None
+    for ours. Raises UserError where a directory can't be written to.
     """
     clear_leftovers()
-    if log_path is not None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
     record = run_directory() / f"{name}-{os.getpid()}-{time.monotonic_ns()}"
     # Not inheritable: no other child of ours keeps the write end open. Forked ones do; so the watchdog also checks its
     # parent.
     read_end, write_end = os.pipe()
     try:
         # From here to its end there is a record. The watchdog alone writes and removes it, once it runs.
-        write_record(str(record), {"name": name, "parent": identify(os.getpid()), "watchdog": None})
-        with nullcontext() if log_path is None else open(log_path, "ab") as output:
+        with writing(record):
+            content = {"name": name, "origin": origin(), "parent": identify(os.getpid()), "watchdog": None}
+            write_record(str(record), content)
+        with nullcontext() if log_path is None else open_log(log_path) as output:
             log_start = 0 if output is None else output.tell()
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(WATCHDOG), str(read_end), str(record), *map(str, argv)],
@@ -118,15 +127,57 @@ def spawn(
     return Child(name, process, write_end, log_path, log_start)
 
 
-def run_directory() -> Path:
-    """Return the directory of the records of running children: one per machine and user, removed by a reboot.
+def open_log(path: Path) -> BinaryIO:
+    """Open a log for appending. Raises UserError where it can't be written."""
+    with writing(path, hint="Free some space there, or set where.store to a directory that this user can write to."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "ab")
 
-    Raises PermissionError if it belongs to another user.
+
+def run_directory() -> Path:
+    """Return the directory of records and temporary files of children: one per machine and user, removed by a reboot.
+
+    It is in TMPDIR; where that is too long for the sockets of children, in another one. Raises UserError without one.
     """
-    directory = Path(tempfile.gettempdir()) / f"thinkimg-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    roots = [temporary_root(), *SHORT_ROOTS, Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere"))]
+    for root in roots:
+        directory = root / f"thinkimg-{os.getuid()}"
+        short = len(os.fsencode(directory)) <= SOCKET_PATH - SOCKET_NAME - RECORD_NAME
+        if short and os.access(root, os.W_OK | os.X_OK):
+            return make_private(directory)
+    raise UserError(
+        f"TMPDIR is too long for the sockets of child processes: {roots[0]}.",
+        hint=f"Set it to a directory with at most {SOCKET_PATH - SOCKET_NAME - RECORD_NAME - 20} characters.",
+    )
+
+
+def scratch_directory() -> Path:
+    """Return this user's directory in TMPDIR, where there is room for weights and images. Raises UserError."""
+    return make_private(temporary_root() / f"thinkimg-{os.getuid()}")
+
+
+def temporary_root() -> Path:
+    """Return the directory for temporary files: TMPDIR, or /tmp. Raises UserError if it is none.
+
+    tempfile falls back to others, in the end to the working directory, where TMPDIR is missing or full.
+    """
+    root = Path(os.environ.get("TMPDIR") or os.environ.get("TEMP") or os.environ.get("TMP") or "/tmp").absolute()
+    with writing(root, hint="Set TMPDIR to a directory that this user can write to."):
+        if not root.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR if root.exists() else errno.ENOENT, "", str(root))
+        if not os.access(root, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "", str(root))
+    return root
+
+
+def make_private(directory: Path) -> Path:
+    """Make a directory that only this user can enter, if there is none; return it. Raises UserError."""
+    with writing(directory):
+        directory.mkdir(mode=0o700, exist_ok=True)
     if directory.lstat().st_uid != os.getuid():
-        raise PermissionError(f"{directory} belongs to another user; set TMPDIR to a directory of your own")
+        raise UserError(f"{directory} belongs to another user.", hint="Set TMPDIR to a directory of your own.")
+    if directory.stat().st_mode & 0o077:
+        directory.chmod(0o700)
     return directory
 
 
@@ -141,6 +192,8 @@ class Record:
     """Result of `identify` for its watchdog; None before it runs, or if the record is not understood."""
     members: frozenset[ProcessId] | None
     """Descendants at the watchdog's last look; None if the record is not understood."""
+    origin: str | None = None
+    """Result of `origin` where it was written; None in records of versions up to 0.2."""
 
 
 def parse_record(text: str) -> Record | None:
@@ -162,6 +215,7 @@ def parse_record(text: str) -> Record | None:
         parent=parent,
         watchdog=watchdog if is_identity(watchdog) and watchdog["boot"] == parent["boot"] else None,
         members=parse_members(content.get("members", [])),  # the first versions wrote none
+        origin=content["origin"] if isinstance(content.get("origin"), str) else None,
     )
 
 
@@ -223,7 +277,7 @@ def clear_leftovers() -> list[str]:
     for path in sorted(run_directory().glob("*.json")):
         try:
             record = parse_record(path.read_text())
-            if record is None or is_alive(record.parent):
+            if record is None or record.origin not in (None, origin()) or is_alive(record.parent):
                 continue
             if record.parent["boot"] == boot_id():
                 cleared.add(record.name)
@@ -272,15 +326,19 @@ def remove_record(path: Path) -> None:
 def scratch() -> Iterator[Path]:
     """Yield a temporary directory and remove it afterwards; first remove those of killed processes."""
     clear_leftovers()  # whose children may still write there
-    for path in run_directory().glob("scratch-*"):
-        boot, pid, started, _ = path.name.removeprefix("scratch-").split("-", 3)
+    parent = scratch_directory()
+    own = identify(os.getpid())
+    prefix = f"scratch-{origin()}-"
+    for path in parent.glob(f"{prefix}*"):
+        boot, pid, started, _ = path.name.removeprefix(prefix).split("-", 3)
         owner = identify(int(pid))
         if owner is None or (owner["boot"][:8], str(owner["started"])) != (boot, started):
             shutil.rmtree(path, ignore_errors=True)  # another process may be removing it, too
-    own = identify(os.getpid())
-    prefix = f"scratch-{own['boot'][:8]}-{own['pid']}-{own['started']}-"
-    with tempfile.TemporaryDirectory(dir=run_directory(), prefix=prefix) as directory:
-        yield Path(directory)
+    prefix += f"{own['boot'][:8]}-{own['pid']}-{own['started']}-"
+    with writing(parent):
+        directory = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
+    with directory as path:
+        yield Path(path)
 
 
 def free_port() -> int:
@@ -297,6 +355,16 @@ def identify(pid: int) -> dict | None:
     """
     process = process_table([pid]).get(pid)
     return process and {"pid": pid, "started": process.started, "boot": boot_id()}
+
+
+def origin() -> str:
+    """Return 8 hex digits for the machine and the container, in which process ids mean what they mean here.
+
+    A directory for temporary files may be shared with others, whose processes can't be seen.
+    """
+    namespace = os.stat("/proc/self/ns/pid")
+    text = f"{socket.gethostname()} {namespace.st_dev} {namespace.st_ino}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def boot_id() -> str:

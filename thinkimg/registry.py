@@ -1,18 +1,19 @@
 """Extension points: the entries of one kind by name, shipped with the package or a user's own."""
 
 import functools
-import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, shorten
+from thinkimg.source_code import code_digest
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,16 @@ class Registry(Mapping[str, ModuleType]):
             if not all(part.isidentifier() for part in path.split(".")):
                 raise ModuleNotFoundError(name=path)
             module = importlib.import_module(path)
-        except Exception as error:  # a user's module may raise anything
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
                 raise UserError(
-                    f"There is no '{name}' among the {self.kind}.",
-                    hint=f"There are {', '.join(self)}; a module of your own goes by its import path, such as "
-                    f"my_project.{self.kind}.mine.",
+                    f"There is no '{shorten(path)}' among the {self.kind}: no module {shorten(error.name or path)} can "
+                    "be imported.",
+                    hint=f"There are {', '.join(self)}. A module of your own goes by its import path, such as "
+                    f"my_project.{self.kind}.mine, and has to be installed, or lie below the working directory.",
                 ) from error
-            raise UserError(f"The module {path} can't be imported: {type(error).__name__}: {error}") from error
+            cause = f"{type(error).__name__}: {shorten(str(error))}"
+            raise UserError(f"The module {path} can't be imported: {cause}") from error
         source_digest(module)
         return module
 
@@ -85,14 +88,31 @@ class Registry(Mapping[str, ModuleType]):
         return getattr(module, attribute)
 
     def sources(self, names: Iterable[str]) -> dict[str, str]:
-        """Return name -> sha256 of the module's file for the user's own among `names`, for a stage's fingerprint."""
+        """Return name -> `source_digest` for the user's own among `names`, for a stage's fingerprint."""
         return {name: source_digest(self[name]) for name in names if name not in self.shipped}
+
+
+def allow_user_modules(in_command: bool = False) -> None:
+    """Let a user's own modules be imported from the working directory, after all that is installed.
+
+    Ahead of it a file such as random.py or flows.py would be imported in place of the real one.
+    in_command: the process is a command of ours, so that `python -m` is not to put the directory first.
+    Raises UserError if there is no working directory any more.
+    """
+    try:
+        directory = os.getcwd()
+    except OSError as error:
+        raise UserError(f"The working directory can't be used: {error.strerror}.", hint="Change to another.") from None
+    if in_command and sys.path[0] in ("", directory):
+        del sys.path[0]
+    if directory not in sys.path:
+        sys.path.append(directory)
 
 
 @functools.cache
 def source_digest(module: ModuleType) -> str:
-    """Return the sha256 of a module's file at the first call, which is when the module is imported."""
-    return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() if module.__file__ else ""
+    """Return `code_digest` of a module at the first call, which is when the module is imported."""
+    return code_digest(module)
 
 
 def short_name(name: str) -> str:

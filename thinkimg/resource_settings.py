@@ -1,18 +1,19 @@
 """Settings of the resources: machines and speed; recorded, never fingerprinted."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from thinkimg.engine.settings import EngineConfig, TeacherEndpoint
-from thinkimg.settings import Positive, Settings, without_password
+from thinkimg.redaction import without_password
+from thinkimg.settings import FilePath, Positive, Settings
 from thinkimg.trainer.settings import TrainerConfig
 
 
 class ResourcesConfig(Settings):
     """Machines and speed: recorded, never fingerprinted."""
 
-    store: str = "artifacts"
+    store: FilePath = "artifacts"
     """Root of the artifact store."""
     engine: EngineConfig = EngineConfig()
     teacher: TeacherEndpoint = TeacherEndpoint()
@@ -23,6 +24,15 @@ class ResourcesConfig(Settings):
     """Machines that compute scores: `threads` of this process, `dask` for processes of this machine, or the address of
     a Dask scheduler such as tcp://10.0.0.1:8786. Its workers must see the store under the same path.
     """
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.trainer.keep and not self.engine.keep and not self.engine.urls:
+            raise ValueError(
+                "where.engine.keep=false needs where.trainer.keep=false: "
+                "an engine that left the memory does not fit back beside a trainer that stays"
+            )
+        return self
 
     def public(self) -> dict[str, Any]:
         """Return the settings as JSON, without the passwords in URIs."""

@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from thinkimg import closure, process
+from thinkimg.console import note
+from thinkimg.disk import writing
 from thinkimg.engine.client import EngineClient
 from thinkimg.engine.server import Server, ServerSettings, server_command, server_environment
-from thinkimg.engine.settings import EngineSettings
+from thinkimg.engine.settings import EngineConfig, EngineSettings
 from thinkimg.errors import UserError
 from thinkimg.models import clip
 from thinkimg.models.base import Base, BaseSource
 from thinkimg.models.importing import importing
 from thinkimg.resource_settings import ResourcesConfig
+from thinkimg.store import files
 from thinkimg.store.kinds import Clip, Policy
 from thinkimg.trainer.client import Trainer
 
@@ -44,7 +47,7 @@ class Resources:
     """
 
     def __init__(
-        self, where: ResourcesConfig, say: Callable[[str], None] = print, device: Device = contextlib.nullcontext
+        self, where: ResourcesConfig, say: Callable[[str], None] = note, device: Device = contextlib.nullcontext
     ):
         self.where, self.say, self._device = where, say, device
         self._stack = contextlib.ExitStack()
@@ -117,13 +120,13 @@ class Resources:
         """Return a client whose servers hold `policy`.
 
         Starts our own server, or loads into those of `engine.urls`. The client's context is left in the same event
-        loop. On a GPU adapters are served beside the base model, each version under a new name. On a CPU, where vLLM's
-        adapters are 46 times slower, merged weights are loaded in place.
+        loop. Adapters are served beside the base model, each version under a new name, or are merged and loaded in
+        place (where.engine.adapters).
         """
         where = self.where.engine
-        adapter = None if policy.is_full or closure.on_cpu() else policy.digest
+        adapter = None if policy.is_full or not await self._serves_adapters() else policy.digest
         if adapter is not None:
-            Base(**base.entry()).checked(policy.json("policy/state.json"))
+            Base(**base.entry(policy)).checked(policy.json("policy/state.json"))
         with self._lock:
             urls = where.urls or [self.server(policy, adapter, settings, base).url]
         # Our own server reads images from our scratch folder; others may not share the disk, or not admit the folder.
@@ -147,13 +150,21 @@ class Resources:
             raise
         return client
 
+    async def _serves_adapters(self) -> bool:
+        where = self.where.engine
+        if where.adapters != "auto" or not where.urls:
+            return serves_adapters(where)
+        async with EngineClient(where.urls, media="data") as client:
+            await client.leave_out_dead()
+            return await client.takes_adapters()
+
     def server(self, policy: Policy, adapter: str | None, settings: EngineSettings, base: BaseSource) -> Server:
         """Return our own server within these limits, with the weights of its start or those loaded since."""
         rank = policy.adapter_rank if adapter else None
         asked = ServerSettings(settings, self.where.engine, rank, self._sleeps)
 
         def model() -> Path:
-            return locate_base(base) if adapter else self.weights(policy, base)
+            return locate_base(base, policy) if adapter else self.weights(policy, base)
 
         return self._serve("engine", asked, model, "base" if adapter else policy.digest)
 
@@ -224,7 +235,8 @@ class Resources:
     def media(self) -> Path:
         """Folder in which the engine finds the images of running conversations."""
         folder = self.scratch / "media"
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         return folder
 
     def weights(self, policy: Policy, base: BaseSource) -> Path:
@@ -244,15 +256,21 @@ class Resources:
                         shutil.rmtree(old)
                 half = self.scratch / "half-merged"
                 shutil.rmtree(half, ignore_errors=True)
-                export_merged(policy.directory / "policy", half, base=Base(**base.entry()))
-                half.rename(merged)
+                with writing(half):
+                    export_merged(policy.directory / "policy", half, base=Base(**base.entry(policy)))
+                    half.rename(merged)
         return merged
 
     def log(self, name: str) -> Path:
         """Return the path of a process's log."""
         folder = Path(self.where.store) / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_directory(folder)
         return folder / f"{name}.log"
+
+
+def serves_adapters(engine: EngineConfig) -> bool:
+    """Tell whether a server of ours serves adapters beside the base model."""
+    return engine.adapters == "always" or engine.adapters == "auto" and not closure.on_cpu()
 
 
 def exec_server(server: ServerSettings, base: BaseSource, policy: Policy | None, *, host: str, port: int) -> NoReturn:
@@ -267,11 +285,11 @@ def exec_server(server: ServerSettings, base: BaseSource, policy: Policy | None,
     elif base.tiny:
         raise UserError("The tiny preset has no model before its warm start.", hint="Name a policy: --policy …")
     else:
-        model = locate_base(base)
+        model = locate_base(base, policy)
     argv = server_command(str(model), port, server, host)
     os.execvpe(argv[0], argv, server_environment(os.environ, str(model), server))
 
 
-def locate_base(base: BaseSource) -> Path:
-    """Return the directory of the base model, downloaded if need be."""
-    return Base(**base.entry()).locate()
+def locate_base(base: BaseSource, policy: Policy | None = None) -> Path:
+    """Return the directory of the base model, of a policy's own if one is given; it is downloaded if need be."""
+    return Base(**base.entry(policy)).locate()

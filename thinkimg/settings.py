@@ -7,26 +7,82 @@
 A setting of an entry that is not in use does not exist.
 """
 
-from collections.abc import Mapping
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import core_schema
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, shorten
+from thinkimg.redaction import without_password
 from thinkimg.registry import Registry, short_name
+
+MAX_PATH, MAX_NAME = 4095, 255  # bytes of a path and of each part, as Linux has them
+
+
+def expand_path(text: str) -> str:
+    """Return a path as it is, with the home directory in place of a leading `~`. Raises UserError for none.
+
+    Every path of a user goes through here where it enters: settings, flags, preset files.
+    """
+    path = os.path.expanduser(text)
+    if not path or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in path):
+        raise UserError(f"{shorten(text)!a} is no path.", hint="A path has no control characters, and is not empty.")
+    if path.startswith("~"):
+        raise UserError(f"There is no home directory for {text}.", hint="A name that begins with ~ is written as ./~…")
+    if len(encoded := os.fsencode(path)) > MAX_PATH or max(map(len, encoded.split(b"/"))) > MAX_NAME:
+        raise UserError(f"The path {shorten(text, 60)} is too long: it has {len(encoded)} bytes.")
+    return path
+
+
+def check_url(text: str) -> str:
+    """Return an address such as http://host:8000/v1. Raises UserError for what can't be one, or has a query."""
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number, of half a pair of brackets
+        usable = False
+    if not usable or not text.isascii() or not text.isprintable() or any(mark in text for mark in " ?#"):
+        shown = shorten(without_password(text))
+        raise UserError(f"{shown!a} is no address.", hint="Write it as http://host:8000/v1, without a query.")
+    return text
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[str, AfterValidator(expand_path)]
+Url = Annotated[str, AfterValidator(check_url)]
 
 
 class Settings(BaseModel):
-    """A section of settings, frozen; unknown names are refused."""
+    """A section of settings, frozen; unknown names are refused, and so is what is no finite number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _proper_number(cls, value: Any, info: Any) -> Any:
+        """Refuse true where a number is wanted, which pydantic would read as 1, and what no library holds."""
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in inner) and _is_number(cls, info.field_name):
+            raise ValueError(f"{info.field_name} is a number, and can't be true or false")
+        if any(isinstance(item, int) and abs(item) >= 2**63 for item in inner):
+            raise ValueError(f"{info.field_name} is too large")
+        return value
 
     def sources(self) -> dict[str, str]:
         """Return import path -> sha256 of a user's own code that these settings name, for a fingerprint."""
@@ -184,9 +240,14 @@ class EntryName:
         return name
 
 
-def without_password(uri: str) -> str:
-    """Return the URI with *** in place of a password."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+def find_kinds(annotation: Any) -> Iterator[Any]:
+    """Yield a type and the types within it, as int and None in `Annotated[int, …] | None`."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from find_kinds(part)
+
+
+@cache
+def _is_number(section: type[Settings], name: str) -> bool:
+    kinds = list(find_kinds(section.model_fields[name].annotation)) if name in section.model_fields else []
+    return (int in kinds or float in kinds) and bool not in kinds

@@ -26,7 +26,6 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PARENT_GONE_GRACE_S = 3.0  # from SIGTERM to SIGKILL; a vLLM server needs two seconds to remove its shared memory
 LEFTOVER_GRACE_S = 3.0  # for descendants to end after the command has ended
 TRACKER_GRACE_S = 1.0  # then for Python's resource trackers to unlink the files of killed processes
-SOCKET_PATH = 107  # bytes of a socket's path that the kernel allows; the names of vLLM's are 36 long
 LOOK_S = 1.0  # between two looks at the descendants, at least
 LOOK_SHARE = 0.01  # of a core, at most, for looking, however many processes the machine has
 OPEN_PROCESSES = 100  # open at a time; a process may often open no more than 1024 files
@@ -288,12 +287,11 @@ def make_environment(temporary: str) -> dict[str, str]:
     A killed vLLM leaves seven sockets and a rendezvous file each time. torch's compile cache stays where it is.
     """
     changed = dict(os.environ)
-    if len(os.fsencode(temporary)) + 1 + 36 <= SOCKET_PATH:
-        os.mkdir(temporary, 0o700)
-        cache = os.path.join(changed.get("TMPDIR", "/tmp"), f"torchinductor_{os.getuid()}")
-        # Last, not first: torch sets it again, and setproctitle locates a process' title by the first variable.
-        changed.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
-        changed["TMPDIR"] = temporary
+    os.mkdir(temporary, 0o700)
+    cache = os.path.join(changed.get("TMPDIR", "/tmp"), f"torchinductor_{os.getuid()}")
+    # Last, not first: torch sets it again, and setproctitle locates a process' title by the first variable.
+    changed.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+    changed["TMPDIR"] = temporary
     return changed
 
 
@@ -340,7 +338,8 @@ def main() -> int:
     try:
         command = start_command(argv, record)
     except OSError as error:
-        print(f"cannot start {argv[0]}: {error.strerror}", file=sys.stderr)
+        place = "" if error.filename == argv[0] else f": {error.filename or path}"
+        print(f"cannot start {argv[0]}: {error.strerror}{place}", file=sys.stderr)
         code = 127
     else:
         handle = ProcessHandle(command.pid)

@@ -113,8 +113,8 @@ def test_the_figures_of_stored_rollouts(tmp_path):
     dataset = make_dataset(store, target=[0, 0, 8, 8])  # a crop of 4 view pixels of 56 holds 8 of 112
     rollouts = make_rollouts(store, dataset)
     found = compute_signals(dataset, rollouts, make_scores(store, dataset, rollouts), Mix({"answer": 0.5}, {}))
-    expected = {"tool_rate": 3 / 4, "over_turns": 1 / 4, "idle_calls": 0, "no_op_calls": 0, "answer_tokens": 2,
-                "total": 1 / 3, "region_in_crop": 1 / 2}  # fmt: skip
+    expected = {"tool_rate": 3 / 4, "failed": 1 / 5, "over_turns": 1 / 4, "idle_calls": 0, "no_op_calls": 0,
+                "answer_tokens": 2, "total": 1 / 3, "region_in_crop": 1 / 2}  # fmt: skip
     assert {key.removeprefix("signal/") for key in found if not key.endswith("_se")} == set(expected), (
         "six groups are too few for a correlation"
     )
@@ -186,13 +186,26 @@ def clustered(rng, rate, agreement=0.2):
 
 
 def iteration(
-    rng, tool=0.8, right=0.5, region=0.5, idle=0.05, over=0.05, total=0.6, tokens=60.0, held_out=0.5, against=0.0
+    rng,
+    tool=0.8,
+    right=0.5,
+    region=0.5,
+    idle=0.05,
+    over=0.05,
+    total=0.6,
+    tokens=60.0,
+    held_out=0.5,
+    against=0.0,
+    failed=0.0,
+    effective=0.9,
+    evaluated=True,
 ):
     """The metrics of an iteration of 48 x 8 conversations with these true rates."""
     answer = clustered(rng, right)
     component = rng.normal(size=len(groups)) + against * (answer - 0.5)
     figures = {
         "tool_rate": estimate_share(clustered(rng, tool), everywhere, groups),
+        "failed": estimate_share(clustered(rng, failed), everywhere, groups),
         "over_turns": estimate_share(clustered(rng, over), everywhere, groups),
         "idle_calls": estimate_share(clustered(rng, idle), everywhere, groups),
         "region_in_crop": estimate_share(clustered(rng, region), answer * (groups % 2), groups),
@@ -203,7 +216,8 @@ def iteration(
     found = {f"signal/{name}": pair[0] for name, pair in figures.items() if pair}
     found |= {f"signal/{name}_se": pair[1] for name, pair in figures.items() if pair}
     held_out = rng.binomial(QUESTIONS, held_out) / QUESTIONS
-    return found | {"eval/accuracy": held_out, "eval/trajectories": QUESTIONS, "train/rows": 300.0}
+    found |= {"eval/accuracy": held_out, "eval/trajectories": QUESTIONS} if evaluated else {}
+    return found | {"train/rows": 300.0, "train/sampling/effective_sample": effective}
 
 
 def judged(metrics, before=0.5, **more):
@@ -242,12 +256,14 @@ def course(rng, before, after, first=12, then=8):
     [
         ("tool_collapse", {"tool": 0.8}, {"tool": 0.2}),
         ("tool_saturation", {"tool": 0.7}, {"tool": 1.0}),
+        ("failed", {"failed": 0.0}, {"failed": 0.2}),
         ("over_turns", {"over": 0.05}, {"over": 0.4}),
         ("idle_calls", {"idle": 0.05}, {"idle": 0.5}),
         ("reward_without_accuracy", {"total": 0.6, "held_out": 0.6}, {"total": 0.9, "held_out": 0.3}),
         ("against_the_answer", {"against": 0.0}, {"against": -1.0}),
         ("region_missed", {"region": 0.9}, {"region": 0.3}),
         ("long_answers", {"tokens": 60}, {"tokens": 180}),
+        ("effective_sample", {"effective": 0.9}, {"effective": 0.3}),
     ],
 )
 def test_what_goes_wrong_fires_its_alarm_and_no_other_within_a_few_iterations(alarm, before, after):
@@ -256,6 +272,16 @@ def test_what_goes_wrong_fires_its_alarm_and_no_other_within_a_few_iterations(al
         fired = judged(course(rng, before, after))
         assert set(fired) == {alarm}
         assert 12 < fired[alarm][0] <= 12 + 6 and fired[alarm][-1] == 20, "it lasts as long as what it is about"
+
+
+def test_a_loop_that_is_evaluated_now_and_then_has_its_alarms():
+    """Of every fourth iteration the accuracy is known: the alarms look at these, beside the reward of the same."""
+    rng, every = np.random.default_rng(3), 4
+    for _ in range(5):
+        states = [{"total": 0.6, "held_out": 0.6}] * 24 + [{"total": 0.9, "held_out": 0.3}] * 16
+        metrics = [iteration(rng, **state, evaluated=i % every == every - 1) for i, state in enumerate(states)]
+        fired = judged(metrics)
+        assert set(fired) == {"reward_without_accuracy"} and 24 < fired["reward_without_accuracy"][0] <= 40
 
 
 def test_a_loop_that_gains_accuracy_may_saturate_and_one_that_begins_there_may_stay():
@@ -315,7 +341,9 @@ def run_loop(store, settings, steps):
 def test_a_loop_keeps_every_table_and_logs_the_same_keys_in_every_iteration(tmp_path):
     store, settings = Store(tmp_path), configured(tmp_path)
     found = run_loop(store, settings, 4)
-    assert [[one.alarm for one in step if one.fired] for step in found] == [[], [], [], ["no_step"]]
+    assert [[one.alarm for one in step if one.fired] for step in found] == [
+        [], [], ["failed"], ["failed", "no_step"],
+    ]  # fmt: skip
     record = load_record(store, loop_id(settings))
     for step in range(1, 5):
         metrics = record.iteration(step).metrics

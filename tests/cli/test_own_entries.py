@@ -78,7 +78,8 @@ def judge(pairs, context):
     context.judged(len(pairs))
     return [Judgement(width / context.settings.image.width.widest, None, {"width": width}) for width in widths]
 """
-FILES = {"squares": SQUARES, "negative": NEGATIVE, "brackets": BRACKETS, "brevity": BREVITY, "width": WIDTH,
+TALKATIVE = BREVITY.replace("    most =", "    print('a word of the user')\n    most =")  # it is no part of the result
+FILES = {"squares": SQUARES, "negative": NEGATIVE, "brackets": BRACKETS, "brevity": TALKATIVE, "width": WIDTH,
          "reinforce": REINFORCE}  # fmt: skip
 
 
@@ -104,7 +105,8 @@ def thinkimg(project: Path, command: str, *settings: str) -> str:
         cwd=project, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
+    (reference,) = done.stdout.splitlines()  # the reference alone, as in REF=$(thinkimg score …)
+    return reference
 
 
 def made(project: Path, reference: str):

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from thinkimg.config.load import RENAMED, list_presets, load_config
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
+from thinkimg.pipeline import pipeline
+from thinkimg.scheduler import Plan
+from thinkimg.stages.evaluate import evaluate
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -28,6 +31,24 @@ def test_presets_have_the_sizes_that_the_readme_states():
     assert load_config("high-quality").model.lora_rank == 128
     assert {load_config(name).model.lora_rank for name in list_presets()} == {64, 128}
     assert [name for name in list_presets() if load_config(name).model.tiny] == ["tiny"]
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_no_preset_plays_more_conversations_to_evaluate_than_to_train(name):
+    config = load_config(name)
+    evaluated = config.evaluate.samples * (1 + config.evaluate.k) / config.evaluate.every
+    assert evaluated <= config.rollout.samples * config.rollout.group_size
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])])
+def test_every_so_many_iterations_and_both_ends_are_evaluated(every, expected):
+    config = load_config("tiny", ["iterations=5", f"evaluate.every={every}"])
+    plan = Plan(config)
+    pipeline(plan, config)
+    evaluated = [handle for handle in plan.handles if handle.stage is evaluate]
+    assert [handle.iteration for handle in evaluated] == expected
+    ends = {config.evaluate.samples_ends}
+    assert {handle.parameters["samples"] for handle in evaluated if handle.iteration in (0, 5)} == ends
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.protocol import PROTOCOLS, Answer, ToolCall, load_protocol
 from thinkimg.data.settings import SOURCES
 from thinkimg.errors import UserError
-from thinkimg.grpo.loss import Logps, grpo_loss, step_normaliser
+from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.decode import pixel_hash
 from thinkimg.registry import source_digest
@@ -147,9 +147,9 @@ def test_a_loss_with_a_setting_of_its_own():
     cfg = cfg.model_copy(update={"vllm_importance_sampling_correction": False})
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
-    normaliser = step_normaliser(cfg, [mask], max_completion_length=2)
+    normaliser = compute_normaliser(cfg, [mask], max_completion_length=2)
     options = {"mask": mask, "entropies": None, "normaliser": normaliser}
-    out = grpo_loss(cfg, Logps(logps, logps.detach()), advantages=torch.tensor([1.0, -1.0]), **options)
+    out = compute_grpo_loss(cfg, Logps(logps, logps.detach()), advantages=torch.tensor([1.0, -1.0]), **options)
     assert out.loss.item() == pytest.approx(3 * (1 + 2 - 3) / 3)
     out.loss.backward()
     assert logps.grad.tolist() == [[-1, -1], [1, 0]]

@@ -23,8 +23,8 @@ from thinkimg.images.settings import ImagesConfig
 from thinkimg.images.toolbox import load_tools
 from thinkimg.images.view import count_patches
 from thinkimg.records import AnswerType, CallStatus, Role, Sample, StopReason, Trajectory, TurnKind
-from thinkimg.trainer.forward.packing import mrope_positions
-from thinkimg.trainer.rows import conversation
+from thinkimg.trainer.forward.packing import compute_mrope_positions
+from thinkimg.trainer.rows import build_conversation
 
 IMAGES = ImagesConfig(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
@@ -85,12 +85,12 @@ def check_ended(episode: Episode) -> Trajectory:
     (row,) = table.to_pylist()
     back = records.from_row(Trajectory, row)
     assert back.tokens == trajectory.tokens and back.turns == trajectory.turns
-    packed = conversation(back, episode.codec.image)
+    packed = build_conversation(back, episode.codec.image)
     assert packed.tokens.dtype == np.int64 and packed.tokens.tolist() == episode.stream.expanded()
     assert packed.scored.dtype == bool and packed.scored.sum() == len(trajectory.logprobs) and not packed.scored[0]
     sampled = [i for i, role in zip(trajectory.tokens, trajectory.roles, strict=True) if ROLES[role] is Role.SAMPLED]
     assert packed.tokens[packed.scored].tolist() == sampled
-    assert mrope_positions(packed.tokens, episode.codec.image, packed.grids).shape == (3, len(packed.tokens))
+    assert compute_mrope_positions(packed.tokens, episode.codec.image, packed.grids).shape == (3, len(packed.tokens))
     return trajectory
 
 

@@ -84,7 +84,7 @@ def test_a_reward_function_is_given_ours_by_name_and_all_of_theirs_together(colu
         seen.update(given, completions=completions)
         return [0.5] * len(completions)
 
-    function = UserFunction("own:mine", "mine", mine, b"")
+    function = UserFunction("own:mine", "mine", mine, "")
     (one,) = functions.score_with(function, Batch([ROW], {"s": sample(columns)}, config=RewardsConfig(), images=None))
     assert one.value == 0.5 and seen["columns"] == [columns]
     assert seen["answer"] == ["a"] and seen["final_answer"] == ["b"] and seen["question"] == ["?"]

@@ -95,5 +95,5 @@ def test_tables_are_those_of_the_docs():
 
 def test_the_changelog_begins_with_this_version():
     changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
-    versions = re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)
+    versions = [name for name in re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE) if name != "Unreleased"]
     assert versions[0] == thinkimg.__version__ and versions == sorted(versions, reverse=True)

@@ -17,7 +17,7 @@ from thinkimg import registry
 from thinkimg.config.load import load_config
 from thinkimg.conversation.protocol import PROTOCOLS, Answer, Malformed, ToolCall, load_protocol
 from thinkimg.data.settings import SOURCES
-from thinkimg.grpo.loss import Logps, grpo_loss, step_normaliser
+from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.toolbox import TOOLS, load_tools
 from thinkimg.rewards.settings import JUDGES, RULES
@@ -161,8 +161,10 @@ def test_the_loss_computes():
     cfg = cfg.model_copy(update={"vllm_importance_sampling_correction": False})
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
-    options = {"entropies": None, "normaliser": step_normaliser(cfg, [mask], max_completion_length=2)}
-    out = grpo_loss(cfg, Logps(logps, logps.detach()), advantages=torch.tensor([1.0, -1.0]), mask=mask, **options)
+    options = {"entropies": None, "normaliser": compute_normaliser(cfg, [mask], max_completion_length=2)}
+    out = compute_grpo_loss(
+        cfg, Logps(logps, logps.detach()), advantages=torch.tensor([1.0, -1.0]), mask=mask, **options
+    )
     assert out.loss.item() == pytest.approx(2 * (1 + 2 - 3) / 3)
     out.loss.backward()
     assert torch.allclose(logps.grad, torch.tensor([[-2.0, -2.0], [2.0, 0.0]]) / 3)

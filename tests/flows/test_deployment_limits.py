@@ -81,7 +81,7 @@ def test_user_code_in_an_override_is_refused_before_it_is_imported(deployed, ove
     assert not (deployed / "imported").exists() and "spy" not in sys.modules
 
 
-@pytest.mark.parametrize("override", ["seed=2001-99-99", "image.types=&a [*a]", "image=&a {types: *a}"])
+@pytest.mark.parametrize("override", ["seed=[3", "image.types=&a [*a]", "image=&a {types: *a}"])
 def test_a_value_that_is_none_is_refused_in_a_sentence(deployed, override):
     with pytest.raises(UserError, match="is no YAML"):
         open_config("tiny", [override])

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hostile import SHELL
 from paths import REPOSITORY
 from single_stage import build_stage
 
@@ -93,10 +94,15 @@ def rollouts(place):
 
 
 def start(place: Path, code: str, *arguments: str) -> subprocess.Popen:
-    environment = os.environ | {
-        "PREFECT_HOME": str(place / "prefect"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
-    }
+    """Start a script in a hostile shell: with a proxy that is dead, keys of another Prefect, ranks of a launcher."""
+    environment = (
+        os.environ
+        | SHELL
+        | {
+            "PREFECT_HOME": str(place / "prefect"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+        }
+    )
     environment.pop("PREFECT_API_URL", None)
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=place, env=environment, text=True,

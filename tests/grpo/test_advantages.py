@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from thinkimg.errors import UserError
-from thinkimg.grpo.advantages import Inclusion, advantages, included_rows, mix_rewards
+from thinkimg.grpo.advantages import Inclusion, group_advantages, mix_rewards, select_included_rows
 from thinkimg.grpo.settings import LossConfig
 
 SCALES = ["group", "batch", "none"]
@@ -44,7 +44,7 @@ def test_equal_to_trl(scale, group_size):
     totals[:group_size] = 0.5  # a group without any spread
     groups = np.repeat([7, 3, 5, 1], group_size)
     _, output = trl_reference.score(LossConfig(scale_rewards=scale), rewards=totals, group_size=group_size)
-    result = advantages(totals, groups, np.ones(len(totals), bool), scale_rewards=scale, min_std=0.0)
+    result = group_advantages(totals, groups, np.ones(len(totals), bool), scale_rewards=scale, min_std=0.0)
     np.testing.assert_allclose(result.advantages, output["advantages"].numpy(), **TRL_CLOSE)
 
 
@@ -56,7 +56,7 @@ def test_rows_that_remain_are_treated_as_trl_treats_a_batch_of_them(scale):
     totals[16:] = 0.25  # group 4 is silent
     rest = valid & (groups < 4)
     _, output = trl_reference.score(LossConfig(scale_rewards=scale), rewards=totals[rest], group_size=3)
-    result = advantages(totals, groups, valid, scale_rewards=scale)
+    result = group_advantages(totals, groups, valid, scale_rewards=scale)
     assert (result.included == rest).all()
     np.testing.assert_allclose(result.advantages[rest], output["advantages"].numpy(), **TRL_CLOSE)
 
@@ -67,7 +67,7 @@ def test_rows_that_remain_are_treated_as_trl_treats_a_batch_of_them(scale):
 @given(rollouts(), scales, st.floats(0, 0.5))
 def test_reasons_account_for_every_row(rollout, scale, min_std):
     totals, groups, valid = rollout
-    result = advantages(totals, groups, valid, scale_rewards=scale, min_std=min_std)
+    result = group_advantages(totals, groups, valid, scale_rewards=scale, min_std=min_std)
     silent = []
     for group in np.unique(groups):
         members = groups == group
@@ -94,44 +94,44 @@ def test_reasons_account_for_every_row(rollout, scale, min_std):
 def test_excluded_rows_influence_nobody(rollout, scale, data):
     """Neither invalid rows, nor rows alone, nor silent groups; and not even the batch's standard deviation."""
     totals, groups, valid = rollout
-    result = advantages(totals, groups, valid, scale_rewards=scale)
+    result = group_advantages(totals, groups, valid, scale_rewards=scale)
     keep = result.included
-    alone = advantages(totals[keep], groups[keep], valid[keep], scale_rewards=scale)
+    alone = group_advantages(totals[keep], groups[keep], valid[keep], scale_rewards=scale)
     np.testing.assert_allclose(alone.advantages, result.advantages[keep], rtol=1e-9, atol=1e-9)
     assert alone.included.all()
 
     noise = data.draw(vectors(len(totals), st.floats(-1e6, 1e6) | st.just(np.nan)))
-    noisy = advantages(np.where(valid, totals, noise), groups, valid, scale_rewards=scale)
+    noisy = group_advantages(np.where(valid, totals, noise), groups, valid, scale_rewards=scale)
     np.testing.assert_array_equal(noisy.advantages, result.advantages)
 
 
 @given(rollouts(), scales, st.randoms(use_true_random=False))
 def test_group_sums_are_zero_and_order_is_kept(rollout, scale, random):
     totals, groups, valid = rollout
-    result = advantages(totals, groups, valid, scale_rewards=scale)
+    result = group_advantages(totals, groups, valid, scale_rewards=scale)
     for group in np.unique(groups):
         members = result.included & (groups == group)
         assert abs(result.advantages[members].sum()) < 1e-9
         assert (np.diff(result.advantages[members][np.argsort(totals[members])]) >= 0).all()
     order = np.array(random.sample(range(len(totals)), len(totals)))
-    shuffled = advantages(totals[order], groups[order], valid[order], scale_rewards=scale)
+    shuffled = group_advantages(totals[order], groups[order], valid[order], scale_rewards=scale)
     np.testing.assert_allclose(shuffled.advantages, result.advantages[order], rtol=1e-9, atol=1e-9)
     assert (shuffled.reasons == result.reasons[order]).all()
 
 
 def test_group_ids_may_be_strings_and_a_batch_may_be_empty():
-    result = advantages(
+    result = group_advantages(
         np.array([0.0, 1.0, 0.5, 0.5]), np.array(["b", "b", "a", "a"]), np.ones(4, bool), scale_rewards="none"
     )
     assert result.advantages.tolist() == [-0.5, 0.5, 0.0, 0.0]
     assert result.silent_groups.tolist() == ["a"]
-    empty = advantages(np.zeros(0), np.zeros(0, int), np.zeros(0, bool), scale_rewards="batch")
+    empty = group_advantages(np.zeros(0), np.zeros(0, int), np.zeros(0, bool), scale_rewards="batch")
     assert empty.advantages.shape == empty.included.shape == empty.reasons.shape == (0,)
 
 
 def test_a_valid_row_without_a_total_is_our_mistake():
     with pytest.raises(AssertionError):
-        advantages(np.array([np.nan, 1.0]), np.zeros(2, int), np.ones(2, bool), scale_rewards="none")
+        group_advantages(np.array([np.nan, 1.0]), np.zeros(2, int), np.ones(2, bool), scale_rewards="none")
 
 
 # --- properties of the mix
@@ -198,7 +198,7 @@ def test_a_mix_of_unscored_components_is_refused():
 
 @given(vectors(8, st.booleans(), bool), vectors(8, st.booleans(), bool), st.booleans())
 def test_included_rows(included, truncated, drop):
-    rows = included_rows(included, truncated, mask_truncated_completions=drop)
+    rows = select_included_rows(included, truncated, mask_truncated_completions=drop)
     assert rows.tolist() == [i for i in range(8) if included[i] and not (drop and truncated[i])]
 
 

@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trl import GRPOConfig
 
-from thinkimg.grpo.advantages import included_rows
-from thinkimg.grpo.loss import Logps, LossOutput, grpo_loss, step_normaliser
+from thinkimg.grpo.advantages import select_included_rows
+from thinkimg.grpo.loss import (
+    Logps,
+    LossOutput,
+    compute_grpo_loss,
+    compute_normaliser,
+)
 from thinkimg.grpo.settings import LOSSES, LossConfig
 
 MAX_LENGTH = 11
@@ -61,11 +66,11 @@ def batch(seed: int, masks: str, rows: int = 6, width: int = 7) -> dict:
 
 def ours(cfg: LossConfig, b: dict, advantages: Tensor, normaliser=None) -> LossOutput:
     if normaliser is None:
-        normaliser = step_normaliser(cfg, [b["mask"]], max_completion_length=MAX_LENGTH, entropies=[b["entropies"]])
+        normaliser = compute_normaliser(cfg, [b["mask"]], max_completion_length=MAX_LENGTH, entropies=[b["entropies"]])
     engine = b["engine_logps"] if cfg.vllm_importance_sampling_correction else None
     logps = Logps(b["logps"], b["old_logps"], b["ref_logps"], engine)
     rest = {"mask": b["mask"], "entropies": b["entropies"]}
-    return grpo_loss(cfg, logps, advantages=advantages, normaliser=normaliser, **rest)
+    return compute_grpo_loss(cfg, logps, advantages=advantages, normaliser=normaliser, **rest)
 
 
 def theirs(cfg: LossConfig, b: dict, **kwargs) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -194,7 +199,7 @@ def test_micro_batches_sum_to_the_step(cfg, seed, masks, assignment):
     whole = ours(cfg, b, advantages)
     rows = [torch.tensor([i for i in range(6) if assignment[i] == part], dtype=torch.long) for part in range(4)]
     parts = [take(b, r, max((b["lengths"][i] for i in r), default=1)) for r in rows]  # an empty part is a part, too
-    totals = step_normaliser(
+    totals = compute_normaliser(
         cfg, [p["mask"] for p in parts], max_completion_length=MAX_LENGTH, entropies=[p["entropies"] for p in parts]
     )
     outputs = [ours(cfg, part, advantages[r], totals) for part, r in zip(parts, rows, strict=True)]
@@ -212,7 +217,7 @@ def test_excluded_rows_change_nothing(cfg, seed, cut, drop_truncated):
     """Six rows, some of them excluded or truncated, against the rows that remain, in a step of their own."""
     b, advantages = batch(seed, "observations"), torch.linspace(-1.5, 1.5, 6, dtype=torch.float64)
     included, truncated = np.array([True, False, True, True, False, True]), np.array(cut)
-    chosen = included_rows(included, truncated, mask_truncated_completions=drop_truncated)
+    chosen = select_included_rows(included, truncated, mask_truncated_completions=drop_truncated)
     expected = [i for i in range(6) if included[i] and not (drop_truncated and truncated[i])]
     assert chosen.tolist() == expected
     few = take(b, torch.tensor(expected, dtype=torch.long), 7)
@@ -243,7 +248,7 @@ def test_truncated_rows_are_dropped_where_trl_empties_their_mask(loss_type):
     cfg = LossConfig(loss_type=loss_type, mask_truncated_completions=True, vllm_importance_sampling_mode="token_mask")
     b, truncated = batch(3, "observations"), np.array([True, False, False, True, False, False])
     reference, advantages, _ = theirs(cfg, b, truncated=truncated)
-    rows = torch.from_numpy(included_rows(~np.zeros(6, bool), truncated, mask_truncated_completions=True))
+    rows = torch.from_numpy(select_included_rows(~np.zeros(6, bool), truncated, mask_truncated_completions=True))
     mine = ours(cfg, take(b, rows, 7), advantages[rows]).loss
     counts_rows = loss_type in ("grpo", "sapo", "luspo", "dr_grpo")
     torch.testing.assert_close(mine * (4 / 6 if counts_rows else 1), reference, rtol=1e-9, atol=1e-9)
@@ -298,9 +303,11 @@ def test_config_does_not_import_torch_and_lists_the_losses_in_its_schema():
 )
 def test_a_term_without_its_input_is_not_silently_left_out(options, missing):
     b, cfg = batch(0, "padding"), LossConfig(**options)
-    normaliser = step_normaliser(cfg, [b["mask"]], max_completion_length=MAX_LENGTH)
+    normaliser = compute_normaliser(cfg, [b["mask"]], max_completion_length=MAX_LENGTH)
     logps = {"policy": b["logps"], "old": b["old_logps"], "reference": b["ref_logps"], "engine": b["engine_logps"]}
     logps = Logps(**{name: None if name == missing else values for name, values in logps.items()})
     entropies = None if missing == "entropies" else b["entropies"]
     with pytest.raises(AssertionError, match=missing):
-        grpo_loss(cfg, logps, advantages=torch.ones(6), mask=b["mask"], entropies=entropies, normaliser=normaliser)
+        compute_grpo_loss(
+            cfg, logps, advantages=torch.ones(6), mask=b["mask"], entropies=entropies, normaliser=normaliser
+        )

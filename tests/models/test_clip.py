@@ -11,6 +11,7 @@ from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.models import clip
+from thinkimg.puzzles.scenes import Family, make_puzzle, photographs
 from thinkimg.resources import Resources
 from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judgement import Pair
@@ -101,6 +102,34 @@ def test_its_vectors_are_unit_vectors_whatever_the_batch(trained):
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
     assert encoder.texts([RED, GREY]).shape == (2, clip.TINY["embed_dim"])
+
+
+def test_no_word_of_a_long_question_is_lost(trained):
+    """Two questions of 104 words that differ at their ends; one that fits has the vector that it always had."""
+    encoder = clip.load_encoder(*clip.locate_clip(EmbeddingSettings(model="warmstart", pretrained=None), trained))
+    words = [f"word{i}" for i in range(103)]
+    first, second = (" ".join([*words, end]) for end in ("red", "blue"))
+    for text in (first, second, "x" * 500, " " * 90 + RED, ""):
+        pieces = encoder.split_text(text)
+        assert "".join("".join(pieces).split()) == "".join(text.split())
+        assert all(encoder.split_text(piece) == [piece] for piece in pieces)
+    assert len(encoder.split_text(first)) > 1 == len(encoder.split_text(RED))
+    vectors = encoder.texts([first, RED, second])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    assert np.abs(vectors[0] - vectors[2]).max() > 1e-4
+    np.testing.assert_allclose(vectors[1:2], encoder.texts([RED]), atol=1e-6)
+    images = Images(found[1] for found in [next(triples(1))])
+    (sha,) = images.pictures
+    long, short = embedding.judge([Pair(first, sha, sha), Pair(RED, sha, sha)], context_of(trained, images))
+    assert long.evidence["pieces"] == len(encoder.split_text(first)) and "pieces" not in short.evidence
+
+
+def test_the_small_ones_questions_fit_into_its_context(trained):
+    encoder = clip.load_encoder(*clip.locate_clip(EmbeddingSettings(model="warmstart", pretrained=None), trained))
+    names = sorted(photographs())[:3]
+    for number in range(64):
+        question = make_puzzle(list(Family), names, number, seed=1).question
+        assert encoder.split_text(question) == [question]
 
 
 def test_an_encoder_is_kept_until_another_one_is_asked_for(trained, tmp_path):

@@ -203,13 +203,13 @@ def test_wait_times_out():
 
 
 def test_scratch_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_one_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "run_directory", lambda: tmp_path)
+    monkeypatch.setattr(process, "scratch_directory", lambda: tmp_path)
     code = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from thinkimg import process
-process.run_directory = lambda: Path(sys.argv[2])
+process.scratch_directory = lambda: Path(sys.argv[2])
 with process.scratch() as directory:
     (directory / "media").mkdir()
     print(directory, flush=True)

@@ -14,6 +14,7 @@ import pytest
 from paths import REPOSITORY
 
 from thinkimg import process, watchdog
+from thinkimg.errors import UserError
 from thinkimg.process import clear_leftovers, identify, parse_record, spawn
 from thinkimg.watchdog import ProcessHandle, descendants, process_table, signal_each
 
@@ -317,7 +318,7 @@ def test_a_watchdog_that_comes_too_late_starts_nothing(run, tmp_path):
 def test_nothing_stays_in_the_run_directory(run, tmp_path):
     children = [spawn(["true"], name="engine.1") for _ in range(20)]  # some end before we look at them
     assert [child.wait(20) for child in children] == [0] * 20
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match="Is a directory"):
         spawn(["true"], name="child", log_path=tmp_path)
     assert list(run.iterdir()) == []
 

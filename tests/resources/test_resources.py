@@ -62,7 +62,7 @@ def notes(monkeypatch) -> list[str]:
 
 
 def turns(tmp_path, keep: bool) -> None:
-    with resources_of(tmp_path, f"where.engine.keep={keep}") as resources:
+    with resources_of(tmp_path, f"where.engine.keep={keep}", f"where.trainer.keep={keep}") as resources:
         resources.server(POLICY, None, SETTINGS, BASE)
         resources.server(POLICY, None, SETTINGS, BASE)
         resources.trainer  # noqa: B018  starts with the first look
@@ -94,7 +94,7 @@ def test_where_there_is_room_for_all_nobody_leaves(tmp_path, notes):
 
 def test_a_server_that_made_room_comes_back_as_wide_as_it_was(tmp_path, notes):
     """Else the next who asks for more has it started once more."""
-    with resources_of(tmp_path, "where.engine.keep=False") as resources:
+    with resources_of(tmp_path, "where.engine.keep=False", "where.trainer.keep=False") as resources:
         resources.server(POLICY, None, SETTINGS, BASE)
         resources.trainer  # noqa: B018
         narrow = SETTINGS.model_copy(update={"max_tokens": 512})

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from rewards_rows import batch, failed, sample, trajectory
 
+from thinkimg.answers.boxes import iou, read_box
+from thinkimg.answers.choices import match_choice
+from thinkimg.answers.numbers import read_number
+from thinkimg.answers.text import anls, normalise
 from thinkimg.records import AnswerType
 from thinkimg.rewards.batch import Score, Status
-from thinkimg.rewards.boxes import iou, read_box
 from thinkimg.rewards.maths import WORKER, verify_formulas
 from thinkimg.rewards.maths_worker import SECONDS
-from thinkimg.rewards.numbers import read_number
 from thinkimg.rewards.rules.answer import score
-from thinkimg.rewards.text import anls, match_choice, normalise
 
 HOSTILE = [
     "", " ", "\x00", "(" * 50_000 + ")" * 50_000, "x" * 200_000, " " * 200_000 + "x", "1" * 100_000, "1e999999999",
@@ -167,6 +168,47 @@ def test_anls_of_known_texts():
     assert answered("kitten", "sitting", AnswerType.TEXT).value == pytest.approx(1 - 3 / 7)
     assert answered("abXX", "abcd", AnswerType.TEXT).value == 0  # exactly half of it is wrong
     assert answered("Coca  cola", "coca cola", AnswerType.TEXT).value == 1
+
+
+@pytest.mark.parametrize("right, answer", [
+    ("1942", "1943"), ("$1,350.00", "$1,250.00"), ("closed", "not closed"), ("10:30", "10:31"), ("Room 21", "Room 12"),
+    ("15", "1.5"), ("12", "-12"), ("$12", "-$12"), ("1/8/93", "1/8/98"), ("sixteen", "sixty"), ("2½ cups", "2¼ cups"),
+    ("10² km", "10³ km"), ("do not enter", "do enter"), ("parking allowed", "no parking allowed"), ("room 3", "room ٤"),
+    ("room 21", "room"), ("version 2.10", "version 21.0"), ("it isn't open", "it is open"), ("A1B22", "A12B2"),
+])  # fmt: skip
+def test_digits_and_negations_are_not_forgiven_in_texts(right, answer):
+    assert answered(answer, right, AnswerType.TEXT).value == answered(right, answer, AnswerType.TEXT).value == 0
+    assert answered(answer, right, AnswerType.TEXT).evidence["similarity"] < 1
+
+
+@pytest.mark.parametrize("right, answer, value", [
+    ("8.00 A.M.", "8:00 am", 2 / 3), ("1,234", "1234", 0.8), ("$975.00", "975.00", 6 / 7),
+    ("R. J. Reynolds", "Reynolds", 4 / 7), ("A. C. Monk", "A.C. Monk", 0.9), ("two dogs", "2 dogs", 5 / 8),
+    ("3 cats", "٣ cats", 5 / 6), ("−5 °C", "-5 °C", 0.8), ("do not enter", "don't enter", 5 / 6),
+    ("invoice no. 77", "invoice 77", 5 / 7), ("2010-2011", "2010 - 2011", 9 / 11),
+    ("the white house", "white house", 11 / 15), (r"\boxed{red}", "red", 1), ("closed", r"$\boxed{closed}$.", 1),
+])  # fmt: skip
+def test_else_texts_are_worth_what_anls_says(right, answer, value):
+    assert answered(answer, right, AnswerType.TEXT).value == pytest.approx(value)
+
+
+@given(st.text("0123456789", min_size=1, max_size=8), st.text("0123456789", min_size=1, max_size=8), words)
+def test_texts_with_other_digits_are_worth_nothing(digits, others, word):
+    for form in ("{} {}", "{0}{1}", "{1}: {0}", "({0}) no. {1}"):
+        right, answer = form.format(digits, word), form.format(others, word)
+        worth = answered(answer, right, AnswerType.TEXT).value
+        assert worth == (1 if digits == others else 0)
+
+
+DRESSED = [r"\boxed{42}", "The answer is 42.", "Answer: 42", r"$\boxed{42}$", "So the answer is **42**."]
+
+
+def test_what_stands_around_an_answer_does_not_count():
+    for kind, choices in ((AnswerType.NUMBER, ()), (AnswerType.MATHS, ()), (AnswerType.CHOICE, ("41", "42"))):
+        rows = [trajectory(answer=answer) for answer in [*DRESSED, "The answer isn't 42."]]
+        for right in ("42", "41"):
+            scores = score(batch(rows, sample(right, kind, choices), Images()))
+            assert [one.value for one in scores] == [float(right == "42")] * len(DRESSED) + [0]
 
 
 def test_the_best_of_several_right_answers_counts():

@@ -169,7 +169,7 @@ def test_failed_conversations_are_missing_and_not_shown(module):
 
 @pytest.mark.parametrize(
     "body, says",
-    [("raise KeyError('width')", "own:mine failed: KeyError: 'width'"),
+    [("raise KeyError('width')", "own:mine failed: KeyError: 'width' (own.py, line "),
      ("return [0.5]", "returned 1 values for 2 completions"),
      ("return [0.5] * 3", "returned 3 values for 2 completions"),
      ("return 0.5", "failed: TypeError"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
-from thinkimg.grpo.advantages import advantages, mix_rewards
+from thinkimg.grpo.advantages import group_advantages, mix_rewards
 from thinkimg.rewards.joined import Joined
 from thinkimg.rewards.mix import Mix, read_mix
 from thinkimg.stages.train import check_mix, compute_advantages
@@ -50,7 +50,7 @@ def test_a_mix_of_one_component_gives_that_components_advantages(found, valid, n
         for scale in ("group", "batch", "none"):
             totals = mix.totals(components, groups, valid)
             np.testing.assert_array_equal(totals, alone)
-            one, other = (advantages(t, groups, valid, scale_rewards=scale) for t in (totals, alone))
+            one, other = (group_advantages(t, groups, valid, scale_rewards=scale) for t in (totals, alone))
             np.testing.assert_array_equal(one.advantages, other.advantages)
 
 

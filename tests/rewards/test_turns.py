@@ -69,9 +69,9 @@ def test_tool_counts_errors_and_duplicates_against_the_calls():
 
 
 def test_the_same_image_under_another_name_is_the_same_call():
-    info = [call("get_image_info", image=name, source=0) for name in ("current", "original", 0)]
-    assert value("tool", *info).value == 1 / 3
-    assert value("tool", call("get_image_info", source=0), call("get_image_info", source=1)).value == 1
+    crops = [call(x=1, image=name, source=0) for name in ("current", "original", 0)]
+    assert value("tool", *crops).value == 1 / 3
+    assert value("tool", call(x=1, source=0), call(x=1, source=1)).value == 1
 
 
 def test_tool_without_a_call_has_a_reason():

@@ -22,6 +22,19 @@ from thinkimg.stages.prepare import prepare
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset, Demonstrations
 
+BROKEN_TOOL = '''"""Magnify."""
+
+from thinkimg.images.tool import ToolArgs
+
+
+class Args(ToolArgs):
+    pass
+
+
+def apply(image, args, frame):
+    return image.resize({}["size"])
+'''
+
 
 def demonstrations(config: Config, store: Store) -> tuple[Dataset, Demonstrations]:
     with Resources(config.where) as resources:
@@ -113,7 +126,25 @@ def test_a_users_own_demonstrations(tmp_path):
         ({"sample_id": sample.sample_id, "turns": turns[:1]}, "does not work"),
         ({"sample_id": sample.sample_id, "turns": "text"}, "cannot be read"),
         ({"sample": 1}, "cannot be read"),
-    ):
+        ({"sample_id": sample.sample_id, "turns": [turns[0].replace("crop_image", "crop_img"), turns[1]]},
+         r"calls the tool 'crop_img' in turn 1, which is not on offer\. Hint: .*crop_image"),
+    ):  # fmt: skip
         path.write_text(json.dumps(bad) + "\n")
         with pytest.raises(UserError, match=said):
             demonstrations(config, Store(tmp_path / f"store-{said[:3]}"))
+
+
+def test_a_users_tool_that_breaks_is_a_sentence_with_its_line(tmp_path, monkeypatch):
+    (tmp_path / "magnify.py").write_text(BROKEN_TOOL)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = photographs(tmp_path)
+    dataset, _ = build_stage(prepare, load_config("tiny", data), Store(tmp_path / "store"))
+    sample = dataset.split("train")[0]
+    turns = ['<think>A.</think><tool>{"name": "magnify", "args": {}}</tool>', "<think>B.</think><answer>a</answer>"]
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps({"sample_id": sample.sample_id, "turns": turns}) + "\n")
+    config = load_config("tiny", [*data, f"warmstart.demonstrations={path}", "conversation.tools=[magnify]"])
+    with pytest.raises(UserError) as caught:
+        demonstrations(config, Store(tmp_path / "store"))
+    expected = "The tool magnify broke: KeyError: 'size' (magnify.py, line 11)."
+    assert caught.value.message == expected and "{}" in caught.value.hint

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinkimg.analysis.figures import binomial_error, estimate_accuracy
 from thinkimg.puzzles.scenes import Family, make_puzzle, photographs
 from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
-from thinkimg.stages.evaluate import bootstrap_interval, summarise_evaluation
+from thinkimg.stages.evaluate import bootstrap_interval, describe_accuracy, judge_answers, summarise_evaluation
 from thinkimg.stages.rollout import draw_samples, summarise_rows
 
 
@@ -139,3 +140,52 @@ def test_right_calls_follow_the_coordinates_through_the_images(calls, right):
     images = ("o", *("i" for _ in turns))
     row = replace(trajectory(turns), images=images, sizes=((112, 112),) * len(images))
     assert has_right_calls(asked, row) is right
+
+
+FAILED = replace(trajectory(stop=StopReason.FAILED, answer=None), error="The prompt has 2237 tokens.")
+
+
+def test_conversations_that_failed_are_no_wrong_answers():
+    """The handed case: six right, four failed."""
+    rows = np.array([[trajectory(), trajectory()]] * 6 + [[FAILED, trajectory()]] * 4, dtype=object)
+    values = np.array([[1.0, 0.0]] * 6 + [[np.nan, 1.0]] * 4)
+    found = summarise_evaluation([sample(i) for i in range(10)], rows, values)
+    assert (found["accuracy"], found["judged"], found["failed"]) == (1.0, 6, 4)
+    assert found["accuracy_low"] == pytest.approx(0.6097, abs=1e-3) and found["avg_at_k"] == 0.4
+    assert estimate_accuracy({f"eval/{name}": value for name, value in found.items()})[1] == binomial_error(1.0, 6)
+    assert describe_accuracy(found) == (
+        "held-out accuracy 100 % (95 %: 61–100), avg@k 40 %, chance 25 %, 4 conversations failed and don't count"
+    )
+
+
+def test_without_any_answer_there_is_no_accuracy():
+    rows, values = np.array([[FAILED, FAILED]] * 2, dtype=object), np.full((2, 2), np.nan)
+    found = summarise_evaluation([sample(0), sample(1)], rows, values)
+    assert found["accuracy"] is found["avg_at_k"] is found["tool_rate"] is None and found["failed"] == 4
+    assert describe_accuracy(found).startswith("no held-out accuracy, chance 25 %, 4 conversations failed")
+
+
+@given(st.lists(st.sampled_from([0.0, 0.4, 0.5, 1.0, np.nan]), min_size=1, max_size=30), st.integers(0, 9))
+def test_what_failed_changes_no_figure_of_the_others(values, seed):
+    """However many fail, the figures are those of an evaluation without them."""
+    column = np.array(values)[:, None]
+    rows = np.array([[FAILED if np.isnan(value) else trajectory()] for value in values], dtype=object)
+    samples, kept = [sample(i) for i in range(len(values))], np.flatnonzero(~np.isnan(column[:, 0]))
+    found = summarise_evaluation(samples, rows, column)
+    if len(kept):
+        alone = summarise_evaluation([samples[i] for i in kept], rows[kept], column[kept])
+        same = {name for name in alone if not name.startswith(("stop/", "failed", "trajectories"))}
+        assert {name: found[name] for name in same} == {name: alone[name] for name in same}
+
+
+def test_an_answer_that_can_not_be_judged_is_none():
+    boxes = {"s0": replace(sample(0, "no box"), answer_type=AnswerType.BOX, choices=())}
+    rows = [replace(trajectory(answer="1, 2, 3, 4"), sample_id="s0", images=("o",), sizes=((9, 9),)), FAILED]
+    assert np.isnan(judge_answers(rows, boxes, 0.01, Pixels())).all()
+
+
+class Pixels:
+    def decoded(self, sha256):
+        from PIL import Image
+
+        return Image.new("RGB", (9, 9))

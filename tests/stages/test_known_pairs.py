@@ -4,6 +4,7 @@ from single_stage import build_stage, recipe_of
 
 from thinkimg.config.load import load_config
 from thinkimg.conversation.protocol import ToolCall
+from thinkimg.data.split import draw
 from thinkimg.images.decode import pixel_hash
 from thinkimg.puzzles.known_pairs import apply_calls
 from thinkimg.resources import Resources
@@ -22,7 +23,7 @@ def test_each_row_is_a_puzzle_whose_right_image_is_that_of_its_solution(tmp_path
     pairs, cached = build_stage(
         known_pairs, CONFIG, store, dataset=dataset, progress=lambda done, total: steps.append((done, total))
     )
-    rows, samples = pairs.rows(), dataset.split("train")[:12]
+    rows, samples = pairs.rows(), draw(dataset.split("train"), 12, 0, "paired")
     assert not cached and [row["sample_id"] for row in rows] == [sample.sample_id for sample in samples]
     assert steps == [(number, 12) for number in range(1, 13)]
     originals, images = ImageTable([dataset]), ImageTable([pairs])
@@ -41,7 +42,7 @@ def test_split_and_count_are_as_told_and_a_split_has_no_more_than_it_has(tmp_pat
     dataset, _ = build_stage(prepare, CONFIG, store)
     for split, count, expected in (("held_out", 5, 5), ("held_out", 500, 8), ("train", None, 12)):
         pairs, _ = build_stage(known_pairs, CONFIG, store, dataset=dataset, split=split, count=count)
-        samples = dataset.split(split)[:expected]
+        samples = draw(dataset.split(split), expected, 0, "paired")
         assert [row["sample_id"] for row in pairs.rows()] == [sample.sample_id for sample in samples]
 
 

@@ -260,3 +260,74 @@ def test_a_file_that_changes_between_the_passes_is_told(tmp_path, monkeypatch):
 def test_the_puzzles_are_refused_at_a_size_at_which_they_are_not_puzzles(tmp_path):
     with pytest.raises(UserError, match="112"):
         prepare(load_config("development"), Store(tmp_path))
+
+
+def advice(tmp_path, caplog, answers, **data):
+    images = {str(i): encoded(i) for i in range(len(answers))}
+    records = [{"image": str(i), "question": "?", "answer": answer} for i, answer in enumerate(answers)]
+    caplog.clear()
+    path = write(tmp_path / "set", records, images)
+    prepare(config(source="jsonl", path=path, max_refused=0.5, **data), Store(tmp_path / "store"))
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(("answers", "kind", "better"), [
+    (["1942", "1,350", "$5", "2 cm", "3/4", "50 %"], "numbers", "number"),
+    (["yes", "No", "no.", "Yes"], "yes or no", "choice"),
+    (["2026-01-02", "3/4/1999", "Oct 12, 2026", "5 May 1990", "12.03.2020"], "dates", "choice"),
+    (["7"] * 19 + ["seven"], "numbers", "number"),
+])  # fmt: skip
+def test_a_column_of_one_kind_is_told_where_texts_are_compared(tmp_path, caplog, answers, kind, better):
+    (sentence,) = advice(tmp_path, caplog, answers)
+    assert f"of {len(answers)} right answers are {kind}" in sentence and f"data.answer_type={better}" in sentence
+    assert "\n" not in sentence
+    assert advice(tmp_path, caplog, answers) == []  # Cached
+    if kind != "numbers" or "seven" not in answers:
+        assert advice(tmp_path, caplog, answers, answer_type=better) == []
+
+
+def test_a_column_of_texts_is_not_told(tmp_path, caplog):
+    assert advice(tmp_path, caplog, ["closed", "open", "7", "Room 21", "yes"]) == []
+
+
+def test_refused_rows_and_unused_columns_are_one_line_each(tmp_path, caplog):
+    records = [{"image": "0", "question": "?", "answer": "a", "answers": ["b"], "target": [1, 2, 3, 4]}] * 2
+    records += [{"image": str(i), "question": "?", "answer": "a"} for i in range(2)] + [{"image": "x"}] * 2
+    records += [{"image": "nowhere", "question": "?", "answer": "a"}]
+    path = write(tmp_path / "set", records, {str(i): encoded(i) for i in range(2)})
+    artifact, _ = prepare(config(source="jsonl", path=path, max_refused=0.5), Store(tmp_path / "store"))
+    assert artifact.metrics["refused"] == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "There is a column 'answers' that is not used. Set data.columns.answers=answers to use it.",
+        "There is a column 'target' that is not used. Set data.columns.target=target to use it.",
+        "3 of 7 rows are refused (empty 2, path 1); refused.parquet lists them.",
+    ]
+
+
+def test_a_good_picture_with_broken_metadata_is_a_sample(tmp_path):
+    """Of every tenth row the EXIF block is broken, which no viewer minds."""
+    kinds = ["PNG", "JPEG", "WEBP"]
+    broken = {i: {"exif": b"Exif\0\0II*\0"} if i % 10 < 3 else {} for i in range(30)}
+    images = {str(i): encoded(i, kinds[i % 3], **options) for i, options in broken.items()}
+    records = [{"image": str(i), "question": "?", "answer": "a"} for i in range(30)]
+    path = write(tmp_path / "set", records, images)
+    artifact, _ = prepare(config(source="jsonl", path=path), Store(tmp_path / "store"))
+    assert artifact.metrics["refused"] == 0 and len(ImageTable([artifact])) == 30
+    assert len(list(artifact.samples())) == 30
+
+
+def test_one_odd_row_of_parquet_costs_one_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.py_buffer(b"".join(b"text%d" % (i % 10) if i != 7 else b"\xff\xff" for i in range(40)))
+    offsets = np.cumsum([0] + [5 if i != 7 else 2 for i in range(40)]).astype(np.int32)
+    names = pa.StringArray.from_buffers(40, pa.py_buffer(offsets.tobytes()), texts)  # one is no UTF-8
+    days = pa.array([0 if i != 9 else 10**12 for i in range(40)], pa.int64()).view(pa.timestamp("s"))
+    table = {"image": [encoded(i) for i in range(40)], "question": ["?"] * 40, "answer": names, "when": days}
+    pq.write_table(pa.table(table), tmp_path / "d.parquet")
+    artifact, _ = prepare(config(source="parquet", path=str(tmp_path / "d.parquet")), Store(tmp_path / "store"))
+    refused = artifact.table("refused").to_pylist()
+    assert [(row["where"], row["reason"]) for row in refused] == [
+        ("d.parquet row 8", "syntax"), ("d.parquet row 10", "syntax"),
+    ]  # fmt: skip

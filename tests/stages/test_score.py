@@ -88,7 +88,7 @@ def group(number):
 
 
 PARTS = [group(0), group(1) + group(2), group(3)]
-ANSWERS = [1.0, 0.0, 0.0, 0.0] * 4
+ANSWERS = [1.0, 0.0, 0.0, np.nan] * 4
 
 
 @pytest.fixture
@@ -150,16 +150,16 @@ def test_every_trajectory_has_a_row_and_every_component_a_column(made, own):
     assert list(values) == names
     assert ids == [row["trajectory_id"] for row in rows] and groups == [row["group_id"] for row in rows]
     assert all(column.shape == (16,) and column.dtype == np.float64 for column in values.values())
-    assert values["answer"].tolist() == ANSWERS
+    np.testing.assert_array_equal(values["answer"], ANSWERS)
     np.testing.assert_array_equal(values["luck"], [0.25, 0.25, np.nan, np.nan] * 4)
 
     expected = {
-        "reward/answer": 0.25,
-        "reward/format": 0.5,
-        "reward/tool": 0.25,
+        "reward/answer": 1 / 3,
+        "reward/format": 2 / 3,
+        "reward/tool": 1 / 3,
         "reward/luck": 0.25,
     }
-    missing = {f"missing/{name}": 8 if name == "luck" else 0 for name in names}
+    missing = {f"missing/{name}": 8 if name == "luck" else 4 for name in names}
     assert {name: artifact.metrics[name] for name in expected | missing} == expected | missing
     assert store.verify(artifact) == []
 
@@ -259,8 +259,8 @@ def test_a_resumed_run_scores_only_what_is_missing(made):
         score(config(), dataset, rollouts, store, map=dying)
     artifact, cached = score(config(), dataset, rollouts, store, map=counting)
     assert not cached and set(asked) == {"trajectories-00002.parquet"}
-    assert artifact.values()["answer"].tolist() == ANSWERS
-    assert artifact.metrics["reward/answer"] == 0.25
+    np.testing.assert_array_equal(artifact.values()["answer"], ANSWERS)
+    assert artifact.metrics["reward/answer"] == 1 / 3
 
 
 def test_a_mapper_gets_whole_jobs_that_run_anywhere(made):

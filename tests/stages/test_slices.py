@@ -106,6 +106,8 @@ def values(base: str, folder: Path) -> dict[str, list[list[str]]]:
         "rewards.functions": [["rewards.functions=[own_code.rule:brevity]"]],
         "warmstart.demonstrations": [[f"warmstart.demonstrations={script}"]],
         "where.runner": [["where.runner=dask"]],
+        "where.engine.urls": [["where.engine.urls=[http://host:8000]"]],
+        "where.trainer.address": [["where.trainer.address=host:1"]],
         "where.trainer.accelerate_config": [["where.trainer.accelerate_config=ddp"]],
         "where.trainer.nodes": [["where.trainer.nodes=2", "where.trainer.processes=2", "where.trainer.address=host:1"]],
     }
@@ -164,9 +166,10 @@ def changes(tmp_path_factory, own_code):
         preset, overrides = BASES[base]
         special = values(base, tmp_path_factory.mktemp("values"))
         listed = [
-            (name, [f"{name}={json.dumps(value)}"]) for name, value in every_setting(load_config(preset, overrides))
+            (name, [f"{name}={value if isinstance(value, str) else json.dumps(value)}"])
+            for name, value in every_setting(load_config(preset, overrides))
         ]
-        listed = [one for one in listed if one[0] not in special]
+        listed = [one for one in listed if one[0] not in (*special, "preset")]
         listed += [(name, option) for name, options in special.items() for option in options]
         if base != "whole":  # no stage knows whose policy it is when it asks where things run
             listed = [one for one in listed if not one[0].startswith("where.")]

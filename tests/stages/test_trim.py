@@ -20,7 +20,7 @@ NAME = "policy/optimizer.safetensors"
 
 def chain(store: Store, base: Path, length: int) -> list[Artifact]:
     """A warm-started policy and policies of `length` iterations."""
-    held = checkpoint.from_base(Base("tiny", directory=str(base)), FULL, "cpu", seed=0)
+    held = checkpoint.start_from_base(Base("tiny", directory=str(base)), FULL, "cpu", seed=0)
     parameters = train_only(held.model, held.config, vision=False)
     made: list[Artifact] = []
     for number in range(length + 1):

@@ -136,7 +136,8 @@ def under(preset: str) -> dict[str, dict]:
     for name, value in settings(load_config(preset, base)):
         override = f"{name}={json.dumps(value)}"
         try:
-            changed = fingerprints(load_config(preset, [*base, override]))
+            written = f"{name}={value}" if isinstance(value, str) else override
+            changed = fingerprints(load_config(preset, [*base, written]))
         except (UserError, ValidationError) as error:
             changes[override] = {"refused": str(error).splitlines()[0][:60]}
             continue

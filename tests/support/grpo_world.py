@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from thinkimg import records
 from thinkimg.images.decode import pixel_hash
@@ -36,13 +39,16 @@ NAMES = {"trajectory_id": "", "sample_id": "s", "policy": "p", "answer": None, "
 class World:
     """A tiny base, a data set with images, and rollouts of it with the log-probabilities that the base gives them."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, *, tied: bool = True):
+        """tied: the head is the embeddings, as in Qwen2.5-VL-3B; in the 7B it is a matrix of its own."""
         self.root = root
         self.store = Store(root / "store")
         tiny = TinyModel(
             vocab_size=280, hidden_size=32, layers=2, heads=2, vision_layers=2, vision_hidden_size=32, vision_heads=2
         )
         create_tiny(root / "base", tiny, ["crop the image", "answer"], seed=0)
+        if not tied:
+            self.untie()
         self.base = Base("tiny", directory=str(root / "base"))
         rng = np.random.default_rng(0)
         pictures = [
@@ -52,7 +58,7 @@ class World:
         self.images = self.image_table("dataset", self.pictures)
         self.policies: dict[str, Path] = {}
         for name, config in (("full", FULL), ("lora", LORA)):
-            policy = checkpoint.from_base(self.base, config, "cpu", seed=0)
+            policy = checkpoint.start_from_base(self.base, config, "cpu", seed=0)
             self.policies[name] = root / name
             checkpoint.save(policy, self.policies[name], learning_rate=0.0, seed=0)
         image_token = policy.model.get_base_model().config.image_token_id
@@ -68,6 +74,16 @@ class World:
             for t, (_, logp) in zip(self.trajectories, sorted(logps.items()), strict=True)
         ]
         self.artifact = self.rollouts("rollouts", self.trajectories)
+
+    def untie(self) -> None:
+        """Give the base a head of its own."""
+        path, weights = self.root / "base" / "config.json", self.root / "base" / "model.safetensors"
+        settings = json.loads(path.read_text())
+        settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = False
+        path.write_text(json.dumps(settings))
+        tensors = load_file(weights)
+        head = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(0))
+        save_file(tensors | {"lm_head.weight": head / 6}, weights, metadata={"format": "pt"})
 
     def trajectory(self, i: int, rng: np.random.Generator, image_token: int) -> Trajectory:
         keys = tuple(rng.choice(sorted(self.pictures), 1 + i % 2))

@@ -7,7 +7,7 @@ from pathlib import Path
 from grpo_world import FULL
 
 from thinkimg.models.base import Base
-from thinkimg.trainer import checksums
+from thinkimg.trainer import checksums, weight_files
 from thinkimg.trainer.worker import Worker
 
 LOST = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -22,18 +22,19 @@ def lossy_rank(rank: int, port: int, spool: str, job: dict) -> None:
 
     worker = Worker(Path(spool), 2)
     policy = worker._load(job, FULL, Base(**job["base"]))
-    references = checksums.expected(policy, worker.ranks)
-    fsdp.shard(policy.model, worker.accelerator.device)
-    values = {"expected": references, "actual": checksums.measure(checksums.floating(policy), worker.ranks)}
+    values = {
+        "expected": checksums.compute_expected(policy, worker.ranks),
+        "actual": checksums.measure(weight_files.list_floating(policy), worker.ranks),
+    }
     (Path(spool) / f"sums-{rank}.json").write_text(json.dumps(values))
-    shard = fsdp.shard
+    fill = weight_files.fill
 
-    def lossy(model, device) -> None:
-        shard(model, device)
+    def lossy(policy) -> None:
+        fill(policy)
         if rank == 1:
-            fsdp.local(model.get_parameter(LOST)).data.zero_()
+            fsdp.get_local(policy.model.get_parameter(LOST)).data.zero_()
 
-    fsdp.shard = lossy
+    weight_files.fill = lossy
     answer = worker._answer
 
     def kept(job: dict, lines: Path) -> dict:

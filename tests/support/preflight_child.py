@@ -13,8 +13,9 @@ from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig, TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.trainer import memory
-from thinkimg.trainer.checkpoint import from_base
-from thinkimg.trainer.forward.logprobs import Scorer, unwrap
+from thinkimg.trainer.checkpoint import start_from_base
+from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.micro_batches import split
 from thinkimg.trainer.policy import train_only
@@ -75,7 +76,7 @@ def main() -> None:
     config = ModelConfig(
         dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16, train_vision=args.train_vision
     )
-    policy = from_base(Base("tiny", directory=str(args.model)), config, "cpu", seed=0)
+    policy = start_from_base(Base("tiny", directory=str(args.model)), config, "cpu", seed=0)
     parameters = train_only(policy.model, config, vision=args.train_vision)
     geometry = unwrap(policy.model).config
     made: dict[str, np.ndarray] = {}

@@ -55,8 +55,17 @@ class RecordedResources(Resources):
     trainer = CopyingTrainer()
 
 
+class NoEngine:
+    """The engine of a sampler that asks none."""
+
+    async def releases(self):
+        return {}
+
+
 class Recorded:
     """A sampler whose conversations are written, and `rollout.open_sampler`, which yields it."""
+
+    engine = NoEngine()
 
     def __init__(self, settings, dataset, policy, resources):
         self.settings, self.policy, self.codec = settings, policy, Codec.load(policy.vocabulary)

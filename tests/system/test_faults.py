@@ -165,7 +165,7 @@ def test_what_the_engine_refused_is_no_finished_work(stages, tmp_path, monkeypat
     monkeypatch.setattr(rollout, "open_sampler", Refused)
     for _ in range(2):
         with pytest.raises(
-            UserError, match=r"The engine refused \d+ of \d+ .* shows no images.* Hint: Correct that and run"
+            UserError, match=r"\d+ of \d+ conversations failed, .* shows no images.* Hint: Correct that and run"
         ):
             stages.run(name, store)
         assert not list(tmp_path.rglob("trajectories-*"))
@@ -199,7 +199,7 @@ def test_half_of_what_an_engine_that_fails_played_is_kept(stages, tmp_path, monk
 
     monkeypatch.setattr(Refused, "refuses", staticmethod(refuses))
     config = stages.config.model_copy(update={"rollout": stages.config.rollout.model_copy(update={"samples": 3})})
-    with pytest.raises(UserError, match="refused 4 of 6"):
+    with pytest.raises(UserError, match="4 of 6 conversations failed"):
         stages.run("rollout", store, config=config)
     assert len(list(tmp_path.rglob("trajectories-*"))) == 1
     monkeypatch.setattr(rollout, "open_sampler", Recorded)

@@ -24,11 +24,11 @@ from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact, canonical_json
 
 GOLDEN = {
-    "prepare": (2, "4ea45763c038cf235ddbaea666ac164058c79e91cabd6c41baa3762f32c2c616"),
+    "prepare": (3, "4ea45763c038cf235ddbaea666ac164058c79e91cabd6c41baa3762f32c2c616"),
     "demonstrate": (2, "28bed8a8a18627dc67b83ef748d2e8a6b03d56087f570e34163275d16adf6ec3"),
-    "pairs": (1, "3484d9f147e92a0a2136223d58ff285075234d6781efa10beb42018f64619e61"),
-    "compare": (2, "0ed9f14195d2937a34c9bd1b74bd0eca893766c49b87e0dde7ddace34cc358ea"),
-    "score": (4, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
+    "pairs": (2, "d0fe6a6a0a5d02ed6292e32a5adf8c74dd71590a026318e5cad681dfbe95db36"),
+    "compare": (2, "81147ce8c9f1e2b95ed1815e8f92055f453ab6b909fdf94c12102ba61d6f3d54"),
+    "score": (5, "77a9c4c4f35520deeba460aae2f17eafa1ecac8ed38bda15ff1c1ab5fdb427a1"),
     "advantages": (2, "ede1dc795e27b5c0c68011ade8e4e4a29c3d0f89ef2f7ac6040384d568746b7a"),
 }
 OVERRIDES = ["data.train=12", "data.held_out=8", "data.seed=4", "seed=4", "warmstart.pairs=8", "image.types=[]"]

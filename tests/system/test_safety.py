@@ -95,3 +95,89 @@ def test_the_deployments_name_flows_that_exist():
         functions = {node.name for node in tree.body if hasattr(node, "name")}
         made = {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}
         assert name in functions | made
+
+
+# Processes and connections --------------------------------------------------------------------------------------------
+
+OURS = sorted(path for folder in ("thinkimg", "flows") for path in (REPOSITORY / folder).rglob("*.py"))
+STARTING = re.compile(
+    r"(subprocess\.(Popen|run|call|check_call|check_output|getoutput|getstatusoutput)|process\.spawn"
+    r"|os\.(exec\w+|spawn\w+|posix_spawnp?|fork|forkpty|popen|system)|(asyncio\.)?create_subprocess_\w+)"
+)
+ANY_PLACE = {"thinkimg/process.py", "thinkimg/crash.py"}  # the latter writes wherever it can
+STARTERS = {"thinkimg/process.py", "thinkimg/watchdog.py"}  # they hand on the environment that they are given
+MAKERS = {"child_environment", "server_environment"}
+CLIENTS = {
+    "thinkimg/environment.py": {"urllib.request", "http.client"},  # servers on this machine, without proxies
+    "thinkimg/engine/client.py": {"aiohttp"},  # the engine: no proxies, no keys
+    "thinkimg/rewards/judges/teacher.py": {"httpx", "openai"},  # keys and proxies: test_teacher_key.py
+    "thinkimg/data/urls.py": {"httpx"},  # images
+}
+HTTP = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "urllib3", "openai", "websockets", "websocket"}
+
+
+def made_by_rule(value: ast.expr, tree: ast.AST) -> bool:
+    """Tell whether an expression is a call of a maker, or a name that only such calls are assigned to."""
+    if isinstance(value, ast.Call):
+        return ast.unparse(value.func).rpartition(".")[2] in MAKERS
+    given = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == ast.unparse(value)
+    ]
+    return bool(given) and all(made_by_rule(other, ast.Module([], [])) for other in given)
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_children_environments_clients_and_scratch_go_through_one_place(path):
+    """environment.py makes what a child gets and opens what is local, process.py knows the place of temporary files."""
+    name, tree = path.as_posix().removeprefix(f"{REPOSITORY}/"), ast.parse(path.read_text(encoding="utf-8"))
+    imports = imported_names(tree)
+    for node, call in calls(tree):
+        ours = call == "spawn" and "thinkimg.process.spawn" in imports
+        if (STARTING.fullmatch(call) or ours) and name not in STARTERS:
+            given = [keyword.value for keyword in node.keywords if keyword.arg == "env"] or node.args[2:]
+            assert given and made_by_rule(given[-1], tree), f"line {node.lineno}: {call}"
+        assert call != "sys.path.insert", f"line {node.lineno}: ahead of what is installed"
+        if call.startswith("tempfile.") and name not in ANY_PLACE:
+            named = any(keyword.arg == "dir" for keyword in node.keywords)
+            assert named and call != "tempfile.gettempdir", f"line {node.lineno}: {call} has no dir"
+    assert not imports & {"multiprocessing", "concurrent.futures.ProcessPoolExecutor", "pty"}
+    used = {client for client in HTTP if any(f"{other}.".startswith(f"{client}.") for other in imports)}
+    assert used <= CLIENTS.get(name, set()), used
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(): subprocess.run(['x'])",
+        "def f(): subprocess.Popen(['x'], env=os.environ)",
+        "def f(): subprocess.run(['x'], env=os.environ | {'A': 'b'})",
+        "def f():\n env = child_environment('tool', {})\n env = os.environ\n subprocess.run(['x'], env=env)",
+        "def f(): os.execvp('x', ['x'])",
+        "def f(): os.execvpe('x', ['x'], os.environ)",
+        "from thinkimg.process import spawn\ndef f(): spawn(['x'], name='x')",
+        "def f(): process.spawn(['x'], name='x', env=dict(os.environ))",
+        "def f(): sys.path.insert(0, '.')",
+        "def f(): tempfile.mkdtemp()",
+        "def f(): return tempfile.gettempdir()",
+        "import urllib.request",
+        "from urllib.request import urlopen",
+        "import requests",
+        "import multiprocessing",
+    ],
+)
+def test_the_sweep_finds_what_it_looks_for(tmp_path, code):
+    (tmp_path / "bad.py").write_text(code)
+    with pytest.raises(AssertionError):
+        test_children_environments_clients_and_scratch_go_through_one_place(tmp_path / "bad.py")

@@ -163,6 +163,54 @@ def test_a_machine_whose_gpu_cannot_be_reached_is_one_without(clone):
     assert installed(clone.make()[1]) == ["requirements/cpu.txt"]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("580.65.06, 9.0", []),
+        ("610.10, 12.0", []),
+        ("570.86.15, 9.0", ["CUDA 13 needs NVIDIA's driver 580 or later, and this machine has 570.86.15"]),
+        ("580.65.06, 7.5", ["compute capability 8.0 or more, and this one has 7.5"]),
+        ("535.1, 7.0", ["driver 580 or later", "CUDA 13 needs a GPU of compute capability 7.5"]),
+        ("[N/A], [N/A]", []),
+        ("580.65.06, [N/A]", []),
+    ],
+)
+def test_what_a_gpus_packages_need_is_checked_with_a_sentence_each(clone, gpu, said):
+    query = f"case \"$*\" in *query*) echo '{gpu}' ;; *) echo 'GPU 0: NVIDIA H100' ;; esac"
+    clone.program("nvidia-smi", f"#!/bin/sh\n{query}\n")
+    clone.program("python3.11", PYTHON.replace("echo /usr/include", f"echo {clone.root}"))
+    (clone.root / "Python.h").touch()
+    clone.program("cc", "#!/bin/sh\n")
+    warnings = [line for line in clone.make()[0].splitlines() if line.startswith("warning")]
+    assert clone.status == 0 and len(warnings) == len(said), warnings
+    assert all(words in line for words, line in zip(said, warnings, strict=True))
+
+
+def test_a_compiler_and_pythons_headers_are_checked_with_a_sentence_each(clone):
+    clone.program("nvidia-smi", NVIDIA_SMI)
+    clone.program("python3.11", PYTHON.replace("echo /usr/include", f"echo {clone.root}"))
+    for tool in (
+        "bash",
+        "make",
+        "date",
+        "cat",
+        "grep",
+        "ls",
+        "rm",
+        "mv",
+        "cp",
+        "mkdir",
+        "dirname",
+        "sort",
+        "touch",
+        "env",
+        "sh",
+    ):
+        (clone.bin / tool).symlink_to(shutil.which(tool))
+    said, _ = clone.make(PATH=str(clone.bin))
+    assert "there is no C compiler (cc)" in said and f"there is no {clone.root}/Python.h" in said, said
+
+
 def test_another_name_is_refused_and_no_python_is_a_sentence(clone):
     said, calls = clone.make("CLOSURE=tpu")
     assert clone.status != 0 and "CLOSURE is cpu or gpu, not 'tpu'." in said and not calls

@@ -9,7 +9,8 @@ from thinkimg.models.base import Base
 from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.trainer import checkpoint
-from thinkimg.trainer.forward.logprobs import Scorer, unwrap
+from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.forward.shared_prompts import share_groups
 from thinkimg.trainer.policy import train_only
 from thinkimg.trainer.rows import Patches, read_rows
@@ -35,7 +36,7 @@ def linears(policy) -> dict[str, torch.nn.Module]:
 
 def make(base: Base, config):
     """A policy whose adapter changes something, the same for every config."""
-    policy = checkpoint.from_base(base, config, "cpu", seed=0)
+    policy = checkpoint.start_from_base(base, config, "cpu", seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.model.named_parameters():
         if "lora_" in name:
@@ -91,8 +92,8 @@ def test_its_policy_is_an_adapter_of_the_whole_base(base, tmp_path):
     checkpoint.save(policy, tmp_path / "policy", learning_rate=0.0, seed=0)
     for config in (FOUR, LORA):
         loaded = checkpoint.load(tmp_path / "policy", config, "cpu", base)
-        for name, value in checkpoint.adapter_tensors(policy).items():
-            assert torch.equal(value, checkpoint.adapter_tensors(loaded)[name]), name
+        for name, value in checkpoint.gather_adapter(policy).items():
+            assert torch.equal(value, checkpoint.gather_adapter(loaded)[name]), name
     checkpoint.export_merged(tmp_path / "policy", tmp_path / "merged", base=base)
     from safetensors.torch import load_file
 

@@ -16,7 +16,8 @@ from thinkimg.errors import UserError
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.models.base import Base
 from thinkimg.trainer import checkpoint, warmstart_job
-from thinkimg.trainer.client import Trainer, TrainerError, launch_command
+from thinkimg.trainer.client import Trainer, TrainerError, build_launch_command
+from thinkimg.trainer.forward.packed_attention import PackedAttention
 from thinkimg.trainer.grpo_job import deal
 from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import Row
@@ -39,7 +40,8 @@ def weights(directory: Path | str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 def test_a_loaded_policy_trains_on_bit_by_bit_as_one_that_stayed(world, model):
     name = model.adaptation
-    loose = TRAIN.model_copy(update={"parity": ParityConfig(max_kl=1e9)})  # the rollouts are the first policy's
+    # the rollouts are the first policy's
+    loose = TRAIN.model_copy(update={"parity": ParityConfig(max_kl=1e9, min_slope=-9.0)})
     job = world.job(f"{name}-1", model=model, train=loose)
     kept = checkpoint.load(job["policy"]["directory"], model, "cpu", world.base)
     first = world.train(job, kept)
@@ -70,15 +72,29 @@ def test_excluded_rows_and_micro_batches_leave_the_gradient_alone(world):
     assert digest(world.root / "excluded") == digest(world.root / "whole")
 
 
-@pytest.mark.parametrize("why", ["obstacle", "wrong numbers"])
+def fail_backward(ctx, grad):
+    raise NotImplementedError("no backward pass on this device")
+
+
+def double_backward(ctx, grad):
+    return tuple(None if part is None else 2 * part for part in BACKWARD(ctx, grad))
+
+
+BACKWARD = PackedAttention.backward
+
+
+@pytest.mark.parametrize("why", ["obstacle", "wrong numbers", "no backward", "wrong gradients"])
 def test_where_packing_can_not_be_right_rows_are_padded(world, monkeypatch, caplog, why):
     whole = world.train(world.job(f"packed {why}"))
     if why == "obstacle":
         monkeypatch.setattr(
             "thinkimg.trainer.forward.shared_prompts.find_obstacle", lambda config: "it looks through a window"
         )
-    else:
+    elif why == "wrong numbers":
         monkeypatch.setattr("thinkimg.trainer.packing_check.LIMITS", {"float32": -1.0})
+    else:
+        backward = fail_backward if why == "no backward" else double_backward
+        monkeypatch.setattr(PackedAttention, "backward", staticmethod(backward))
     padded = world.train(world.job(f"padded {why}"))
     assert "Prompts are not shared" in caplog.text
     assert (whole["metrics"]["packing/fallback"], padded["metrics"]["packing/fallback"]) == (0, 1)
@@ -156,7 +172,7 @@ def test_the_parity_gate_trips(world, change, message):
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 def test_the_warm_start_learns_and_makes_a_policy(world, model):
     job = world.warmstart_job(f"warm-{model.adaptation}", model=model.model_dump(mode="json"))
-    policy = checkpoint.from_base(world.base, model, "cpu", seed=0)
+    policy = checkpoint.start_from_base(world.base, model, "cpu", seed=0)
     lines = []
     result = warmstart_job.run(job, policy, Ranks(), lines.append)
     assert result["steps"][-1]["loss"] < result["steps"][0]["loss"] - 0.02 and len(lines) == 6
@@ -204,7 +220,7 @@ def test_the_worker_is_kept_and_survives_a_failing_job(world, tmp_path):
         assert digest(job["output"]) == digest_of_in_process(world)
         renamed = world.root / "published"
         Path(job["output"]).rename(renamed)
-        loose = TRAIN.model_copy(update={"parity": ParityConfig(max_kl=1e9)})
+        loose = TRAIN.model_copy(update={"parity": ParityConfig(max_kl=1e9, min_slope=-9.0)})
         second = trainer.submit(world.job("kept-2", train=loose, policy={"directory": str(renamed), "digest": "v0"}))
         assert not second["reloaded"] and second["updates"] == 2
         with pytest.raises(UserError, match="sampled with the weights") as caught:
@@ -249,6 +265,7 @@ def test_two_processes_are_one(world, tmp_path):
 
 def test_a_worker_that_can_do_no_job_says_why_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("THINKIMG_ENVIRONMENT", "ACCELERATE_USE_DEEPSPEED")
     with Trainer(TrainerConfig(threads=1), log_path=tmp_path / "log") as trainer:
         for _ in range(2):
             with pytest.raises(UserError, match="The accelerate config asks for DEEPSPEED"):
@@ -256,10 +273,10 @@ def test_a_worker_that_can_do_no_job_says_why_in_a_sentence(tmp_path, monkeypatc
 
 
 def test_launch_commands():
-    several = launch_command(TrainerConfig(processes=2), gpus=0)
+    several = build_launch_command(TrainerConfig(processes=2), gpus=0)
     assert "torch.distributed.run" in several and several[several.index("--nproc_per_node") + 1] == "2"
-    assert launch_command(TrainerConfig(), gpus=0) == [sys.executable, "-m", "thinkimg.trainer.worker"]
-    on_gpus = launch_command(TrainerConfig(processes=4), gpus=4)
+    assert build_launch_command(TrainerConfig(), gpus=0) == [sys.executable, "-m", "thinkimg.trainer.worker"]
+    on_gpus = build_launch_command(TrainerConfig(processes=4), gpus=4)
     assert (
         "--multi_gpu" in on_gpus
         and on_gpus[on_gpus.index("--num_processes") + 1] == "4"
@@ -267,9 +284,23 @@ def test_launch_commands():
     )
 
 
+def test_the_users_default_config_of_accelerate_is_another_trainings(tmp_path, monkeypatch):
+    """It would choose the GPUs, or DeepSpeed: as accelerate's launcher reads our command line."""
+    from accelerate.commands import launch
+
+    text = "{distributed_type: DEEPSPEED, gpu_ids: '3', mixed_precision: fp8, num_processes: 5}"
+    (tmp_path / "default.yaml").write_text(text)
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default.yaml"))
+    command = build_launch_command(TrainerConfig(processes=2), gpus=2)
+    options = launch.launch_command_parser().parse_args(command[3:])
+    read, *_ = launch._validate_launch_command(options)
+    assert (read.multi_gpu, read.use_deepspeed, read.gpu_ids, read.num_processes) == (True, False, "all", 2)
+    assert read.mixed_precision == "no" and read.module and read.training_script == "thinkimg.trainer.worker"
+
+
 def test_trainers_of_one_machine_take_different_ports(tmp_path):
     def port(config: str) -> str:
-        command = launch_command(TrainerConfig(processes=2, accelerate_config=config), gpus=0)
+        command = build_launch_command(TrainerConfig(processes=2, accelerate_config=config), gpus=0)
         assert "--config_file" in command and command[command.index("--num_machines") + 1] == "1"
         return command[command.index("--main_process_port") + 1]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from thinkimg import process
 from thinkimg.errors import UserError
 from thinkimg.process import free_port
-from thinkimg.trainer.client import Trainer, TrainerError, launch_command, serve_rank
+from thinkimg.trainer.client import Trainer, TrainerError, build_launch_command, serve_rank
 from thinkimg.trainer.settings import TrainerConfig
 from thinkimg.watchdog import descendants
 
@@ -72,12 +72,12 @@ def test_two_nodes_are_one_and_the_death_of_one_ends_the_job(world, tmp_path):
 
 def test_each_node_is_told_who_it_is():
     where = TrainerConfig(processes=16, nodes=2, address="first:29500", accelerate_config="ddp")
-    command = launch_command(where, gpus=8, rank=1)
+    command = build_launch_command(where, gpus=8, rank=1)
     told = dict(zip(command, command[1:], strict=False))
     assert told["--config_file"].endswith("/presets/accelerate/ddp.yaml") and told["--num_processes"] == "16"
     assert (told["--num_machines"], told["--machine_rank"]) == ("2", "1")
     assert (told["--main_process_ip"], told["--main_process_port"]) == ("first", "29500")
-    plain = launch_command(where.model_copy(update={"accelerate_config": None}), gpus=0, rank=1)
+    plain = build_launch_command(where.model_copy(update={"accelerate_config": None}), gpus=0, rank=1)
     told = dict(zip(plain, plain[1:], strict=False))
     assert (told["--nproc_per_node"], told["--node_rank"], told["--nnodes"]) == ("8", "1", "2")
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from thinkimg.images.patches import extract_patches, image_tokens
 from thinkimg.models.base import Base
-from thinkimg.trainer.checkpoint import from_base
+from thinkimg.trainer.checkpoint import start_from_base
 from thinkimg.trainer.forward.logprobs import Scorer, compute_logps
-from thinkimg.trainer.forward.packing import Conversation, batch_by_length, mrope_positions
+from thinkimg.trainer.forward.packing import Conversation, batch_by_length, compute_mrope_positions
 from thinkimg.trainer.forward.vision import attend_chunks
 
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -21,7 +21,7 @@ SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 def policy(tiny_models):
     from thinkimg.models.settings import ModelConfig
 
-    return from_base(
+    return start_from_base(
         Base("tiny", directory=str(tiny_models[0])), ModelConfig(dtype="float32", adaptation="full"), "cpu", seed=0
     )
 
@@ -60,7 +60,7 @@ def test_positions_are_those_of_get_rope_index(policy, sides, seed):
         mm_token_type_ids=kinds,
         image_grid_thw=torch.from_numpy(row.grids) if sides else None,
     )
-    assert np.array_equal(mrope_positions(row.tokens, image_token, row.grids), expected[:, 0].numpy())
+    assert np.array_equal(compute_mrope_positions(row.tokens, image_token, row.grids), expected[:, 0].numpy())
 
 
 @settings(max_examples=10, deadline=None)

@@ -11,13 +11,13 @@ from grpo_world import BANNED, FULL, LORA, TRAIN
 from thinkimg.errors import UserError
 from thinkimg.trainer import checkpoint, parity, parity_diagnosis
 from thinkimg.trainer.forward import logprobs, packing, shared_prompts
-from thinkimg.trainer.forward.packing import mrope_positions
+from thinkimg.trainer.forward.packing import compute_mrope_positions
 from thinkimg.trainer.rows import Patches, Row, read_rows
 
 
 def shifted(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
     """Everything after the first image one further on."""
-    positions = mrope_positions(tokens, image_token, grids)
+    positions = compute_mrope_positions(tokens, image_token, grids)
     if len(grids):
         positions[:, int(np.flatnonzero(tokens == image_token)[0]) + packing.image_tokens(grids[0]) :] += 1
     return positions
@@ -32,7 +32,7 @@ def refused(world, job, message: str) -> str:
 
 def test_a_shifted_position_trips_it_by_identity_and_shows_in_the_numbers(world, monkeypatch):
     for module in (packing, logprobs, shared_prompts):
-        monkeypatch.setattr(module, "mrope_positions", shifted)
+        monkeypatch.setattr(module, "compute_mrope_positions", shifted)
     refused(world, world.job("shift"), "position of token .* get_rope_index")
     monkeypatch.setattr(parity, "check_positions", lambda *_: None)
     strict = TRAIN.model_copy(update={"parity": TRAIN.parity.model_copy(update={"max_kl": 1e-3})})
@@ -127,7 +127,7 @@ def test_float32_and_back_changes_no_bit(world):
     config = LORA.model_copy(update={"dtype": "bfloat16"})
     held = checkpoint.load(world.policies["lora"], config, "cpu", world.base)
     before = {name: p.clone() for name, p in held.model.named_parameters()}
-    with parity_diagnosis.in_float32(held):
+    with parity_diagnosis.use_float32(held):
         assert {p.dtype for p in held.model.parameters()} == {torch.float32}
     for name, p in held.model.named_parameters():
         assert p.dtype == before[name].dtype and torch.equal(p, before[name]), name

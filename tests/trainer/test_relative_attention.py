@@ -9,7 +9,7 @@ from thinkimg.conversation.codec import Codec
 from thinkimg.images.patches import extract_patches
 from thinkimg.images.view import count_patches
 from thinkimg.rewards.judges.attention import GENERIC, encode_prompt
-from thinkimg.trainer.attention_job import compute_coverage, conversations, measure, read_attention, split
+from thinkimg.trainer.attention_job import build_conversations, compute_coverage, measure, read_attention, split
 from thinkimg.trainer.forward.attention import Reader, StopForward
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
@@ -54,7 +54,7 @@ def test_it_reads_what_transformers_eager_attention_shows(model, codec, pictures
     rows = [
         row
         for q in ("Which way?", "It is dark. What is the letter?")
-        for row in conversations(pair(codec, q), codec.image)
+        for row in build_conversations(pair(codec, q), codec.image)
     ]
     scorer = Scorer(model, pictures.__getitem__, temperature=1.0, banned=(), features={})
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_it_stops_after_the_last_layer(model, codec, pictures):
     ]
     scorer = Scorer(model, pictures.__getitem__, temperature=1.0, banned=(), features={})
     with torch.no_grad():
-        read_attention(scorer, conversations(pair(codec, "Which way?"), codec.image), [0])
+        read_attention(scorer, build_conversations(pair(codec, "Which way?"), codec.image), [0])
     assert ran == []
     for hook in hooks:
         hook.remove()

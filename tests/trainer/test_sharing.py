@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from thinkimg.images.patches import image_tokens
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
-from thinkimg.trainer.checkpoint import from_base
-from thinkimg.trainer.forward.flex import BLOCK, block_mask, blocks, bucket
+from thinkimg.trainer.checkpoint import start_from_base
+from thinkimg.trainer.forward.flex import BLOCK, build_block_mask, find_blocks, round_up_to_bucket
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.packed_attention import Layout, attend_packed
-from thinkimg.trainer.forward.packing import Conversation, mrope_positions
+from thinkimg.trainer.forward.packing import Conversation, compute_mrope_positions
 from thinkimg.trainer.forward.shared_prompts import (
     Span,
     Unit,
@@ -23,8 +23,6 @@ from thinkimg.trainer.forward.shared_prompts import (
     count_unit_tokens,
     find_image_spans,
     find_obstacle,
-    pack,
-    pad,
     plan,
 )
 from thinkimg.trainer.policy import train_only
@@ -48,7 +46,7 @@ class Policies(dict):
 def policies(base):
     found = Policies()
     for name, config in (("full", FULL), ("lora", LORA)):
-        policy = from_base(base, config, "cpu", seed=0)
+        policy = start_from_base(base, config, "cpu", seed=0)
         train_only(policy.model, config, vision=name == "full")
         found[name] = policy
     generator = torch.Generator().manual_seed(1)
@@ -235,7 +233,7 @@ def test_plans_hold_each_row_once_and_keep_to_the_budget(image_token, described,
             assert len({names[i] for i in unit.rows}) == 1
             first = rows[unit.rows[0]]
             assert all(count_common_prefix(first, rows[i], image_token) >= unit.prefix for i in unit.rows)
-            positions = [mrope_positions(rows[i].tokens, image_token, rows[i].grids) for i in unit.rows]
+            positions = [compute_mrope_positions(rows[i].tokens, image_token, rows[i].grids) for i in unit.rows]
             assert all(np.array_equal(p[:, : unit.prefix], positions[0][:, : unit.prefix]) for p in positions)
 
 
@@ -289,33 +287,18 @@ def test_block_masks_hide_nothing_that_is_seen(lengths):
     expected = np.zeros((total + more, total + more), dtype=bool)
     for i, seen in enumerate(attended(spans)):
         expected[i, seen] = True
-    mask = block_mask(spans, torch.device("cpu"))
+    mask = build_block_mask(spans, torch.device("cpu"))
     q = torch.arange(total + more)
     assert np.array_equal(mask.mask_mod(0, 0, q[:, None], q[None]).numpy(), expected)
-    some, whole = blocks(spans)
+    some, whole = find_blocks(spans)
     tiles = expected.reshape(len(some), BLOCK, len(some), BLOCK).transpose(0, 2, 1, 3)
     assert np.array_equal(some, tiles.any((2, 3))) and np.array_equal(whole, tiles.all((2, 3)))
 
 
-def test_flex_attention_is_the_packed_attention(policies, image_token):
-    """Without a GPU only its forward pass runs, uncompiled."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    rows = write(([((2, 3), 0)], [[(9, ((4, 4), 1)), (3, None)], [(200, None)], [(5, None)]], True), image_token, 0)
-    (units,) = plan(rows, [0] * 4, 4096, image_token)
-    packed = pad(pack(rows, units, image_token), 512, 0)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 512, 16, generator=generator) for heads in (6, 2, 2))
-    layout = Layout(packed.spans, query.device)
-    expected, _ = attend_packed(None, query, key, value, None, scaling=0.25, layout=layout)
-    found = flex_attention(query, key, value, block_mask=layout.block_mask, scale=0.25, enable_gqa=True)
-    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_buckets_are_few_and_close():
-    sizes = {bucket(n) for n in range(1, 16385)}
+    sizes = {round_up_to_bucket(n) for n in range(1, 16385)}
     assert len(sizes) == 17 and all(size % BLOCK == 0 for size in sizes)
-    assert all(n <= bucket(n) <= max(1024, 1.25 * n) for n in range(1, 16385))
+    assert all(n <= round_up_to_bucket(n) <= max(1024, 1.25 * n) for n in range(1, 16385))
 
 
 @pytest.mark.parametrize(

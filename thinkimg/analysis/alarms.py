@@ -1,8 +1,9 @@
 """Alarms: signs in the figures of a loop's iterations that it learns something else than it should.
 
 One iteration is a small sample: with 48 groups of 8 the tool rate has a standard error of 0.03, and an accuracy over
-100 questions one of 0.05. Nine alarms look at hundreds of iterations. So each takes the mean of the last WINDOW
-iterations, and fires where its whole interval of Z standard errors is beyond the limit. `no_step` needs no interval.
+100 questions one of 0.05. The alarms look at hundreds of iterations. So each takes the mean of the last WINDOW
+iterations, and fires where its whole interval of Z standard errors is beyond the limit. `effective_sample` and
+`no_step` need no interval.
 """
 
 import math
@@ -31,6 +32,8 @@ GAIN = 1.0
 """Standard errors of accuracy that count as a gain there; fewer than Z, since a slow gain is no reason for an alarm."""
 OVER_TURNS = 0.2
 """Share of rows that are left out of the loss and of their groups: beyond a fifth, the rest is a selection."""
+FAILED = 0.05
+"""Share of conversations that failed: none should, and those that did are no random part."""
 IDLE_CALLS = 0.3
 """Share of calls that bring nothing new. The tool reward does not pay for them: so many are a habit without a cost."""
 FALL = 0.05
@@ -39,6 +42,8 @@ CORRELATION = -0.1
 """Correlation within groups of a component with the answer's reward: below it the component pays for wrong answers."""
 REGION_FALL = 0.1
 """Fall of the share of right answers whose crop held the marked region: the others guessed, or read without looking."""
+EFFECTIVE = 0.5
+"""Effective share of the sample: below it, half of what the rollouts cost is lost."""
 GROWTH = 2.0
 """Length of answers over that of the first WINDOW iterations."""
 
@@ -77,8 +82,12 @@ class History:
         return [(step[value], step[error]) if value in step and error in step else None for step in self.metrics]
 
     def accuracies(self) -> list[Estimate | None]:
-        """Return the held-out accuracy of each iteration."""
-        return [estimate_accuracy(metrics) for metrics in self.metrics]
+        """Return the held-out accuracy of each iteration that was evaluated (`evaluate.every`)."""
+        return [estimate_accuracy(metrics) for metrics in self.metrics if is_evaluated(metrics)]
+
+
+def is_evaluated(metrics: Mapping[str, float]) -> bool:
+    return "eval/accuracy" in metrics
 
 
 def window_mean(values: Sequence[Estimate | None], size: int = WINDOW) -> Estimate | None:
@@ -154,6 +163,11 @@ def share_alarm(history: History, name: str, limit: float, what: str) -> Finding
     return make_finding(name, now, limit, fired, f"{_percent(now)} of the {what}")
 
 
+def failed(history: History) -> Finding:
+    """Too many conversations failed: by the engine, a tool, or the limits of a conversation."""
+    return share_alarm(history, "failed", FAILED, "conversations failed")
+
+
 def over_turns(history: History) -> Finding:
     """Too many conversations ran out of turns or tokens."""
     return share_alarm(history, "over_turns", OVER_TURNS, "conversations ran out of turns or tokens")
@@ -171,7 +185,8 @@ def reward_without_accuracy(history: History) -> Finding:
     if now is None or reward is None or not past:
         return Finding("reward_without_accuracy", False)
     start, best = max(past, key=lambda window: window[1][0])
-    fall, before = subtract(now, best), window_mean(totals[start : start + WINDOW])
+    beside = [total for total, metrics in zip(totals, history.metrics, strict=True) if is_evaluated(metrics)]
+    fall, before = subtract(now, best), window_mean(beside[start : start + WINDOW])
     rise = subtract(reward, before) if before else (0.0, 0.0)
     fired = clearly_below(now, best, FALL) and rise[0] > Z * rise[1]  # rising alone is what a loop is for
     why = f"held-out accuracy fell by {-fall[0]:.0%} while the reward rose by {rise[0]:.2f}"
@@ -213,6 +228,15 @@ def long_answers(history: History) -> Finding:
     return make_finding("long_answers", now, GROWTH * first[0], fired, why)
 
 
+def effective_sample(history: History) -> Finding:
+    """The correction for engine and trainer leaves too little of the sample: weights of 0, or few that outweigh all."""
+    name = "train/sampling/effective_sample"
+    now = last_window([(step[name], 0.0) if name in step else None for step in history.metrics])
+    fired = now is not None and now[0] < EFFECTIVE
+    why = f"the correction leaves {_percent(now)} of the sample: see train.loss.vllm_importance_sampling_mode"
+    return make_finding("effective_sample", now, EFFECTIVE, fired, why)
+
+
 def no_step(history: History) -> Finding:
     """No group of the iteration had different rewards."""
     rows = history.metrics[-1].get("train/rows") if history.metrics else None
@@ -223,12 +247,14 @@ def no_step(history: History) -> Finding:
 ALARMS: tuple[Callable[[History], Finding], ...] = (
     tool_collapse,
     tool_saturation,
+    failed,
     over_turns,
     idle_calls,
     reward_without_accuracy,
     against_the_answer,
     region_missed,
     long_answers,
+    effective_sample,
     no_step,
 )
 

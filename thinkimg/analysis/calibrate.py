@@ -62,5 +62,5 @@ def count_layers(policy: Policy, base: BaseSource) -> int:
     """Return the number of the policy's decoder layers."""
     from transformers import AutoConfig
 
-    directory = policy.model_directory if policy.is_full else locate_base(base)
+    directory = policy.model_directory if policy.is_full else locate_base(base, policy)
     return AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers

@@ -10,6 +10,7 @@ from thinkimg.analysis.alarms import WINDOW, Finding, Z
 from thinkimg.analysis.calibrate import LayerAuc
 from thinkimg.config.tree import Config
 from thinkimg.console import console, say
+from thinkimg.stages.evaluate import describe_accuracy
 from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.loop import ui_command
 from thinkimg.tracking.records import LoopRecord
@@ -18,10 +19,10 @@ TOTAL, FALLBACK = "reward/total", "reward/teacher_fallback"
 
 
 def print_iteration(record: LoopRecord, number: int) -> None:
-    """Print one line: held-out accuracy, mean rewards, seconds."""
+    """Print one line: held-out accuracy, failed conversations, mean rewards, seconds."""
     metrics = record.iteration(number).metrics
     rewards = [f"{name.removeprefix('reward/')} {metrics[name]:.2f}" for name in reward_keys(metrics) if name != TOTAL]
-    accuracy = f"held-out accuracy {percent(metrics, 'eval/accuracy')} (95 %: {interval(metrics)})"
+    accuracy = describe_accuracy({name.removeprefix("eval/"): value for name, value in metrics.items()})
     seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
     say(f"iteration {number}: {accuracy}, {', '.join([*rewards, f'{seconds:.0f} s'])}")
 
@@ -74,6 +75,7 @@ def stage_times(record: LoopRecord) -> tuple[list[str], list[str]]:
 def print_calibration(results: list[LayerAuc], count: int = 8) -> None:
     """Print the best layers and query rows of the attention judge, and the settings that choose the first."""
     caption = "AUC with its 95 % interval: on the half of the pairs that selects, and on the other half."
+    caption += f" The best {count} of {len(results)}." if len(results) > count else ""
     title = "Attention on right against wrong processing"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("layer", "rows", "selection half", "test half"):

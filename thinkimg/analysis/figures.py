@@ -28,6 +28,7 @@ def compute_signals(dataset: Dataset, rollouts: Rollouts, scores: Scores, mix: M
     """Return `signal/<name>` and `signal/<name>_se`, without those that have no data (no call, no marked region).
 
     tool_rate: share of the conversations in which a tool showed an image.
+    failed: share of all conversations that failed; the others' shares are of those that did not.
     over_turns: share of the conversations that ran out of turns or tokens.
     idle_calls: share of the calls that changed nothing, made an image again, or repeated a call.
     no_op_calls: share of the calls that changed nothing.
@@ -43,6 +44,7 @@ def compute_signals(dataset: Dataset, rollouts: Rollouts, scores: Scores, mix: M
     rows = np.array([count_facts(row) for row in rollouts.trajectories()], dtype=FACTS)
     estimates = {
         "tool_rate": estimate_share(rows["shown"], rows["played"], groups),
+        "failed": estimate_share(1 - rows["played"], np.ones(len(rows)), groups),
         "over_turns": estimate_share(rows["over"], rows["played"], groups),
         "idle_calls": estimate_share(rows["idle"], rows["calls"], groups),
         "no_op_calls": estimate_share(rows["no_op"], rows["calls"], groups),
@@ -197,5 +199,6 @@ def estimate_correlation(x: np.ndarray, y: np.ndarray, valid: np.ndarray, groups
 
 def estimate_accuracy(metrics: Mapping[str, float]) -> Estimate | None:
     """Return the held-out accuracy in the metrics of an iteration."""
-    value, count = metrics.get("eval/accuracy"), metrics.get("eval/trajectories")
+    value = metrics.get("eval/accuracy")
+    count = metrics.get("eval/judged", metrics.get("eval/trajectories"))  # of versions before 0.3 the latter
     return (value, binomial_error(value, count)) if value is not None and count else None

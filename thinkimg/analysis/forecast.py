@@ -1,48 +1,67 @@
-"""Forecast of a training step's memory before anything runs, for rows as long as the config allows."""
+"""Forecast of memory before anything runs: of a training step, for rows as long as the config allows; of the engine."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
+from thinkimg.analysis.engine_memory import CONTEXT, RESIDUE, predict_engine
 from thinkimg.config.tree import Config
 from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.errors import UserError
 from thinkimg.images.patches import image_tokens
 from thinkimg.models import tiny
-from thinkimg.models.base import BaseSource
 from thinkimg.trainer import memory
-from thinkimg.trainer.client import accelerate_settings
+from thinkimg.trainer.client import read_accelerate_settings
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.micro_batches import count_tokens, split
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
 
+FRAGMENTED = 1.05  # what an allocator takes for what it is asked
 LETTERS_PER_TOKEN = 3  # of the system prompt, at least
 
 
 def forecast_memory(config: Config) -> str:
-    """Return one line: the memory of a step, the free memory, and the settings to lower if it does not fit."""
+    """Return a line each for trainer and engine: what they take, what there is, and the settings to lower."""
     try:
         base = base_config(config)
     except OSError:
         return f"memory         unknown: the config.json of {config.model.path} is not available"
+    lines, gpu = [forecast_trainer(config, base)], gpu_memory()
+    if gpu is not None and not config.where.engine.urls:
+        lines.append(forecast_engine(config, base, gpu[1]))
+    return "\n".join(lines)
+
+
+def forecast_trainer(config: Config, base: "Qwen2_5_VLConfig") -> str:
+    """Return one line: the memory of a step, the free memory, and the settings to lower if it does not fit."""
     step, tokens = predict_largest(config, base)
-    free = free_memory(config)
-    total, weights = (f"{size / memory.GB:.1f} GB" for size in (step.total, step.weights))
+    free, needed = free_memory(config), int(step.total * FRAGMENTED)
+    total, weights = (f"{size / memory.GIB:.1f} GiB" for size in (needed, step.weights))
     line = f"memory         a step of {tokens} tokens takes up to {total} beside {weights} of weights"
-    if step.total <= free - step.weights:
-        return f"{line}: fits in {free / memory.GB:.1f} GB"
+    there = f"{free / memory.GIB:.1f} GiB of {'main memory' if gpu_memory() is None else 'the GPU'}"
+    if needed <= free - step.weights:
+        return f"{line}: fits in {there}"
     lower = "train.token_budget, rollout.group_size, conversation.max_turns, images.max_pixels"
     lower += "" if config.train.gradient_checkpointing else "; or set train.gradient_checkpointing=true"
-    return f"{line}, but only {free / memory.GB:.1f} GB are free: lower {lower}"
+    return f"{line}, but only {there} are free: lower {lower}"
+
+
+def forecast_engine(config: Config, base: "Qwen2_5_VLConfig", gpu: int) -> str:
+    """Return one line: what the engine's share of a GPU holds, or what to change if it holds no conversation."""
+    engine = predict_engine(config, base, gpu)
+    share, weights, cache = (f"{size / memory.GIB:.1f} GiB" for size in (engine.share, engine.weights, engine.cache))
+    line = f"engine         a share of {share} holds {weights} of weights"
+    if engine.conversations == 0:
+        change = "raise where.engine.gpu_memory_utilization or where.engine.tensor_parallel_size"
+        return f"{line}, and no conversation of {engine.max_tokens} tokens: {change}, or lower conversation.max_tokens"
+    return f"{line} and {cache} of key-value cache: {engine.conversations} conversations of {engine.max_tokens} tokens"
 
 
 def predict_largest(config: Config, base: "Qwen2_5_VLConfig") -> tuple[memory.Requirement, int]:
     """Return the memory of the largest possible micro-batch, and its tokens."""
-    import torch
-
     rows, groups = longest_rows(config, base.image_token_id)
     groups = groups if config.train.shared_prompts else None
     batches = [
@@ -54,7 +73,7 @@ def predict_largest(config: Config, base: "Qwen2_5_VLConfig") -> tuple[memory.Re
         train_vision=config.model.train_vision,
         entropy_grad=config.train.loss.entropy_coef != 0,
         temperature=config.rollout.temperature,
-        on_gpu=torch.cuda.is_available(),
+        on_gpu=gpu_memory() is not None,
         shards=count_shards(config),
     )
     tool_images = min(config.conversation.max_turns, config.conversation.max_images) - 1  # of a row
@@ -71,8 +90,7 @@ def base_config(config: Config) -> "Qwen2_5_VLConfig":
         return tiny.make_config(config.model.tiny, {token: first + i for i, token in enumerate(tiny.SPECIAL_TOKENS)})
     from transformers import AutoConfig
 
-    base = BaseSource.of(config.model).entry()
-    model = AutoConfig.from_pretrained(base["directory"] or base["name"], revision=base["revision"])
+    model = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
     if model.model_type != "qwen2_5_vl":
         raise UserError(f"{config.model.path} is a {model.model_type}, not a qwen2_5_vl.")
     return model
@@ -119,16 +137,25 @@ def longest_rows(config: Config, image_token: int) -> tuple[list[Conversation], 
 def count_shards(config: Config) -> int:
     """Return the number of processes that share the layers."""
     where = config.where.trainer
-    return where.processes if accelerate_settings(where).get("distributed_type") == "FSDP" else 1
+    return where.processes if read_accelerate_settings(where).get("distributed_type") == "FSDP" else 1
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """Return (free, total) bytes of this machine's GPU, None without one."""
+    import torch
+
+    return torch.cuda.mem_get_info() if torch.cuda.is_available() else None
 
 
 def free_memory(config: Config) -> int:
-    """Return the free bytes of this machine's GPU, or of its main memory, beside the engine that a loop keeps."""
-    import torch
+    """Return the bytes that are left for a trainer: of this machine's GPU, or of its main memory.
 
-    engine = config.where.engine
+    Left out are an engine that stays, what an engine leaves behind while it sleeps, and CUDA's context.
+    """
+    engine, gpu = config.where.engine, gpu_memory()
     kept = engine.keep and not engine.urls
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return min(free, int(total * (1 - engine.gpu_memory_utilization * kept)))
-    return psutil.virtual_memory().available - kept * engine.cpu_kvcache_gib * memory.GB
+    if gpu is None:
+        return psutil.virtual_memory().available - kept * engine.cpu_kvcache_gib * memory.GIB
+    free, total = gpu
+    sleeps = not (engine.keep or engine.urls)
+    return min(free, int(total * (1 - engine.gpu_memory_utilization * kept))) - CONTEXT - RESIDUE * sleeps

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from thinkimg.config.tree import Config
-from thinkimg.grpo.advantages import AdvantageResult, advantages
+from thinkimg.grpo.advantages import AdvantageResult, group_advantages
 from thinkimg.rewards.joined import Joined, join
 from thinkimg.rewards.mix import Mix
 from thinkimg.store.artifacts import Store
@@ -36,7 +36,7 @@ class Weighing:
     def of(self, joined: Joined) -> tuple[np.ndarray, AdvantageResult]:
         """Return totals and advantages, as stages.train computes them."""
         totals = joined.totals(self.mix)
-        return totals, advantages(
+        return totals, group_advantages(
             totals, joined.groups, joined.counted, scale_rewards=self.scale_rewards, min_std=self.min_std
         )
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from thinkimg.analysis.joined import Scored, Weighing
-from thinkimg.errors import UserError
+from thinkimg.config.values import read_yaml_file
 from thinkimg.grpo.advantages import AdvantageResult
 from thinkimg.rewards.mix import read_mix
 
@@ -20,13 +19,7 @@ def read_mixes(paths: list[Path], base: Weighing, scored: Scored) -> list[Weighi
     """Return `base` with the mix of each YAML file. Raises UserError, naming the file."""
     mixes = []
     for path in paths:
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        mix = read_mix(tree, str(path), base.mix, list(scored.components))
+        mix = read_mix(read_yaml_file(path), str(path), base.mix, list(scored.components))
         mixes.append(replace(base, name=path.stem, mix=mix, policy=None))
     return mixes
 

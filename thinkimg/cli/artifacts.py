@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from thinkimg.cli.flags import ArtifactFlag, StoreFlag
+from thinkimg.cli.flags import ArtifactFlag, StoreFlag, read_path
 from thinkimg.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def show(reference: ArtifactFlag, *, store: StoreFlag = ROOT) -> None:
     """Print the readable part of an artifact's manifest as YAML."""
     import yaml
 
-    from thinkimg.console import format_size
+    from thinkimg.console import format_size, takes_unicode
 
     artifact = open_store(store).resolve(reference)
     manifest = artifact.manifest
@@ -83,7 +83,7 @@ def show(reference: ArtifactFlag, *, store: StoreFlag = ROOT) -> None:
     }
     if artifact.dropped:
         tree["files"] = f"dropped by gc ({format_size(artifact.size)}): only the manifest is kept"
-    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=takes_unicode()), end="")
 
 
 @app.command
@@ -181,7 +181,10 @@ def gc(
 
 @app.command
 def export(
-    policy: ArtifactFlag, target: Annotated[Path, Parameter(help="A new directory.")], *, store: StoreFlag = ROOT
+    policy: ArtifactFlag,
+    target: Annotated[Path, Parameter(help="A new directory.", converter=read_path)],
+    *,
+    store: StoreFlag = ROOT,
 ) -> None:
     """Export a policy with its chat template, tools, config, and the manifests of its ancestors."""
     from thinkimg.analysis.export import export_policy

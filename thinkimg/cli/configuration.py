@@ -26,8 +26,10 @@ A run starts from a preset and takes overrides. A preset is a sparse YAML file: 
 
 - **extends**: a file can start from another preset or file (`extends: balanced`) and change some of its settings.
   A path is relative to the file that names it. Sections are merged key by key, `mix` is replaced as a whole.
-- **--set a.b=value** changes one setting, or a section by a YAML mapping. The value is YAML, so quote it for the shell.
-  It may be repeated; `mix.answer=0.5` changes one weight of the mix.
+- **--set a.b=value** changes one setting, or a section by a YAML mapping; quote it for the shell. It may be repeated.
+  A setting that is a text takes all behind the `=` as it is, without quotes of its own, and `null` where that is
+  allowed. Numbers, switches, lists and mappings are YAML. `mix.answer=0.5` changes one weight of the mix.
+- **A path** may begin with `~`. It is relative to the directory in which the command runs.
 - **Settings of entries**: a section such as `train.loss` has the settings of the entry that is chosen, here by
   `loss_type`. Settings of entries that are not in use are refused. So is every name that does not exist.
 - **Another choice** drops what the extended preset says about entries that are no longer in use.
@@ -132,10 +134,12 @@ def type_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     limits: dict[str, float] = {}
     for item in metadata:
         for limit in item.metadata if isinstance(item, FieldInfo) else [item]:
-            limits |= {name: getattr(limit, name) for name in ("ge", "gt", "le") if hasattr(limit, name)}
+            limits |= {name: getattr(limit, name) for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
     name = "section" if issubclass(annotation, Settings) else annotation.__name__
     if limits.keys() == {"ge", "le"}:
         return f"{name} from {limits['ge']} to {limits['le']}"
+    if limits.keys() == {"ge", "lt"}:
+        return f"{name} from {limits['ge']} to {limits['lt'] - 1}"
     return name + "".join(f" {'>' if limit == 'gt' else '≥'} {value}" for limit, value in limits.items())
 
 

@@ -1,9 +1,16 @@
 """Flags that several verbs have."""
 
+import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
+from cyclopts.validators import Number
+
+from thinkimg.errors import UserError
+from thinkimg.settings import expand_path
 
 if TYPE_CHECKING:
     from thinkimg.config.tree import Config
@@ -11,7 +18,23 @@ if TYPE_CHECKING:
 
 ARTIFACT_HELP = "An artifact: the beginning of its fingerprint, or its path."
 
-ArtifactFlag = Annotated[str, Parameter(help=ARTIFACT_HELP)]
+
+def read_path(kind: Any, tokens: Sequence[Token]) -> Path:
+    """Return the path that a flag names."""
+    return Path(expand_path(tokens[0].value))
+
+
+def read_paths(kind: Any, tokens: Sequence[Token]) -> list[Path]:
+    """Return the paths that a flag names, which is given several times."""
+    return [read_path(kind, [token]) for token in tokens]
+
+
+def read_reference(kind: Any, tokens: Sequence[Token]) -> str:
+    """Return the reference of an artifact, or its path."""
+    return expand_path(tokens[0].value)
+
+
+ArtifactFlag = Annotated[str, Parameter(help=ARTIFACT_HELP, converter=read_reference)]
 PresetFlag = Annotated[str, Parameter(name=["--preset", "-p"], help="Name of a preset, or path of a YAML file.")]
 SetFlag = Annotated[
     list[str] | None, Parameter(name=["--set", "-s"], help="A setting, as a.b=value; may be repeated.", negative=[])
@@ -21,7 +44,22 @@ DryRunFlag = Annotated[
 ]
 ForceFlag = Annotated[bool, Parameter(help="Make a new attempt even if there is one.", negative=[])]
 JsonFlag = Annotated[bool, Parameter(name="--json", help="Print everything as JSON.", negative=[])]
-StoreFlag = Annotated[Path, Parameter(name="--store", help="Root of the artifact store (where.store).")]
+PortFlag = Annotated[int, Parameter(help="Port to listen on.", validator=Number(gte=1, lte=65535))]
+StoreFlag = Annotated[
+    Path, Parameter(name="--store", converter=read_path, help="Root of the artifact store (where.store).")
+]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UserError if no server can listen on a port, and name a free one."""
+    from thinkimg.process import free_port
+
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        message = f"Port {port} of {host} can't be used: {os.strerror(error.errno or 0)}."
+        raise UserError(message, hint=f"Take another: --port {free_port()}.") from None
 
 
 def open_config(preset: str, overrides: list[str] | None) -> "tuple[Config, Store]":

@@ -6,8 +6,18 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from thinkimg import __version__
-from thinkimg.cli.flags import ArtifactFlag, DryRunFlag, PresetFlag, SetFlag, open_config
+from thinkimg.cli.flags import (
+    ArtifactFlag,
+    DryRunFlag,
+    PortFlag,
+    PresetFlag,
+    SetFlag,
+    check_port,
+    open_config,
+    read_reference,
+)
 from thinkimg.cli.scores import ledger
+from thinkimg.environment import child_environment
 from thinkimg.exit import run_guarded
 from thinkimg.stages.names import stage_names
 
@@ -39,23 +49,28 @@ def run(*, preset: PresetFlag = "development", set: SetFlag = None, dry_run: Dry
 @app.command
 def serve(
     *,
-    policy: Annotated[str | None, Parameter(help="Policy whose weights to serve. Left out: the base model's.")] = None,
+    policy: Annotated[
+        str | None,
+        Parameter(help="Policy whose weights to serve. Left out: the base model's.", converter=read_reference),
+    ] = None,
     host: Annotated[
         str, Parameter(help="Address to listen on. Whoever reaches it can change the weights.")
     ] = "127.0.0.1",
-    port: Annotated[int, Parameter(help="Port to listen on.")] = 8000,
+    port: PortFlag = 8000,
     preset: PresetFlag = "development",
     set: SetFlag = None,
 ) -> None:
     """Run a vLLM server until it is stopped; a loop uses it by `where.engine.urls`."""
-    from thinkimg import closure, resources
+    check_port(host, port)
+    from thinkimg import resources
     from thinkimg.engine.server import ServerSettings
     from thinkimg.models.base import BaseSource
     from thinkimg.stages.rollout import settings_of
 
     config, store = open_config(preset, set)
     weights = store.resolve(policy, "policy") if policy else None
-    rank = config.model.lora_rank if config.model.adaptation == "lora" and not closure.on_cpu() else None
+    adapters = config.model.adaptation == "lora" and resources.serves_adapters(config.where.engine)
+    rank = config.model.lora_rank if adapters else None
     server = ServerSettings(settings_of(config).engine, config.where.engine, rank)
     resources.exec_server(server, BaseSource.of(config.model), weights, host=host, port=port)
 
@@ -125,15 +140,17 @@ def sync(*, preset: PresetFlag = "development", set: SetFlag = None) -> None:
 
 
 @track.command
-def ui(*, preset: PresetFlag = "tiny", set: SetFlag = None) -> None:
-    """Serve MLflow's UI at http://127.0.0.1:5000 until it is stopped."""
+def ui(*, port: PortFlag = 5000, preset: PresetFlag = "tiny", set: SetFlag = None) -> None:
+    """Serve MLflow's UI at http://127.0.0.1:5000, or another port, until it is stopped."""
     from thinkimg.tracking.loop import compare_link, ui_command
 
     config, _ = open_config(preset, set)
-    command = ui_command(config.where.store, config.where.tracking)
-    link = compare_link(config.where.store, config.where.tracking)
+    store, tracking = config.where.store, config.where.tracking
+    if not (tracking.uri or "").startswith("http"):
+        check_port("127.0.0.1", port)
+    command, link = ui_command(store, tracking, port), compare_link(store, tracking, port)
     print(f"{command}\nCompare mixes at: {link}", flush=True)
-    os.execvp("sh", ["sh", "-c", f"exec env {command}"])
+    os.execvpe("sh", ["sh", "-c", f"exec env {command}"], child_environment("mlflow", os.environ))
 
 
 app.update(ledger)

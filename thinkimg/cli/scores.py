@@ -5,14 +5,21 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from thinkimg.cli.flags import JsonFlag, PresetFlag, SetFlag, open_config
+from thinkimg.cli.flags import JsonFlag, PresetFlag, SetFlag, open_config, read_paths, read_reference
 
 ledger = App(name="ledger")
 
-ScoresFlag = Annotated[str, Parameter(help="A scores artifact: the beginning of its fingerprint, or its path.")]
+SCORES_HELP = "A scores artifact: the beginning of its fingerprint, or its path."
+ScoresFlag = Annotated[str, Parameter(help=SCORES_HELP, converter=read_reference)]
+TRAJECTORY_HELP = (
+    "Id of a trajectory, or its beginning. MLflow's traces have it in the tag `trajectory`, and `thinkimg diff` prints "
+    "it; one that there is not, such as ?, gets a list of some."
+)
 MixFlag = Annotated[
     list[Path] | None,
-    Parameter(help="YAML file with `mix`, and `image` if that is in it; may be repeated.", negative=[]),
+    Parameter(
+        help="YAML file with `mix`, and `image` if that is in it; may be repeated.", negative=[], converter=read_paths
+    ),
 ]
 
 
@@ -46,10 +53,13 @@ def remix(
 
 @ledger.command
 def explain(
-    trajectory: Annotated[str, Parameter(help="Id of a trajectory, or its beginning.")],
+    trajectory: Annotated[str, Parameter(help=TRAJECTORY_HELP)],
     /,
     *,
-    scores: Annotated[str | None, Parameter(help="Scores to explain. Left out: the newest of the trajectory.")] = None,
+    scores: Annotated[
+        str | None,
+        Parameter(help="Scores to explain. Left out: the newest of the trajectory.", converter=read_reference),
+    ] = None,
     preset: PresetFlag = "development",
     set: SetFlag = None,
     json: JsonFlag = False,

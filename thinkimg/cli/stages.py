@@ -1,12 +1,23 @@
 """Commands of the stages, each made from its stage: `thinkimg.cli.stages.score` is `thinkimg score`."""
 
 import inspect
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from thinkimg.cli.flags import ARTIFACT_HELP, DryRunFlag, ForceFlag, PresetFlag, SetFlag, open_config
+from thinkimg.cli.flags import (
+    ARTIFACT_HELP,
+    ArtifactFlag,
+    DryRunFlag,
+    ForceFlag,
+    PresetFlag,
+    SetFlag,
+    open_config,
+    read_reference,
+)
 from thinkimg.stages.stage import Stage, list_inputs, load_stage
 
 
@@ -36,10 +47,10 @@ def signature_of(stage: Stage) -> inspect.Signature:
     flags: dict[str, tuple[Any, Any]] = {}
     for role in list_inputs(stage):
         if stage.reads[role].origin is None:
-            flags[role] = Annotated[str, Parameter(help=ARTIFACT_HELP)], inspect.Parameter.empty
+            flags[role] = ArtifactFlag, inspect.Parameter.empty
         else:
             text = f"{ARTIFACT_HELP} Left out: taken from the lineage of the others, or made first."
-            flags[role] = Annotated[str | None, Parameter(help=text)], None
+            flags[role] = Annotated[str | None, Parameter(help=text, converter=read_reference)], None
     for name, parameter in stage.parameters.items():
         flags[name] = Annotated[parameter.type, Parameter(help=parameter.description)], parameter.default
     flags |= {
@@ -75,8 +86,13 @@ def run_stage(stage: Stage, preset: str, set: list[str] | None, dry_run: bool, f
     from importlib import import_module
 
     from flows import _server
+    from thinkimg.console import note
 
     _server.start_server()  # while the flow is imported
     flow = getattr(import_module(f"flows.{stage.label}"), stage.label)
     references = {role: str(artifact.reference) for role, artifact in inputs.items()}
-    print(flow(preset=preset, overrides=set or [], force=force, **references, **parameters))
+    with redirect_stdout(sys.stderr):  # what a user's reward prints is no part of the result
+        reference = flow(preset=preset, overrides=set or [], force=force, **references, **parameters)
+    if report := stage.report(store.resolve(reference)):
+        note(report)
+    print(reference)

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from thinkimg.analysis.joined import Scored
-from thinkimg.console import console, say
+from thinkimg.console import console, say, takes_unicode
+from thinkimg.errors import shorten
 from thinkimg.rewards.mix import Mix
 from thinkimg.store.manifest import Artifact
 
@@ -196,12 +197,12 @@ def format_value(value: float | None, signed: bool = False) -> str:
 
 def truncate(value: Any, length: int = 60) -> str:
     text = value if isinstance(value, str) else to_json(value)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return shorten(text, length)
 
 
 def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=not takes_unicode())
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json.dumps(value, indent=1, ensure_ascii=not takes_unicode()))

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thinkimg.config.load import get_subtree, list_presets, nest, parse_override, read_preset
+from thinkimg.config.load import find_kind, get_subtree, list_presets, nest, read_preset
+from thinkimg.config.values import read_value, split_override
 from thinkimg.conversation.protocol import PROTOCOLS
 from thinkimg.data.settings import SOURCES
 from thinkimg.errors import UserError
@@ -16,6 +17,7 @@ from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.toolbox import TOOLS
 from thinkimg.registry import Registry
 from thinkimg.rewards.settings import JUDGES, RULES
+from thinkimg.settings import expand_path
 
 CODE: dict[str, Registry | None] = {
     "conversation.protocol": PROTOCOLS,
@@ -37,7 +39,7 @@ REMOTE_CODE = ("model", "warmstart.checkpoint")
 def check_run(preset: str, overrides: Iterable[str]) -> None:
     """Raise UserError, with one sentence, for what the run of a deployment may not set or name."""
     # In folders below others may write: MLflow's server stores uploads, a data set is downloaded.
-    if preset not in list_presets() and Path(preset).resolve().parent != Path.cwd().resolve():
+    if preset not in list_presets() and Path(expand_path(preset)).resolve().parent != Path.cwd().resolve():
         raise UserError(
             f"The run of a deployment can't use the preset {preset}, which does not lie in its working directory.",
             hint=f"Put the file into {Path.cwd()} itself.",
@@ -45,8 +47,9 @@ def check_run(preset: str, overrides: Iterable[str]) -> None:
     tree = read_preset(preset)
     allowed = texts(value_at(tree, "where.functions_allow"))
     fixed = FIXED + (REMOTE_CODE if value_at(tree, "model.trust_remote_code") else ())
-    for key, value in map(parse_override, overrides):
-        override = nest(key.split("."), value)
+    for key, text in map(split_override, overrides):
+        keys = key.split(".")
+        override = nest(keys, read_value(key, text, find_kind(keys, tree)))
         for path in fixed:
             below = f"{key}.".startswith(f"{path}.")
             if below or value_at(override, path) is not None:

@@ -2,19 +2,19 @@
 
 import difflib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 
 from thinkimg.config.tree import Config
+from thinkimg.config.values import read_value, read_yaml_file, shown, split_override
 from thinkimg.errors import UserError
+from thinkimg.registry import allow_user_modules
 from thinkimg.rewards.settings import ImageConfig
-from thinkimg.settings import Composite, Settings, Variant
+from thinkimg.settings import Composite, Settings, Variant, expand_path
 
 RENAMED = {"rewards.number_tolerance": "rewards.answer.number_tolerance"}
 """Old name of a setting -> its name now."""
@@ -45,16 +45,18 @@ CHOOSERS = {f"{path}.{kind.chooser}" for path, kind in SECTIONS.items()}
 def load_config(preset: str = "development", overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Return the config of a preset with overrides such as "train.loss.beta=0.01".
 
-    preset: a name or the path of a YAML file. The working directory is put onto sys.path, for a user's own modules.
+    preset: a name or the path of a YAML file. A user's own modules may lie in the working directory.
     Raises UserError, with one sentence, for an unknown preset or key and for a value that does not fit.
     """
-    if (directory := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, directory)
-    tree = {"preset": Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset} | read_preset(preset)
-    for key, value in sorted(map(parse_override, overrides), key=lambda change: change[0] not in CHOOSERS):
+    allow_user_modules()
+    tree = {"preset": Path(preset).stem if is_file_name(preset) else preset} | read_preset(preset)
+    for key, text in sorted(map(split_override, overrides), key=lambda change: change[0] not in CHOOSERS):
+        value = read_value(key, text, find_kind(key.split("."), tree))
         if key in CHOOSERS:
             tree = merge(tree, nest(key.split("."), value))
             continue
+        if key == "preset":
+            raise UserError("An override can't choose the preset.", hint="Choose it by --preset.")
         if key.startswith("mix."):  # a single weight changes the default mix, it does not replace it
             tree.setdefault("mix", dict(Config.model_fields["mix"].default))
         if key.startswith("image.weights."):
@@ -64,17 +66,9 @@ def load_config(preset: str = "development", overrides: list[str] | tuple[str, .
     return validate(tree)
 
 
-def parse_override(override: str) -> tuple[str, Any]:
-    """Return (dotted name, value) of an override. Raises UserError if it has no value, or one that is no YAML."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"The override '{override}' has no value.", hint="Write it as a.b=value.")
-    try:
-        value = yaml.safe_load(text)
-        json.dumps(value, default=str, skipkeys=True)  # raises for a list that holds itself
-        return key.strip(), value
-    except (yaml.YAMLError, ValueError):  # a ValueError also for a date that does not exist
-        raise UserError(f"The value of '{override}' is no YAML.", hint="Quote texts with special characters.") from None
+def is_file_name(preset: str) -> bool:
+    """Tell whether a preset is named by its file."""
+    return preset.endswith((".yaml", ".yml"))
 
 
 def read_preset(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -82,15 +76,12 @@ def read_preset(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
 
     `extends` is a name, or a path relative to the preset's own file. seen: the presets that extend this one.
     """
-    path = Path(preset)
-    if preset in seen:
-        raise UserError(f"The preset {preset} extends itself: {' -> '.join([*seen, preset])}.")
-    if path.suffix in (".yaml", ".yml"):
+    if is_file_name(preset):
+        path = Path(expand_path(preset)).absolute()
         if not path.is_file():
             raise UserError(f"There is no preset file {preset}.", hint=f"Presets by name: {', '.join(list_presets())}.")
-        text = path.read_text(encoding="utf-8")
     elif preset in list_presets():
-        text = resources.files("thinkimg.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
+        path = Path(str(resources.files("thinkimg.presets"))) / f"{preset}.yaml"
     else:
         near = difflib.get_close_matches(preset, list_presets(), 1)
         hint = (
@@ -98,19 +89,18 @@ def read_preset(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
             if near
             else f"There are {', '.join(list_presets())}, or the path of a .yaml file."
         )
-        raise UserError(f"There is no preset named '{preset}'.", hint=hint)
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"The preset {preset} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"There is no preset named '{shown(preset)}'.", hint=hint)
+    name = str(path.resolve())
+    if name in seen:
+        raise UserError(f"The preset {preset} extends itself: {' -> '.join([*seen, name])}.")
+    tree = read_yaml_file(path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"The preset {preset} is no mapping of settings.", hint="Start from `thinkimg schema`.")
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    if str(base).endswith((".yaml", ".yml")):
-        base = str(path.parent / base)
-    return merge(read_preset(str(base), (*seen, preset)), tree)
+    base = str(path.parent / expand_path(str(base))) if is_file_name(str(base)) else str(base)
+    return merge(read_preset(base, (*seen, name)), tree)
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -158,10 +148,10 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*describe_error(dict(error.errors()[0]), tree)) from None
+        raise UserError(*describe_mistake(dict(error.errors()[0]), tree)) from None
 
 
-def describe_error(error: dict[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
+def describe_mistake(error: dict[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
     """Return one sentence and a hint for pydantic's first complaint."""
     *above, last = path = [str(part) for part in error["loc"]] or [""]
     name, parent = ".".join(path), ".".join(above)
@@ -183,7 +173,7 @@ def describe_error(error: dict[str, Any], tree: Mapping[str, Any]) -> tuple[str,
         cause = error["ctx"]["error"]
         message, hint = (cause.message, cause.hint) if isinstance(cause, UserError) else (str(cause), "")
         return message if message.endswith(".") else f"{message}.", hint
-    given = json.dumps(error["input"], default=str)
+    given = shown(json.dumps(error["input"], default=str, skipkeys=True, ensure_ascii=False))
     return f"The setting '{name}' does not fit ({given}): {error['msg']}.", "See `thinkimg schema`."
 
 
@@ -204,6 +194,37 @@ def get_subtree(path: list[str], tree: Any) -> Mapping[str, Any]:
     for part in path:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree if isinstance(tree, Mapping) else {}
+
+
+def find_kind(path: list[str], tree: Mapping[str, Any]) -> Any:
+    """Return the type of the setting at a path; None for an unknown one, which validation reports.
+
+    A field that all entries share is found without a look at the entry that the tree chooses.
+    """
+    kind: Any = Config
+    for depth, part in enumerate(path):
+        options = [kind, *get_args(kind)]
+        section = next(
+            (option for option in options if isinstance(option, type) and issubclass(option, Settings)), None
+        )
+        if section is None:
+            kind = get_args(kind)[1] if get_origin(kind) is dict and depth == len(path) - 1 else None
+        elif part in section.model_fields:
+            kind = section.model_fields[part].annotation
+        else:
+            try:
+                kind = find_entry(section, part, get_subtree(path[:depth], tree))
+            except UserError:
+                kind = None
+    return kind
+
+
+def find_entry(section: type[Settings], name: str, fields: Mapping[str, Any]) -> Any:
+    """Return the type of a setting that belongs to the entry which the fields of its section choose."""
+    if issubclass(section, Composite):
+        return section.entries(fields).get(name)
+    own = section.choose(fields).model_fields if issubclass(section, Variant) else {}
+    return own[name].annotation if name in own else None
 
 
 def find_section(path: list[str], tree: Mapping[str, Any]) -> type[Settings]:

@@ -10,11 +10,14 @@ from thinkimg.engine.settings import EvaluateConfig, RolloutConfig
 from thinkimg.images.settings import ImagesConfig
 from thinkimg.models.clip import OWN_CLIP
 from thinkimg.models.settings import ModelConfig
+from thinkimg.redaction import without_password
 from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.rewards.settings import ImageConfig, RewardsConfig
-from thinkimg.settings import Positive, Settings, without_password
+from thinkimg.settings import Seed, Settings, Weight
 from thinkimg.tracking.settings import TrackingConfig
 from thinkimg.trainer.settings import TrainConfig, WarmstartConfig
+
+Iterations = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class WhereConfig(ResourcesConfig):
@@ -37,9 +40,9 @@ class Config(Settings):
 
     preset: str = "development"
     """Name of the preset or path of the YAML file that this came from."""
-    iterations: Positive = 10
+    iterations: Iterations = 10
     """Iterations of the loop: rollouts, scores, training, evaluation."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of warm start, rollouts and training; the data have `data.seed`."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -49,7 +52,7 @@ class Config(Settings):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     image: ImageConfig = ImageConfig()
-    mix: dict[str, Annotated[float, Field(ge=0)]] = {"format": 0.2, "tool": 0.3, "answer": 0.3, "image": 0.2}
+    mix: dict[str, Weight] = {"format": 0.2, "tool": 0.3, "answer": 0.3, "image": 0.2}
     """Weight of each reward component; applied when advantages are computed, so that another mix needs no new
     scores."""
     train: TrainConfig = TrainConfig()
@@ -63,6 +66,10 @@ class Config(Settings):
         if self.warmstart.checkpoint is not None and self.model.adaptation == "lora":
             raise ValueError("warmstart.checkpoint is for full fine-tuning: with LoRA set model.path to the checkpoint")
         return self
+
+    def public(self) -> dict[str, Any]:
+        """Return the settings as they may be shown, without passwords."""
+        return self.model_dump(mode="json") | {"where": self.where.public()}
 
     @property
     def has_demonstrations(self) -> bool:

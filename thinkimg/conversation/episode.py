@@ -14,9 +14,12 @@ from thinkimg.conversation.picture import Picture, make_picture, model_view_size
 from thinkimg.conversation.protocol import IMAGE_PART, Answer, Content, Malformed, ToolCall, load_protocol, text_part
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.tokens import ROLES, TokenError, TokenStream, expanded_length
+from thinkimg.errors import UserError, describe_error
 from thinkimg.images import toolbox
+from thinkimg.images.patches import image_tokens
 from thinkimg.images.settings import ViewLimits
 from thinkimg.images.tool import Tool
+from thinkimg.images.view import count_patches
 from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
 
 
@@ -90,16 +93,15 @@ class Episode:
         self.stop: StopReason | None = None
         self.error: str | None = None
         self.refused = False
-        """True if the engine refused it, so that it may be played another time."""
+        """True if the engine or a tool failed on it, so that it is played a second time."""
+        self.passing = False
+        """True if machine or network failed (errors.is_passing), so that it never becomes a row."""
         self._weights: list[str] = []
         self._called: Turn | None = None  # the turn whose call is pending
-        prompt = self.codec.prompt(render_system_prompt(self.config), render_question(sample, pictures))
+        prompt = render_prompt(sample, [picture.view.size for picture in pictures], self.config, self.codec)
         self.stream = TokenStream(self.codec, prompt, [picture.slot for picture in pictures])
-        if self.budget() < 1:
-            length = self.stream.expanded_length
-            self.fail(f"The prompt has {length} tokens, conversation.max_tokens is {self.config.max_tokens}.")
-        if len(pictures) > self.config.max_images:
-            self.fail(f"The sample has {len(pictures)} images, conversation.max_images is {self.config.max_images}.")
+        if excess := find_excess(self.stream.expanded_length, len(pictures), self.config):
+            self.fail(excess)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -137,6 +139,7 @@ class Episode:
             self.stream.append_sampled(token_ids, logprobs)
         except TokenError as error:
             self.fail(str(error))
+            self.refused = True
             return None
         if weights not in self._weights[-1:]:
             self._weights.append(weights)
@@ -235,7 +238,7 @@ def play_script(episode: Episode, turns: Sequence[str]) -> Trajectory:
     """Feed written turns as if they were sampled (log-probability 0), tools and limits included.
 
     Returns the trajectory with the token stream of a policy that samples these texts. It is FAILED if the script does
-    not end with the episode.
+    not end with the episode. Raises UserError for a tool that breaks.
     """
     for number, turn in enumerate(turns):
         if episode.stop is not None:
@@ -245,15 +248,40 @@ def play_script(episode: Episode, turns: Sequence[str]) -> Trajectory:
         ids = [*episode.codec.encode(turn), episode.codec.end]
         finish = "stop" if len(ids) <= budget else "length"
         if pending := episode.feed(ids[:budget], [0.0] * len(ids[:budget]), finish, "scripted"):
-            episode.observe(pending.run())
+            try:
+                outcome = pending.run()
+            except Exception as error:  # a tool of ours or of the user's is broken
+                message = f"The tool {pending.call.name} broke: {describe_error(error)}."
+                raise UserError(message, hint=f"It was called with {dump_args(pending.call.args)}.") from error
+            episode.observe(outcome)
     if episode.stop is None:
         episode.fail("The script ends before the conversation does.")
     return episode.trajectory()
 
 
-def render_question(sample: Sample, pictures: Sequence[Picture]) -> Content:
-    """Return the user's first message: the images, and the text of the question."""
-    return [IMAGE_PART] * len(pictures) + [text_part(state_question(sample, [shown.view.size for shown in pictures]))]
+def find_excess(length: int, images: int, conversation: ConversationConfig) -> str | None:
+    """Return the reason why a prompt of so many tokens and images can never be asked; None where it can."""
+    if images > conversation.max_images:
+        return f"The sample has {images} images, conversation.max_images is {conversation.max_images}."
+    if length >= conversation.max_tokens:
+        return f"The prompt has {length} tokens, conversation.max_tokens is {conversation.max_tokens}."
+    return None
+
+
+def measure_prompt(
+    sample: Sample, sizes: Sequence[tuple[int, int]], conversation: ConversationConfig, codec: Codec
+) -> int:
+    """Return the number of tokens of a sample's prompt, images expanded. sizes: those that the model sees."""
+    prompt = render_prompt(sample, sizes, conversation, codec)
+    return len(prompt) + sum(image_tokens(count_patches(*size)) - 1 for size in sizes)
+
+
+def render_prompt(
+    sample: Sample, sizes: Sequence[tuple[int, int]], conversation: ConversationConfig, codec: Codec
+) -> list[int]:
+    """Return the compact ids of the first prompt: the system's, the images, and the text of the question."""
+    content = [IMAGE_PART] * len(sizes) + [text_part(state_question(sample, sizes))]
+    return codec.prompt(render_system_prompt(conversation), content)
 
 
 def state_question(sample: Sample, sizes: Sequence[tuple[int, int]]) -> str:

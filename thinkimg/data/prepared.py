@@ -5,13 +5,14 @@ The second pass stores the images of the rows that were taken.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from thinkimg.data import split
+from thinkimg.data.advice import advise
 from thinkimg.data.settings import RowsConfig
 from thinkimg.data.source import RawRow, Reason, Refused, RowRefused, Source
 from thinkimg.errors import UserError
@@ -31,6 +32,10 @@ class Prepared:
 
 
 SampleJob = Callable[[], Prepared]
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+FindUnaskable = Callable[[Sequence[Sample], Mapping[str, Size]], Mapping[str, str]]
+"""Function of samples, and of the sizes of images by hash: sample id -> the reason why it can never be asked."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -57,18 +62,29 @@ class Survey:
     """Number of rows that were not refused."""
     groups: int
     """Number of groups of the accepted rows."""
+    advice: tuple[str, ...] = ()
+    """Sentences on what looks odd about the accepted rows."""
 
 
-def survey(source: Source, data: RowsConfig, limits: ImageLimits, pool: Executor, window: int) -> Survey:
+def survey(
+    source: Source,
+    data: RowsConfig,
+    limits: ImageLimits,
+    pool: Executor,
+    window: int,
+    find_unaskable: FindUnaskable = lambda samples, sizes: {},
+) -> Survey:
     """Check every row, split the accepted ones and choose the samples to take.
 
-    Raises UserError if no row is accepted, or too many are refused.
+    find_unaskable: see FindUnaskable. Raises UserError if no row is accepted, or too many are refused.
     """
     samples: list[Sample] = []
     groups: list[str | None] = []
     refused: list[Refused] = []
     seen: set[str] = set()
-    for row, hashes in map_in_order(pool, partial(_hash_images, limits=limits), source.rows(), window):
+    sizes: dict[str, Size] = {}
+    places: dict[str, str] = {}
+    for row, images in map_in_order(pool, partial(_hash_images, limits=limits), source.rows(), window):
         if isinstance(row, RawRow) and row.id in seen:
             row = Refused(row.where, Reason.DUPLICATE, f"an earlier row has the id {row.id!a}")
         elif isinstance(row, RawRow):
@@ -76,12 +92,18 @@ def survey(source: Source, data: RowsConfig, limits: ImageLimits, pool: Executor
         if isinstance(row, Refused):
             refused.append(row)
             continue
-        if isinstance(hashes, Refused):
-            refused.append(hashes)
+        if isinstance(images, Refused):
+            refused.append(images)
             continue
-        samples.append(_sample(row, hashes, source.name))
+        sizes |= dict(images)
+        samples.append(_sample(row, tuple(sha256 for sha256, _ in images), source.name))
         groups.append(row.group)
-    _check_refused(refused, len(samples), data.max_refused, source.name)
+        places[row.id] = row.where
+    unaskable = find_unaskable(samples, sizes)
+    refused += [Refused(places[name], Reason.LENGTH, why) for name, why in unaskable.items()]
+    groups = [group for group, sample in zip(groups, samples, strict=True) if sample.sample_id not in unaskable]
+    samples = [sample for sample in samples if sample.sample_id not in unaskable]
+    _check_refused(refused, len(samples), data, source.name)
     sample_groups = [group for group in groups if group is not None]
     sample_groups = sample_groups or split.group_by_images([sample.images for sample in samples])
     assert len(sample_groups) == len(samples), "a source maps a group to all of its rows or to none"
@@ -95,7 +117,7 @@ def survey(source: Source, data: RowsConfig, limits: ImageLimits, pool: Executor
         ids = [sample.sample_id for sample in samples if sample.split == side]
         chosen.update(split.rank(ids, data.seed, "taken")[:count])
     taken = {sample.sample_id: sample for sample in samples if sample.sample_id in chosen}
-    return Survey(taken, refused, len(samples), len(set(sample_groups)))
+    return Survey(taken, refused, len(samples), len(set(sample_groups)), tuple(advise(samples, data)))
 
 
 def make_row_jobs(source: Source, taken: dict[str, Sample], limits: ImageLimits) -> Iterator[SampleJob]:
@@ -107,13 +129,16 @@ def make_row_jobs(source: Source, taken: dict[str, Sample], limits: ImageLimits)
             yield partial(_prepare_row, row, sample, limits)
 
 
-def _hash_images(row: RawRow | Refused, limits: ImageLimits) -> tuple[RawRow | Refused, tuple[str, ...] | Refused]:
+def _hash_images(
+    row: RawRow | Refused, limits: ImageLimits
+) -> tuple[RawRow | Refused, list[tuple[str, Size]] | Refused]:
     if isinstance(row, Refused):
-        return row, ()
+        return row, []
     try:
-        return row, tuple(pixel_hash(decode(read(), limits)) for read in row.images)
+        images = (decode(read(), limits) for read in row.images)
+        return row, [(pixel_hash(image), image.size) for image in images]
     except RowRefused as refused:
-        return row, Refused(row.where, refused.reason, refused.detail)
+        return row, Refused(row.where, refused.reason, refused.detail, refused.passing)
     except ImageRefused as refused:
         return row, Refused(row.where, f"image_{refused.reason}", refused.detail)
 
@@ -149,15 +174,25 @@ def _prepare_row(row: RawRow, sample: Sample, limits: ImageLimits) -> Prepared:
     return Prepared(sample, tuple(images))
 
 
-def _check_refused(refused: list[Refused], accepted: int, allowed: float, source: str) -> None:
+def _check_refused(refused: list[Refused], accepted: int, data: RowsConfig, source: str) -> None:
     rows = accepted + len(refused)
     if rows == 0:
         raise UserError(f"The source {source} holds no rows.")
-    if accepted and len(refused) <= allowed * rows:
+    passing = [row for row in refused if row.passing]
+    if passing and not data.skip_unreachable:
+        raise UserError(
+            f"The pictures of {len(passing)} of {rows} rows can't be had at the moment: {_list(passing)}.",
+            hint="Run the stage again. If they are gone for good, set data.skip_unreachable=true.",
+        )
+    if accepted and len(refused) <= data.max_refused * rows:
         return
-    shown = "; ".join(f"{row.where}: {row.detail} ({row.reason})" for row in refused[:SHOWN])
-    more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     raise UserError(
-        f"{len(refused)} of {rows} rows are refused, more than data.max_refused ({allowed:g}) allows: {shown}{more}.",
+        f"{len(refused)} of {rows} rows are refused, more than data.max_refused ({data.max_refused:g}) allows: "
+        f"{_list(refused)}.",
         hint="Correct them, or raise data.max_refused.",
     )
+
+
+def _list(refused: list[Refused]) -> str:
+    shown = "; ".join(f"{row.where}: {row.detail} ({row.reason})" for row in refused[:SHOWN])
+    return shown + (f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else "")

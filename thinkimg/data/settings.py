@@ -3,7 +3,7 @@
 from typing import Literal
 
 from thinkimg.registry import Registry
-from thinkimg.settings import Positive, Settings, Share, Variant
+from thinkimg.settings import Name, Positive, Seed, Settings, Share, Variant
 
 SOURCES = Registry("sources", "thinkimg.data.sources")
 """Each defines `Settings`, a RowsConfig, and `open_source(data, limits) -> Source`."""
@@ -23,7 +23,7 @@ class DataConfig(Variant):
     """Samples in the held-out split, at most."""
     held_out_share: Share = 0.3
     """Share of the photographs (or groups) that is held out."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split and of the choice of samples; of the puzzles also of what they show."""
 
 
@@ -35,7 +35,7 @@ class Columns(Settings):
     question: str = "question"
     """The question as text."""
     answer: str = "answer"
-    """The right answer as text or number; with choices also its letter or its index from 0."""
+    """The right answer as text or number; with choices also its letter or its index from 0 (`data.answer_is`)."""
     choices: str | None = None
     """A list of at least two different choices; in CSV a JSON list."""
     id: str | None = None
@@ -57,7 +57,13 @@ class RowsConfig(DataConfig):
     """Names of the source's columns."""
     answer_type: Literal["choice", "number", "text", "box", "maths"] = "text"
     """Comparison of an answer with the right one: see docs/data.md."""
+    answer_is: Literal["any", "text", "letter", "index"] = "any"
+    """Form in which the data name the right one of the choices: its text, its letter, its index from 0, or any. With
+    any, a number is an index, and a row that can be read in two ways is refused."""
     max_refused: Share = 0.05
     """More bad rows than this share fail the stage."""
-    url_hosts: tuple[str, ...] = ()
+    url_hosts: tuple[Name, ...] = ()
     """Hosts from which images named by URL may be fetched; none by default."""
+    skip_unreachable: bool = False
+    """Refuse rows whose picture's host does not answer. By default the stage fails instead, for the host may come
+    back."""

@@ -1,8 +1,8 @@
 """Source of questions and pictures: its rows, the reasons to refuse one, and the mapping of columns to a row."""
 
 import difflib
+import functools
 import json
-import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,12 +10,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from thinkimg.answers.right import read_choice, read_right
 from thinkimg.data.settings import SOURCES, Columns, DataConfig, RowsConfig
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, shorten
 from thinkimg.images.decode import ImageLimits
 from thinkimg.records import AnswerType
 
-log = logging.getLogger(__name__)
+ALIASES = {
+    "image": ("images", "picture", "image_path", "img", "file_name", "photo", "path", "decoded_image"),
+    "question": ("questions", "problem", "prompt", "query", "text", "instruction", "input"),
+    "answer": ("answers", "solution", "label", "response", "output", "ground_truth", "gold", "target"),
+    "choices": ("options", "candidates", "answer_choices"),
+}
+"""Names that public data sets give to the columns of a role, for hints."""
 
 ImageReader = Callable[[], bytes]
 """Function that returns an image's encoded bytes, at most one more than ImageLimits.max_bytes; raises RowRefused."""
@@ -44,14 +51,19 @@ class Reason(StrEnum):
     """An image's host is not allowed, or did not deliver."""
     DUPLICATE = "duplicate"
     """An earlier row has the same id."""
+    LENGTH = "length"
+    """The question exceeds the limits of a conversation: conversation.max_tokens or max_images."""
 
 
 class RowRefused(ValueError):
-    """Error for a row that cannot be used: reason names the rule, detail explains."""
+    """Error for a row that cannot be used: reason names the rule, detail explains.
 
-    def __init__(self, reason: str, detail: str):
+    passing: the cause lies outside of the data, and another time the row may be good.
+    """
+
+    def __init__(self, reason: str, detail: str, *, passing: bool = False):
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.passing = reason, detail, passing
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class Refused:
     where: str
     reason: str
     detail: str
+    passing: bool = False
+    """True if another time the row may be good."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +109,29 @@ def open_source(data: DataConfig, limits: ImageLimits) -> Source:
 
 
 def require_path(name: str, what: str) -> Path:
-    """Return the path of that name. Raises UserError if there is no file; what: a noun for the hint."""
-    path = Path(name)
+    """Return the absolute path of that name; links are kept, for what lies beside a link is meant.
+
+    what: a noun for the hint. Raises UserError if there is no file.
+    """
+    path = Path(name).absolute()
     if not path.exists():
-        raise UserError(f"There is no {path}.", hint=f"data.path must be {what}.")
+        raise UserError(f"There is no {name}.", hint=f"data.path must be {what}.")
     return path
 
 
 def require_columns(columns: Columns, present: Collection[str], what: str) -> None:
-    """Check that the mapped columns are among those present in `what`. Raises UserError for a missing one.
-
-    Logs a warning for a column that was probably meant to be mapped.
-    """
-    for role in ("answers", "target"):
-        if role in present and role not in {name for _, name in columns}:
-            log.warning("%s has a column '%s' that is not used. Set data.columns.%s to use it.", what, role, role)
+    """Check that the mapped columns are among those present in `what`. Raises UserError for a missing one."""
+    mapped = {name for _, name in columns}
     for role, name in columns:
+        if name is not None and list(present).count(name) > 1:
+            raise UserError(f"{what} has the column '{name}' twice.", hint=f"Rename one of them; the {role} is one.")
         if name is None or name in present:
             continue
-        near = difflib.get_close_matches(name, present, 1) or [other for other in present if role in other.lower()][:1]
-        hint = f"Set data.columns.{role}, perhaps to {near[0]}." if near else f"Set data.columns.{role} to one of them."
-        listed = (", ".join(sorted(present)) or "none").encode(errors="replace").decode()
+        free = sorted(set(present) - mapped)
+        near = [other for alias in ALIASES.get(role, ()) for other in free if other.casefold() == alias]
+        near += difflib.get_close_matches(name, free, 1, cutoff=0.8)
+        hint = f"Set data.columns.{role}, perhaps to {near[0]}." if near else f"Set data.columns.{role} to that column."
+        listed = (", ".join(sorted(present)) or "no columns").encode(errors="replace").decode()
         raise UserError(f"{what} has no column '{name}' for the {role}; it has {listed}.", hint=hint)
 
 
@@ -129,14 +145,19 @@ def raw_row(
     """
     columns = data.columns
     try:
-        choices = _choices(record.get(columns.choices)) if columns.choices else ()
+        listed = _parse_list(record.get(columns.choices)) if columns.choices else ()
+        choices = _choices(listed) if columns.choices else ()
         answer_type = AnswerType(data.answer_type)
-        answer = _answer(record.get(columns.answer), choices, answer_type, columns.answer)
+        numeric = bool(choices) and all(_is_plain_number(choice) for choice in listed)
+        right = functools.partial(_right, data=data, choices=choices, answer_type=answer_type, numeric=numeric)
         return RawRow(
             where=where,
             id=as_text(record.get(columns.id), columns.id) if columns.id else id,
             question=as_text(record.get(columns.question), columns.question),
-            answers=(answer, *_further_answers(record, columns)),
+            answers=(
+                right(record.get(columns.answer), column=columns.answer),
+                *(right(answer, column=columns.answers) for answer in _further_answers(record, columns)),
+            ),
             choices=choices,
             answer_type=answer_type,
             images=_images(record.get(columns.image), reader_of),
@@ -148,12 +169,13 @@ def raw_row(
         return Refused(where, refused.reason, refused.detail)
     except RecursionError:
         return Refused(where, Reason.SYNTAX, "nested too deeply")
+    except ValueError as error:  # Python writes no integer of more than 4,300 digits
+        return Refused(where, Reason.SYNTAX, short(str(error)))
 
 
 def short(value: object) -> str:
     """Return a value for an error text: quoted, and cut to 60 characters."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(ascii(value), 60)
 
 
 def as_text(value: Any, column: str) -> str:
@@ -164,7 +186,8 @@ def as_text(value: Any, column: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for nothing
         raise RowRefused(Reason.EMPTY, f"{column} is empty")
     if isinstance(value, bool | int | float):
-        value = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        value = str(int(value)) if is_whole else str(value)
     if not isinstance(value, str):
         raise RowRefused(Reason.TEXT, f"{column} is {type(value).__name__}, not a text")
     if not value.strip():
@@ -182,45 +205,39 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _choices(value: Any) -> tuple[str, ...]:
-    values = _parse_list(value)
+def _choices(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list | tuple):
-        raise RowRefused(Reason.CHOICES, f"the choices are no list: {short(value)}")
+        raise RowRefused(Reason.CHOICES, f"the choices are no list: {short(values)}")
     choices = tuple(as_text(choice, "a choice") for choice in values)
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise RowRefused(Reason.CHOICES, f"the choices are not at least two different ones: {short(choices)}")
     return choices
 
 
-def _answer(value: Any, choices: tuple[str, ...], answer_type: AnswerType, column: str) -> str:
-    """Return the answer as text. Among choices it may also be a letter (A is the first) or an index from 0."""
-    if answer_type is AnswerType.BOX:
-        return _box(value, column)
-    answer = as_text(value, column)
-    if choices and answer not in choices:
-        if type(value) is int and 0 <= value < len(choices):
-            return choices[value]
-        if len(answer) == 1 and "A" <= answer < chr(ord("A") + len(choices)):
-            return choices[ord(answer) - ord("A")]
-        raise RowRefused(Reason.ANSWER, f"the answer {short(answer)} is none of the choices {short(choices)}")
-    if answer_type is AnswerType.NUMBER and not _is_number(answer.removesuffix("%").replace(",", "")):
-        raise RowRefused(Reason.ANSWER, f"the answer {short(answer)} is no number")
-    return answer
-
-
-def _box(value: Any, column: str) -> str:
-    """Return four numbers as a JSON list, from a list or a text such as "1, 2, 3, 4"."""
-    if not isinstance(value, list | tuple):
-        value = as_text(value, column).strip("[]()").split(",")
-    if len(value) != 4 or not all(_is_number(edge) for edge in value):
-        raise RowRefused(Reason.ANSWER, f"the answer {short(value)} is no box of four numbers")
-    return json.dumps([float(edge) for edge in value])
-
-
-def _is_number(value: Any) -> bool:
+def _right(
+    value: Any, *, data: RowsConfig, choices: tuple[str, ...], answer_type: AnswerType, numeric: bool, column: str
+) -> str:
+    """Return a right answer as text. numeric: the choices are numbers."""
+    if answer_type is AnswerType.BOX and isinstance(value, list | tuple):
+        value = ", ".join(as_text(edge, column) for edge in value)
+    text = as_text(value, column)
     try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError, OverflowError):
+        if choices:
+            return read_choice(value, text, choices, data.answer_is, numeric=numeric)
+        return read_right(value, text, answer_type)
+    except ValueError as error:
+        among = f" (choices: {short(choices)})" if choices else ""
+        raise RowRefused(Reason.ANSWER, f"the answer {short(value)} {error}{among}") from error
+
+
+def _is_plain_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
         return False
 
 
@@ -231,13 +248,13 @@ def _images(value: Any, reader_of: Callable[[Any], ImageReader]) -> tuple[ImageR
     return tuple(reader_of(image) for image in values)
 
 
-def _further_answers(record: Mapping[str, Any], columns: Columns) -> list[str]:
+def _further_answers(record: Mapping[str, Any], columns: Columns) -> list[Any]:
     """Return the further right answers, none if no column is mapped to them."""
     if columns.answers is None or (answers := _parse_list(record.get(columns.answers))) is None:
         return []
     if not isinstance(answers, list | tuple):
         raise RowRefused(Reason.ANSWER, f"{columns.answers} is no list: {short(answers)}")
-    return [as_text(answer, columns.answers) for answer in answers]
+    return list(answers)
 
 
 def _targets(record: Mapping[str, Any], columns: Columns) -> tuple[tuple[float, float, float, float], ...]:
@@ -245,10 +262,11 @@ def _targets(record: Mapping[str, Any], columns: Columns) -> tuple[tuple[float, 
     box = _parse_list(record.get(columns.target)) if columns.target else None
     if box is None:
         return ()
-    numbers = isinstance(box, list | tuple) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
-    if not numbers or not all(map(_is_number, box)) or min(box[2:]) <= 0:
+    numbers = isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_plain_number, box))
+    if not numbers or not all(map(_is_finite, box)) or min(box[2:]) <= 0:
         raise RowRefused(Reason.TARGET, f"{columns.target} is no [x, y, width, height]: {short(box)}")
-    return ((box[0], box[1], box[2], box[3]),)
+    x, y, width, height = map(float, box)
+    return ((x, y, width, height),)
 
 
 def _parse_list(value: Any) -> Any:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Sequence
 
 from thinkimg.errors import UserError
+from thinkimg.records import Sample
 
 TRAIN, HELD_OUT = "train", "held_out"
 
@@ -18,6 +19,12 @@ def rank(names: Iterable[str], seed: int, purpose: str) -> list[str]:
         return hashlib.sha256(f"{purpose} {seed} {name}".encode()).digest()
 
     return sorted(set(names), key=key)
+
+
+def draw(samples: Sequence[Sample], count: int, seed: int, purpose: str) -> list[Sample]:
+    """Return `count` of the samples, at most, in their order: a random part, which holds that of any smaller count."""
+    chosen = set(rank([sample.sample_id for sample in samples], seed, purpose)[:count])
+    return [sample for sample in samples if sample.sample_id in chosen]
 
 
 def choose_held_out(groups: Iterable[str], share: float, seed: int) -> set[str]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from thinkimg.data.image_files import ImageFiles
+from thinkimg.data.json_lines import recognise, require_json_lines
 from thinkimg.data.settings import RowsConfig
 from thinkimg.data.source import RawRow, Reason, Refused, Source, raw_row, require_columns
+from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 
 PEEK = 100
@@ -25,9 +27,19 @@ def open_tables(
     root: the directory that holds the tables and that their image paths start from.
     """
     images = ImageFiles(root, limits, data.url_hosts)
-    names = {table: table.relative_to(root).as_posix() for table in tables}
-    first = [record for table in tables for _, record in islice(read(table), PEEK)]
-    columns = {key for record in first if isinstance(record, dict) for key in record}
+    names = {table: printable(table.relative_to(root).as_posix()) for table in tables}
+    columns: set[str] = set()
+    mapped = {column for _, column in data.columns}
+    for table in tables:
+        first = [record for _, record in islice(read(table), PEEK)]
+        keys = {key for record in first if isinstance(record, dict) for key in record}
+        if table.suffix != ".csv":
+            require_json_lines(table, first)
+        elif mapped.isdisjoint(keys) and (format := recognise(table)):
+            raise UserError(f"{table} is no CSV file: it looks like {format}.", hint="Save it as CSV in UTF-8.")
+        elif first and not keys:
+            raise UserError(f"{table} has no row that can be read; the first is {first[0]}.", hint="Correct the file.")
+        columns |= keys
     require_columns(data.columns, columns, " and ".join(names.values()))
 
     def read_rows() -> Iterator[RawRow | Refused]:
@@ -47,6 +59,11 @@ def open_tables(
         for name in as_list(record.get(data.columns.image))
     )
     return Source(name, images.digest(tables, image_names), read_rows)
+
+
+def printable(name: str) -> str:
+    """Return a file's name as valid Unicode: bytes that are no UTF-8 are written as escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def as_list(value: Any) -> list[Any]:

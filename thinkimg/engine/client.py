@@ -4,18 +4,24 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import aiohttp
 
 from thinkimg.engine.errors import REFUSED, EngineError
 from thinkimg.engine.request import Generation, ImageRef, Sampling
+from thinkimg.errors import shorten
+from thinkimg.redaction import without_password
 
 log = logging.getLogger(__name__)
+A, T = TypeVar("A"), TypeVar("T")
 
 RETRIES = 3
+FINISHED = ("stop", "length")  # reasons of vLLM to end a turn; with any other it gave the request up
 HEALTH_AFTER_S = 25.0  # a server that has not answered for so long is asked for its health, again and again
 HEALTH_TIMEOUT_S = 20.0  # without an answer to that for so long it is given up
 STATUS_HINTS = {
@@ -44,6 +50,7 @@ class EngineClient:
         self.urls = [url.rstrip("/") for url in urls]
         self.media = media
         self.adapter: str | None = None
+        self._adapter_path: Path | None = None
         self._outstanding = dict.fromkeys(self.urls, 0)
         self._dead: set[str] = set()  # not used again: one that comes back may hold other weights
         self.concurrency = concurrency
@@ -61,16 +68,26 @@ class EngineClient:
 
     async def generate(self, token_ids: Sequence[int], images: Sequence[ImageRef], sampling: Sampling) -> Generation:
         """Sample one continuation of a compact prompt, which has one image pad per entry of `images`, in order."""
-        body = await self._generate(token_ids, images, sampling.params())
-        choice = body["choices"][0]
-        versions = [self.adapter] if self.adapter else [span["version"] for span in choice["weight_versions"]]
-        return Generation(
-            token_ids=choice["token_ids"],
-            logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
-            prompt_token_ids=body["prompt_token_ids"],
-            finish_reason=choice["finish_reason"],
-            weight_version=">".join(versions),
-        )
+
+        def read(body: dict) -> Generation:
+            choice = body["choices"][0]
+            if choice["finish_reason"] not in FINISHED:
+                raise ValueError(f"it gave up the request ({choice['finish_reason']})")
+            if self.adapter is None:
+                versions = [span["version"] for span in choice["weight_versions"]]
+            else:  # what the server says that it used, which may be another than was asked for
+                versions = [body["model"]]
+                if versions != [self.adapter]:
+                    raise ValueError(f"it played {body['model']} and not the adapter {self.adapter}")
+            return Generation(
+                token_ids=choice["token_ids"],
+                logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
+                prompt_token_ids=body["prompt_token_ids"],
+                finish_reason=choice["finish_reason"],
+                weight_version=">".join(versions),
+            )
+
+        return await self._generate(token_ids, images, sampling.params(), read)
 
     async def next_token_logprobs(
         self, token_ids: Sequence[int], images: Sequence[ImageRef], candidates: Sequence[int]
@@ -84,10 +101,13 @@ class EngineClient:
         asked = [*candidates, candidates[0]]
         params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True, "detokenize": False}
         params |= {"logprobs": len(asked), "logprob_token_ids": asked}
-        body = await self._generate(token_ids, images, params)
-        entries = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        logprobs = {entry["token_id"]: entry["logprob"] for entry in entries}
-        return [logprobs[token] for token in candidates]
+
+        def read(body: dict) -> list[float]:
+            entries = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            logprobs = {entry["token_id"]: entry["logprob"] for entry in entries}
+            return [logprobs[token] for token in candidates]
+
+        return await self._generate(token_ids, images, params, read)
 
     async def load_weights(self, model_dir: Path, version: str) -> None:
         """Replace the weights of all servers, in place, by those of a saved model of the same architecture.
@@ -104,7 +124,7 @@ class EngineClient:
                 arguments = {"method": "load_model_dir", "kwargs": {"path": str(Path(model_dir).absolute())}}
                 await self._post(url, "/collective_rpc", arguments)
                 reset = await self._post(url, "/reset_prefix_cache", {})
-                assert reset["success"], "nothing runs while the server is paused"
+                assert read_answer(url, reset, itemgetter("success")), "nothing runs while the server is paused"
             finally:
                 await self._post(url, "/resume", {})
             await self._post(url, "/update_weight_version", {"new_version": version})
@@ -116,22 +136,50 @@ class EngineClient:
 
         Each version needs a new name: prefix caches are keyed by the name.
         """
-        body = {"lora_name": name, "lora_path": str(Path(path).absolute())}
+        await self._on_all(lambda url: self._load_adapter(url, name, path))
+        self.adapter, self._adapter_path = name, path
 
-        async def load(url: str) -> None:
+    async def takes_adapters(self) -> bool:
+        """Tell whether every server takes adapters, as with --enable-lora."""
+
+        async def ask(url: str) -> bool:
             try:
-                await self._post(url, "/v1/load_lora_adapter", body)
-            except EngineError as error:
-                if "already been loaded" not in error.message:
-                    raise
+                await self._post(url, "/v1/load_lora_adapter", {})
+            except _NotFound:
+                return False
+            except EngineUnavailable:
+                raise
+            except EngineError:  # the name is missing
+                pass
+            return True
 
-        await self._on_all(load)
-        self.adapter = name
+        return all(await self._on_all(ask))
+
+    async def _load_adapter(self, url: str, name: str, path: Path) -> None:
+        try:
+            body = {"lora_name": name, "lora_path": str(Path(path).absolute())}
+            await self._post(url, "/v1/load_lora_adapter", body)
+        except EngineError as error:
+            if "already been loaded" not in error.message:
+                raise
 
     async def versions(self) -> dict[str, str]:
         """Return url -> the weight version that the server reports."""
         bodies = await self._on_all(lambda url: self._request(url, "GET", "/weight_info"))
-        return {url: body["weight_version"] for url, body in zip(self.urls, bodies, strict=True)}
+        read = itemgetter("weight_version")
+        return {url: read_answer(url, body, read) for url, body in zip(self.urls, bodies, strict=True)}
+
+    async def releases(self) -> dict[str, str | None]:
+        """Return url -> the release of vLLM that the server reports; None where it does not say."""
+
+        async def read(url: str) -> str | None:
+            try:
+                release = (await self._request(url, "GET", "/version")).get("version")
+            except (EngineError, AttributeError):
+                return None
+            return release if isinstance(release, str) else None
+
+        return dict(zip(map(without_password, self.urls), await self._on_all(read), strict=True))
 
     async def leave_out_dead(self) -> None:
         """Drop the servers that do not answer, with a warning. Raises EngineUnavailable if none answers."""
@@ -156,7 +204,10 @@ class EngineClient:
     async def _on_all(self, call) -> list:
         return await asyncio.gather(*(call(url) for url in self.urls))
 
-    async def _generate(self, token_ids: Sequence[int], images: Sequence[ImageRef], params: dict) -> dict:
+    async def _generate(
+        self, token_ids: Sequence[int], images: Sequence[ImageRef], params: dict, read: Callable[[dict], T]
+    ) -> T:
+        """Return what `read` makes of a server's answer."""
         parts = [{"type": "image_url", "url": image.url(self.media), "uuid": image.uuid} for image in images]
         body = {
             "token_ids": list(token_ids),
@@ -170,19 +221,22 @@ class EngineClient:
         affinity = images[0].uuid if images else json.dumps(list(token_ids[:256]))
         content = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
         async with self._slots:
-            return await self._send(affinity, content)
+            return await self._send(affinity, content, read)
 
-    async def _send(self, affinity: str, content: bytes) -> dict:
+    async def _send(self, affinity: str, content: bytes, read: Callable[[dict], T]) -> T:
         failed: set[str] = set()
         attempt = 0
         while True:
             url = self._choose(affinity, failed)
             self._outstanding[url] += 1
             try:
-                return await self._watched(url, content)
+                return read_answer(url, await self._watched(url, content), read)
             except EngineUnavailable as error:
                 if isinstance(error, _Unreachable) and len(self.urls) > 1:
                     await self._check(url)
+                if isinstance(error, _NotFound) and self.adapter is not None and self._adapter_path is not None:
+                    with suppress(EngineError):  # a server that was started again has lost its adapters
+                        await self._load_adapter(url, self.adapter, self._adapter_path)
                 if attempt == RETRIES or isinstance(error, _Hanging) and self._dead.issuperset(self.urls):
                     raise
                 failed.add(url)
@@ -233,16 +287,21 @@ class EngineClient:
         if status in REFUSED:
             raise EngineError(f"{url}{path} answered {status}: {read_error(body)}")
         if status >= 400:
-            raise EngineUnavailable(
+            fault = _NotFound if status == 404 else EngineUnavailable
+            raise fault(
                 f"{url}{path} answered {status}: {read_error(body)}",
                 hint=STATUS_HINTS.get(status, "read the server's log"),
             )
         # /v1/load_lora_adapter answers in plain text, /pause and others in JSON
-        return json.loads(body) if kind == "application/json" else {}
+        return read_answer(url + path, body, json.loads) if kind == "application/json" else {}
 
 
 class EngineUnavailable(EngineError):
     """Failure that is not this request's fault: another server, or a later attempt, may serve it."""
+
+
+class _NotFound(EngineUnavailable):
+    """Server that lacks an interface, or a model of this name."""
 
 
 class _Unreachable(EngineUnavailable):
@@ -253,11 +312,22 @@ class _Hanging(_Unreachable):
     """Server that accepts connections and does not answer."""
 
 
+def read_answer(url: str, answer: A, read: Callable[[A], T]) -> T:
+    """Return what `read` makes of a server's answer. Raises EngineUnavailable where it can't be read."""
+    try:
+        return read(answer)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise EngineUnavailable(
+            f"{url} gave an answer that can't be read: {type(error).__name__}: {shorten(str(error))}",
+            hint="is it a vLLM server, started with --enable-scale-out?",
+        ) from error
+
+
 def read_error(answer: bytes) -> str:
     """Return the server's own message, or the beginning of its answer."""
     try:
         body = json.loads(answer)
     except ValueError:
-        return answer.decode(errors="replace")[:500]
+        return shorten(answer.decode(errors="replace"), 500)
     error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]
+    return shorten(str(error.get("message", error) if isinstance(error, dict) else error), 2000)

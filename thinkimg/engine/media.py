@@ -5,6 +5,7 @@ from threading import Lock
 
 from PIL import Image
 
+from thinkimg.disk import writing
 from thinkimg.engine.request import ImageRef
 from thinkimg.store.image_table import encode_lossless
 
@@ -29,6 +30,7 @@ class Media:
                     self._refs[uuid] = ImageRef(uuid, data=data)
                 else:
                     path = self.folder / f"{uuid}.webp"
-                    path.write_bytes(data)  # scratch, which goes with the sampler: nothing for the file layer
+                    with writing(path):  # scratch, which goes with the sampler: nothing for the file layer
+                        path.write_bytes(data)
                     self._refs[uuid] = ImageRef(uuid, path=path)
             return self._refs[uuid]

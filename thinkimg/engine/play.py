@@ -18,6 +18,7 @@ from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.media import Media
 from thinkimg.engine.request import Sampling
+from thinkimg.errors import is_passing
 from thinkimg.images.settings import ViewLimits
 from thinkimg.records import Sample
 from thinkimg.store.image_table import ImageTable
@@ -47,9 +48,10 @@ class EpisodeSpec:
 async def play_episode(
     episode: Episode, engine: EngineClient, media: Media, mode: SamplingMode, pool: Executor
 ) -> Episode:
-    """Play one conversation to its end; a request that the engine refuses or garbles makes it a failed row.
+    """Play one conversation to its end; a request that the engine refuses, or a tool that breaks, makes it fail.
 
-    Raises EngineUnavailable where no server answers: the stage stops, and goes on later from its closed parts.
+    `refused` and `passing` say whether it may be played again. Raises EngineUnavailable where no server answers: the
+    stage stops, and goes on later from its closed parts.
     """
     loop = asyncio.get_running_loop()
     codec = episode.codec
@@ -80,6 +82,7 @@ async def play_episode(
             except Exception as error:  # a tool of ours or of the user's is broken: one row fails, not the run
                 log.exception("the tool %s broke", call.call.name)
                 episode.fail(f"The tool {call.call.name} broke: {type(error).__name__}: {error}")
+                episode.refused, episode.passing = True, is_passing(error)
                 break
             episode.observe(outcome)
     return episode

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Self
 from thinkimg import closure
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.settings import EngineConfig, EngineSettings
+from thinkimg.environment import child_environment, is_healthy, open_local
+from thinkimg.errors import shorten
 from thinkimg.models.base import check_model
 from thinkimg.process import Child, free_port, spawn
 
 SERVED_NAME = "policy"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has kernels for
-PACKAGE_ROOT = Path(__file__).parents[2]
 READY_TIMEOUT_S = 1800.0  # a 7B from a cold disk, with compilation; a tiny model on a CPU takes half a minute
 REPORT_EVERY_S = 30.0
 PIXELS = (28 * 28, 1280 * 28 * 28)  # least and most that the processor admits; views come at their final size
@@ -42,10 +42,11 @@ LOG_HINTS = {
     "ddress already in use": "start it again: another process took the port in the meantime",
     "torchvision::nms": "torchvision is a CUDA build and torch is not: install thinkimg again, or run `make setup`",
     "Failed to infer device type": "torch sees no GPU: CUDA 13 needs driver 580 or later, see `nvidia-smi`",
+    "No space left on device": "free some space there, or set TMPDIR to another directory",
     "No module named": "the environment is incomplete: install the closure in requirements/ again",
 }
 # "(EngineCore pid=1) ERROR 11-22 15:27:25 [core.py:1] ValueError: message", or an exception at the start of a line
-CAUSE = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)$", re.MULTILINE)
+CAUSE = re.compile(r"(?:^|\] )((?:cannot start |(?:\w+\.)*\w*(?:Error|Exception|Interrupt): ).+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class Server:
         try:
             self._wait(child, timeout)
             post(f"{self.url}/update_weight_version", {"new_version": self.version})
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # a signal
+                self.progress(f"{self.name}: stopping")
             self.stop()
             raise
 
@@ -195,7 +198,7 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
         "allowed-local-media-path": settings.media_dir.resolve() if settings.media_dir else None,
         "uvicorn-log-level": "warning",
         "worker-extension-cls": "thinkimg.engine.worker.WeightLoader",
-        "max-lora-rank": next((rank for rank in LORA_RANKS if rank >= (settings.max_lora_rank or 513)), None),
+        "max-lora-rank": None if settings.max_lora_rank is None else round_rank(settings.max_lora_rank),
     }
     flags = ["enable-scale-out", "enable-prefix-caching", "disable-uvicorn-access-log", "disable-log-stats"]
     if cpu:
@@ -212,43 +215,30 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
     return argv + [f"--{flag}" for flag in flags]
 
 
+def round_rank(rank: int) -> int:
+    """Return the rank that vLLM reserves for adapters of this one."""
+    return next(step for step in LORA_RANKS if step >= rank)
+
+
 def server_environment(base: Mapping[str, str], model: str, settings: ServerSettings) -> dict[str, str]:
-    """Return a server's environment: `base` with development mode on and telemetry off."""
-    env = {
-        **base,
-        "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /pause, /update_weight_version
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "true",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # for our worker extension
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), base.get("PYTHONPATH")])),
-    }
+    """Return a server's environment, made from the caller's by the rule for engines. model: directory or Hub id."""
+    own = {}
     if Path(model).is_dir():
-        env["HF_HUB_OFFLINE"] = "1"
+        own["HF_HUB_OFFLINE"] = "1"
     if settings.max_lora_rank is not None:
-        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        own["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if closure.on_cpu():
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.engine.cpu_kvcache_gib)
+        own["VLLM_CPU_KVCACHE_SPACE"] = str(settings.engine.cpu_kvcache_gib)
         if settings.engine.cpu_threads_bind is not None:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = settings.engine.cpu_threads_bind
-    return env
-
-
-def is_healthy(url: str) -> bool:
-    """Tell whether a server answers a GET request with status 200."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except OSError:  # URLError and HTTPError are OSErrors: not listening yet, or not ready
-        return False
+            own["VLLM_CPU_OMP_THREADS_BIND"] = settings.engine.cpu_threads_bind
+    return child_environment("engine", base, own)
 
 
 def post(url: str, body: dict) -> None:
     """Send JSON to a server. Raises EngineError where it answers with an error."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60):
+        with open_local(url, timeout=60, body=json.dumps(body).encode()):
             pass
     except urllib.error.HTTPError as error:
-        raise EngineError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:500]}") from error
+        answer = shorten(error.read().decode(errors="replace"), 500)
+        raise EngineError(f"{url} answered {error.code}: {answer}") from error

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from thinkimg.settings import Positive, Settings, Share
+from thinkimg.settings import Name, Positive, Settings, Share, Url
 
 
 class RolloutConfig(Settings):
@@ -21,8 +21,10 @@ class RolloutConfig(Settings):
 class EvaluateConfig(Settings):
     """Measurement of held-out accuracy."""
 
+    every: Positive = 1
+    """Iterations between two evaluations; the first policy and the last are evaluated always."""
     samples: Positive = 100
-    """Held-out samples per iteration."""
+    """Held-out samples per evaluation between the ends."""
     samples_ends: Positive = 300
     """Held-out samples before the first and after the last iteration."""
     k: int = Field(4, ge=0)
@@ -56,15 +58,18 @@ class EngineSettings(Settings):
 class EngineConfig(Settings):
     """Servers of vLLM and their use of the machine."""
 
-    urls: tuple[str, ...] = ()
+    urls: tuple[Url, ...] = ()
     """Running vLLM servers; none: a loop starts one on localhost and keeps it."""
+    adapters: Literal["auto", "always", "never"] = "auto"
+    """Serve LoRA adapters beside the base model; else they are merged into it, and whole weights are loaded. `auto`: on
+    a GPU, and by `urls` where every server takes them. (On a CPU vLLM's adapters are 46 times slower.)"""
     tensor_parallel_size: Positive = 1
     """GPUs over which one server splits the model."""
     gpu_memory_utilization: Share = 0.45
     """Share of the GPU that vLLM takes; the trainer needs the rest where both share one."""
     cpu_kvcache_gib: Positive = 2
     """Memory of the key-value cache on a CPU, in GiB."""
-    cpu_threads_bind: str | None = None
+    cpu_threads_bind: Name | None = None
     """VLLM_CPU_OMP_THREADS_BIND: the cores of a server on a CPU."""
     max_num_seqs: Positive = 256
     """Sequences that a server works on at once."""
@@ -80,9 +85,9 @@ class EngineConfig(Settings):
 class TeacherEndpoint(Settings):
     """Endpoint of the teacher."""
 
-    url: str | None = None
+    url: Url | None = None
     """Base URL of an OpenAI-compatible API, as http://host:8000/v1."""
-    api_key_env: str | None = None
+    api_key_env: Name | None = None
     """Environment variable that holds the key for `url`; null: OPENAI_API_KEY for https://api.openai.com, none for
     others."""
     concurrency: Positive = 32
@@ -93,5 +98,5 @@ class TeacherEndpoint(Settings):
     """Repetitions of a request that failed or took too long, with growing pauses."""
     gpu_memory_utilization: Share = 0.3
     """Share of the GPU that the loop's own second server takes ("warmstart")."""
-    cpu_threads_bind: str | None = None
+    cpu_threads_bind: Name | None = None
     """VLLM_CPU_OMP_THREADS_BIND of that server on a CPU."""

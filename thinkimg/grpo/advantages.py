@@ -75,7 +75,7 @@ def mix_rewards(
     return total
 
 
-def advantages(
+def group_advantages(
     totals: np.ndarray,
     groups: np.ndarray,
     valid: np.ndarray,
@@ -115,7 +115,9 @@ def advantages(
     return AdvantageResult(np.where(included, centred, 0.0), included, ids[silent], reasons)
 
 
-def included_rows(included: np.ndarray, truncated: np.ndarray, *, mask_truncated_completions: bool) -> np.ndarray:
+def select_included_rows(
+    included: np.ndarray, truncated: np.ndarray, *, mask_truncated_completions: bool
+) -> np.ndarray:
     """Return the indices of the rows to be trained on: (n,) int64, ascending.
 
     Take them before anything is counted, packed or normalised. included: (N,) bool, from `advantages`.

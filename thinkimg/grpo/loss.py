@@ -7,7 +7,7 @@ Departures from TRL, if a step is more than one micro-batch or a position is mas
 - Values at masked positions, NaN and infinities included, have no influence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class LossOutput:
     """0-d, detached; each sums over the step to a mean over the step's tokens (rows for values that a row has once)."""
 
 
-def step_normaliser(
+def compute_normaliser(
     cfg: LossConfig, masks: Sequence[Tensor], *, max_completion_length: int, entropies: Sequence[Tensor] = ()
 ) -> Normaliser:
     """Return the totals of an optimizer step.
@@ -71,25 +71,47 @@ def step_normaliser(
     return Normaliser(rows, tokens, max_completion_length, entropy_threshold=threshold, entropy_tokens=kept)
 
 
-def compute_importance(cfg: LossConfig, old_logps: Tensor, engine_logps: Tensor, mask: Tensor) -> Tensor:
-    """Return the ratio of old policy to engine after the cap, (B, T) for token modes and (B, 1) for sequence modes.
+def compute_importance(
+    cfg: LossConfig, old_logps: Tensor, engine_logps: Tensor, mask: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the ratio of old policy to engine after the cap, (B, T) for token modes, (B, 1) for others; and metrics.
 
     A token that the engine could not score (NaN) has ratio 1. The sequence ratio is a product, so its spread grows with
     the number of tokens. TRL 1.16, `_generate_and_score_completions`; the idea: fengyao.notion.site/off-policy-rl.
+    Metrics: (B, T) of tokens or (B,) of rows: the ratio after the cap, its square, where it is 0, and where the ratio
+    before the cap lay beyond it.
     """
     log_ratio = torch.nan_to_num((old_logps - engine_logps) * mask, nan=0.0)
-    if cfg.vllm_importance_sampling_mode.startswith("sequence"):
+    by_row = cfg.vllm_importance_sampling_mode.startswith("sequence")
+    if by_row:
         log_ratio = log_ratio.sum(-1, keepdim=True)
     ratio = torch.exp(log_ratio)
     low, high = cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max
-    if cfg.vllm_importance_sampling_mode.endswith("truncate"):
-        return torch.clamp(ratio, min=low, max=high)
-    outside = torch.zeros_like(ratio, dtype=torch.bool)
+    beyond = torch.zeros_like(ratio, dtype=torch.bool)
     if low is not None:
-        outside |= ratio < low
+        beyond |= ratio < low
     if high is not None:
-        outside |= ratio > high
-    return ratio.masked_fill(outside, 0.0)
+        beyond |= ratio > high
+    if cfg.vllm_importance_sampling_mode.endswith("truncate"):
+        importance = torch.clamp(ratio, min=low, max=high)
+    else:
+        importance = ratio.masked_fill(beyond, 0.0)
+    metrics = {"mean": importance, "square": importance.square(), "zero": importance == 0, "beyond_cap": beyond}
+    return importance, {
+        f"sampling/importance_sampling_ratio/{name}": values.squeeze(1) if by_row else values
+        for name, values in metrics.items()
+    }
+
+
+def estimate_effective_sample(metrics: Mapping[str, float]) -> float | None:
+    """Return the effective share of a step's sample, from its metrics; None without a correction.
+
+    Kish's (sum of weights)^2 / (n x sum of squared weights); a weight of 0 counts as a part of the n.
+    """
+    mean, square = (metrics.get(f"sampling/importance_sampling_ratio/{name}") for name in ("mean", "square"))
+    if mean is None or square is None:
+        return None
+    return mean**2 / square if square else 0.0
 
 
 def keep_on_policy(threshold: float, logps: Tensor, sampling_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -102,7 +124,7 @@ def keep_on_policy(threshold: float, logps: Tensor, sampling_logps: Tensor, adva
     return ((advantages >= 0) | (mean <= threshold)).to(mask.dtype)
 
 
-def grpo_loss(
+def compute_grpo_loss(
     cfg: LossConfig,
     logps: Logps,
     *,
@@ -133,15 +155,13 @@ def grpo_loss(
     observed: dict[str, Tensor] = {}
     if cfg.vllm_importance_sampling_correction:
         assert logps.engine is not None, "vllm_importance_sampling_correction needs the engine's log-probabilities"
-        importance = compute_importance(cfg, logps.old, logps.engine, mask)
-        values = importance.squeeze(1) if cfg.vllm_importance_sampling_mode.startswith("sequence") else importance
-        observed["sampling/importance_sampling_ratio/mean"] = values
-        observed["sampling/importance_sampling_ratio/zero"] = values == 0
+        importance, observed = compute_importance(cfg, logps.old, logps.engine, mask)
 
     loss_type: Loss = LOSSES.member(cfg.loss_type, "LOSS")
     terms = Terms(logps.policy, log_ratio, ratio, advantages, mask, importance)
     per_token, loss_metrics = loss_type.per_token(cfg, terms)
-    observed |= loss_metrics
+    space = "" if cfg.loss_type in LOSSES.shipped else "loss/"  # a user's own names meet none of ours
+    observed |= {f"{space}{name}": values for name, values in loss_metrics.items()}
 
     if cfg.off_policy_mask_threshold is not None:
         sampling_logps = logps.old if logps.engine is None else logps.engine
@@ -150,7 +170,9 @@ def grpo_loss(
         per_token = per_token * kept
     high_entropy = mask
     if cfg.top_entropy_quantile < 1.0:
-        assert entropies is not None and normaliser.entropy_threshold is not None, "use step_normaliser with entropies"
+        assert entropies is not None and normaliser.entropy_threshold is not None, (
+            "use compute_normaliser with entropies"
+        )
         high_entropy = mask * (entropies >= normaliser.entropy_threshold)
         per_token = per_token * high_entropy
     if importance is not None and not loss_type.uses_importance:
@@ -170,7 +192,7 @@ def grpo_loss(
     if cfg.entropy_coef != 0.0:
         assert entropies is not None, "entropy_coef != 0 needs entropies"
         tokens = normaliser.tokens if cfg.top_entropy_quantile == 1.0 else normaliser.entropy_tokens
-        assert tokens is not None, "use step_normaliser with entropies"
+        assert tokens is not None, "use compute_normaliser with entropies"
         loss = loss - cfg.entropy_coef * (entropies * high_entropy).sum() / max(tokens, 1)
     if entropies is not None:
         observed["entropy"] = entropies

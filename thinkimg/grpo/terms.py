@@ -50,7 +50,7 @@ class Terms:
 
 PerToken = Callable[[Any, Terms], "tuple[Tensor, dict[str, Tensor]]"]
 """(the loss's own settings, terms) -> loss (B, T) or (B, 1), to be minimised; and metrics: (B, T) of tokens or (B,) of
-rows."""
+rows. The names of a user's own loss get `loss/` in front."""
 
 Weight = Callable[["Tensor", Normaliser], "Tensor | float"]
 """(mask (B, T), totals) -> weight of each token, broadcastable to (B, T)."""
@@ -66,7 +66,7 @@ class Loss:
     """True if `per_token` has used `Terms.importance` itself; otherwise it is multiplied onto the result."""
 
 
-def clipped_surrogate(cfg: LossConfig, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]":
+def compute_clipped_surrogate(cfg: LossConfig, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]":
     """Return PPO's clipped objective (arXiv 1707.06347 eq. 7), and the shares of clipped tokens.
 
     The upper bound is its own (DAPO, arXiv 2503.14476 section 3.1). `delta` bounds negative advantages too
@@ -81,13 +81,13 @@ def clipped_surrogate(cfg: LossConfig, terms: Terms) -> "tuple[Tensor, dict[str,
     is_low = (ratio < low) & (terms.advantages < 0)
     is_high = (ratio > high) & (terms.advantages > 0)
     return loss, {
-        "clip_ratio/low_mean": by_level(cfg, is_low),
-        "clip_ratio/high_mean": by_level(cfg, is_high),
-        "clip_ratio/region_mean": by_level(cfg, is_low | is_high),
+        "clip_ratio/low_mean": reduce_to_level(cfg, is_low),
+        "clip_ratio/high_mean": reduce_to_level(cfg, is_high),
+        "clip_ratio/region_mean": reduce_to_level(cfg, is_low | is_high),
     }
 
 
-def by_level(cfg: LossConfig, values: "Tensor") -> "Tensor":
+def reduce_to_level(cfg: LossConfig, values: "Tensor") -> "Tensor":
     """Return values computed from `Terms.ratio` as those of tokens (B, T) or of rows (B,).
 
     The shape alone does not tell: a micro-batch of one-token rows is (B, 1), too.

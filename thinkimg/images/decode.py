@@ -2,12 +2,13 @@
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from thinkimg.images.metadata import without_metadata
 from thinkimg.images.view import MAX_ASPECT
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -81,27 +82,34 @@ def decode(data: bytes, limits: ImageLimits = ImageLimits()) -> Image.Image:
     if len(data) > limits.max_bytes:
         raise ImageRefused(RefusalReason.BYTES, f"{len(data):,} bytes are more than {limits.max_bytes:,}")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            limits.check_size(*image.size)
-            level = _GREY_LEVEL.get(image.tile[0].args, 1) if image.tile else 1
-            image.load()
-            if level > 1 and "transparency" in image.info:
-                image.info["transparency"] *= level
-            rgb = _on_white(image)
-            orientation = _orientation(image)
+        rgb, orientation = _read(data, limits)
     except (ImageRefused, MemoryError):  # a full memory is not the image's fault: its size is within the limits
         raise
-    except UnidentifiedImageError as error:
-        detail = f"no readable header of {', '.join(FORMATS)}"
-        raise ImageRefused(RefusalReason.FORMAT, detail) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageRefused(RefusalReason.PIXELS, str(error)) from error
     except Exception as error:  # on damaged input decoders raise OSError, SyntaxError, ValueError, struct.error, …
+        bare = without_metadata(data)
+        if bare != data:  # viewers show a picture whose metadata are damaged, and so do we
+            return decode(bare, replace(limits, max_bytes=len(bare)))
+        if isinstance(error, UnidentifiedImageError):
+            detail = f"no readable header of {', '.join(FORMATS)}"
+            raise ImageRefused(RefusalReason.FORMAT, detail) from error
         raise ImageRefused(RefusalReason.BROKEN, f"{type(error).__name__}: {error}") from error
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     rgb.info = {}  # Pillow hands profiles and comments on to every derived image, and to PNGs written from it
     return rgb
+
+
+def _read(data: bytes, limits: ImageLimits) -> tuple[Image.Image, object]:
+    """Return (pixels in RGB as they are stored, EXIF orientation). Raises whatever Pillow raises, and ImageRefused."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        limits.check_size(*image.size)
+        level = _GREY_LEVEL.get(image.tile[0].args, 1) if image.tile else 1
+        image.load()
+        if level > 1 and "transparency" in image.info:
+            image.info["transparency"] *= level
+        return _on_white(image), _orientation(image)
 
 
 def pixel_hash(image: Image.Image) -> str:
@@ -140,5 +148,7 @@ def _orientation(image: Image.Image) -> object:
     """Return the EXIF orientation, 1 (upright) if it cannot be read, as viewers show it; valid ones are 1 to 8."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except SyntaxError:  # Pillow raises it for an EXIF block without a TIFF header
+    except MemoryError:
+        raise
+    except Exception:  # the block is a stranger's bytes: SyntaxError, struct.error, KeyError, TypeError, …
         return 1

@@ -2,6 +2,8 @@
 
 from typing import Self
 
+from pydantic import model_validator
+
 from thinkimg.settings import Positive, Settings
 
 
@@ -10,6 +12,12 @@ class ViewLimits(Settings):
 
     min_pixels: Positive
     max_pixels: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"images.min_pixels ({self.min_pixels}) exceeds images.max_pixels ({self.max_pixels})")
+        return self
 
     @classmethod
     def of(cls, images: "ViewLimits") -> Self:

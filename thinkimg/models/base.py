@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, shorten
+from thinkimg.hub import find_commit, require_commit
 from thinkimg.models.settings import ModelConfig
 from thinkimg.settings import Settings
+from thinkimg.store.kinds import Policy
 from thinkimg.store.manifest import Reference, directory_digest
 
 
@@ -24,22 +26,40 @@ class BaseSource(Settings):
         return cls(path=model.path, revision=model.revision, tiny=model.tiny is not None)
 
     def reference(self) -> Reference:
-        """Return the digest of a directory, or the id and revision of a Hub model, as an input of a stage.
+        """Return the digest of a directory, or the id and commit of a Hub model, as an input of a stage.
 
+        Where the commit can't be known, the revision stands for it: for a dry run, as `Base.locate` then refuses.
         Raises as `check_model`.
         """
         check_model(self.path)
         path = Path(self.path)
-        return Reference("base", directory_digest(path) if path.is_dir() else f"{self.path}@{self.revision or 'main'}")
+        if path.is_dir():
+            return Reference("base", directory_digest(path))
+        commit = find_commit(self.path, self.revision)
+        return Reference("base", f"{self.path}@{commit or self.revision or 'main'}")
 
-    def entry(self) -> dict[str, str | None]:
-        """Return the fields of `Base`, for jobs and adapters; the name is never a path, which may change."""
+    def entry(self, policy: Policy | None = None) -> dict[str, str | None]:
+        """Return the fields of `Base`, for jobs and adapters; the name is never a path, which may change.
+
+        policy: one that is played or trained; its base counts where the settings name no other. Raises as
+        `check_model`.
+        """
         if self.tiny:
             return {"name": "tiny", "revision": None, "directory": None}
-        reference, path = self.reference(), Path(self.path)
+        path = Path(self.path)
         if path.is_dir():
-            return {"name": f"model/{reference.digest}", "revision": None, "directory": str(path.resolve())}
-        return {"name": self.path, "revision": self.revision, "directory": None}
+            return {"name": f"model/{self.reference().digest}", "revision": None, "directory": str(path.resolve())}
+        check_model(self.path)
+        if policy is not None:
+            name, revision = map(policy.json("policy/state.json")["base"].get, ("name", "revision"))
+            wanted = find_commit(self.path, self.revision) if self.revision else None
+            if name == self.path and (wanted in (None, revision) or self.revision == revision):
+                return {"name": name, "revision": revision, "directory": None}
+        return {
+            "name": self.path,
+            "revision": find_commit(self.path, self.revision) or self.revision,
+            "directory": None,
+        }
 
 
 def check_model(name: str) -> None:
@@ -65,24 +85,27 @@ class Base:
         """Return itself. Raises UserError if a policy with this state (state.json) was trained on another base."""
         recorded = state["base"]
         if (self.name, self.revision) != (recorded["name"], recorded["revision"]):
-            raise UserError(f"The policy was trained on {recorded['name']}, not on {self.name}.")
+            trained, own = ("@".join(filter(None, (base["name"], base["revision"]))) for base in (recorded, vars(self)))
+            raise UserError(f"The policy was trained on {trained}, not on {own}.")
         return self
 
     def locate(self) -> Path:
-        """Return its directory, after a download if it has none. Raises UserError if it can't be loaded."""
+        """Return its directory, after a download if it has none.
+
+        Raises UserError if it can't be loaded, and where its commit can't be known.
+        """
         if self.directory is not None:
             if not Path(self.directory, "config.json").is_file():
                 raise UserError(f"{self.directory} holds no model: there is no config.json.")
             return Path(self.directory)
+        commit = require_commit(self.name, self.revision)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(
-                snapshot_download(self.name, revision=self.revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"])
-            )
+            return Path(snapshot_download(self.name, revision=commit, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            detail = " ".join(str(error).split())[:200]
+            detail = shorten(str(error))
             raise UserError(
                 f"The base model {self.name} can't be loaded: {detail}",
                 hint="Check that it is a Hub id and that the Hub can be reached.",

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, shorten
+from thinkimg.hub import cached_commit, find_commit, require_commit
 from thinkimg.models.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.store import files
@@ -61,10 +62,34 @@ class Encoder:
         return self._encode(self._model.encode_image, (list(run(prepare, part)) for part in split_batches(names)))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n, d) float32 of the texts."""
-        return self._encode(
-            self._model.encode_text, (list(self._tokenizer(list(part))) for part in split_batches(texts))
+        """Return (n, d) float32 of the texts.
+
+        A text that is longer than the model's context is encoded in pieces: its vector is the mean of theirs.
+        """
+        pieces = [self.split_text(text) for text in texts]
+        flat = [piece for part in pieces for piece in part]
+        vectors = self._encode(
+            self._model.encode_text, (list(self._tokenizer(list(part))) for part in split_batches(flat))
         )
+        parts = np.split(vectors, np.cumsum([len(part) for part in pieces])[:-1])
+        means = [part[0] if len(part) == 1 else part.mean(0) / np.linalg.norm(part.mean(0)) for part in parts]
+        return np.array(means, dtype=np.float32)
+
+    def split_text(self, text: str) -> list[str]:
+        """Return the text in pieces that fit into the model's context, halved between words as often as it takes."""
+        if self._fits(text) or len(text) < 2:
+            return [text]
+        middle = len(text) // 2
+        spaces = [i for i, letter in enumerate(text[1:-1], 1) if letter.isspace()]
+        cut = min(spaces, key=lambda i: abs(i - middle), default=middle)
+        halves = filter(None, (text[:cut].strip(), text[cut:].strip()))
+        return [piece for half in halves for piece in self.split_text(half)]
+
+    def _fits(self, text: str) -> bool:
+        """Tell whether no token of a text is cut: with room for one more it has the same tokens, and padding."""
+        tokens = self._tokenizer([text])[0]
+        roomy, empty = self._tokenizer([text, ""], context_length=len(tokens) + 1)
+        return bool((roomy[:-1] == tokens).all() and roomy[-1] == empty[-1])
 
     def _encode(self, encode: Callable, batches: Iterator[list]) -> np.ndarray:
         import torch
@@ -92,20 +117,39 @@ def load_encoder(name: str, pretrained: str | None) -> Encoder:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    repository = hub_repository(name, pretrained)
+    commit = repository and require_commit(repository)
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the library raises what its downloader, parser or torch raises
-        detail = " ".join(str(error).split())[:200]
+        detail = shorten(str(error))
         raise UserError(
             f"The CLIP model {name} ({pretrained}) can't be loaded: {detail}",
             hint="Set image.embedding.model and .pretrained to open_clip's names, or the model to local-dir:<folder>.",
         ) from error
+    # open_clip takes no commit: it loads what the main branch is now, and leaves that in the cache.
+    if repository and cached_commit(repository) != commit:
+        raise UserError(f"The CLIP model {name} has changed on the Hub.", hint="Run the same command again.")
     return Encoder(model.eval(), preprocess, tokenizer, device)
 
 
+def hub_repository(name: str, pretrained: str | None) -> str | None:
+    """Return the repository of the Hub from which open_clip loads these weights, None if they are from elsewhere."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:")
+    if name.startswith("local-dir:") or pretrained is None:
+        return None
+    with importing:
+        from open_clip import get_pretrained_cfg
+    return get_pretrained_cfg(name.replace("/", "-"), pretrained).get("hf_hub", "").rpartition("/")[0] or None
+
+
 def weights_digest(settings: ClipName, own: Artifact | None) -> str:
-    """Return the digest of the artifact, the hash of local files, or the name by which weights are downloaded."""
+    """Return the digest of the artifact, the hash of local files, or the name and commit of weights of the Hub.
+
+    Where the commit can't be known, it is the name alone: `load_encoder` then refuses the model.
+    """
     if own is not None:
         return own.digest
     folder = settings.model.removeprefix("local-dir:")
@@ -118,7 +162,9 @@ def weights_digest(settings: ClipName, own: Artifact | None) -> str:
         paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
     if paths and all(path.is_file() for path in paths):
         return hashlib.sha256("".join(files.sha256_once(path) for path in paths).encode()).hexdigest()
-    return f"{settings.model}/{settings.pretrained}"
+    repository = hub_repository(settings.model, settings.pretrained)
+    commit = find_commit(repository) if repository else None
+    return "@".join(filter(None, (f"{settings.model}/{settings.pretrained}", commit)))
 
 
 @contextmanager

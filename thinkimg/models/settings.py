@@ -2,9 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from thinkimg.settings import Positive, Settings
+from thinkimg.settings import FilePath, Name, Positive, Settings
 
 
 class TinyModel(Settings):
@@ -18,7 +18,7 @@ class TinyModel(Settings):
     """Layers of the language model."""
     heads: Positive = 4
     """Attention heads of the language model."""
-    rope_theta: float = 20.0
+    rope_theta: float = Field(20.0, gt=0)
     """Base of the rotary frequencies; Qwen's 1e6 leaves a tiny model blind to columns."""
     vision_layers: Positive = 4
     """Layers of the vision tower."""
@@ -31,10 +31,10 @@ class TinyModel(Settings):
 class ModelConfig(Settings):
     """The base model, its precision, and what of it is trained."""
 
-    path: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    path: FilePath = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Hub id or directory of the base model. Not read where `tiny` is set."""
-    revision: str | None = None
-    """Commit or tag on the Hub."""
+    revision: Name | None = None
+    """Commit or tag on the Hub; null is the commit that its main branch is when the model is used."""
     tiny: TinyModel | None = None
     """Make a tiny model instead of loading one; `{}` takes the defaults of its settings."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -47,8 +47,8 @@ class ModelConfig(Settings):
     """Run code that comes with the model repository."""
     adaptation: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter, or all weights."""
-    lora_rank: Positive = 64
-    """Rank of the adapter."""
+    lora_rank: int = Field(64, ge=1, le=512)
+    """Rank of the adapter; vLLM serves 512 at most."""
     lora_alpha: Positive = 128
     """Scale of the adapter: its output is multiplied by lora_alpha / lora_rank."""
     train_vision: bool = False

@@ -11,7 +11,7 @@ import logging
 import math
 from typing import Any
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, describe_error
 from thinkimg.records import Role, StopReason, Trajectory, TurnKind
 from thinkimg.rewards.batch import Batch, Score, Status
 from thinkimg.rewards.user_function import UserFunction
@@ -51,7 +51,8 @@ def _call(own: UserFunction, shown: list[Trajectory], batch: Batch, extra: dict[
             result = asyncio.run(_finish(result))
         values = [None if value is None else _number(value) for value in result]
     except Exception as error:
-        raise UserError(f"The reward function {own.path} failed: {type(error).__name__}: {error}") from error
+        hint = "It gets a list per column and returns one number per completion; see docs/rewards.md."
+        raise UserError(f"The reward function {own.path} failed: {describe_error(error)}.", hint=hint) from error
     columns: dict[str, list[Any]] = {"values": values} | {f"values of {name}": column for name, column in extra.items()}
     for kind, column in columns.items():
         if len(column) != len(shown):

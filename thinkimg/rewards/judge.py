@@ -1,7 +1,7 @@
 """Judge: a module that judges processed images, behind the name of its column."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from thinkimg.registry import source_digest
@@ -24,20 +24,28 @@ class Judge:
         """Names of the resources that it occupies (engine, teacher, trainer): the module's `USES`, by default none."""
         return frozenset(getattr(self.module, "USES", ()))
 
+    @property
+    def is_own(self) -> bool:
+        """True for a user's own judge."""
+        return not self.module.__name__.startswith(f"{JUDGES.package}.")
+
     def prompt(self, settings: JudgeSettings) -> str:
         """Return the hash of its question, which enters the scores' fingerprint; with the precision of a model it asks.
 
-        By default that of its settings and of its module's file.
+        By default that of its settings. The code of a user's own judge counts, too.
         """
         if hasattr(self.module, "prompt"):
-            return self.module.prompt(settings)
+            asked = self.module.prompt(settings)
+            return settings.hashed(asked, source_digest(self.module)) if self.is_own else asked
         own = getattr(settings.image, self.name, None)
         return settings.hashed(own and own.model_dump(mode="json"), source_digest(self.module))
 
     def identity(self, context: JudgeContext) -> JudgeIdentity:
         """Return the identity under which its judgements are stored for good. By default it depends on no weights."""
         if hasattr(self.module, "identity"):
-            return self.module.identity(context)
+            identity = self.module.identity(context)
+            code = context.settings.hashed(identity.prompt, source_digest(self.module))
+            return replace(identity, prompt=code) if self.is_own else identity
         return JudgeIdentity(self.name, self.module.__name__, "", self.prompt(context.settings))
 
     def judge(self, pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:

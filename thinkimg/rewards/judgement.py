@@ -47,6 +47,8 @@ class Judgement:
     by: JudgeIdentity | None = None
     unreachable: bool = False
     """True if the judge could not be asked at all, so that another one may be."""
+    refused: bool = field(default=False, compare=False)
+    """True if the judge's server refused this pair or garbled its answer; no column of the ledger."""
 
 
 Judgements = Mapping[tuple[str, Pair], Judgement]

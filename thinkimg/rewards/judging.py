@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from thinkimg import records
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, check_share, is_passing
 from thinkimg.images.decode import pixel_hash
 from thinkimg.records import Sample, Trajectory
 from thinkimg.rewards.context import JudgeContext
@@ -54,7 +54,7 @@ def run_judges(
     """Have judges look at pairs, side by side where the memory holds them all.
 
     close(component, judgements) is called when a judge has ended. Raises the first failure after all have ended, so
-    that the judgements of the others are kept.
+    that the judgements of the others are kept. A judge that refused most pairs has failed.
     """
     pairs = sorted(wanted, key=sort_key)
     rejected = dict(zip(pairs, context.map(lambda pair: reject_unfit(pair, context), pairs), strict=True))
@@ -64,6 +64,8 @@ def run_judges(
 
     def judge_all(name: str) -> Judgements:
         judged = dict(zip(fit, ask_judge(judges[name], fit, context, lookup), strict=True))
+        refused = [judgement.reason or "?" for judgement in judged.values() if judgement.refused]
+        check_share(refused, len(judged), f"judgements of {name}")
         return {(name, pair): rejected[pair] or judged[pair] for pair in pairs}
 
     threads = 1 if context.resources.exclusive else len(names)
@@ -87,7 +89,9 @@ def reject_unfit(pair: Pair, context: JudgeContext) -> Judgement | None:
             if pixel_hash(image) != sha256:
                 raise ValueError(f"the pixels stored as {sha256[:16]}… have another hash")
         reason = find_defect(image)
-    except (KeyError, OSError, ValueError, UserError) as error:
+    except (KeyError, OSError, ValueError) as error:
+        if is_passing(error):
+            raise
         return Judgement(None, f"An image can't be read: {error}", {})
     return Judgement(0.0, reason, {}) if reason else None
 

@@ -11,15 +11,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from thinkimg.answers.text import normalise, strip_lead_in
+from thinkimg.environment import child_environment
+from thinkimg.errors import UserError
 from thinkimg.rewards.maths_worker import SECONDS
-from thinkimg.rewards.text import normalise
 
 WORKER = Path(__file__).with_name("maths_worker.py")
 MAX_FORMULA_LENGTH = 500  # characters of a formula
+STOPPED = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)  # a person's, or the kernel's without memory
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,26 @@ class Checker:
             self._forget()
 
     def ask(self, answer: str, right: str) -> Verdict:
-        """Return the verdict on an answer. Raises RuntimeError if the child ended with an error of its own."""
+        """Return the verdict on an answer.
+
+        Raises UserError if the child was ended from outside, RuntimeError if it ended with an error of its own.
+        """
         process = self._process or self._start()
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps([right, answer]) + "\n")
-        process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: its status says why
+            process.stdin.write(json.dumps([right, strip_lead_in(answer)]) + "\n")
+            process.stdin.flush()
         reply = process.stdout.readline()
         if reply:
             return Verdict(*json.loads(reply))
         status = self._forget()
         if status == -signal.SIGPROF:
             return Verdict(False, f"Comparing the formulas took more than {SECONDS:g} s of CPU time.")
+        if -status in STOPPED:
+            raise UserError(
+                f"The process that compares formulas was ended from outside, by signal {-status}.",
+                hint="Run this again; if the machine is short of memory, set where.workers lower.",
+            )
         if status < 0:
             return Verdict(False, f"Comparing the formulas ended with signal {-status}.")
         raise RuntimeError(
@@ -88,7 +101,7 @@ class Checker:
     def _start(self) -> subprocess.Popen[str]:
         # -P: the directory of the script holds format.py and others, which must not shadow a library's modules.
         command = [sys.executable, "-P", str(WORKER)]
-        environment = os.environ | {"PYTHONHASHSEED": "0"}  # sympy's order of terms follows from hashes
+        environment = child_environment("maths", os.environ)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, encoding="utf-8"
         )

@@ -17,6 +17,8 @@ SECONDS = 2.0
 decides as an idle one does.
 """
 MEMORY = 2 * 2**30
+MIXED = re.compile(r"(?<![\w.^\\}])(\d+) (\d+) ?/ ?(\d+)(?![\w./^])")
+SIDE_BY_SIDE = re.compile(r"\d [\d.]")
 
 
 def close_eval() -> None:
@@ -40,14 +42,25 @@ def close_eval() -> None:
 
 
 def parse_formulas(text: str) -> list[object]:
-    """Return the formulas in a text: those between LaTeX's delimiters, or all of it. Python's ** is a power, too."""
+    """Return the formulas in a text: those between LaTeX's delimiters, or all of it. Python's ** is a power, too.
+
+    2 2/3 is a mixed number. Other numbers side by side are no formula, for the grammar would multiply them.
+    """
     from math_verify import LatexExtractionConfig, parse
 
-    text = " ".join(text.split()).replace("**", "^")
+    text = MIXED.sub(_add_fraction, " ".join(text.split()).replace("**", "^"))
+    if "\\" not in text and SIDE_BY_SIDE.search(text):
+        return []
     delimited = any(mark in text for mark in ("$", r"\(", r"\[", r"\boxed"))
     # parsing_timeout=None: math-verify's own needs SIGALRM and cannot interrupt C code; ours is the kernel's.
     latex = text if delimited else f"${text}$"
     return parse(latex, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+
+
+def _add_fraction(mixed: re.Match[str]) -> str:
+    whole, numerator, denominator = mixed.groups()
+    is_proper = len(numerator) <= len(denominator) < 20 and int(numerator) < int(denominator)
+    return f"({whole}+{numerator}/{denominator})" if is_proper else mixed[0]
 
 
 def verify_pair(right: str, answer: str) -> tuple[bool, str | None]:

@@ -13,7 +13,7 @@ from thinkimg.rewards.user_function import load_function
 
 Component = Callable[[Batch], list[Score]]
 
-RESERVED = ("trajectory_id", "sample_id", "group_id", "total", "image")
+RESERVED = ("trajectory_id", "sample_id", "group_id", "total", "image", "teacher_fallback")
 """Names with another meaning where scores are stored or shown."""
 
 

@@ -3,14 +3,13 @@
 A rule's and a judge's own settings lie beside it.
 """
 
-import hashlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from thinkimg.registry import Registry, short_name
 from thinkimg.rewards.user_function import load_function
-from thinkimg.settings import Composite, EntryName
+from thinkimg.settings import Composite, EntryName, Name, Weight
 
 RULES = Registry("rules", "thinkimg.rewards.rules")
 """Each defines `score(batch)`, and `Settings` where it has some."""
@@ -28,14 +27,13 @@ class RewardsConfig(Composite):
     rules: tuple[Annotated[str, EntryName(RULES, "score")], ...] = ()
     """Rules beside those in thinkimg/rewards/rules, which always score: import paths of modules of your own, such as
     my_project.rules.brevity. Each is a raw column of the scores."""
-    functions: tuple[str, ...] = ()
+    functions: tuple[Name, ...] = ()
     """Your own rewards by import path `package.module:function`; each is `fn(completions, **columns) -> list[float]`.
     """
 
     def sources(self) -> dict[str, str]:
-        """Return path -> sha256 of the whole file, so that a changed helper in it counts."""
-        functions = {path: hashlib.sha256(load_function(path).source).hexdigest() for path in self.functions}
-        return super().sources() | functions
+        """Return path -> sha256 of a user's own code, that of the functions included."""
+        return super().sources() | {path: load_function(path).digest for path in self.functions}
 
 
 class ImageConfig(Composite):
@@ -47,7 +45,7 @@ class ImageConfig(Composite):
     types: tuple[Annotated[str, EntryName(JUDGES, "judge")], ...] = ("embedding",)
     """Judges of the processed image: files in thinkimg/rewards/judges, or import paths of modules of your own, such as
     my_project.judges.sharpness. Each is a raw column of the scores. Without any there is no image reward."""
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {
+    weights: dict[str, Weight] = {
         "self": 0.3, "teacher": 0.3, "attention": 0.2, "embedding": 0.2,
     }  # fmt: skip
     """Weight of each column in `image`, the part of the mix: those of `types` are divided by their sum. Applied with

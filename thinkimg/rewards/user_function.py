@@ -1,4 +1,4 @@
-"""User's own reward functions by import path, with the files that define them."""
+"""User's own reward functions by import path, with the identity of their code."""
 
 import functools
 import importlib
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, describe_error
+from thinkimg.source_code import code_digest
 
 FORM = "Write it as def name(completions, **columns) -> list[float]."
 
 
 @dataclass(frozen=True)
 class UserFunction:
-    """Loaded reward function; `source` is the file that defines it."""
+    """Loaded reward function."""
 
     path: str
     name: str
     function: Callable[..., Any]
-    source: bytes
+    digest: str
+    """`code_digest` of the module that defines it, and of the one that names it."""
 
 
 @functools.cache
@@ -34,8 +36,8 @@ def load_function(path: str) -> UserFunction:
         raise UserError(f"The reward '{path}' is no import path.", hint="Write it as package.module:function.")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
-        message = f"The module of the reward function {path} cannot be imported: {type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
+        message = f"The module of the reward function {path} cannot be imported: {describe_error(error)}"
         raise UserError(message, hint="It must be installed, or its folder be on PYTHONPATH.") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -44,7 +46,8 @@ def load_function(path: str) -> UserFunction:
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise UserError(f"The reward function {path} does not take all columns.", hint=FORM)
     try:
-        source = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_bytes()
+        Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_bytes()
     except (TypeError, OSError):
         raise UserError(f"The reward function {path} has no source that could be recorded.", hint=FORM) from None
-    return UserFunction(path, name, function, source)
+    defining = inspect.getmodule(inspect.unwrap(function)) or module
+    return UserFunction(path, name, function, code_digest(defining, module))

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from thinkimg.conversation.episode import (
 from thinkimg.conversation.picture import make_picture, model_view_size
 from thinkimg.conversation.protocol import load_protocol
 from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.data.json_lines import read_json_lines, require_json_lines
+from thinkimg.data.text_tables import PEEK
+from thinkimg.disk import writing
 from thinkimg.errors import UserError
 from thinkimg.images.settings import ViewLimits
 from thinkimg.models.base import BaseSource
@@ -30,7 +34,7 @@ from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.puzzles.demonstrations import write_script
 from thinkimg.puzzles.settings import Flaws
-from thinkimg.records import Sample, StopReason, Trajectory, to_row
+from thinkimg.records import Sample, StopReason, Trajectory, TurnKind, to_row
 from thinkimg.resources import Resources, locate_base
 from thinkimg.rewards.judges.attention import GENERIC
 from thinkimg.stages.known_pairs import known_pairs
@@ -120,6 +124,8 @@ def run(job: Job[DemonstrateSettings]) -> None:
         pictures = [make_picture(images.decoded(sha), settings.images) for sha in sample.images]
         episode = Episode(sample, pictures, spec, policy=SCRIPT, group_id=sample.sample_id, index=index)
         trajectory = play_script(episode, turns)
+        if settings.script is not None:
+            require_known_tools(trajectory, episode)
         if trajectory.stop is not StopReason.ANSWER:
             hint = "It must end with an answer, within conversation.max_turns, max_turn_tokens and max_tokens."
             reason = trajectory.error or f"it ended for '{trajectory.stop}'."
@@ -164,17 +170,31 @@ def read_scripts(settings: DemonstrateSettings, dataset: Dataset) -> Iterator[tu
             yield sample, 0, write_script(sample, form, settings.flaws, rng, tools=tools)
         return
     by_id = {sample.sample_id: sample for sample in samples}
-    text = Path(settings.script).read_text(encoding="utf-8")
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    path = Path(settings.script)
+    require_json_lines(path, [record for _, record in islice(read_json_lines(path), PEEK)])
+    for number, (line, record) in enumerate(read_json_lines(path), 1):
         try:
-            row = Script.model_validate_json(line)
+            row = Script.model_validate(record)
         except ValidationError:
             hint = 'Each line is {"sample_id": …, "turns": ["<think>…</think><tool>…</tool>", …]}'
-            raise UserError(f"Demonstration {number} cannot be read.", hint=hint) from None
+            why = f": {record}" if isinstance(record, str) else ""
+            raise UserError(f"Demonstration {number} (line {line}) cannot be read{why}.", hint=hint) from None
         if row.sample_id not in by_id:
             hint = "Take the ids from `thinkimg prepare`'s samples.parquet."
             raise UserError(f"Demonstration {number} names '{row.sample_id}', which is no training sample.", hint=hint)
         yield by_id[row.sample_id], number, row.turns
+
+
+def require_known_tools(trajectory: Trajectory, episode: Episode) -> None:
+    """Raise UserError where a demonstration calls a tool that is not on offer: the model would learn the mistake."""
+    for number, turn in enumerate(trajectory.turns, 1):
+        if turn.kind is TurnKind.TOOL and turn.tool not in episode.tools:
+            offered = ", ".join(episode.tools) or "none"
+            raise UserError(
+                f"The demonstration for {trajectory.sample_id} calls the tool {turn.tool!a} in turn {number}, which is "
+                "not on offer.",
+                hint=f"On offer by conversation.tools: {offered}.",
+            )
 
 
 def hash_script(path: str) -> str:
@@ -208,9 +228,11 @@ def locate_start(settings: DemonstrateSettings, dataset: Dataset, resources: Res
     directory = resources.scratch / f"tiny-{name}"
     if not directory.exists():
         half = resources.scratch / f"half-{name}"
-        half.mkdir()
-        create_tiny(half, settings.tiny, collect_texts(settings, dataset), seed=settings.seed)
-        half.rename(directory)
+        texts = collect_texts(settings, dataset)
+        with writing(half):
+            half.mkdir()
+            create_tiny(half, settings.tiny, texts, seed=settings.seed)
+            half.rename(directory)
     return directory
 
 

@@ -1,6 +1,7 @@
 """Measure held-out accuracy of a policy, greedy and sampled."""
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -8,15 +9,26 @@ from pydantic import Field
 
 from thinkimg.closure import engine_package
 from thinkimg.config.tree import Config
+from thinkimg.data.split import draw
 from thinkimg.engine.play import SamplingMode
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, check_share
 from thinkimg.puzzles.demonstrations import has_right_calls
-from thinkimg.records import Sample, Trajectory
+from thinkimg.records import Sample, StopReason, Trajectory
 from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.mix import RIGHT
 from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.rewards.settings import RewardsConfig
-from thinkimg.stages.rollout import PlaySettings, play_parts, play_settings, read_closed, summarise_rows
+from thinkimg.stages.rollout import (
+    PARTS,
+    PlaySettings,
+    compare_settings,
+    discard_parts,
+    play_parts,
+    play_settings,
+    read_closed,
+    report_failures,
+    summarise_rows,
+)
 from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Stage
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Dataset, Evaluation, Policy
@@ -51,30 +63,56 @@ def settings_of(config: Config, samples: int | None = None, blind: bool = False)
 
 
 def run(job: Job[EvaluateSettings]) -> None:
-    """Answer the first `samples` held-out questions once greedily and k times sampled.
+    """Answer `samples` random held-out questions once greedily and k times sampled.
 
     blind: every image that a tool makes is replaced by a grey one of the same size. That shows how much accuracy comes
     from these images. Metrics: accuracy with its Wilson interval, avg_at_k with a bootstrap interval over questions,
-    figures of tool use, and the same per family of puzzles.
+    figures of tool use, and the same per family of puzzles. Conversations that failed, and answers that can't be
+    judged, are counted and left out. Raises UserError where that is more than half of the greedy ones.
     """
     settings, dataset = job.settings, job.inputs["dataset"]
-    samples = dataset.split("held_out")[: settings.samples]
+    # One seed for all: the questions are the same after every iteration, and for policies of other seeds.
+    samples = draw(dataset.split("held_out"), settings.samples, 0, "evaluated")
     modes = [SamplingMode(0.0, settings.blind)] + [SamplingMode(settings.temperature, settings.blind)] * settings.k
     asyncio.run(play_parts(job, samples, modes, keep_images=False))
     rows = list(read_closed(job.work))
+    report_failures(rows)
     by_id = {sample.sample_id: sample for sample in samples}
-    rewards = RewardsConfig(answer={"number_tolerance": settings.number_tolerance})
-    batch = Batch(trajectories=rows, samples=by_id, config=rewards, images=ImageTable([dataset]))
-    values = np.array([score.value or 0.0 for score in score_answers(batch)]).reshape(len(samples), len(modes))
+    values = judge_answers(rows, by_id, settings.number_tolerance, ImageTable([dataset])).reshape(-1, len(modes))
     table = np.array(rows, dtype=object).reshape(values.shape)
+    unjudged = [row for row, value in zip(table[:, GREEDY], values[:, GREEDY], strict=True) if np.isnan(value)]
+    try:
+        check_share([row.error or "The answer can't be judged." for row in unjudged], len(table), "answers")
+    except UserError:
+        discard_parts(job.work, range(PARTS))
+        raise
     job.work.metrics |= summarise_evaluation(samples, table, values, settings.conversation.tools)
+
+
+def judge_answers(
+    rows: Sequence[Trajectory], samples: Mapping[str, Sample], tolerance: float, images: ImageTable
+) -> np.ndarray:
+    """Return the answers' rewards, (N,) float64; NaN where a conversation failed or its answer can't be judged.
+
+    samples: by id. tolerance: of numbers.
+    """
+    values = np.full(len(rows), np.nan)
+    played = [i for i, row in enumerate(rows) if row.stop is not StopReason.FAILED]
+    config = RewardsConfig(answer={"number_tolerance": tolerance})
+    batch = Batch(trajectories=[rows[i] for i in played], samples=samples, config=config, images=images)
+    values[played] = [np.nan if score.value is None else score.value for score in score_answers(batch)]
+    return values
 
 
 def summarise_evaluation(
     samples: list[Sample], rows: np.ndarray, values: np.ndarray, tools: tuple[str, ...] | None = None
 ) -> dict[str, float | None]:
-    """Return the metrics of (N, 1 + k) trajectories and their answer rewards; column GREEDY is the greedy one."""
+    """Return the metrics of (N, 1 + k) trajectories and their answer rewards; column GREEDY is the greedy one.
+
+    values: NaN where a conversation failed or its answer can't be judged.
+    """
     metrics = measure_accuracy(samples, rows, values, tools)
+    metrics["failed"] = int((list_stops(rows) == StopReason.FAILED).sum())
     for name, value in summarise_rows(rows[:, GREEDY]).items():
         if not name.startswith("stop/") or "failed" in name:
             metrics[name] = value
@@ -89,31 +127,53 @@ def summarise_evaluation(
 def measure_accuracy(
     samples: list[Sample], rows: np.ndarray, values: np.ndarray, tools: tuple[str, ...] | None
 ) -> dict[str, float | None]:
-    """Return the figures of (N, 1 + k) trajectories with these answer rewards."""
-    from scipy.stats import binomtest
+    """Return the figures of (N, 1 + k) trajectories with these answer rewards, over those that have one.
 
-    right = values[:, GREEDY] >= RIGHT
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    figures: dict[str, float | None] = {
-        "accuracy": float(right.mean()),
-        "accuracy_low": float(interval.low),
-        "accuracy_high": float(interval.high),
-        "tool_rate": float(np.mean([saw_tool_image(row) for row in rows[:, GREEDY]])),
-    }
+    judged: number of greedy answers behind `accuracy`. A figure without any answer is None.
+    """
+    judged = np.flatnonzero(~np.isnan(values[:, GREEDY]))
+    figures: dict[str, float | None] = {"judged": len(judged)}
+    figures |= dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "tool_rate"))
     chances = [1 / len(sample.choices) for sample in samples if sample.choices]
     if len(chances) == len(samples):
         figures["chance"] = float(np.mean(chances))
     if values.shape[1] > 1:
-        means = (values[:, 1:] >= RIGHT).mean(1)
-        figures["avg_at_k"] = float(means.mean())
-        figures["avg_at_k_low"], figures["avg_at_k_high"] = bootstrap_interval(means)
+        figures |= measure_sampled(values[:, 1:])
+    if not len(judged):
+        return figures
+    right, greedy = values[judged, GREEDY] >= RIGHT, rows[judged, GREEDY]
+    figures["accuracy"] = float(right.mean())
+    figures["accuracy_low"], figures["accuracy_high"] = wilson_interval(int(right.sum()), len(right))
+    figures["tool_rate"] = float(np.mean([saw_tool_image(row) for row in greedy]))
     if all("solution" in sample.metadata for sample in samples):
-        called = np.array(
-            [has_right_calls(sample, row, tools) for sample, row in zip(samples, rows[:, GREEDY], strict=True)]
-        )
+        called = np.array([has_right_calls(samples[i], row, tools) for i, row in zip(judged, greedy, strict=True)])
         figures["right_arguments"] = float(called.mean())
         figures["right_reading"] = float(right[called].mean()) if called.any() else None
     return figures
+
+
+def measure_sampled(values: np.ndarray) -> dict[str, float | None]:
+    """Return the mean share of right answers per question, and its interval, of (N, k) answer rewards."""
+    answered = ~np.isnan(values)
+    questions = answered.any(1)
+    if not questions.any():
+        return dict.fromkeys(("avg_at_k", "avg_at_k_low", "avg_at_k_high"))
+    means = ((values >= RIGHT).sum(1)[questions]) / answered.sum(1)[questions]
+    low, high = bootstrap_interval(means)
+    return {"avg_at_k": float(means.mean()), "avg_at_k_low": low, "avg_at_k_high": high}
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def list_stops(rows: np.ndarray) -> np.ndarray:
+    """Return the reasons for which trajectories stopped, in the same shape."""
+    return np.array([row.stop for row in rows.flat]).reshape(rows.shape)
 
 
 def saw_tool_image(row: Trajectory) -> bool:
@@ -132,11 +192,26 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def describe_accuracy(metrics: Mapping[str, float | None]) -> str:
+    """Return accuracy with its 95 % interval, avg@k, chance, and the number of conversations that failed."""
+
+    def show(*names: str) -> str:
+        values = [metrics.get(name) for name in names]
+        return "" if None in values else "–".join(f"{100 * value:.0f}" for value in values if value is not None)
+
+    accuracy, interval = show("accuracy"), show("accuracy_low", "accuracy_high")
+    parts = [f"held-out accuracy {accuracy} % (95 %: {interval})" if accuracy else "no held-out accuracy"]
+    parts += [f"{label} {text} %" for label, text in (("avg@k", show("avg_at_k")), ("chance", show("chance"))) if text]
+    if failed := metrics.get("failed"):
+        parts.append(f"{failed:.0f} conversations failed and don't count")
+    return ", ".join(parts)
+
+
 Samples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 evaluate = Stage(
     name="evaluate",
-    version=1,
+    version=2,
     makes=Evaluation,
     settings=settings_of,
     run=run,
@@ -149,6 +224,8 @@ evaluate = Stage(
         "blind": Parameter(bool, False, "Show grey images in place of those that tools make."),
     },
     packages=lambda settings: ("pillow", "transformers", "tokenizers", engine_package(), *ANSWERS),
+    warn=compare_settings,
+    report=lambda artifact: describe_accuracy(artifact.metrics),
     uses=lambda config: frozenset({"engine"}),
     player="policy",
 )

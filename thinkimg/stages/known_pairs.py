@@ -7,6 +7,7 @@ from pydantic import Field
 
 from thinkimg import records
 from thinkimg.config.tree import Config
+from thinkimg.data.split import draw
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.puzzles.known_pairs import make_known_pairs
@@ -38,7 +39,7 @@ def settings_of(
 def run(job: Job[PairsSettings]) -> None:
     """Write the content: pairs.parquet, one row per puzzle, and images.parquet."""
     dataset, work = job.inputs["dataset"], job.work
-    samples = dataset.split(job.settings.split)[: job.settings.count]
+    samples = draw(dataset.split(job.settings.split), job.settings.count, job.settings.seed, "paired")
     images, rows = ImageTable([dataset]), []
     encoded: dict[str, tuple[bytes, int, int]] = {}
     for number, pair in enumerate(make_known_pairs(samples, images.decoded, seed=job.settings.seed), 1):
@@ -57,7 +58,7 @@ def run(job: Job[PairsSettings]) -> None:
 
 known_pairs = Stage(
     name="known_pairs",
-    version=1,
+    version=2,
     makes=Pairs,
     settings=settings_of,
     run=run,

@@ -1,11 +1,13 @@
 """Turn a source of questions and pictures into a data set."""
 
 import json
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,17 @@ from pydantic import Field
 
 from thinkimg import records
 from thinkimg.config.tree import Config
+from thinkimg.conversation.episode import render_system_prompt
+from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.data.advice import state_refused
 from thinkimg.data.prepared import SampleJob, Survey, make_row_jobs, map_in_order, survey
 from thinkimg.data.settings import DataConfig
 from thinkimg.data.source import Source, open_source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
+from thinkimg.images.settings import ViewLimits
 from thinkimg.images.view import view_size
+from thinkimg.models.askable import AskSettings, find_unaskable
 from thinkimg.puzzles.samples import make_puzzle_jobs
 from thinkimg.puzzles.scenes import SCALE, SIZE, VIEW
 from thinkimg.records import to_row
@@ -30,6 +37,8 @@ from thinkimg.store.artifacts import Work
 from thinkimg.store.image_table import image_writer
 from thinkimg.store.kinds import Dataset
 from thinkimg.store.manifest import Reference
+
+log = logging.getLogger(__name__)
 
 PHOTOGRAPHS = ("scikit-image", "scikit-learn", "matplotlib")  # packages that ship the puzzles' photographs
 SAMPLES_PER_PART = 512
@@ -44,6 +53,8 @@ class PrepareSettings(Slice):
     max_decoded_pixels: int
     source: tuple[str, str] | None = Field(exclude=True)
     """Name and digest of the data in `data.path`; None for the built-in puzzles."""
+    asked: AskSettings | None = Field(default=None, exclude=True)
+    """Limits of what can be asked; None for the built-in puzzles, which fit."""
 
     @property
     def seed(self) -> int:
@@ -61,6 +72,7 @@ class PrepareSettings(Slice):
         return {
             "data": self.data.model_dump(mode="json", exclude={"path"}) | {"name": self.source[0]},
             "images": {"max_bytes": self.max_bytes, "max_decoded_pixels": self.max_decoded_pixels},
+            "asked": self.asked and self.asked.fingerprinted(),
         }
 
 
@@ -72,7 +84,7 @@ def settings_of(config: Config) -> PrepareSettings:
     )
     if config.data.source != "puzzles":
         source = open_source(config.data, settings.limits)
-        return settings.model_copy(update={"source": (source.name, source.digest)})
+        return settings.model_copy(update={"source": (source.name, source.digest), "asked": ask_settings(config)})
     view = view_size(SIZE, SIZE, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
     if view != (SIZE // SCALE, SIZE // SCALE):
         limits = " and ".join(f"images.{name}={value}" for name, value in VIEW.items())
@@ -81,6 +93,19 @@ def settings_of(config: Config) -> PrepareSettings:
             hint=f"Name your own data with data.source and data.path, or set {limits}.",
         )
     return settings
+
+
+def ask_settings(config: Config) -> AskSettings:
+    """Return the part of the slice on which it depends whether a question can be asked."""
+    model, checkpoint, talk = config.model, config.warmstart.checkpoint, config.conversation
+    system = render_system_prompt(talk)  # a tool whose code changes and not its description changes no prompt
+    return AskSettings(
+        conversation=ConversationConfig(system=system, max_images=talk.max_images, max_tokens=talk.max_tokens),
+        images=ViewLimits.of(config.images),
+        vocabulary=model.tiny and model.tiny.vocab_size,
+        start=checkpoint or model.path,
+        revision=None if checkpoint else model.revision,
+    )
 
 
 def puzzle_settings(config: Config) -> PrepareSettings:
@@ -118,7 +143,11 @@ def write_dataset(
         surveyed, jobs, total = None, make_puzzle_jobs(data), data.train + data.held_out
     else:
         # A resumed run surveys again: a stored survey would be no smaller than the source's texts.
-        surveyed = survey(source, data, limits, pool, window)
+        surveyed = survey(source, data, limits, pool, window, partial(find_unaskable, settings.asked))
+        for sentence in surveyed.advice:
+            log.warning("%s", sentence)
+        if surveyed.refused:
+            log.warning("%s", state_refused(surveyed.refused, surveyed.accepted + len(surveyed.refused)))
         jobs, total = make_row_jobs(source, surveyed.taken, limits), len(surveyed.taken)
     chunks = math.ceil(total / SAMPLES_PER_PART)
     stored: set[str] = set()
@@ -201,11 +230,11 @@ def _column(path: Path, name: str) -> list[str]:
 
 prepare = Stage(
     name="prepare",
-    version=2,
+    version=3,
     makes=Dataset,
     settings=settings_of,
     run=run,
-    packages=lambda settings: ("pillow", "numpy", "pyarrow") + (() if settings.source else PHOTOGRAPHS),
+    packages=lambda settings: ("pillow", "numpy", "pyarrow") + (("tokenizers",) if settings.source else PHOTOGRAPHS),
     outside=lambda settings: {"source": Reference("source", settings.source[1])} if settings.source else {},
 )
 

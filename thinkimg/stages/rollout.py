@@ -1,11 +1,12 @@
 """Let a policy play an iteration's samples."""
 
 import asyncio
+import json
 import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,15 +25,16 @@ from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.engine.media import Media
 from thinkimg.engine.play import EpisodeSpec, Sampler, SamplingMode
 from thinkimg.engine.settings import EngineSettings, RolloutConfig
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, check_share, shorten
 from thinkimg.images.settings import ViewLimits
 from thinkimg.models.base import BaseSource
 from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
 from thinkimg.resources import Resources
 from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage, write_images
-from thinkimg.store.artifacts import Work
+from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.image_table import ImageTable, encode_lossless
 from thinkimg.store.kinds import Dataset, Policy, Rollouts, read_columns, read_trajectories
+from thinkimg.store.manifest import MANIFEST, Artifact, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,7 @@ def run(job: Job[RolloutSettings]) -> None:
     started = time.perf_counter()
     tokens = asyncio.run(play_parts(job, samples, modes))
     work.metrics |= summarise_rows(read_closed(work))
+    report_failures(read_closed(work))
     if tokens:
         work.where["tokens_per_s"] = round(tokens / (time.perf_counter() - started), 1)
 
@@ -137,11 +140,11 @@ async def play_parts(
     """Play each sample once per entry of `modes`, and close the parts that are not closed yet.
 
     keep_images: store the images of tools, too; they can be made again from the data set and the calls. Returns the
-    number of tokens sampled now. Raises UserError where every conversation of the artifact failed, or the engine
-    refused most of them.
+    number of tokens sampled now. Raises UserError where every conversation of the artifact failed, most were refused,
+    or machine or network failed.
 
-    A part with a refusal is closed only when all are played. Before, nobody knows whose fault the refusal is, and the
-    next run would take the part for finished work.
+    A conversation that engine or tool refused is played a second time when all others have ended. Its part is closed
+    only then: before, nobody knows whose fault the refusal is, and the next run would take the part for finished work.
     """
     work = job.work
     size = -(-len(samples) // PARTS)
@@ -154,7 +157,7 @@ async def play_parts(
     specs = [EpisodeSpec(sample, i, modes[i]) for number in missing for sample in parts[number] for i in indices]
     total = len(samples) * len(modes)
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
-    pending: dict[int, list[Episode]] = {}  # parts with a refusal
+    refused: list[EpisodeSpec] = []
     tokens = 0
 
     def progress(done: int) -> None:
@@ -163,27 +166,37 @@ async def play_parts(
     if specs:
         opened = open_sampler(job.settings, job.inputs["dataset"], job.inputs["policy"], job.resources)
         async with opened as sampler, Writer() as writer:
-            pool = sampler.pool if keep_images else None
-            async for spec, episode in sampler.sample(specs, progress):
-                number = part_of[spec.sample.sample_id]
-                ended[number][spec.sample.sample_id, spec.index] = episode
-                if len(ended[number]) < len(parts[number]) * len(modes):
-                    continue
+            # The packages of the recipe are this machine's; the servers of where.engine.urls have their own.
+            work.where["engine_releases"] = await sampler.engine.releases()
+
+            async def close(number: int) -> None:
+                nonlocal tokens
                 by_key = ended.pop(number)
                 episodes = [by_key[sample.sample_id, i] for sample in parts[number] for i in indices]
                 tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
-                if any(episode.refused for episode in episodes):
-                    pending[number] = episodes
-                else:
-                    await writer.write(work, number, episodes, pool)
-            refused = [episode for episodes in pending.values() for episode in episodes if episode.refused]
-            if 2 * len(refused) > total:
-                raise UserError(
-                    f"The engine refused {len(refused)} of {total} conversations, the first with: {refused[0].error}",
-                    hint="Correct that and run this again: only the parts with a refusal are played again.",
-                )
-            for number, episodes in sorted(pending.items()):
-                await writer.write(work, number, episodes, pool)
+                await writer.write(work, number, episodes, sampler.pool if keep_images else None)
+
+            async for spec, episode in sampler.sample(specs, progress):
+                number = part_of[spec.sample.sample_id]
+                ended[number][spec.sample.sample_id, spec.index] = episode
+                if episode.refused:
+                    refused.append(spec)
+                complete = len(ended[number]) == len(parts[number]) * len(modes)
+                if complete and not any(other.refused for other in ended[number].values()):
+                    await close(number)
+            failed = [ended[part_of[spec.sample.sample_id]][spec.sample.sample_id, spec.index] for spec in refused]
+            check_share([episode.error or "?" for episode in failed], total, "conversations")
+            async for spec, episode in sampler.sample(refused, lambda done: None):
+                ended[part_of[spec.sample.sample_id]][spec.sample.sample_id, spec.index] = episode
+            broken = [episode for episodes in ended.values() for episode in episodes.values() if episode.passing]
+            for number in sorted(ended):
+                if not any(episode.passing for episode in ended[number].values()):
+                    await close(number)
+        if broken:
+            raise UserError(
+                f"{len(broken)} of {total} conversations could not be played, the first with: {broken[0].error}",
+                hint="Correct that and run this again: only their parts are played again.",
+            )
     if error := find_total_failure(work, range(len(parts))):
         discard_parts(work, range(len(parts)))
         raise UserError(
@@ -191,6 +204,13 @@ async def play_parts(
             hint="Correct that and run this again: everything is played again.",
         )
     return tokens
+
+
+def report_failures(rows: Iterable[Trajectory]) -> None:
+    """Log one line with the number of conversations that failed, and the first error; nothing where none did."""
+    errors = [row.error for row in rows if row.stop is StopReason.FAILED]
+    if errors:
+        log.warning("%d conversations failed and don't count, the first with: %s", len(errors), errors[0])
 
 
 def find_total_failure(work: Work, numbers: Iterable[int]) -> str | None:
@@ -265,13 +285,19 @@ def read_closed(work: Work) -> Iterator[Trajectory]:
 
 
 def summarise_rows(rows: Iterable[Trajectory]) -> dict[str, float]:
-    """Return headline figures of trajectories: shares of calls and of stop reasons, means per trajectory."""
+    """Return headline figures of trajectories: shares of stop reasons and of calls, means per trajectory played.
+
+    Those that failed count among the stop reasons alone.
+    """
     counts: Counter[str] = Counter()
     tools: Counter[str | None] = Counter()
     for row in rows:
         counts["rows"] += 1
-        counts["shown"] += any(turn.image is not None for turn in row.turns)
         counts[f"stop/{row.stop}"] += 1
+        if row.stop is StopReason.FAILED:
+            continue
+        counts["played"] += 1
+        counts["shown"] += any(turn.image is not None for turn in row.turns)
         counts["turns"] += len(row.turns)
         for turn in row.turns:
             counts["tokens"] += turn.tokens
@@ -279,18 +305,40 @@ def summarise_rows(rows: Iterable[Trajectory]) -> dict[str, float]:
             if turn.kind is TurnKind.TOOL:
                 tools[turn.tool] += 1
                 counts[f"tool/{turn.status}"] += 1
-    total, calls = counts["rows"], tools.total()
+    total, played, calls = counts["rows"], max(1, counts["played"]), tools.total()
     metrics = {
         "trajectories": total,
-        "tool/rate": counts["shown"] / total,
-        "tool/calls": calls / total,
-        "turns": counts["turns"] / total,
-        "tokens": counts["tokens"] / total,
+        "tool/rate": counts["shown"] / played,
+        "tool/calls": calls / played,
+        "turns": counts["turns"] / played,
+        "tokens": counts["tokens"] / played,
         "malformed": counts["malformed"] / max(1, counts["turns"]),
     }
     metrics |= {f"tool/{status}": counts[f"tool/{status}"] / max(1, calls) for status in CallStatus}
     metrics |= {f"stop/{reason}": counts[f"stop/{reason}"] / total for reason in StopReason}
     return metrics | {f"tool/share/{name}": count / calls for name, count in tools.items()}
+
+
+def compare_settings(settings: PlaySettings, inputs: Mapping[str, Artifact], store: Store) -> str:
+    """Return a sentence that names the settings under which the policy has learned otherwise; "" where none differs.
+
+    They are those of the rollouts or demonstrations that it was trained on, if the store has them.
+    """
+    policy = inputs["policy"]
+    learned = next((policy.inputs[role] for role in ("rollouts", "demonstrations") if role in policy.inputs), None)
+    if learned is None or not (store.root / str(learned) / MANIFEST).is_file():
+        return ""
+    recipe = read_manifest(store.root / str(learned))["recipe"]["config"]
+    now = settings.model_dump(mode="json", include={"conversation", "images"})
+    changes = [
+        f"{group}.{name} is {shorten(json.dumps(value), 60)}, not {shorten(json.dumps(recipe[group][name]), 60)}"
+        for group, values in now.items()
+        for name, value in values.items()
+        if name in recipe.get(group, {}) and recipe[group][name] != value
+    ]
+    if not changes:
+        return ""
+    return f"The policy {policy.short} has learned under other settings than these: {'; '.join(changes)}."
 
 
 Iteration = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -307,6 +355,7 @@ rollout = Stage(
     },
     parameters={"iteration": Parameter(Iteration, 1, "Number of the iteration, from 1.")},
     packages=lambda settings: ("pillow", "transformers", "tokenizers", engine_package()),
+    warn=compare_settings,
     uses=lambda config: frozenset({"engine"}),
     player="policy",
 )

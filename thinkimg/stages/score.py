@@ -4,6 +4,7 @@ For each chunk of parts the judges look at the processed images first, side by s
 (judgements-<judge>-*). Then each part is scored by components that are pure functions of its rows and ledgers.
 """
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from thinkimg.images.settings import ViewLimits
 from thinkimg.images.toolbox import user_sources
 from thinkimg.models.base import BaseSource
 from thinkimg.models.clip import weights_digest
+from thinkimg.records import StopReason, Trajectory
 from thinkimg.rewards import judging
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
@@ -39,6 +41,9 @@ from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import IDENTITY, Clip, Dataset, Policy, Rollouts, Scores
 from thinkimg.store.manifest import Artifact, Reference
 
+log = logging.getLogger(__name__)
+
+FAILED = "The conversation failed."
 CHUNK_ROWS = 4096  # trajectories whose images are judged together, at least
 
 
@@ -122,6 +127,9 @@ def run(job: Job[ScoreSettings]) -> None:
     lookup = judging.make_lookup(job.store, rollouts.digest) if settings.judges else None
     judges = load_judges(settings.judges.image) if settings.judges else ()
     for number, chunk in enumerate(group_parts(rollouts, parts)):
+        if reopen_ledger(work, number):
+            for part in chunk:
+                work.discard(name_scores(part))
         missing = {part: rollouts.files[part]["rows"] for part in chunk if not work.has(name_scores(part))}
         tally.score(sum(rollouts.files[part]["rows"] for part in chunk if part not in missing))
         if settings.judges and missing:
@@ -133,6 +141,12 @@ def run(job: Job[ScoreSettings]) -> None:
             work.table(name_scores(part), build_table(rollouts, part, columns))
             tally.score(missing[part])
     job.resources.release_encoder()
+    ledgers = [name for name in (name_ledger(i, "teacher") for i in range(len(parts))) if work.has(name)]
+    if unreached := [reason for name in ledgers for reason in list_unreachable(work.path(name))]:
+        log.warning(
+            "%d images were not judged by the teacher, as image.teacher.fallback allows; --force asks it again. "
+            "The first: %s", len(unreached), unreached[0],
+        )  # fmt: skip
     work.metrics |= summarise_scores([work.path(name_scores(part)) for part in parts], list(settings.components))
 
 
@@ -201,6 +215,16 @@ def fill_ledgers(
     judge_pairs(job.work, context, number, pairs, lookup)
 
 
+def reopen_ledger(work: Work, number: int) -> bool:
+    """Remove a chunk's ledgers that an earlier run closed while the teacher was unreachable; True if there were any."""
+    name = name_ledger(number, "teacher")
+    if not work.has(name) or not list_unreachable(work.path(name)):
+        return False
+    for judge in ("teacher", "self"):  # `self` may have stood in for it
+        work.discard(name_ledger(number, judge))
+    return True
+
+
 def judge_pairs(work: Work, context: JudgeContext, number: int, pairs: set[Pair], lookup: judging.Lookup) -> None:
     """Have all judges look at a chunk's pairs, and `self` too where it takes over for an unreachable teacher."""
 
@@ -214,23 +238,38 @@ def judge_pairs(work: Work, context: JudgeContext, number: int, pairs: set[Pair]
 
     image = context.settings.image
     ask(image.columns)
-    if "teacher" in image.types and image.teacher.fallback == "self":
-        judged = judging.read_ledger(work.path(name_ledger(number, "teacher")))
-        if any(judgement.unreachable for judgement in judged.values()):
-            ask(["self"])  # about all pairs: whole groups fall back
+    falls_back = "teacher" in image.types and image.teacher.fallback == "self"
+    if falls_back and list_unreachable(work.path(name_ledger(number, "teacher"))):
+        ask(["self"])  # about all pairs: whole groups fall back
+
+
+def list_unreachable(ledger: Path) -> list[str]:
+    """Return the reasons for which a judge was not reached, of each such judgement in its ledger."""
+    return [judgement.reason or "?" for judgement in judging.read_ledger(ledger).values() if judgement.unreachable]
 
 
 def score_part(job: PartJob) -> dict[str, list[Score]]:
-    """Return component -> one score per trajectory of the part, in order; the components run in threads."""
+    """Return component -> one score per trajectory of the part, in order; the components run in threads.
+
+    Conversations that failed are shown to none, and their scores are missing.
+    """
     dataset, rollouts = Dataset.open(job.dataset), Rollouts.open(job.rollouts)
-    image, rows = job.settings.judges and job.settings.judges.image, list(rollouts.trajectories(job.part))
+    image, stored = job.settings.judges and job.settings.judges.image, list(rollouts.trajectories(job.part))
+    rows = [row for row in stored if row.stop is not StopReason.FAILED]
     judgements = {key: judgement for path in job.ledgers for key, judgement in judging.read_ledger(path).items()}
     images = ImageTable([dataset, rollouts])
     batch = Batch(rows, dataset.samples_of(rows), job.settings.rewards, images, image, judgements, rollouts.tools)
     scorers = load_components(job.settings.rewards, image)
     with ThreadPoolExecutor(len(scorers)) as pool:
-        scores = {name: pool.submit(scorers[name], batch) for name in job.settings.components}
-        return {name: future.result() for name, future in scores.items()}
+        running = {name: pool.submit(scorers[name], batch) for name in job.settings.components}
+        scores = {name: future.result() for name, future in running.items()}
+    return {name: add_failed(stored, column) for name, column in scores.items()}
+
+
+def add_failed(rows: list[Trajectory], scores: list[Score]) -> list[Score]:
+    """Return one score per row, from those of the rows that did not fail."""
+    played = iter(scores)
+    return [Score.missing(FAILED) if row.stop is StopReason.FAILED else next(played) for row in rows]
 
 
 def name_ledger(number: int, component: str) -> str:
@@ -288,7 +327,7 @@ def uses(config: Config) -> frozenset[str]:
 
 score = Stage(
     name="score",
-    version=4,
+    version=5,
     makes=Scores,
     settings=settings_of,
     run=run,

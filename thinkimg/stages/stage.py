@@ -9,6 +9,7 @@ Fingerprint, command, flow and form, deployment, dry run and lineage follow from
 
 import builtins
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -24,6 +25,8 @@ from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.image_table import image_writer
 from thinkimg.store.kinds import TypedArtifact
 from thinkimg.store.manifest import Artifact, Recipe, Reference, package_versions
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total), from whatever thread."""
@@ -126,6 +129,10 @@ class Stage(Generic[S]):
     """Raises UserError where a run would fail, before anything runs."""
     wanted: Callable[[Config], bool] = lambda config: True
     """True where the pipeline has the stage under these settings."""
+    warn: Callable[[S, Mapping[str, Artifact], Store], str] = lambda settings, inputs, store: ""
+    """Sentence about inputs that were made under other settings, for every call; "" where there is nothing to say."""
+    report: Callable[[Artifact], str] = lambda artifact: ""
+    """Line about its artifact for a person who runs the stage by itself, or ""."""
     tidy: Callable[[Store, Artifact], None] = lambda store, artifact: None
     """Called when the artifact is complete, or was so before."""
     label: str = ""
@@ -215,6 +222,8 @@ def build_artifact(
         work.seed, work.where = getattr(settings, "seed", None), resources.where.public()
         stage.run(Job(settings, inputs, work, store, resources, progress, map))
 
+    if warning := stage.warn(settings, inputs, store):
+        log.warning("%s", warning)
     artifact, cached = store.build(
         stage.makes.KIND,
         stage.recipe(settings, inputs),

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
+from thinkimg.disk import writing
 from thinkimg.errors import UserError
-from thinkimg.grpo.advantages import AdvantageResult, Inclusion, advantages, included_rows
+from thinkimg.grpo.advantages import AdvantageResult, Inclusion, group_advantages, select_included_rows
 from thinkimg.images.settings import ViewLimits
 from thinkimg.models.base import BaseSource
 from thinkimg.models.settings import ModelConfig
@@ -83,21 +84,22 @@ def run(job: Job[TrainSettings]) -> None:
     joined = join(rollouts, scores)
     ids, valid = joined.ids, joined.counted
     totals, result = compute_advantages(Mix.from_tree(settings.mix), settings.train, joined)
-    rows = included_rows(
+    rows = select_included_rows(
         result.included, joined.stops == StopReason.TRUNCATED,
         mask_truncated_completions=settings.train.loss.mask_truncated_completions,
     )  # fmt: skip
     if not work.has("advantages.parquet"):
         work.table("advantages.parquet", advantages_table(joined, totals, result))
     included = job.resources.scratch / "advantages.parquet"  # the trainer's copy: included rows only
-    pa.parquet.write_table(
-        pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), included
-    )
+    with writing(included):
+        pa.parquet.write_table(
+            pa.table({"trajectory_id": [ids[i] for i in rows], "advantage": result.advantages[rows]}), included
+        )
     codec = Codec.load(policy.vocabulary)
     order = {
         "kind": "train",
         "policy": {"directory": str((policy.directory / "policy").resolve()), "digest": policy.digest},
-        "base": settings.base.entry(),
+        "base": settings.base.entry(policy),
         "model": settings.model.model_dump(mode="json"),
         "train": settings.train.model_dump(mode="json"),
         "rollouts": str(rollouts.directory.resolve()),
@@ -180,14 +182,14 @@ def trim_optimizers(store: Store, newest: Artifact) -> None:
 def compute_advantages(mix: Mix, train: TrainConfig, joined: Joined) -> tuple[np.ndarray, AdvantageResult]:
     """Return the totals of a mix, and the advantages within groups, over the rows that count."""
     totals, scale = joined.totals(mix), train.loss.scale_rewards
-    return totals, advantages(totals, joined.groups, joined.counted, scale_rewards=scale, min_std=train.min_std)
+    return totals, group_advantages(totals, joined.groups, joined.counted, scale_rewards=scale, min_std=train.min_std)
 
 
 MixWeight = Annotated[float, Field(ge=0, le=1000)]
 
 train = Stage(
     name="train",
-    version=2,
+    version=3,
     makes=Policy,
     settings=settings_of,
     run=run,

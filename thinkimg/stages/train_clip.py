@@ -31,6 +31,7 @@ def run(job: Job[ClipSettings]) -> None:
         (row["question"], *(images.decoded(row[name]) for name in ("right", "original", "wrong")))
         for row in pairs.rows()
     ]
+    job.work.discard("clip")  # of a killed run: its metrics are lost, so that it is trained again
     with job.work.part("clip") as directory, clip.limit_threads(job.resources.where.trainer.threads):
         job.work.metrics |= clip.train_tiny(
             directory, triples, seed=job.settings.seed, steps=job.settings.steps, progress=job.progress

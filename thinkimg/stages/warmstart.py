@@ -78,7 +78,7 @@ def run(job: Job[WarmstartSettings]) -> None:
 
 warmstart = Stage(
     name="warmstart",
-    version=2,
+    version=3,
     makes=Policy,
     settings=settings_of,
     run=run,

@@ -38,11 +38,18 @@ def encode_lossless(image: Image.Image) -> bytes:
 def keep_or_encode(data: bytes, image: Image.Image) -> bytes:
     """Return the file itself where every reader sees the pixels of `image = decode(data)`, else the image encoded anew.
 
-    Readers differ over EXIF orientation, transparency, palettes and 16 bit.
+    Readers differ over EXIF orientation, transparency, palettes, 16 bit, and metadata that are damaged.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as plain:
-        neutral = plain.mode == "RGB" and not plain.has_transparency_data and plain.size == image.size
-        return data if neutral and plain.tobytes() == image.tobytes() else encode_lossless(image)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as plain:
+            plain.getexif()
+            neutral = plain.mode == "RGB" and not plain.has_transparency_data and plain.size == image.size
+            keeps = neutral and plain.tobytes() == image.tobytes()
+    except MemoryError:
+        raise
+    except Exception:  # decode can do without the metadata, a stranger's reader can't
+        keeps = False
+    return data if keeps else encode_lossless(image)
 
 
 @contextmanager

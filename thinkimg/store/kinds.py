@@ -112,7 +112,7 @@ class Demonstrations(Episodes):
 class Evaluation(Episodes):
     """Trajectories over held-out samples."""
 
-    KIND, FIGURES, SPACES = "evaluation", ("accuracy", "avg_at_k"), ("eval",)
+    KIND, FIGURES, SPACES = "evaluation", ("accuracy", "avg_at_k", "chance", "failed"), ("eval",)
 
 
 class Scores(TypedArtifact):

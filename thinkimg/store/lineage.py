@@ -136,9 +136,12 @@ def _label(graph: Graph, name: str) -> str:
 
 
 def describe(artifact: Artifact) -> str:
-    """Return the iteration or mix of an artifact's stage, and its headline figures."""
+    """Return the iteration or mix of an artifact's stage, the policy of an evaluation, and the headline figures."""
     recipe, metrics = artifact.manifest["recipe"], artifact.metrics
     parts = []
+    if artifact.kind == "evaluation" and "policy" in artifact.inputs:
+        blind = " without tools' images" if recipe["config"].get("blind") else ""
+        parts.append(f"of policy {(artifact.inputs['policy'].fingerprint or '?')[:12]}{blind}")
     if "iteration" in recipe["config"]:
         parts.append(f"iteration {recipe['config']['iteration']}")
     if "mix" in recipe["config"]:

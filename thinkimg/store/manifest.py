@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from thinkimg import __version__
+from thinkimg.environment import child_environment
 from thinkimg.errors import UserError
 from thinkimg.store import files
 from thinkimg.store.tables import read_batches
@@ -30,6 +31,7 @@ TRIMMED = ".trimmed"
 """Suffix of the mark beside an attempt whose optimizer state was removed."""
 DROPPED = ".dropped"
 """Suffix of the mark beside an attempt whose files `gc` has dropped: it is listed, and can no longer be read."""
+GIT_TIMEOUT_S = 30
 MEND = "Put it back, or move the attempt's directory away and run the stage again."
 
 
@@ -248,13 +250,27 @@ def package_versions(*names: str) -> dict[str, str]:
 
 @functools.cache
 def git_revision() -> str | None:
-    """Return the commit of this code, with `-dirty` if files were changed since; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the commit of this code, with `-dirty` if files were changed since; None where it can't be known.
+
+    A repository counts if this package is tracked at its top: others may have an installed thinkimg inside.
+    """
+    package = Path(__file__).resolve().parents[1]
+    environment = child_environment("tool", os.environ)  # a GIT_DIR of the caller names another repository
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        process = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True
+        )
+        return process.stdout.rstrip("\n")
+
     try:
-        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None  # no git on this machine
-    return process.stdout.strip() or None
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, no repository, or one of another user
+        return None
 
 
 def host_facts() -> dict[str, Any]:
@@ -321,9 +337,12 @@ def read_inputs(manifest: Mapping[str, Any]) -> dict[str, Reference]:
 
 def json_number(value: Any) -> float | None:
     """Return a headline metric as JSON has it: an int, a finite float, or None."""
-    if value is None or isinstance(value, int):
-        return value
-    return float(value) if math.isfinite(value) else None
+    try:
+        if value is None or not math.isfinite(value):
+            return None
+        return value if isinstance(value, int) else float(value)
+    except OverflowError:  # an int that no float holds
+        return None
 
 
 def utc_now() -> str:

@@ -10,13 +10,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.errors import UserError
+from thinkimg.redaction import without_password
 from thinkimg.store import files
-from thinkimg.tracking.records import without_password
-from thinkimg.tracking.settings import TrackingConfig
+from thinkimg.tracking.relocation import location_of, move_records, path_of
+from thinkimg.tracking.settings import TrackingConfig, check_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
 
 LOOPS, STAGES = "thinkimg", "thinkimg-stages"
 
@@ -37,9 +40,16 @@ def load_mlflow() -> ModuleType:
     return mlflow
 
 
+def forget_places() -> None:
+    """Drop the places of runs' files that MLflow 3.17 keeps by run for the whole process."""
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()
+
+
 def uri_of(root: Path, tracking: TrackingConfig) -> str:
     """Return the tracking URI: the configured one, or sqlite in the store's root."""
-    return tracking.uri or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    return tracking.uri or check_uri(f"sqlite:///{root.resolve() / 'mlflow.db'}")
 
 
 def artifact_root(root: Path) -> Path:
@@ -63,6 +73,7 @@ class Connection:
             mlflow.set_tracking_uri(self.uri)  # traces go where this points, whatever a client is told
             self.client: MlflowClient = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
             self.loops, self.stages = (self._experiment(name) for name in (LOOPS, STAGES))
+            self._follow_store()
 
     @property
     def served(self) -> bool:
@@ -92,7 +103,7 @@ class Connection:
     def _experiment(self, name: str) -> str:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            location = None if self.served else str(artifact_root(self.root) / name)
+            location = None if self.served else location_of(artifact_root(self.root) / name)
             return self.client.create_experiment(name, location)
         if experiment.lifecycle_stage != "active":
             raise UserError(
@@ -100,6 +111,25 @@ class Connection:
                 hint=f"Restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
             )
         return experiment.experiment_id
+
+    def _follow_store(self) -> None:
+        """Let the database name the store's place where it names one at which the store was before.
+
+        A database in the store was moved with it. Another one may be shared: there a place counts as left if nothing is
+        there any more, and the files are here.
+        """
+        recorded = path_of(self.client.get_experiment(self.loops).artifact_location)
+        own = artifact_root(self.root) / LOOPS
+        if self.served or recorded is None or recorded == own or recorded.parts[-2:] != own.parts[-2:]:
+            return
+        if recorded.exists() and own.exists() and recorded.samefile(own):  # by another name
+            return
+        inside = self.uri == uri_of(self.root, TrackingConfig())
+        if inside or (own.exists() and not recorded.exists()):
+            old, new = recorded.parents[1], own.parents[1]
+            count = move_records(self.uri, old, new)
+            forget_places()
+            log.warning("The store was at %s before: %d places in MLflow's database now name %s.", old, count, new)
 
     def find_run(self, experiment: str, tag: str, value: str) -> "Run | None":
         """Return the oldest run with a tag, if any."""

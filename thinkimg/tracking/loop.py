@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from thinkimg.conversation.episode import render_system_prompt
-from thinkimg.settings import without_password
+from thinkimg.redaction import without_password
 from thinkimg.store.artifacts import Store
-from thinkimg.store.manifest import Artifact, Reference, utc_now
+from thinkimg.store.manifest import Artifact, Reference, git_revision, utc_now
 from thinkimg.tracking.connection import Connection, artifact_root, first_line, uri_of
 from thinkimg.tracking.projection import LoopRun, open_run, project_loop, project_policies, project_stage, readable_mix
 from thinkimg.tracking.records import (
+    NOTHING,
     LoopRecord,
     LoopSettings,
     load_record,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOCAL_UI = "http://127.0.0.1:5000"
+PORT = 5000  # of MLflow's UI
 SAMPLE_S, SAMPLES_PER_POINT = 10, 3  # of the machine's load
 
 
@@ -132,18 +133,19 @@ class LoopTracker:
             self._warned.add(what)
 
 
-def open_loop(config: LoopSettings, store: Store) -> LoopTracker:
+def open_loop(config: LoopSettings, store: Store, outside: Mapping[str, str] = NOTHING) -> LoopTracker:
     """Return the tracker of a loop, new or continued: `iterations` and `where` do not make it another loop.
 
-    Raises UserError if MLflow is unusable.
+    outside: see `loop_id`. Raises UserError if MLflow is unusable.
     """
-    identity = loop_id(config)
+    identity = loop_id(config, outside)
     record = load_record(store, identity)
     if record is None:
         name = f"{readable_mix(config.mix)} seed={config.seed} {identity[:6]}"
         record = LoopRecord(identity, resolved(config), name, system=render_system_prompt(config.conversation))
     assert record.loop_id == identity, f"the record of loop {record.loop_id} for loop {identity}"
     record.config, record.status, record.finished = resolved(config), "RUNNING", None
+    record.git = git_revision()
     tracking = config.where.tracking
     save_record(store, record)
     if not tracking.enabled:
@@ -188,15 +190,19 @@ def run_link(connection: Connection, experiment: str, run_id: str) -> str:
     return f"{address(connection)}/#/experiments/{experiment}/runs/{run_id}"
 
 
-def compare_link(store: str, tracking: TrackingConfig) -> str:
+def compare_link(store: str, tracking: TrackingConfig, port: int = PORT) -> str:
     """Return the URL at which all loops overlay, comparable charts first (see view.py). store: its root."""
     connection = Connection(Path(store), tracking)
-    return f"{address(connection)}/#/experiments/{connection.loops}/runs?{QUERY}"
+    return f"{address(connection, port)}/#/experiments/{connection.loops}/runs?{QUERY}"
 
 
-def address(connection: Connection) -> str:
-    """Return the URL of MLflow's UI."""
-    return without_password(connection.uri).rstrip("/") if connection.uri.startswith("http") else LOCAL_UI
+def address(connection: Connection, port: int = PORT) -> str:
+    """Return the URL of MLflow's UI. port: that of `thinkimg track ui`, which shows a database."""
+    return (
+        without_password(connection.uri).rstrip("/")
+        if connection.uri.startswith("http")
+        else f"http://127.0.0.1:{port}"
+    )
 
 
 def log_missing_traces(connection: Connection, store: Store, record: LoopRecord, run_id: str, done: set[int]) -> int:
@@ -255,12 +261,16 @@ def sync_store(store: Store, tracking: TrackingConfig | None = None) -> SyncRepo
     return report
 
 
-def ui_command(store: str, tracking: TrackingConfig) -> str:
-    """Return the shell command that shows the runs in a browser: a local server, or the tracking server's page."""
+def ui_command(store: str, tracking: TrackingConfig, port: int = PORT) -> str:
+    """Return the shell command that shows the runs in a browser: a local server, or the tracking server's page.
+
+    Raises UserError if the database is unusable.
+    """
     root = Path(store)
     uri = uri_of(root, tracking)
     if uri.startswith(("http:", "https:")):
         return shlex.join([sys.executable, "-m", "webbrowser", uri])
-    server = f"{shlex.quote(sys.executable)} -m mlflow server --host 127.0.0.1 --port 5000 --workers 1"
+    Connection(root, tracking)  # which follows a store that was moved
+    server = f"{shlex.quote(sys.executable)} -m mlflow server --host 127.0.0.1 --port {port} --workers 1"
     data = shlex.join(["--backend-store-uri", uri, "--default-artifact-root", str(artifact_root(root))])
     return f"MLFLOW_DISABLE_TELEMETRY=true {server} {data}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,17 @@ from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact, canonical_json
 from thinkimg.tracking.connection import Connection
 from thinkimg.tracking.records import LoopRecord, headline, milliseconds
+from thinkimg.tracking.sink import KEY_LENGTH, Point, encode_name, log_entries, valid_tags, valid_text
 from thinkimg.tracking.view import offer_view
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Run
 
-PARAM_LENGTH, PARAMS_PER_BATCH, POINTS_PER_BATCH = 500, 100, 1000
+MODEL_NAME_LENGTH = 200
+MODEL_NAME_REFUSED = re.compile(r"""[%/:'"`\\\x00-\x1f]""")  # by MLflow, and by the filters of its searches
 
 Points = dict[str, set[tuple[int, float]]]
-"""Metric -> (step, value) of the points that MLflow has."""
+"""Key of a metric -> (step, value) of the points that MLflow has."""
 
 
 def input_digest(digest: str) -> str:
@@ -28,14 +31,13 @@ def input_digest(digest: str) -> str:
     return digest[:36]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, text of at most PARAM_LENGTH characters) of every leaf; lists are leaves, as JSON."""
-    for key, value in tree.items():
+def flatten(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield (names from the root on, text) of every leaf; lists are leaves, as JSON."""
+    for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, (*above, str(name)))
         else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            yield f"{prefix}{key}", text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
+            yield (*above, str(name)), value if isinstance(value, str) else json.dumps(value)
 
 
 def readable_mix(mix: Mapping[str, float]) -> str:
@@ -43,11 +45,11 @@ def readable_mix(mix: Mapping[str, float]) -> str:
     return " ".join(f"{name}={weight:g}" for name, weight in sorted(mix.items()))
 
 
-def loop_tags(record: LoopRecord) -> dict[str, str]:
-    """Return the tags of a loop's run, by which runs are searched and compared."""
+def loop_tags(record: LoopRecord) -> dict[str, str | None]:
+    """Return the tags of a loop's run, by which runs are searched and compared; None for what can't be known."""
     config, model = record.config, record.config["model"]
     datasets = record.references("dataset")
-    tags = {
+    return {
         "thinkimg.loop": record.loop_id,
         "dataset": input_digest(datasets[0][1].digest) if datasets else None,
         "base_model": "tiny" if model["tiny"] else "@".join(filter(None, (model["path"], model["revision"]))),
@@ -62,7 +64,6 @@ def loop_tags(record: LoopRecord) -> dict[str, str]:
         "mlflow.note.content": f"Reward mix: {readable_mix(config['mix'])}. Step 0 is before training. "
         "Between mixes, compare `eval/*` and single components; `reward/total` depends on the mix.",
     }
-    return {name: value for name, value in tags.items() if value is not None}
 
 
 @dataclass
@@ -77,7 +78,8 @@ def open_run(connection: Connection, record: LoopRecord) -> LoopRun:
     """Return the loop's run, created if there is none."""
     client, run = connection.client, connection.find_run(connection.loops, "thinkimg.loop", record.loop_id)
     if run is None:
-        run = client.create_run(connection.loops, milliseconds(record.started), loop_tags(record), record.name)
+        tags, name = valid_tags(loop_tags(record)), valid_text(record.name, KEY_LENGTH)
+        run = client.create_run(connection.loops, milliseconds(record.started), tags, name)
         return LoopRun(run.info.run_id, {})
     points: Points = {}
     for key in run.data.metrics:
@@ -99,11 +101,11 @@ def project_loop(connection: Connection, record: LoopRecord, loop: LoopRun) -> i
     if datasets:
         add_inputs(connection, run, {"dataset": datasets[0][1]})
     missing = missing_points(record, loop.points)
-    log_points(connection, loop.run_id, missing)
-    if not {point.key for point in missing} <= set(loop.points):
-        offer_view(connection, {point.key for point in missing})
-    for point in missing:
-        loop.points.setdefault(point.key, set()).add((point.step, point.value))
+    log_entries(connection, loop.run_id, metrics=missing)
+    if not {encode_name(name) for name, *_ in missing} <= set(loop.points):
+        offer_view(connection, {encode_name(name) for name, *_ in missing})
+    for name, value, _, step in missing:
+        loop.points.setdefault(encode_name(name), set()).add((step, value))
     log_files(connection, run, record)
     if run.info.status != record.status:
         if record.status == "RUNNING":
@@ -113,37 +115,28 @@ def project_loop(connection: Connection, record: LoopRecord, loop: LoopRun) -> i
     return len(missing)
 
 
-def missing_points(record: LoopRecord, points: Points) -> "list[Metric]":
+def missing_points(record: LoopRecord, points: Points) -> list[Point]:
     """Return the record's points that MLflow lacks; a corrected value becomes a second point."""
-    from mlflow.entities import Metric
-
     return [
-        Metric(key, value, milliseconds(iteration.time), iteration.step)
+        (name, value, milliseconds(iteration.time), iteration.step)
         for iteration in record.iterations
-        for key, value in iteration.metrics.items()
-        if (iteration.step, value) not in points.get(key, ())
+        for name, value in iteration.metrics.items()
+        if (iteration.step, value) not in points.get(encode_name(name), ())
     ]
 
 
-def log_points(connection: Connection, run_id: str, points: "list[Metric]") -> None:
-    for start in range(0, len(points), POINTS_PER_BATCH):
-        connection.client.log_batch(run_id, metrics=points[start : start + POINTS_PER_BATCH])
-
-
-def set_tags(connection: Connection, run: "Run", tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    changed = [RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value]
+def set_tags(connection: Connection, run: "Run", tags: Mapping[str, str | None]) -> None:
+    """Set the tags that differ; one that can't be known stays as it is."""
+    have = run.data.tags
+    changed = {name: value for name, value in tags.items() if not valid_tags({name: value}).items() <= have.items()}
     if changed:
-        connection.client.log_batch(run.info.run_id, tags=changed)
+        log_entries(connection, run.info.run_id, tags=changed)
 
 
 def add_params(connection: Connection, run: "Run", tree: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    missing = [Param(key, value) for key, value in flatten(tree) if key not in run.data.params]
-    for start in range(0, len(missing), PARAMS_PER_BATCH):
-        connection.client.log_batch(run.info.run_id, params=missing[start : start + PARAMS_PER_BATCH])
+    missing = {parts: text for parts, text in flatten(tree) if encode_name(*parts) not in run.data.params}
+    if missing:
+        log_entries(connection, run.info.run_id, params=missing)
 
 
 def add_inputs(connection: Connection, run: "Run", inputs: Mapping[str, Any]) -> None:
@@ -154,7 +147,7 @@ def add_inputs(connection: Connection, run: "Run", inputs: Mapping[str, Any]) ->
     missing = []
     for name, reference in inputs.items():
         if (reference.kind, input_digest(reference.digest)) not in have:
-            source = json.dumps({"uri": str(connection.root.resolve() / str(reference)) if reference.attempt else ""})
+            source = json.dumps({"uri": f"thinkimg:/{reference}"})  # without the store's place, which may change
             dataset = Dataset(reference.kind, input_digest(reference.digest), "local", source)
             missing.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
     if missing:
@@ -186,8 +179,6 @@ def log_files(connection: Connection, run: "Run", record: LoopRecord) -> None:
 
 def project_stage(connection: Connection, artifact: Artifact) -> bool:
     """Add the run of a stage, and tell whether something was missing."""
-    from mlflow.entities import Metric
-
     client, manifest = connection.client, artifact.manifest
     name, end = str(artifact.reference), milliseconds(manifest["finished"])
     run = connection.find_run(connection.stages, "thinkimg.artifact", name)
@@ -200,25 +191,28 @@ def project_stage(connection: Connection, artifact: Artifact) -> bool:
         "stage": manifest["recipe"]["stage"],
         "attempt": artifact.attempt,
         "seed": json.dumps(manifest["seed"]),
-        "git": manifest["git"] or "",
+        "git": manifest["git"],
         "host": manifest["host"]["hostname"],
         "mlflow.source.name": "thinkimg",
-        "mlflow.source.git.commit": manifest["git"] or "",
+        "mlflow.source.git.commit": manifest["git"],
     }
     if run is None:
         title = f"{manifest['recipe']['stage']} {artifact.short}"
-        run = client.create_run(connection.stages, milliseconds(manifest["started"]), tags, title)
+        run = client.create_run(connection.stages, milliseconds(manifest["started"]), valid_tags(tags), title)
     add_params(connection, run, manifest["recipe"]["config"])
     add_inputs(connection, run, artifact.inputs)
-    missing = {key: value for key, value in headline(artifact).items() if key not in run.data.metrics}
-    log_points(connection, run.info.run_id, [Metric(key, value, end, 0) for key, value in missing.items()])
+    metrics = {name: value for name, value in headline(artifact).items() if encode_name(name) not in run.data.metrics}
+    log_entries(connection, run.info.run_id, metrics=[(name, value, end, 0) for name, value in metrics.items()])
     client.set_terminated(run.info.run_id, "FINISHED", end)
     return True
 
 
 def model_name(record: LoopRecord) -> str:
     """Return the name of the registered model, after the preset or its file."""
-    return f"thinkimg-{Path(record.config['preset']).stem}"
+    stem = MODEL_NAME_REFUSED.sub(lambda match: f"%{ord(match[0]):02x}", Path(record.config["preset"]).stem)
+    if len(stem) > MODEL_NAME_LENGTH:
+        stem = f"{stem[: MODEL_NAME_LENGTH - 9]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+    return f"thinkimg-{stem}"
 
 
 def project_policies(connection: Connection, store: Store, record: LoopRecord, run_id: str) -> int:
@@ -235,7 +229,7 @@ def project_policies(connection: Connection, store: Store, record: LoopRecord, r
         return 0
     try:
         description = f"Policies trained with the preset {record.config['preset']}."
-        client.create_registered_model(name, description=description)
+        client.create_registered_model(name, description=valid_text(description))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -253,7 +247,7 @@ def project_policies(connection: Connection, store: Store, record: LoopRecord, r
             "mix": readable_mix(record.config["mix"]),
             "finished": artifact.manifest["finished"],
         }
-        client.create_model_version(name, source, run_id, tags)
+        client.create_model_version(name, source, run_id, valid_tags(tags))
     versions = client.search_model_versions(f"name = '{name}'")
     newest = max(versions, key=lambda version: (version.tags.get("finished", ""), int(version.version)))
     if client.get_registered_model(name).aliases.get("current") != newest.version:

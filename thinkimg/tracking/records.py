@@ -3,24 +3,25 @@
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError
-from thinkimg.settings import without_password
+from thinkimg.redaction import without_password
 from thinkimg.store import files
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import KINDS
-from thinkimg.store.manifest import Artifact, Reference, canonical_json, git_revision, utc_now
+from thinkimg.store.manifest import Artifact, Reference, canonical_json, git_revision, json_number, utc_now
 from thinkimg.tracking.settings import TrackingConfig
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class WhereSettings(Protocol):
@@ -108,9 +109,13 @@ class LoopRecord:
         iteration.time = utc_now()
 
 
-def loop_id(config: LoopSettings) -> str:
-    """Return 16 hex digits over the config without `iterations`, `where` and `on_alarm`, which may change in a loop."""
-    return hashlib.sha256(canonical_json(resolved(config, identity=True)).encode()).hexdigest()[:16]
+def loop_id(config: LoopSettings, outside: Mapping[str, str] = NOTHING) -> str:
+    """Return 16 hex digits over the config without `iterations`, `where` and `on_alarm`, which may change in a loop.
+
+    outside: name -> digest of what the loop reads beside it, such as a user's data.
+    """
+    tree = resolved(config, identity=True)
+    return hashlib.sha256(canonical_json([tree, dict(outside)] if outside else tree).encode()).hexdigest()[:16]
 
 
 def resolved(config: LoopSettings, identity: bool = False) -> dict[str, Any]:
@@ -140,7 +145,8 @@ def headline(artifact: Artifact) -> dict[str, float]:
 
 def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Return the metrics without None, NaN and infinities."""
-    return {key: float(value) for key, value in metrics.items() if value is not None and math.isfinite(value)}
+    numbers = {name: json_number(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
 def milliseconds(time: str) -> int:

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, shorten
 from thinkimg.images.toolbox import load_tools
 from thinkimg.records import StopReason
 from thinkimg.rewards.joined import Joined, join
@@ -79,4 +79,4 @@ def usable_tools(rollouts: Rollouts) -> tuple[str, ...] | None:
 def explain_score(score: dict[str, str | None]) -> str:
     """Return the reason of a score, and its evidence as readable JSON."""
     evidence = json.dumps(json.loads(score["evidence"]), ensure_ascii=False) if score["evidence"] else None
-    return "; ".join(filter(None, (score["reason"], evidence)))[:2000]
+    return shorten("; ".join(filter(None, (score["reason"], evidence))), 2000)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,11 +18,16 @@ from thinkimg.conversation.regions import cut_box
 from thinkimg.images.coordinates import Frame
 from thinkimg.records import Sample, Trajectory, Turn, TurnKind
 from thinkimg.tracking.connection import Connection, load_mlflow, read_pages
+from thinkimg.tracking.sink import encode_name, valid_tags, valid_text
+
+log = logging.getLogger(__name__)
 
 LONGEST_SIDE = 1024  # of a shown image, in pixels
 LOSSLESS_PIXELS = 512 * 512  # up to here PNG, above JPEG
 CALL = re.compile(r"<tool>.*?(</tool>|$)|<tool_call>.*?(</tool_call>|$)", re.DOTALL)
 KEY = "thinkimg.trace"
+WORKING_DIRECTORYS = tuple(f"mlflow.source.git.{name}" for name in ("commit", "branch", "repoURL"))
+"""Metadata that MLflow reads from the repository around the working directory, which is none of ours."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,27 @@ def log_traces(connection: Connection, run_id: str, step: int, data: TraceData, 
     """
     keys = {trace_key(run_id, step, row.trajectory_id): (row, why) for row, why in data.chosen}
     missing = {key: entry for key, entry in keys.items() if key not in existing}
+    refused = set()
     for key, (row, why) in missing.items():
         tags = {KEY: key, "step": str(step), "why": why, "trajectory": row.trajectory_id}
-        log_trace(connection, run_id, tags | {"sample": row.sample_id, "stop": row.stop}, row, data)
+        try:
+            messages = chat_messages(row, data.samples[row.sample_id], data.images, data.system, data.tools)
+        except Exception as error:  # of an image or a tool: one odd row costs its own trace
+            log.warning("Trajectory %s can't be shown: %s: %s", row.trajectory_id, type(error).__name__, error)
+            refused.add(key)
+            continue
+        tags |= {"sample": row.sample_id, "stop": row.stop}
+        log_trace(connection, run_id, valid_tags(tags), messages, row, data)
     if missing:
         load_mlflow().flush_trace_async_logging()  # waits only if asynchronous logging was turned on elsewhere
-        lost = set(missing) - trace_keys(connection, run_id, step)
+        lost = set(missing) - refused - trace_keys(connection, run_id, step)
         if lost:
             raise RuntimeError(f"{len(lost)} of {len(missing)} traces did not arrive")
-    return len(missing)
+    return len(missing) - len(refused)
 
 
 def trace_key(run_id: str, step: int, trajectory_id: str) -> str:
-    return f"{run_id}/{step}/{trajectory_id}"
+    return valid_text(f"{run_id}/{step}/{trajectory_id}")
 
 
 def trace_keys(connection: Connection, run_id: str, step: int | None = None) -> set[str]:
@@ -112,14 +126,20 @@ def trace_keys(connection: Connection, run_id: str, step: int | None = None) -> 
     return {trace.info.tags.get(KEY) for trace in traces}
 
 
-def log_trace(connection: Connection, run_id: str, tags: Mapping[str, str], row: Trajectory, data: TraceData) -> None:
-    """Log one trace together with its feedback."""
+def log_trace(
+    connection: Connection,
+    run_id: str,
+    tags: Mapping[str, str],
+    messages: list[dict[str, Any]],
+    row: Trajectory,
+    data: TraceData,
+) -> None:
+    """Log one trace together with its feedback. messages: see `chat_messages`."""
     mlflow = load_mlflow()
     from mlflow.entities import AssessmentSource, SpanType
     from mlflow.entities.trace_location import MlflowExperimentLocation
 
     sample = data.samples[row.sample_id]
-    messages = chat_messages(row, sample, data.images, data.system, data.tools)
     last = messages.pop() if messages[-1]["role"] == "assistant" else None
     mlflow.set_tracking_uri(connection.uri)  # global state: another connection may have been opened since
     with mlflow.start_span(
@@ -130,6 +150,7 @@ def log_trace(connection: Connection, run_id: str, tags: Mapping[str, str], row:
     ) as span:
         mlflow.update_current_trace(
             dict(tags),
+            metadata={"mlflow.source.name": "thinkimg"} | dict.fromkeys(WORKING_DIRECTORYS, ""),
             request_preview=f"{tags['why']} of step {tags['step']}: {sample.question}",
             response_preview=row.answer if row.answer is not None else f"({row.stop})",
         )
@@ -141,7 +162,7 @@ def log_trace(connection: Connection, run_id: str, tags: Mapping[str, str], row:
             if value is not None:
                 mlflow.log_feedback(
                     trace_id=span.trace_id,
-                    name=name,
+                    name=encode_name(name),
                     value=round(value, 6),
                     source=AssessmentSource("CODE", "thinkimg"),
                     rationale=data.reasons.get((row.trajectory_id, name)),

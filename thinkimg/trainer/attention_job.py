@@ -10,7 +10,8 @@ from torch import Tensor
 from thinkimg.errors import UserError
 from thinkimg.images.patches import MERGE, image_tokens
 from thinkimg.trainer.forward.attention import Reader, StopForward
-from thinkimg.trainer.forward.logprobs import Scorer, base_model
+from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.modules import get_base_model
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.micro_batches import MicroBatches
 from thinkimg.trainer.policy import PolicyModel
@@ -42,7 +43,7 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
     client.py describes the job. Raises UserError if the policy lacks one of the layers.
     """
     layers, pairs = job["layers"], job["pairs"]
-    count = len(base_model(policy.model).language_model.layers)
+    count = len(get_base_model(policy.model).language_model.layers)
     if max(layers) >= count:
         raise UserError(
             f"The policy has {count} layers, counted from 0, and attention is to be read in layer {max(layers)}.",
@@ -55,7 +56,7 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
     def read() -> dict[int, dict]:
         # Sharded weights are gathered by all processes at once, layer by layer: each makes every pass, to the end.
         own = range(len(pairs)) if policy.sharded else range(len(pairs))[ranks.rank :: ranks.count]
-        rows = [row for i in own for row in conversations(pairs[i], scorer.image_token)]
+        rows = [row for i in own for row in build_conversations(pairs[i], scorer.image_token)]
         maps: list[dict] = [{}] * len(rows)
         done = 0
         with torch.no_grad():
@@ -70,11 +71,12 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
         return {i: measure(pairs[i], *maps[2 * n : 2 * n + 2]) for n, i in enumerate(own)}
 
     with contextlib.closing(pixels):
-        merged = ranks.merge(ranks.together(read))
+        # Sharded, the others are within a pass where one fails: it ends, and the heartbeat ends them.
+        merged = ranks.merge(read() if policy.sharded else ranks.together(read))
     return {"pairs": [merged[i] for i in range(len(pairs))], "forwards": 2 * len(merged)}
 
 
-def conversations(pair: dict, image_token: int) -> list[Conversation]:
+def build_conversations(pair: dict, image_token: int) -> list[Conversation]:
     """Return the two prompts of a pair, scored at the query rows: the tokens of the text, and the prompt's last."""
     grids = np.asarray(pair["grids"], dtype=np.int64)
     rows = []

@@ -19,15 +19,16 @@ from thinkimg.errors import UserError
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.fsdp import gather_all
-from thinkimg.trainer.policy import PolicyModel, add_adapter, keep_input_dtype, load_model
+from thinkimg.trainer.policy import PolicyModel, add_adapter, load_adapter, load_model
 
 COPIED = (".json", ".txt", ".jinja", ".model")  # tokenizer, processor and template beside the weights
 NOT_COPIED = ("config.json", "generation_config.json", "adapter_config.json", "state.json", "manifest.json")
 
 
-def from_base(base: Base, config: ModelConfig, device: torch.device | str, *, seed: int) -> PolicyModel:
+def start_from_base(base: Base, config: ModelConfig, device: torch.device | str, *, seed: int) -> PolicyModel:
     """Return an untrained policy: the base itself, or the base under an adapter that changes nothing yet.
 
+    device: "meta" leaves the weights out, see `loading`; a new adapter is then on the CPU.
     Raises UserError if the base can't be loaded as configured.
     """
     torch.manual_seed(seed)
@@ -43,7 +44,7 @@ def load(
 ) -> PolicyModel:
     """Return the policy in a directory.
 
-    base: says where an adapter's base lies; None: its name in state.json is a Hub id.
+    base: says where an adapter's base lies; None: its name in state.json is a Hub id. device: as in `start_from_base`.
     Raises UserError if there is no policy, or it is of another kind than config.adaptation, or has another base.
     """
     directory = Path(directory)
@@ -55,13 +56,9 @@ def load(
         )
     base = base.checked(state) if base else Base(**state["base"])
     if config.adaptation == "lora":
-        from peft import PeftModel
-
         weights, source = base.locate(), directory / "adapter"
-        plain = "cpu" if torch.device(device).type == "cpu" else str(device)  # safetensors knows no cpu:0
         model = load_model(weights, config, device)
-        model = PeftModel.from_pretrained(model, str(source), is_trainable=True, torch_device=plain)
-        keep_input_dtype(model, config)
+        model = load_adapter(model, source, config)
         adapter = source / "adapter_model.safetensors"
     else:
         weights = source = directory / "model"
@@ -100,7 +97,7 @@ def save(policy: PolicyModel, directory: Path | str, *, learning_rate: float, se
     tensors = gather_all(tensors, keep=write)
     lora, weights = policy.config.adaptation == "lora", None
     if lora or policy.sharded:
-        weights = gather_all(adapter_tensors(policy) if lora else policy.model.state_dict(), keep=write)
+        weights = gather_all(gather_adapter(policy) if lora else dict(policy.model.named_parameters()), keep=write)
     if not write:
         return
     from safetensors.torch import save_file
@@ -135,7 +132,7 @@ def export_merged(directory: Path | str, out: Path | str, *, base: Base | None =
     _write_companions(policy, Path(out))
 
 
-def adapter_tensors(policy: PolicyModel) -> dict[str, Tensor]:
+def gather_adapter(policy: PolicyModel) -> dict[str, Tensor]:
     """Return the adapter's tensors by the names that peft gives them in files."""
     from peft import get_peft_model_state_dict
 

@@ -51,6 +51,7 @@ from typing import Self
 import yaml
 
 from thinkimg import closure, process
+from thinkimg.environment import child_environment
 from thinkimg.errors import UserError
 from thinkimg.store import files
 from thinkimg.trainer.settings import TrainerConfig
@@ -188,12 +189,12 @@ def spawn(config: TrainerConfig, spool: str, *, rank: int = 0, log_path: Path | 
     # Spinning threads are ruinous if another process (the engine) wants the cores too: two threads on two busy cores
     # took 2 s a step when passive, and over 40 s by default.
     threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    env = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
-    argv = [*launch_command(config, gpus=closure.visible_gpus(), rank=rank), spool, str(config.processes)]
+    env = child_environment("trainer", os.environ, threads)
+    argv = [*build_launch_command(config, gpus=closure.visible_gpus(), rank=rank), spool, str(config.processes)]
     return process.spawn(argv, name="trainer", env=env, log_path=log_path)
 
 
-def launch_command(config: TrainerConfig, *, gpus: int, rank: int = 0) -> list[str]:
+def build_launch_command(config: TrainerConfig, *, gpus: int, rank: int = 0) -> list[str]:
     """Return the command line of a node up to the worker's own arguments. rank: of the node.
 
     accelerate's launcher takes three seconds to import what the worker imports again, so one process does without it.
@@ -202,22 +203,28 @@ def launch_command(config: TrainerConfig, *, gpus: int, rank: int = 0) -> list[s
     module = ["-m", "thinkimg.trainer.worker"]
     if config.accelerate_config is None and config.processes == 1:
         return [sys.executable, *module]
-    settings = accelerate_settings(config)
+    settings = read_accelerate_settings(config)
     port = settings.get("main_process_port") or process.free_port()  # else two trainers of a machine share a port
     host, _, port = (config.address or f"127.0.0.1:{port}").rpartition(":")
     if config.accelerate_config is None and not gpus:
         node = {"nnodes": config.nodes, "node_rank": rank, "nproc_per_node": config.processes // config.nodes}
-        return [*python_command("torch.distributed.run", node | {"master_addr": host, "master_port": port}), *module]
+        return [
+            *build_python_command("torch.distributed.run", node | {"master_addr": host, "master_port": port}),
+            *module,
+        ]
     options = {"num_processes": config.processes, "num_machines": config.nodes, "machine_rank": rank}
     options |= {"main_process_ip": host, "main_process_port": port}
     if config.accelerate_config is None:
-        kind = ["--multi_gpu", *format_options({"mixed_precision": "no", "dynamo_backend": "no"})]
+        # The launcher would take what is left out from the user's own default config, another training's.
+        own = config.model_copy(update={"accelerate_config": "ddp"}).accelerate_file
+        kind = format_options({"mixed_precision": "no", "dynamo_backend": "no", "config_file": own})
+        kind = ["--multi_gpu", *kind]
     else:
         kind = format_options({"config_file": config.accelerate_file})
-    return [*python_command("accelerate.commands.launch", options), *kind, *module]
+    return [*build_python_command("accelerate.commands.launch", options), *kind, *module]
 
 
-def accelerate_settings(config: TrainerConfig) -> dict:
+def read_accelerate_settings(config: TrainerConfig) -> dict:
     """Return the settings in the file of `accelerate config`, {} without one.
 
     Raises UserError if it can't be read, or asks for a kind of training that the worker does not do.
@@ -243,7 +250,7 @@ def accelerate_settings(config: TrainerConfig) -> dict:
     return settings
 
 
-def python_command(module: str, options: dict[str, object]) -> list[str]:
+def build_python_command(module: str, options: dict[str, object]) -> list[str]:
     """Return the command line of a Python module with options."""
     return [sys.executable, "-m", module, *format_options(options)]
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from thinkimg.errors import UserError
-from thinkimg.grpo.loss import Logps, Normaliser, grpo_loss, step_normaliser
+from thinkimg.grpo.loss import Logps, Normaliser, compute_grpo_loss, compute_normaliser, estimate_effective_sample
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.models.settings import ModelConfig
 from thinkimg.store.kinds import Rollouts
-from thinkimg.trainer import checkpoint, checksums, memory, packing_check, parity, parity_diagnosis
-from thinkimg.trainer.forward.logprobs import base_model, unwrap
+from thinkimg.trainer import checkpoint, memory, packing_check, parity, parity_diagnosis
+from thinkimg.trainer.forward.modules import get_base_model, unwrap
 from thinkimg.trainer.forward.shared_prompts import Unit
+from thinkimg.trainer.loading import load_together
 from thinkimg.trainer.passes import Passes, build_scorer
 from thinkimg.trainer.policy import PolicyModel, train_only
 from thinkimg.trainer.ranks import Ranks
@@ -49,7 +50,7 @@ def deal(rows: Sequence[Row], steps: int, epochs: int, seed: int) -> list[list[i
     return batches
 
 
-def learning_rate(config: TrainConfig, updates: int) -> float:
+def compute_learning_rate(config: TrainConfig, updates: int) -> float:
     """Return the rate of the step after `updates` steps: linear warm-up, then constant."""
     return config.learning_rate * min(1.0, (updates + 1) / max(config.warmup_steps, 1))
 
@@ -74,7 +75,7 @@ class Objective:
         if self.loss.top_entropy_quantile < 1:
             by_row = passes.ranks.merge({i: self.entropies[i] for i in share})
             entropies = [torch.from_numpy(by_row[i])[None] for i in batch]
-        normaliser = step_normaliser(self.loss, masks, max_completion_length=self.max_tokens, entropies=entropies)
+        normaliser = compute_normaliser(self.loss, masks, max_completion_length=self.max_tokens, entropies=entropies)
         totals: dict[str, float] = {}
         for micro in passes.micro_batches(share):
             add(totals, self._backward(passes, [share[k] for k in micro.rows], micro.units, normaliser))
@@ -104,7 +105,7 @@ class Objective:
             for i, part in zip(indices, flat.detach().split([len(row.engine) for row in rows]), strict=True):
                 self.old[i] = part.cpu().numpy()
         correction = loss.vllm_importance_sampling_correction or loss.off_policy_mask_threshold is not None
-        output = grpo_loss(
+        output = compute_grpo_loss(
             loss,
             Logps(
                 policy=pad(flat),
@@ -141,9 +142,8 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
             steps.append(step | {"seconds": clock.lap()})
             progress(steps[-1] | {"steps": len(batches)})
     checkpoint.save(policy, job["output"], learning_rate=steps[-1]["lr"], seed=job["seed"], write=ranks.rank == 0)
-    means = {
-        name: float(np.mean([step[name] for step in steps if name in step])) for name in steps[0] if name != "step"
-    }
+    names = dict.fromkeys(name for step in steps for name in step if name != "step")
+    means = {name: float(np.mean([step[name] for step in steps if name in step])) for name in names}
     means |= checks | packing | {"peak_memory_mb": peak_memory_mb(policy.device), "prepare_seconds": prepared_s}
     return {"metrics": means | {"write_seconds": clock.lap()}, "steps": steps, "updates": policy.updates}
 
@@ -161,8 +161,8 @@ def _passes(
     """Return the passes, packed if config and every process's machine allow it, and metrics of the packing."""
     scorer, reason = build_scorer(job, policy, pixels, train_vision=policy.config.train_vision), None
     if config.shared_prompts:
-        obstacle = ranks.together(lambda: packing_check.find_obstacle(policy, scorer, pixels, rows))
-        reason = next((r for r in ranks.gather(obstacle) if r), None)
+        trial = packing_check.Trial(scorer, pixels, config.token_budget, config.gradient_checkpointing)
+        reason = packing_check.find_obstacle(policy, ranks, rows, trial)
         if reason and ranks.rank == 0:
             log.warning("Prompts are not shared: %s.", reason)
     packed = config.shared_prompts and reason is None
@@ -185,15 +185,18 @@ def _check_parity(job: dict, config: TrainConfig, passes: Passes) -> dict[str, f
     chosen = parity.choose(passes.rows, gate.trajectories, job["seed"])
     rows = [passes.rows[i] for i in chosen]
 
-    def measure() -> dict[int, np.ndarray]:
+    def check() -> None:
         parity.check_weights(passes.rows, job["policy"]["digest"])
         parity.check_tokens(passes.rows, scorer.image_token)
-        parity.check_positions(rows, base_model(policy.model))
-        return passes.score(passes.share(chosen))[0]
+        parity.check_positions(rows, get_base_model(policy.model))
 
-    logps = passes.ranks.merge(passes.ranks.together(measure))
+    passes.ranks.together(check)
+    logps = passes.score_together(chosen)
     trainer = [logps[i] for i in chosen]
-    metrics = parity.compare(np.concatenate([row.engine for row in rows]), np.concatenate(trainer))
+    engine = np.concatenate([row.engine for row in rows])
+    metrics = parity.compare(engine, np.concatenate(trainer))
+    if policy.config.adaptation == "lora":
+        metrics |= parity.measure_slope([row.engine for row in rows], *_score_adapter(passes, chosen, trainer))
 
     def explain(worst: Sequence[int]) -> str:
         rows_of_worst, logps_of_worst = [rows[i] for i in worst], [trainer[i] for i in worst]
@@ -201,7 +204,25 @@ def _check_parity(job: dict, config: TrainConfig, passes: Passes) -> dict[str, f
         return parity_diagnosis.explain(policy, scorer, banned, rows_of_worst, logps_of_worst)
 
     parity.check_numbers(metrics, rows, trainer, limit=gate.max_kl, files=policy.files, explain=explain)
+    parity.check_slope(metrics, gate.min_slope)
     return metrics
+
+
+def _score_adapter(
+    passes: Passes, chosen: Sequence[int], trainer: Sequence[np.ndarray]
+) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+    """Return the rows' log-probabilities with and without the adapter; in float32 where the memory has room for it.
+
+    In bfloat16 the noise of these two hides the effect of a young adapter.
+    """
+    policy, exact = passes.policy, parity_diagnosis.has_room_for_float32(passes.policy)
+    with parity_diagnosis.use_float32(policy) if exact else contextlib.nullcontext():
+        if exact:
+            scores = passes.score_together(chosen, autocast=False)
+            trainer = [scores[i] for i in chosen]
+        with policy.model.disable_adapter():
+            scores = passes.score_together(chosen, autocast=not exact)
+    return trainer, [scores[i] for i in chosen]
 
 
 def _reference(
@@ -219,10 +240,10 @@ def _reference(
         raise UserError("train.loss.beta > 0 needs a reference policy.", hint="Set train.loss.beta=0.")
     model = ModelConfig.model_validate(job["model"])
     state = torch.get_rng_state()  # loading a policy sets it
-    reference = ranks.together(lambda: checkpoint.load(directory, model, policy.device))
+    reference = load_together(
+        lambda device: checkpoint.load(directory, model, device), ranks, policy.device, sharded=policy.sharded
+    )
     torch.set_rng_state(state)
-    if ranks.count > 1:
-        checksums.verify(reference, checksums.expected(reference, ranks), ranks)
     scorer = build_scorer(job, reference, passes.pixels, train_vision=False)
     return replace(passes, policy=reference, scorer=scorer).score(own)[0]
 
@@ -238,7 +259,9 @@ def _old(
     quantile = config.loss.top_entropy_quantile < 1
     first = () if quantile else shares[0]  # its own forward pass gives them
     later = sorted({i for share in (shares if quantile else shares[1:]) for i in share} - set(first))
-    return passes.score(later, entropy=quantile) if later else ({}, {})
+    if not later and not passes.policy.sharded:  # sharded, a process without rows makes the passes of the others
+        return {}, {}
+    return passes.score(later, entropy=quantile) if quantile or len(shares) > 1 else ({}, {})
 
 
 def _steps(
@@ -255,8 +278,10 @@ def _steps(
     stepper = Stepper(policy, parameters, optimizer, passes.ranks, config.max_grad_norm)
     with checkpoint_activations(policy.model, config.gradient_checkpointing):
         for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-            rate = learning_rate(config, policy.updates)
+            rate = compute_learning_rate(config, policy.updates)
             totals = objective.accumulate(passes, batch, share)
+            if (effective := estimate_effective_sample(totals)) is not None:
+                totals["sampling/effective_sample"] = effective
             norm = stepper.step(rate)
             policy.updates += 1
             tokens = sum(len(row.tokens) for row in passes.conversations(batch))

@@ -16,6 +16,14 @@ BEAT_S = 2.0
 SILENCE_S = 30.0  # a process that computes beats all the same; loading a file may hold a thread up for seconds
 
 
+def connect_store():
+    """Return a connection of its own to the store of the process group, which lies on the first node."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=SILENCE_S))
+
+
 class Heartbeat(threading.Thread):
     """Thread that beats and watches from its creation on.
 
@@ -23,13 +31,10 @@ class Heartbeat(threading.Thread):
     """
 
     def __init__(self, rank: int, count: int, lost: Callable[[str], None]):
-        from torch.distributed import TCPStore
-
         super().__init__(name="heartbeat", daemon=True)
         self._rank, self._lost = rank, lost
         self._watched = range(1, count) if rank == 0 else range(1)
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=SILENCE_S))
+        self._store = connect_store()
         self.start()
 
     def run(self) -> None:

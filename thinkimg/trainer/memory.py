@@ -8,8 +8,8 @@ no weights, and the dry run can ask before anything runs (analysis/forecast.py).
     optimizer      gradients and AdamW's two moments of the trained parameters: 3 x 4 bytes each
     activations    most bytes alive in forward and backward of one micro-batch, with its images' features
     images         features of a frozen tower that the job's other images keep, and on a CPU all patches
-    unsharded      FSDP2: two layers gathered (at work and next), and twice one layer's gradients;
-                   4 bits: the largest matrix as the product takes it
+    unsharded      FSDP2: two layers gathered (at work and next), embeddings and head gathered, and twice one layer's
+                   gradients or those of the head; 4 bits: the largest matrix as the product takes it
 
 torch's own MemTracker (torch.distributed._tools) gives the same peaks, but fails on frozen parameters as LoRA has them.
 """
@@ -18,6 +18,7 @@ import copy
 import ctypes
 import logging
 import platform
+import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,15 +34,16 @@ from torch.utils._pytree import tree_leaves
 from thinkimg.errors import UserError
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.attention import use_attention
-from thinkimg.trainer.forward.fsdp import local
-from thinkimg.trainer.forward.logprobs import FEATURE_BYTES, Scorer, base_model, unwrap
+from thinkimg.trainer.forward.fsdp import get_local
+from thinkimg.trainer.forward.logprobs import FEATURE_BYTES, Scorer
+from thinkimg.trainer.forward.modules import get_base_model, unwrap
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.forward.shared_prompts import Unit
 from thinkimg.trainer.forward.vision import attend_lengths
 from thinkimg.trainer.micro_batches import count_tokens
 from thinkimg.trainer.passes import Passes
-from thinkimg.trainer.policy import PolicyModel, add_adapter, train_only
+from thinkimg.trainer.policy import PolicyModel, add_adapter, build_empty, train_only
 from thinkimg.trainer.rows import CACHE_BYTES, PATCH_BYTES
 from thinkimg.trainer.stepper import checkpoint_activations
 
@@ -50,11 +52,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GB = 2**30
+GIB = 2**30
 MMAP_THRESHOLD = -3  # mallopt's M_MMAP_THRESHOLD
 LARGE = 2**20
 HOLES = 2.5  # memory of a process / that of its tensors, as seen without `return_memory`
 MARGIN = 1.15  # a step is refused if it needs more than this times what is free: predictions may be so far off
+SHARDED = re.compile(r"\.language_model\.layers\.|embed_tokens\.weight$|lm_head\.weight$")  # see forward/fsdp.py
 NF4_BYTES = 0.5 + 4 / 64  # of a weight in 4 bits, with a float32 scale for each 64
 
 
@@ -161,12 +164,14 @@ def predict(step: Step) -> Requirement:
         model.to_empty(device="cpu")  # as far as shapes go a GPU's passes are a CPU's
         unwrap(model).tie_weights()
         trained = train_only(model, step.model, vision=options.train_vision)
-        visual, layer = base_model(model).visual, list(base_model(model).language_model.layers[0].parameters())
+        visual, layer = get_base_model(model).visual, list(get_base_model(model).language_model.layers[0].parameters())
         feature = visual.config.out_hidden_size * visual.dtype.itemsize  # of a token, which is 4 patches
         features = 0 if options.train_vision else min(FEATURE_BYTES, every // 4 * feature) - own // 4 * feature
         unsharded = max(2 * p.numel() for p in layer) if step.model.load_in_4bit else 0
         if options.shards > 1:
-            unsharded = 2 * sum(p.nbytes for p in layer) + 2 * sum(4 * p.numel() for p in layer if p.requires_grad)
+            tables = [get_base_model(model).get_input_embeddings().weight, unwrap(model).lm_head.weight]
+            gradients = [sum(4 * p.numel() for p in group if p.requires_grad) for group in (layer, tables[1:])]
+            unsharded = 2 * sum(p.nbytes for p in layer) + sum(p.nbytes for p in tables) + 2 * max(gradients)
         return Requirement(
             weights=int(sum(count_weight_bytes(step, name, p) for name, p in model.named_parameters())),
             optimizer=sum(3 * 4 * count_local_elements(name, p, options.shards) for name, p in trained.items()),
@@ -178,16 +183,11 @@ def predict(step: Step) -> Requirement:
 
 def build_meta(step: Step) -> "PreTrainedModel":
     """Return the model that would be loaded and adapted, on the meta device."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    geometry, dtype = copy.deepcopy(step.geometry), "float32" if step.model.adaptation == "full" else step.model.dtype
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            geometry, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
-        if step.model.adaptation == "lora":
+    model = build_empty(copy.deepcopy(step.geometry), step.model)
+    if step.model.adaptation == "lora":
+        with torch.device("meta"):
             model = add_adapter(model, step.model)
-    replace_tower(base_model(model).visual)
+    replace_tower(get_base_model(model).visual)
     use_packed_attention(unwrap(model))
     return model.eval()
 
@@ -218,7 +218,7 @@ def measure_activations(step: Step, model: "PreTrainedModel") -> int:
     options = step.options
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    dtype = base_model(model).visual.dtype if options.on_gpu else torch.float32
+    dtype = get_base_model(model).visual.dtype if options.on_gpu else torch.float32
     pixels = {k: torch.zeros(int(np.prod(grid)), PATCH_BYTES // 4, dtype=dtype) for k, grid in step.grids.items()}
     features, banned = None if options.train_vision else {}, (0,) if options.banned else ()
     scorer = Scorer(model, pixels.__getitem__, temperature=options.temperature, banned=banned, features=features)
@@ -234,7 +234,7 @@ def measure_activations(step: Step, model: "PreTrainedModel") -> int:
 
 def count_local_elements(name: str, parameter: Tensor, shards: int) -> int:
     """Return the elements of a parameter that one process holds."""
-    return -(-parameter.numel() // shards) if ".language_model.layers." in name else parameter.numel()
+    return -(-parameter.numel() // shards) if SHARDED.search(name) else parameter.numel()
 
 
 def count_weight_bytes(step: Step, name: str, parameter: Tensor) -> float:
@@ -255,12 +255,12 @@ def check(step: Step, free: int) -> Requirement:
     if needed.total <= free:
         return needed
     if needed.total <= MARGIN * free:
-        log.warning("A training step may need %.1f GB, and %.1f GB are free.", needed.total / GB, free / GB)
+        log.warning("A training step may need %.1f GiB, and %.1f GiB are free.", needed.total / GIB, free / GIB)
         return needed
     raise UserError(
-        f"A training step needs {needed.total / GB:.1f} GB beside the weights, and {free / GB:.1f} GB are free: "
-        f"{needed.activations / GB:.1f} GB for activations of {step.tokens} tokens, "
-        f"{needed.optimizer / GB:.1f} GB for gradients and optimizer, {needed.images / GB:.1f} GB for images.",
+        f"A training step needs {needed.total / GIB:.1f} GiB beside the weights, and {free / GIB:.1f} GiB are free: "
+        f"{needed.activations / GIB:.1f} GiB for activations of {step.tokens} tokens, "
+        f"{needed.optimizer / GIB:.1f} GiB for gradients and optimizer, {needed.images / GIB:.1f} GiB for images.",
         hint="Lower " + "; or ".join(suggest(step, needed, free)) + ".",
     )
 
@@ -300,7 +300,7 @@ def suggest(step: Step, needed: Requirement, free: int) -> list[str]:
         suggestions.append(f"train.token_budget to {budget}")
     if not step.options.checkpointing:
         less = predict(replace(step, options=replace(step.options, checkpointing=True))).total
-        suggestions.append(f"activations, with train.gradient_checkpointing=true, to {less / GB:.1f} GB in all")
+        suggestions.append(f"activations, with train.gradient_checkpointing=true, to {less / GIB:.1f} GiB in all")
     if budget < longest:
         suggestions.append("images.max_pixels, conversation.max_turns, conversation.max_tokens or rollout.group_size")
     if needed.optimizer > free / 2:
@@ -311,7 +311,7 @@ def suggest(step: Step, needed: Requirement, free: int) -> list[str]:
 def measure_free_bytes(policy: PolicyModel) -> int:
     """Return the bytes that this process can still take; its optimizer's own count as free."""
     states = policy.optimizer.state.values() if policy.optimizer else ()
-    own = sum(local(value).nbytes for state in states for value in state.values())
+    own = sum(get_local(value).nbytes for state in states for value in state.values())
     if policy.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(policy.device)
         cached = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)

@@ -60,6 +60,8 @@ class MicroBatches:
         self.batches = split(conversations, groups, token_budget, scorer.image_token)
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        # Counted before the first pass: a process that is done early would wait in another collective than the others.
+        passes = 0 if self.lockstep is None else max(self.lockstep.ranks.gather(len(self.batches)))
         self._prepare(0)
         for number, batch in enumerate(self.batches):
             self._prepare(number + 1)
@@ -67,14 +69,14 @@ class MicroBatches:
             self.pixels.trim()
             self.scorer.trim()
         if self.lockstep is not None:
-            self._keep_step(self.lockstep)
+            self._keep_step(self.lockstep, passes - len(self.batches))
 
     def _prepare(self, number: int) -> None:
         for batch in self.batches[number : number + 1]:
             self.pixels.prepare([self.conversations[i] for i in batch.rows], self.scorer.features or ())
 
-    def _keep_step(self, lockstep: Lockstep) -> None:
-        for _ in range(max(lockstep.ranks.gather(len(self.batches))) - len(self.batches)):
+    def _keep_step(self, lockstep: Lockstep, missing: int) -> None:
+        for _ in range(missing):
             self.pixels.prepare([lockstep.spare], self.scorer.features or ())
             with lockstep.policy.autocast():
                 logps, _ = self.scorer([lockstep.spare])

@@ -12,19 +12,20 @@ import torch
 
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.shared_prompts import find_image_spans
+from thinkimg.trainer.memory import measure_free_bytes
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.rows import Row
 
 ROWS = 4
 
 
-def text_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
+def compute_text_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
     """Return (3, T) positions of a text of as many tokens."""
     return np.tile(np.arange(len(tokens)), (3, 1))
 
 
 @contextmanager
-def in_float32(policy: PolicyModel) -> Iterator[None]:
+def use_float32(policy: PolicyModel) -> Iterator[None]:
     """Hold the base weights in float32 within this context; there and back loses nothing."""
     narrow = [p for p in policy.model.parameters() if p.dtype == torch.bfloat16]
     try:
@@ -36,6 +37,14 @@ def in_float32(policy: PolicyModel) -> Iterator[None]:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def has_room_for_float32(policy: PolicyModel) -> bool:
+    """Tell whether the base weights can be held in float32 for a while."""
+    if policy.config.dtype == "float32" or policy.sharded or policy.config.load_in_4bit:
+        return False
+    more = sum(p.nbytes for p in policy.model.parameters() if p.dtype == torch.bfloat16)
+    return 1.5 * more < measure_free_bytes(policy)  # beside activations of one micro-batch
+
+
 def explain(
     policy: PolicyModel, scorer: Scorer, banned: Sequence[int], rows: Sequence[Row], trainer: Sequence[np.ndarray]
 ) -> str:
@@ -43,7 +52,8 @@ def explain(
 
     trainer: log-probabilities as the gate has them. If weights are sharded every process must call.
     """
-    rows, trainer = rows[:ROWS], trainer[:ROWS]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:ROWS]  # they come in the order of the data
+    rows, trainer = [rows[i] for i in chosen], [trainer[i] for i in chosen]
     scorer.pixels.prepare([row.conversation for row in rows])
 
     def score(context: AbstractContextManager, **changes: object) -> list[np.ndarray]:
@@ -54,16 +64,16 @@ def explain(
 
     changes: dict[str, dict] = {"batch shape and cached pixels (one row at a time)": {}}
     if policy.config.dtype != "float32" and not (policy.sharded or policy.config.load_in_4bit):
-        changes["precision (float32)"] = {"context": in_float32(policy)}
+        changes["precision (float32)"] = {"context": use_float32(policy)}
     if banned:
         changes["sampling mask (not renormalised)"] = {"banned": None}
     if scorer.temperature != 1.0:
         changes["temperature (1)"] = {"temperature": 1.0}
-    changes["positions (as of text)"] = {"positioner": text_positions}
-    differences = {"as trained": distance(rows, trainer)}
+    changes["positions (as of text)"] = {"positioner": compute_text_positions}
+    differences = {"as trained": measure_distance(rows, trainer)}
     for name, change in changes.items():
         try:
-            differences[name] = distance(rows, score(**{"context": policy.autocast()} | change))
+            differences[name] = measure_distance(rows, score(**{"context": policy.autocast()} | change))
         except torch.OutOfMemoryError:
             differences[name] = float("nan")
     listed = ", ".join(f"{name} {value:.4f}" for name, value in differences.items())
@@ -78,7 +88,7 @@ def explain(
     )
 
 
-def distance(rows: Sequence[Row], logps: Sequence[np.ndarray]) -> float:
+def measure_distance(rows: Sequence[Row], logps: Sequence[np.ndarray]) -> float:
     """Return the mean |difference| to the engine."""
     return float(np.abs(np.concatenate([logp - row.engine for row, logp in zip(rows, logps, strict=True)])).mean())
 

@@ -1,6 +1,7 @@
 """Forward passes over the rows of a job, for GRPO and the warm start."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,17 +40,31 @@ class Passes:
         dealt = shared_prompts.balance(conversations, groups, self.scorer.image_token, self.ranks.count)
         return [batch[k] for k in dealt[self.ranks.rank]]
 
+    def score_together(self, indices: Sequence[int], *, autocast: bool = True) -> dict[int, np.ndarray]:
+        """Return the log-probabilities of rows, each computed by one process. All call it.
+
+        An error in one is one in all, except for a sharded policy: there it ends the process, as the others are within
+        a pass, and the heartbeat ends these.
+        """
+        share = self.share(indices)
+        if self.policy.sharded:
+            return self.ranks.merge(self.score(share, autocast=autocast)[0])
+        return self.ranks.merge(self.ranks.together(lambda: self.score(share, autocast=autocast)[0]))
+
     def score(
-        self, indices: Sequence[int], *, entropy: bool = False
+        self, indices: Sequence[int], *, entropy: bool = False, autocast: bool = True
     ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-        """Return the log-probabilities of each row's scored tokens, and entropies if asked for, without gradient."""
+        """Return the log-probabilities of each row's scored tokens, and entropies if asked for, without gradient.
+
+        autocast: False: in the dtype of the weights.
+        """
         logps: dict[int, np.ndarray] = {}
         entropies: dict[int, np.ndarray] = {}
         with torch.no_grad():
             for batch in self.micro_batches(indices):
                 rows = [indices[k] for k in batch.rows]
                 ends = np.cumsum([len(self.rows[i].engine) for i in rows])[:-1]
-                with self.policy.autocast():
+                with self.policy.autocast() if autocast else nullcontext():
                     scores = self.scorer(self.conversations(rows), batch.units, entropy=entropy)
                 for target, values in zip((logps, entropies), scores, strict=True):
                     if values is not None:

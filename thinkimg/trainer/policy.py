@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thinkimg.errors import UserError
+from thinkimg.errors import UserError, shorten
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.fsdp import is_shard, shard_like
+from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.vision import batch_equal_chunks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -65,7 +66,7 @@ class PolicyModel:
         Raises UserError if the moments are gone, or belong to other parameters.
         """
         if self.optimizer is None:
-            self.optimizer = new_optimizer(parameters.values(), weight_decay)
+            self.optimizer = build_optimizer(parameters.values(), weight_decay)
             names = {name.partition(".")[2] for name in self.moments}
             if self.updates and not names:
                 raise UserError(
@@ -104,7 +105,7 @@ def train_only(model: torch.nn.Module, config: ModelConfig, *, vision: bool) -> 
     return trained
 
 
-def new_optimizer(parameters: Iterable[torch.nn.Parameter], weight_decay: float = 0.0) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], weight_decay: float = 0.0) -> torch.optim.AdamW:
     """Return an AdamW whose learning rate is set before each step."""
     parameters = list(parameters)
     shards, others = [p for p in parameters if is_shard(p)], [p for p in parameters if not is_shard(p)]
@@ -115,38 +116,83 @@ def new_optimizer(parameters: Iterable[torch.nn.Parameter], weight_decay: float 
 def load_model(directory: Path, config: ModelConfig, device: torch.device | str) -> "PreTrainedModel":
     """Return a model in the dtype it is used in: float32 for full fine-tuning, else config.dtype or 4 bits.
 
+    device: "meta" builds it without weights, to be sharded and filled (weight_files.py).
     Raises UserError if it can't be loaded, or if the files lack weights: transformers would draw those at random.
     """
+    from transformers import AutoConfig, GenerationConfig
+
+    device = torch.device(device)
+    try:
+        if device.type == "meta":
+            if config.load_in_4bit:
+                raise UserError(
+                    "FSDP2 shards no weights in 4 bits.",
+                    hint="Set model.load_in_4bit=false, or where.trainer.accelerate_config=ddp.",
+                )
+            geometry = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+            model = build_empty(geometry, config)
+            if (directory / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(directory)
+        else:
+            model = read_model(directory, config, device)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"The model in {directory} can't be loaded: {shorten(str(error), 300)}") from error
+    if model.config.model_type != "qwen2_5_vl":
+        raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
+    batch_equal_chunks(model)
+    use_packed_attention(model)
+    return model
+
+
+def get_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the dtype that a model's weights are held in, if not in 4 bits."""
+    return torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)
+
+
+def build_empty(geometry: "PretrainedConfig", config: ModelConfig) -> "PreTrainedModel":
+    """Return the model that a config.json describes, on the meta device."""
     from transformers import AutoModelForImageTextToText
 
-    options = {"output_loading_info": True}
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            geometry,
+            dtype=get_dtype(config),
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation="sdpa",
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def read_model(directory: Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
+    """Return a model with its weights on a device. Raises UserError if the files lack weights."""
+    from transformers import AutoModelForImageTextToText
+
+    options: dict[str, object] = {}
     if config.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
-        device = torch.device(device)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=getattr(torch, config.dtype),
             llm_int8_skip_modules=["model.visual", "lm_head"],
         )
+    if config.load_in_4bit or device.type == "cuda":  # part by part to the GPU: the host never holds all of it
         options["device_map"] = {"": "cpu" if device.type == "cpu" else device.index or 0}
-    dtype = torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)
-    try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa", **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"The model in {directory} can't be loaded: {' '.join(str(error).split())[:300]}") from error
-    if model.config.model_type != "qwen2_5_vl":
-        raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        directory,
+        dtype=get_dtype(config),
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        **options,
+    )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"The model in {directory} lacks {len(missing)} of its weights; the first is {missing[0]}.",
             hint="Is the download complete, and are the names in the files those of a Qwen2.5-VL?",
         )
-    batch_equal_chunks(model)
-    use_packed_attention(model)
     if not config.load_in_4bit:
         return model.to(device)
     for module in model.modules():
@@ -157,11 +203,35 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
 
 
 def add_adapter(model: "PreTrainedModel", config: ModelConfig):
-    """Return the model under a new LoRA adapter, which changes nothing yet."""
+    """Return the model under a new LoRA adapter, which changes nothing yet; on the CPU if the model is on meta."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=language_linears(model))
-    model = get_peft_model(model, lora)
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=match_language_linears(model))
+    if next(model.parameters()).is_meta:
+        # peft moves an adapter to its layer's device, and would lose its values on meta. So each weight of the model
+        # lies on the CPU meanwhile, as one number that is repeated.
+        model._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape))
+        model = get_peft_model(model, lora)
+        model._apply(lambda tensor: tensor if any(tensor.stride()) else tensor.to("meta"))
+        unwrap(model).tie_weights()
+    else:
+        model = get_peft_model(model, lora)
+    keep_input_dtype(model, config)
+    return model
+
+
+def load_adapter(model: "PreTrainedModel", directory: Path, config: ModelConfig):
+    """Return the model under the LoRA adapter in a directory; of a model on meta its values are left out, too."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        settings = PeftConfig.from_pretrained(str(directory))
+        settings.inference_mode = False
+        model = get_peft_model(model, settings)
+    else:
+        plain = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no cpu:0
+        model = PeftModel.from_pretrained(model, str(directory), is_trainable=True, torch_device=plain)
     keep_input_dtype(model, config)
     return model
 
@@ -177,7 +247,7 @@ def keep_input_dtype(model: torch.nn.Module, config: ModelConfig) -> None:
                 module.cast_input_dtype_enabled = False
 
 
-def language_linears(model: "PreTrainedModel") -> str:
+def match_language_linears(model: "PreTrainedModel") -> str:
     """Return a regular expression for the language model's linear layers; peft would save a set in random order."""
     layers = model.model.language_model.named_modules()
     leaves = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear)})

@@ -78,7 +78,7 @@ def read_row(trajectory: Trajectory, image_token: int, advantage: float) -> Row:
         trajectory.trajectory_id,
         trajectory.group_id,
         trajectory.weights,
-        conversation(trajectory, image_token),
+        build_conversation(trajectory, image_token),
         np.asarray(trajectory.logprobs, dtype=np.float32),
         advantage,
     )
@@ -156,7 +156,7 @@ class Patches:
         return extract_patches(resized)
 
 
-def conversation(trajectory: Trajectory, image_token: int) -> Conversation:
+def build_conversation(trajectory: Trajectory, image_token: int) -> Conversation:
     """Return a trajectory's expanded ids, scored at the sampled ones.
 
     Scored tokens and trajectory.logprobs have the same order. Images go by content hash of their full resolution.

@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.puzzles.settings import Flaws
-from thinkimg.settings import Positive, Settings
+from thinkimg.settings import FilePath, Positive, Settings
 
 
 class WarmstartConfig(Settings):
     """Supervised fine-tuning before the first iteration."""
 
-    demonstrations: str | None = None
+    demonstrations: FilePath | None = None
     """JSONL of conversations {sample_id, turns: [text, …]}; null: scripted ones for the built-in puzzles.
     Without either the base model is taken as it is."""
     steps: int = Field(100, ge=0)
@@ -29,7 +29,7 @@ class WarmstartConfig(Settings):
     """Shares of scripted demonstrations that are wrong on purpose."""
     pairs: int = Field(0, ge=0)
     """Puzzles from which a tiny policy also learns to compare images, as the image reward `self` asks it to."""
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     """Directory of a warm-started model to take instead of training one; with LoRA set model.path to it."""
 
 
@@ -40,6 +40,9 @@ class ParityConfig(Settings):
     """Trajectories that are compared, at most."""
     max_kl: float = Field(0.05, gt=0)
     """Mean of |log p(engine) - log p(trainer)| over sampled tokens, above which the stage refuses to train."""
+    min_slope: float = Field(0.5, le=1)
+    """Share of a LoRA adapter's effect on log-probabilities that the engine has to show. Where its whole interval lies
+    below, the engine plays the base, and the stage refuses to train."""
 
 
 class TrainConfig(Settings):
@@ -76,13 +79,13 @@ class TrainerConfig(Settings):
 
     processes: Positive = 1
     """Training processes, one per GPU, over all nodes together."""
-    accelerate_config: str | None = None
+    accelerate_config: FilePath | None = None
     """Several GPUs by `accelerate launch`: ddp (each holds the model), fsdp2 (each holds a part of every layer), or the
     path of a file of your own as `accelerate config` writes it, whose number of processes `processes` replaces."""
     nodes: Positive = 1
     """Machines with as many processes each: on every other than the loop's own `thinkimg trainer --rank 1` (2, …) has
     to run with the same settings, and they must see the store under the same path."""
-    address: str | None = None
+    address: str | None = Field(None, pattern=r"^(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):[0-9]{1,5}$")
     """host:port of the loop's machine, where the other nodes find it; the port must be free."""
     threads: Positive = 2
     """Threads of a trainer on a CPU: results are bit-equal at a fixed number."""

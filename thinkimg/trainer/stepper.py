@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from thinkimg.trainer.forward.fsdp import clip_gradients, is_shard
-from thinkimg.trainer.forward.logprobs import base_model
+from thinkimg.trainer.forward.modules import get_base_model
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
 
@@ -71,14 +71,16 @@ def checkpoint_activations(model: torch.nn.Module, enabled: bool = True):
 
     transformers does so in training mode only.
     """
-    language_model = base_model(model).language_model
+    language_model = get_base_model(model).language_model
     if enabled:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    yield
-    if enabled:
-        language_model.gradient_checkpointing_disable()
-        model.eval()
+    try:
+        yield
+    finally:
+        if enabled:
+            language_model.gradient_checkpointing_disable()
+            model.eval()
 
 
 def peak_memory_mb(device: torch.device) -> float:

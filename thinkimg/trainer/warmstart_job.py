@@ -11,9 +11,9 @@ import torch
 from thinkimg.errors import UserError
 from thinkimg.store.kinds import Demonstrations
 from thinkimg.trainer import checkpoint, memory
-from thinkimg.trainer.forward.logprobs import unwrap
+from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.passes import Passes, build_scorer
-from thinkimg.trainer.policy import PolicyModel, new_optimizer, train_only
+from thinkimg.trainer.policy import PolicyModel, build_optimizer, train_only
 from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import Patches, Row, read_rows
 from thinkimg.trainer.settings import WarmstartConfig
@@ -26,7 +26,7 @@ COMPARISONS = 0.1
 FLOOR = 0.1  # share of the learning rate at the end
 
 
-def learning_rate(config: WarmstartConfig, step: int) -> float:
+def compute_learning_rate(config: WarmstartConfig, step: int) -> float:
     """Return the rate of step 0, 1, …: linear warm-up, then linear decay to a tenth."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -86,7 +86,7 @@ def _steps(job: dict, config: WarmstartConfig, passes: Passes, count: int) -> It
     extra, checkpointed = round(COMPARISONS * config.batch), job.get("gradient_checkpointing", False)
     extra = extra if len(rows) > count else 0
     parameters = train_only(policy.model, policy.config, vision=True)
-    stepper = Stepper(policy, parameters, new_optimizer(parameters.values()), ranks, MAX_GRAD_NORM)
+    stepper = Stepper(policy, parameters, build_optimizer(parameters.values()), ranks, MAX_GRAD_NORM)
     longest = sorted(range(len(rows)), key=lambda i: len(rows[i].conversation.tokens))
     longest = longest[-max((config.batch + extra) // ranks.count, 1) :]
     ranks.together(lambda: memory.check_job(passes, [longest], memory.StepOptions(checkpointed)))
@@ -107,7 +107,7 @@ def _steps(job: dict, config: WarmstartConfig, passes: Passes, count: int) -> It
                 loss = -(logps * torch.from_numpy(per_token).to(logps)).sum()
                 loss.backward()
                 own_loss += float(loss.detach())
-            rate = learning_rate(config, number)
+            rate = compute_learning_rate(config, number)
             norm = stepper.step(rate)
             yield {"step": number + 1, "loss": sum(ranks.gather(own_loss)), "grad_norm": norm, "lr": rate}
     stepper.release()

@@ -9,27 +9,32 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from thinkimg import closure
+from thinkimg.disk import writing
 from thinkimg.errors import UserError
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
+from thinkimg.registry import allow_user_modules
 from thinkimg.store import files
-from thinkimg.trainer import attention_job, checkpoint, checksums, grpo_job, warmstart_job
+from thinkimg.trainer import attention_job, checkpoint, grpo_job, warmstart_job
 from thinkimg.trainer.client import FSDP1, KINDS_HINT, NO_SPOOL, POLL_S, REJOIN_S
-from thinkimg.trainer.forward import fsdp
-from thinkimg.trainer.heartbeat import BEAT_S, SILENCE_S, Heartbeat
+from thinkimg.trainer.heartbeat import BEAT_S, SILENCE_S, Heartbeat, connect_store
+from thinkimg.trainer.installations import compare_files, compare_installations
+from thinkimg.trainer.loading import load_together
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
 
 JOBS = {"train": grpo_job.run, "warmstart": warmstart_job.run, "attention": attention_job.run}
 STATES = ("state.json", "optimizer.safetensors", "model", "adapter")
-IDLE_S = 60.0  # the other processes wait for rank 0 in a collective, which may last some minutes at most
+COLLECTIVE_LIMIT = timedelta(hours=6)  # the first may write a policy for long; the heartbeat sees who is gone
 PATIENCE_S = SILENCE_S + 2 * BEAT_S
 
 
@@ -46,7 +51,9 @@ class Worker:
         closure.check_cuda()
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT)]
+        )
         actual = self.accelerator.num_processes
         assert actual == processes, f"{actual} processes, not {processes}"
         self.spool, self.ranks = spool, Ranks(self.accelerator.process_index, processes)
@@ -58,6 +65,8 @@ class Worker:
         self.stamps: list[tuple] | None = None  # of the files that hold the policy in memory
         self.number = 1
         self.heartbeat = Heartbeat(self.ranks.rank, processes, self._lost) if processes > 1 else None
+        self.store = connect_store() if processes > 1 else None
+        compare_installations(self.ranks)
 
     def serve(self) -> None:
         """Run jobs until the process is ended."""
@@ -69,8 +78,6 @@ class Worker:
                     raise
                 print("the trainer's first process has left", file=sys.stderr, flush=True)
                 sys.exit()
-            if job is None:
-                continue
             result = self._answer(job, self.spool / f"{self.number:06}.progress.jsonl")
             if self.ranks.rank == 0:
                 self._write(result)
@@ -90,21 +97,27 @@ class Worker:
             self._write({"error": {"user": False, "message": sentence, "hint": "", "traceback": ""}})
         os._exit(1)
 
-    def _next(self, name: str) -> dict | None:
-        """Return the job, or None after a while without one; the same in every process."""
+    def _next(self, name: str) -> dict:
+        """Wait for a job and return it; the same in every process.
+
+        The others ask the process group's store: in a collective they would keep their GPUs busy all the while.
+        """
         job = None
         if self.ranks.rank == 0:
-            start = time.monotonic()
-            while not (self.spool / name).exists() and time.monotonic() - start < IDLE_S:
+            while not (self.spool / name).exists():
                 time.sleep(POLL_S)
-            if (self.spool / name).exists():
-                job = json.loads((self.spool / name).read_text())
+            job = json.loads((self.spool / name).read_text())
+            if self.store is not None:
+                self.store.set(name, "ready")  # a job of many pairs is larger than the store takes
+        else:
+            while not self.store.check([name]):
+                time.sleep(POLL_S)
         return self.ranks.gather(job)[0]
 
     def _answer(self, job: dict, lines: Path) -> dict:
         def progress(line: dict) -> None:
             if self.ranks.rank == 0:
-                with lines.open("a") as file:
+                with writing(lines), lines.open("a") as file:
                     file.write(json.dumps(line) + "\n")
 
         try:
@@ -125,16 +138,11 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         config = ModelConfig.model_validate(job["model"])
         base = Base(**job["base"]) if job.get("base") else None
+        compare_files(self.ranks, job)
         reloaded = not self._holds(job, config)
         if reloaded:
             self.policy = self.stamps = None  # before the next one takes memory
-            self.policy = self.ranks.together(lambda: self._load(job, config, base))
-            references = checksums.expected(self.policy, self.ranks) if self.ranks.count > 1 else {}
-            if self.sharded:
-                fsdp.shard(self.policy.model, self.accelerator.device)
-                self.policy.sharded = True
-            if self.ranks.count > 1:
-                checksums.verify(self.policy, references, self.ranks)
+            self.policy = self._load(job, config, base)
         self.stamps = None  # until the job is done the weights are those of no directory
         result = JOBS[job["kind"]](job, self.policy, self.ranks, progress)
         # A job without an output changes nothing, so that the weights stay those of the directory.
@@ -145,9 +153,12 @@ class Worker:
         return self.ranks.gather(read_stamps(Path(directory)) if self.ranks.rank == 0 else [])[0]
 
     def _load(self, job: dict, config: ModelConfig, base: Base | None) -> PolicyModel:
-        if job["kind"] == "warmstart":
-            return checkpoint.from_base(base, config, self.accelerator.device, seed=job["seed"])
-        return checkpoint.load(job["policy"]["directory"], config, self.accelerator.device, base)
+        def load(device: torch.device) -> PolicyModel:
+            if job["kind"] == "warmstart":
+                return checkpoint.start_from_base(base, config, device, seed=job["seed"])
+            return checkpoint.load(job["policy"]["directory"], config, device, base)
+
+        return load_together(load, self.ranks, self.accelerator.device, sharded=self.sharded)
 
     def _holds(self, job: dict, config: ModelConfig) -> bool:
         """Return True if the job's policy is in memory: its files are those this worker wrote last, renamed or not."""
@@ -170,6 +181,7 @@ def read_stamps(directory: Path) -> list[tuple]:
 def main() -> None:
     """Serve the spool of the command line; write a UserError at the start as the answer to the first job."""
     spool = sys.argv[1]
+    allow_user_modules()
     try:
         worker = Worker(Path(spool), int(sys.argv[2]))
     except UserError as error:
@@ -177,7 +189,10 @@ def main() -> None:
             answer = {"user": True, "message": error.message, "hint": error.hint, "traceback": ""}
             files.write(Path(spool, f"{1:06}.result.json"), json.dumps({"error": answer, "ended": True}))
         sys.exit(str(error))
-    worker.serve()
+    try:
+        worker.serve()
+    except UserError as error:  # no space for a result
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 
 from thinkimg.data.image_files import ImageFiles
 from thinkimg.data.settings import RowsConfig
-from thinkimg.data.source import RawRow, Refused, Source, raw_row, require_columns, require_path
-from thinkimg.errors import UserError
+from thinkimg.data.source import RawRow, Reason, Refused, Source, raw_row, require_columns, require_path, short
+from thinkimg.data.text_tables import printable
+from thinkimg.errors import UserError, shorten
 from thinkimg.images.decode import ImageLimits
+from thinkimg.settings import FilePath
 
 BATCH_ROWS = 8
 """Rows in memory: a row may hold megabytes of images."""
@@ -26,7 +28,7 @@ class Settings(RowsConfig):
     """Settings of Parquet files."""
 
     source: Literal["parquet"] = "parquet"
-    path: str
+    path: FilePath
     """A Parquet file or a folder of them."""
 
 
@@ -35,7 +37,7 @@ def open_source(data: Settings, limits: ImageLimits) -> Source:
 
     Raises UserError if there is no file, one that is damaged, or one that lacks a mapped column.
     """
-    target = require_path(data.path, "a Parquet file or a folder of them").resolve()
+    target = require_path(data.path, "a Parquet file or a folder of them")
     root = target if target.is_dir() else target.parent
     paths = sorted(path for path in target.rglob("*.parquet") if path.is_file()) if target.is_dir() else [target]
     if not paths:
@@ -56,13 +58,29 @@ def open_source(data: Settings, limits: ImageLimits) -> Source:
 def _rows(paths: list[Path], root: Path, data: Settings, images: ImageFiles) -> Iterator[RawRow | Refused]:
     mapped = {name for _, name in data.columns}
     for path in paths:
-        name, number = path.relative_to(root).as_posix(), 0
+        name, number = printable(path.relative_to(root).as_posix()), 0
         with _open(path) as file:
             columns = [field.name for field in file.schema_arrow if field.name in mapped or not _is_heavy(field.type)]
             for batch in _read_batches(file, path, columns):
-                for record in batch.to_pylist():
+                for record in _records(batch):
                     number += 1
-                    yield raw_row(record, data, images.reader_of, id=f"{name}:{number}", where=f"{name} row {number}")
+                    where = f"{name} row {number}"
+                    if isinstance(record, str):
+                        yield Refused(where, Reason.SYNTAX, record)
+                    else:
+                        yield raw_row(record, data, images.reader_of, id=f"{name}:{number}", where=where)
+
+
+def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """Yield the records of a batch; a text instead of one that Python can't hold: no UTF-8, a year above 9999."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        for row in range(batch.num_rows):
+            try:
+                yield from batch.slice(row, 1).to_pylist()
+            except (ValueError, OverflowError, pa.ArrowException) as error:
+                yield short(str(error))
 
 
 def _named_images(paths: list[Path], column: str) -> Iterator[Any]:
@@ -80,9 +98,8 @@ def _named_images(paths: list[Path], column: str) -> Iterator[Any]:
             if pa.types.is_struct(kind):
                 leaves = [leaf for leaf in leaves if leaf.endswith(".path")]
             for batch in _read_batches(file, path, leaves) if leaves else ():
-                for value in batch.column(0).to_pylist():
-                    for item in value if isinstance(value, list) else [value]:
-                        yield item.get("path") if isinstance(item, dict) else item
+                for value in (record[column] for record in _records(batch) if isinstance(record, dict)):
+                    yield from value if isinstance(value, list) else [value]
 
 
 def _read_batches(file: pq.ParquetFile, path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -90,14 +107,14 @@ def _read_batches(file: pq.ParquetFile, path: Path, columns: list[str]) -> Itera
         for group in range(file.num_row_groups):
             yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:120]}", hint="Copy it again.") from error
+        raise UserError(f"{path} is damaged: {shorten(str(error), 120)}", hint="Copy it again.") from error
 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable Parquet file: {' '.join(str(error).split())[:120]}") from error
+        raise UserError(f"{path} is no readable Parquet file: {shorten(str(error), 120)}") from error
 
 
 def _is_heavy(kind: pa.DataType) -> bool:

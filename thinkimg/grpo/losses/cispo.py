@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal
 
 from thinkimg.grpo.settings import LossConfig
-from thinkimg.grpo.terms import Loss, Terms, by_level, token_mean
+from thinkimg.grpo.terms import Loss, Terms, reduce_to_level, token_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ def per_token(cfg: Settings, terms: Terms) -> "tuple[Tensor, dict[str, Tensor]]"
     """
     weight = terms.ratio.clamp(max=cfg.upper_epsilon).detach()
     is_clipped = (terms.ratio > cfg.upper_epsilon) & (terms.advantages > 0)
-    return -weight * terms.advantages * terms.logps, {"cispo_clip_ratio": by_level(cfg, is_clipped)}
+    return -weight * terms.advantages * terms.logps, {"cispo_clip_ratio": reduce_to_level(cfg, is_clipped)}
 
 
 LOSS = Loss(per_token, token_mean)

@@ -3,11 +3,11 @@
 from typing import Literal
 
 from thinkimg.grpo.settings import LossConfig
-from thinkimg.grpo.terms import Loss, clipped_surrogate, token_mean
+from thinkimg.grpo.terms import Loss, compute_clipped_surrogate, token_mean
 
 
 class Settings(LossConfig):
     loss_type: Literal["dapo"] = "dapo"
 
 
-LOSS = Loss(clipped_surrogate, token_mean)
+LOSS = Loss(compute_clipped_surrogate, token_mean)

@@ -3,11 +3,11 @@
 from typing import Literal
 
 from thinkimg.grpo.settings import LossConfig
-from thinkimg.grpo.terms import Loss, clipped_surrogate, constant_mean
+from thinkimg.grpo.terms import Loss, compute_clipped_surrogate, constant_mean
 
 
 class Settings(LossConfig):
     loss_type: Literal["dr_grpo"] = "dr_grpo"
 
 
-LOSS = Loss(clipped_surrogate, constant_mean)
+LOSS = Loss(compute_clipped_surrogate, constant_mean)

@@ -3,11 +3,11 @@
 from typing import Literal
 
 from thinkimg.grpo.settings import LossConfig
-from thinkimg.grpo.terms import Loss, clipped_surrogate, row_sum
+from thinkimg.grpo.terms import Loss, compute_clipped_surrogate, row_sum
 
 
 class Settings(LossConfig):
     loss_type: Literal["luspo"] = "luspo"
 
 
-LOSS = Loss(clipped_surrogate, row_sum)
+LOSS = Loss(compute_clipped_surrogate, row_sum)

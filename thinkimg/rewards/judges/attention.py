@@ -67,7 +67,7 @@ def measure_attention(
     job = {
         "kind": "attention",
         "policy": {"directory": str((context.policy.directory / "policy").resolve()), "digest": context.policy.digest},
-        "base": settings.base.entry(),
+        "base": settings.base.entry(context.policy),
         "model": settings.model.model_dump(mode="json"),
         "layers": list(layers),
         "images": {

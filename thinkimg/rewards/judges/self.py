@@ -82,7 +82,7 @@ async def _compare(engine: EngineClient, images: list[ImageRef], prompt: list[in
     except EngineUnavailable:
         raise
     except EngineError as error:
-        return Judgement(None, f"The engine refused to judge: {error.message}", {})
+        return Judgement(None, f"The engine refused to judge: {error.message}", {}, refused=True)
     return judge_ratings(forward, backward)
 
 

@@ -21,7 +21,8 @@ from thinkimg.conversation import compare
 from thinkimg.engine.errors import REFUSED, EngineError
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.engine.settings import TeacherEndpoint
-from thinkimg.errors import UserError
+from thinkimg.environment import is_loopback
+from thinkimg.errors import UserError, shorten
 from thinkimg.records import Trajectory
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
@@ -45,12 +46,13 @@ HEADERS = ("host", "accept", "accept-encoding", "connection", "content-type", "c
 OPENAI_KEY = "OPENAI_API_KEY"
 OPENAI_HEADERS = ("openai-organization", "openai-project")
 LOCKED = (401, 403)
+UNREADABLE = (LookupError, ValueError, TypeError, AttributeError)  # what an answer of another form raises
 
 
 class Settings(thinkimg.settings.Settings):
     """Larger model that judges, behind the OpenAI-compatible endpoint `where.teacher.url`."""
 
-    model: str = "Qwen/Qwen2.5-VL-72B-Instruct"
+    model: thinkimg.settings.Name = "Qwen/Qwen2.5-VL-72B-Instruct"
     """Its name at the endpoint; "warmstart": the frozen first policy, which a loop serves on a second server."""
     prefix: bool = True
     """Begin the reply for the model, so that its next token is the rating: vLLM and SGLang can, OpenAI's API can't."""
@@ -171,7 +173,8 @@ def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
         if at_home and key:
             request.headers["authorization"] = f"Bearer {key}"
 
-    http = DefaultAsyncHttpxClient(event_hooks={"request": [only_ours]}, timeout=where.timeout_s)
+    proxies = not is_loopback(origin.host)
+    http = DefaultAsyncHttpxClient(event_hooks={"request": [only_ours]}, timeout=where.timeout_s, trust_env=proxies)
     return AsyncOpenAI(
         base_url=url, api_key="unused", timeout=where.timeout_s, max_retries=where.retries, http_client=http
     )
@@ -242,27 +245,38 @@ class Asker:
             if self.gone is not None:
                 return Judgement(None, self.gone, {}, unreachable=True)
             try:
-                forward = read_ratings(await self._ask(pair.question, shown))
-                backward = read_ratings(await self._ask(pair.question, shown[::-1]))
+                forward = await self._rate(pair.question, shown)
+                backward = await self._rate(pair.question, shown[::-1])
             except APIStatusError as error:
-                reason = f"The endpoint answered {error.status_code}: {error.message[:200]}"
+                reason = f"The endpoint answered {error.status_code}: {shorten(error.message)}"
                 if error.status_code in LOCKED:  # it will not pass, and no other judge is to take its place
                     raise UserError(
                         f"The teacher {self.model} does not let us in. {reason}",
                         hint=f"Name the variable with its key: where.teacher.api_key_env={OPENAI_KEY}, say.",
                     ) from error
-                if error.status_code not in REFUSED:
+                refused = error.status_code in REFUSED
+                if not refused:
                     await self._probe(reason)
-                return Judgement(None, reason, {}, unreachable=error.status_code not in REFUSED)
+                return Judgement(None, reason, {}, unreachable=not refused, refused=refused)
             except APIConnectionError as error:  # time-outs included
                 reason = f"No answer: {error.__cause__ or error}".strip()
                 await self._probe(reason)
                 return Judgement(None, reason, {}, unreachable=True)
-            except (APIError, LookupError, ValueError, TypeError, AttributeError) as error:  # an answer of unknown form
-                return Judgement(None, f"The answer can't be read: {type(error).__name__}: {str(error)[:200]}", {})
+            except (APIError, *UNREADABLE) as error:
+                reason = f"The answer can't be read: {type(error).__name__}: {shorten(str(error))}"
+                return Judgement(None, reason, {}, unreachable=True)
         if forward is None or backward is None:
             return Judgement(None, f"A rating is not among the {TOP} likeliest tokens.", {})
         return judge_ratings(forward, backward)
+
+    async def _rate(self, question: str, images: Sequence[str]) -> list[float] | None:
+        """Return the log-probabilities of (1, 2); an answer that can't be read (a proxy's page) is asked for again."""
+        from openai import APIResponseValidationError
+
+        try:
+            return read_ratings(await self._ask(question, images))
+        except (APIResponseValidationError, *UNREADABLE):
+            return read_ratings(await self._ask(question, images))
 
     async def _ask(self, question: str, images: Sequence[str]) -> "ChatCompletion":
         return await self.client.chat.completions.create(

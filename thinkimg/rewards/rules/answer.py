@@ -5,13 +5,14 @@ from fractions import Fraction
 from pydantic import Field
 
 import thinkimg.settings
+from thinkimg.answers.boxes import BoxXYWH, iou, read_box
+from thinkimg.answers.choices import match_choice
+from thinkimg.answers.numbers import read_number
+from thinkimg.answers.text import anls, normalise
 from thinkimg.images.coordinates import Frame
 from thinkimg.records import AnswerType, StopReason, Trajectory
 from thinkimg.rewards.batch import Batch, Score
-from thinkimg.rewards.boxes import BoxXYWH, iou, read_box
 from thinkimg.rewards.maths import Verdict, verify_formulas
-from thinkimg.rewards.numbers import read_number
-from thinkimg.rewards.text import anls, match_choice, normalise
 
 WRONG = "The answer is not the right one."
 

@@ -1,7 +1,7 @@
 """Packed attention on a GPU: FlexAttention over a block mask that is computed from the spans, 128 x 128 tokens a block.
 
-A packed batch is padded to one of few lengths (`bucket`), so that a job compiles a few times at most. The row of a
-token is data (two index tensors) and not code, so that no mask compiles anything.
+A packed batch is padded to one of few lengths (`round_up_to_bucket`), so that a job compiles a few times at most. A
+token's row is data (two index tensors) and not code, so that no mask compiles anything.
 """
 
 import functools
@@ -21,7 +21,7 @@ SMALLEST = 1024
 COMPILATIONS = 64  # torch's own limit is 8; beyond it it would compute all T x T scores and not say so
 
 
-def bucket(tokens: int) -> int:
+def round_up_to_bucket(tokens: int) -> int:
     """Return the smallest of 1024 x (4, 5, 6, 7) / 4 x 2^k that holds so many tokens: at most 20 % is padding."""
     size = SMALLEST
     while size < tokens:
@@ -35,7 +35,7 @@ def number_spans(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(np.arange(len(spans)), lengths), np.repeat([span.parent for span in spans], lengths)
 
 
-def blocks(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+def find_blocks(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     """Return the blocks with any pair of tokens that may attend, and those where all pairs may.
 
     Returns (T / 128, T / 128) bool each, [query block, key block].
@@ -55,14 +55,14 @@ def blocks(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     return (pairs > 0) & causal, (pairs == BLOCK * BLOCK) & causal & ~np.eye(count, dtype=bool)
 
 
-def block_mask(spans: Sequence[Span], device: torch.device):
+def build_block_mask(spans: Sequence[Span], device: torch.device):
     """Return the BlockMask of a packed batch: a token sees its span up to itself, and its parent.
 
     The batch's length must be a multiple of 128.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    some, full = blocks(spans)
+    some, full = find_blocks(spans)
     own, parent = (torch.from_numpy(x.astype(np.int32)).to(device) for x in number_spans(spans))
 
     def mask_mod(b, h, q, kv):
@@ -74,6 +74,11 @@ def block_mask(spans: Sequence[Span], device: torch.device):
         return torch.from_numpy(count)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)
 
     return BlockMask.from_kv_blocks(*indices(some & ~full), *indices(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod)
+
+
+def is_used(device: torch.device) -> bool:
+    """Return True for a device on which packed rows attend by FlexAttention."""
+    return device.type == "cuda"
 
 
 @functools.cache
@@ -92,7 +97,7 @@ def can_group_heads(repeats: int, dtype: torch.dtype, head_dim: int, device: tor
     """
     if repeats == 1:
         return False
-    mask = block_mask([Span(0, SMALLEST, 0)], device)
+    mask = build_block_mask([Span(0, SMALLEST, 0)], device)
     randn = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
     query, key, value = (randn(1, heads, SMALLEST, head_dim) for heads in (repeats, 1, 1))
     try:

@@ -1,7 +1,10 @@
-"""FSDP2: each process holds a shard of every decoder layer, and gathers the layers one at a time.
+"""FSDP2: each process holds a shard of the language model, and gathers a part of it where it is used.
 
-Embeddings, head, final norm and vision tower stay unsharded (a tenth of a 7B): the trainer calls them one by one,
-without the wrapper's forward. Gradients are summed, as without FSDP2, since the loss is normalised over the step.
+    decoder layers      one at a time, by FSDP2's hooks
+    embeddings, head    once per pass, by `gather`: the trainer calls them directly, the head once for each slice
+
+The final norm stays whole, and so does the vision tower (a twelfth of a 7B): it runs for a process's new images alone.
+Gradients are summed, as without FSDP2, since the loss is normalised over the step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,25 +13,51 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thinkimg.trainer.forward.logprobs import base_model
+from thinkimg.trainer.forward.modules import get_base_model, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def shard(model: "PreTrainedModel", device: torch.device) -> None:
-    """Shard the decoder layers in place over all processes; parameters keep their names and become DTensors."""
+    """Spread a model on the meta device over all processes, in place; its parameters are then on `device` and empty.
+
+    Parameters keep their names; sharded ones become DTensors. An adapter that is on the CPU keeps its values.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, empty
 
-    language = base_model(model).language_model
+    language = get_base_model(model).language_model
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    inside = {parameter for layer in language.layers for parameter in layer.parameters()}
     for layer in language.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         layer.set_gradient_divide_factor(1.0)
         layer.set_force_sum_reduction_for_comms(True)  # gloo can't multiply as it sums
+    tables = [language.embed_tokens, unwrap(model).lm_head]
+    shards = {
+        weight: torch.nn.Parameter(
+            empty(weight.shape, dtype=weight.dtype, device_mesh=mesh, placements=[Shard(0)]), weight.requires_grad
+        )
+        for weight in {table.weight: None for table in tables}  # one if they are tied
+    }
+    for table in tables:
+        table.weight = shards[table.weight]
+    inside = {parameter for layer in language.layers for parameter in layer.parameters()}
     fully_shard(language, mesh=mesh, ignored_params={p for p in language.parameters() if p not in inside})
+    computed = [module for module in model.modules() if any(buffer.is_meta for buffer in module.buffers(recurse=False))]
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    for module in computed:
+        unwrap(model)._init_weights(module)  # the frequencies of rotary positions, which are in no file
+
+
+def gather(weight: Tensor) -> Tensor:
+    """Return a sharded weight whole, or an unsharded one itself. Processes' gradients of it are summed."""
+    if not is_shard(weight):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    return weight.full_tensor(grad_placements=[Partial()])
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -38,7 +67,7 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def get_local(tensor: Tensor) -> Tensor:
     """Return this process's shard, or an unsharded tensor itself."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
@@ -72,12 +101,12 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     torch.nn.utils.clip_grad_norm_ takes the two kinds only apart.
     """
     grads = [parameter.grad for parameter in parameters]
-    shards = [local(grad) for grad in grads if is_shard(grad)]
+    shards = [get_local(grad) for grad in grads if is_shard(grad)]
     square = sum((shard.float().square().sum() for shard in shards), torch.zeros((), device=grads[0].device))
     torch.distributed.all_reduce(square)
     square = square + sum(grad.float().square().sum() for grad in grads if not is_shard(grad))
     norm = float(square.sqrt())
     scale = min(1.0, max_norm / (norm + 1e-6))
     for grad in grads:
-        local(grad).mul_(scale)
+        get_local(grad).mul_(scale)
     return norm

@@ -6,29 +6,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from thinkimg.images.patches import image_tokens
-from thinkimg.trainer.forward.flex import bucket
+from thinkimg.trainer.forward import flex
+from thinkimg.trainer.forward.fsdp import gather
+from thinkimg.trainer.forward.modules import get_base_model, unwrap
 from thinkimg.trainer.forward.packed_attention import Layout
-from thinkimg.trainer.forward.packing import Conversation, mrope_positions
+from thinkimg.trainer.forward.packing import Conversation, compute_mrope_positions
 from thinkimg.trainer.forward.shared_prompts import Packed, Unit, pack, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEATURE_BYTES = 2 * 2**30  # kept features of a frozen vision tower: 600 tokens of the 7B in bfloat16 are 4 MB
-HEAD_CHUNK = 2048  # scored tokens per slice of logits: 2048 x 152,064 float32 are 1.2 GB
-
-
-def unwrap(model: "PreTrainedModel"):
-    """Return the Qwen2_5_VLForConditionalGeneration below peft's wrappers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def base_model(model: "PreTrainedModel"):
-    """Return the Qwen2_5_VLModel (visual + language_model) below a head and, with LoRA, below peft's wrappers."""
-    return unwrap(model).model
+HEAD_CHUNK = 512  # scored tokens per slice of logits: 512 x 152,064 float32 are 0.3 GB, and 0.3 TFLOP keep a GPU busy
 
 
 def build_batch(
@@ -36,7 +29,7 @@ def build_batch(
 ) -> dict[str, Tensor]:
     """Return a right-padded batch. Causal attention never looks to the right, so padding needs no mask.
 
-    positioner: (tokens, image token, grids) -> (3, T) positions; None: mrope_positions.
+    positioner: (tokens, image token, grids) -> (3, T) positions; None: compute_mrope_positions.
     Returns tokens (B, T) int64, positions (3, B, T) int64, row and column (N,) of the scored tokens, row by row.
     """
     length = max(len(row.tokens) for row in rows)
@@ -44,7 +37,7 @@ def build_batch(
     positions = np.zeros((3, len(rows), length), dtype=np.int64)
     for b, row in enumerate(rows):
         tokens[b, : len(row.tokens)] = row.tokens
-        positions[:, b, : len(row.tokens)] = (positioner or mrope_positions)(row.tokens, image_token, row.grids)
+        positions[:, b, : len(row.tokens)] = (positioner or compute_mrope_positions)(row.tokens, image_token, row.grids)
     scored = [np.flatnonzero(row.scored) for row in rows]
     row_of = np.repeat(np.arange(len(rows)), [len(s) for s in scored])
     arrays = {"tokens": tokens, "positions": positions, "row": row_of, "column": np.concatenate(scored)}
@@ -63,7 +56,7 @@ def compute_features(
     images: keys. pixels: key -> (patches, 1176) float32. grids: (len(images), 3).
     cache: features by key, of a frozen tower; new ones are added to it.
     """
-    visual = base_model(model).visual
+    visual = get_base_model(model).visual
     features = {} if cache is None else cache
     missing = {key: grid for key, grid in zip(images, grids, strict=True) if key not in features}
     if missing:
@@ -74,6 +67,12 @@ def compute_features(
     return torch.cat([features[key] for key in images])
 
 
+def embed_tokens(base, tokens: Tensor) -> Tensor:
+    """Return the embeddings of tokens, (*tokens.shape, hidden)."""
+    table = base.get_input_embeddings()
+    return functional_call(table, {"weight": gather(table.weight)}, tokens)
+
+
 def compute_padded_states(
     model, batch: dict[str, Tensor], features: Tensor | None, image_token: int, **attention: object
 ) -> Tensor:
@@ -81,9 +80,9 @@ def compute_padded_states(
 
     attention: further arguments of the attention function.
     """
-    base = base_model(model)
+    base = get_base_model(model)
     tokens = batch["tokens"]
-    embeddings = base.get_input_embeddings()(tokens)
+    embeddings = embed_tokens(base, tokens)
     if features is not None:
         is_image = (tokens == image_token)[..., None].expand_as(embeddings)
         embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
@@ -96,13 +95,12 @@ def compute_packed_states(
     model, packed: Packed, features: Tensor | None, image_token: int, *, grouped: bool = False
 ) -> Tensor:
     """Return (N, hidden): for each scored token of a packed batch the state that predicts it."""
-    base = base_model(model)
-    embed = base.get_input_embeddings()
-    device = embed.weight.device
+    base = get_base_model(model)
+    device = base.get_input_embeddings().weight.device
     tokens, positions, before = (
         torch.from_numpy(x).to(device) for x in (packed.tokens, packed.positions, packed.before)
     )
-    embeddings = embed(tokens)
+    embeddings = embed_tokens(base, tokens)
     if features is not None:
         index = torch.from_numpy(np.flatnonzero(packed.tokens == image_token)).to(device)
         embeddings = embeddings.index_copy(0, index, features.to(embeddings.dtype))
@@ -132,8 +130,12 @@ def compute_logps(
     entropy: also return entropies (N,) float32 in nats, with gradient if entropy_grad; else None.
     """
 
+    weight = gather(head.weight)
+    if weight is not head.weight and torch.is_autocast_enabled(weight.device.type):
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # once, and not for each slice
+
     def chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = head(states).float()
+        logits = functional_call(head, {"weight": weight}, states).float()
         if banned is not None:
             logits = logits.index_fill(-1, banned, float("-inf"))
         if temperature != 1.0:
@@ -180,7 +182,7 @@ class Scorer:
         self.model, self.pixels, self.features, self.positioner = model, pixels, features, positioner
         self.head = unwrap(model).lm_head
         self.device = self.head.weight.device
-        self.on_gpu = self.device.type == "cuda"
+        self.on_gpu = flex.is_used(self.device)
         config = unwrap(model).config
         self.image_token, self.pad_token = config.image_token_id, config.text_config.pad_token_id or 0
         self.temperature = temperature
@@ -206,7 +208,7 @@ class Scorer:
             packed = pack(rows, units, self.image_token)
             features = self._features(packed.images, packed.grids)
             if self.on_gpu:
-                packed = pad(packed, bucket(len(packed.tokens)), self.pad_token)
+                packed = pad(packed, flex.round_up_to_bucket(len(packed.tokens)), self.pad_token)
             states = compute_packed_states(self.model, packed, features, self.image_token, grouped=self.on_gpu)
             targets = torch.from_numpy(packed.targets).to(self.device)
             del features  # as the padded branch holds none: memory while the head computes

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thinkimg.trainer.forward import flex
 from thinkimg.trainer.forward.attention import Reader, use_attention
-from thinkimg.trainer.forward.flex import attend_blocks, block_mask
 from thinkimg.trainer.forward.shared_prompts import Span
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Layout:
 
     @cached_property
     def block_mask(self):
-        return block_mask(self.spans, self.device)
+        return flex.build_block_mask(self.spans, self.device)
 
 
 def use_packed_attention(model: "PreTrainedModel") -> None:
@@ -113,8 +113,8 @@ def attend_packed(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
     assert len(query) == 1 and not rest.get("dropout"), "a packed batch is one sequence, without dropout"
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions make float32 of them
-    if value.device.type == "cuda":
-        return attend_blocks(query, key, value, layout.block_mask, scaling).transpose(1, 2), None
+    if flex.is_used(value.device):
+        return flex.attend_blocks(query, key, value, layout.block_mask, scaling).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and not layout.grouped:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

@@ -24,7 +24,7 @@ class Conversation:
     """(images, 3) int64: patches (t, h, w) of each image."""
 
 
-def mrope_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
+def compute_mrope_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
     """Return (3, T) int64 temporal, height and width positions, equal to Qwen2.5-VL's get_rope_index for still images.
 
     Images are told apart by their grids in order, so two images may stand side by side.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from thinkimg.images.patches import image_tokens
-from thinkimg.trainer.forward.packing import Conversation, mrope_positions
+from thinkimg.trainer.forward.packing import Conversation, compute_mrope_positions
 
 
 class Unit(NamedTuple):
@@ -197,7 +197,7 @@ def pack(rows: Sequence[Conversation], units: Sequence[Unit], image_token: int) 
         parent, first = len(spans), end
         prefix_positions = None
         for i in unit.rows:
-            row_positions = mrope_positions(rows[i].tokens, image_token, rows[i].grids)
+            row_positions = compute_mrope_positions(rows[i].tokens, image_token, rows[i].grids)
             if prefix_positions is None:
                 prefix_positions = row_positions[:, : unit.prefix]
                 add(rows[i], row_positions, 0, unit.prefix, parent)

@@ -1,0 +1,103 @@
+"""Forecast of a GPU's memory, with a GPU pretended: every preset fits the GPU that it is for, in trainer and engine."""
+
+import copy
+import re
+
+import pytest
+from paths import REPOSITORY
+
+from thinkimg.analysis import engine_memory, forecast
+from thinkimg.config.load import list_presets, load_config
+from thinkimg.trainer.memory import GIB
+
+VISIBLE = {16: 15.6, 32: 31.4, 48: 44.4, 64: 63.0, 80: 79.1}
+"""GiB that CUDA shows of a card of so many GB, of the poorest of its kind: T1000, 5090, L40S, a part of an H100."""
+BUSY = 8
+"""Conversations at once, below which an engine waits for itself."""
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Has the machine a GPU of so many GiB, of which all is free."""
+
+    def gpu(gib: float) -> None:
+        monkeypatch.setattr(forecast, "gpu_memory", lambda: (int(gib * GIB), int(gib * GIB)))
+
+    return gpu
+
+
+@pytest.fixture(scope="module")
+def geometries():
+    """Configs of Qwen2.5-VL's 7B and 3B."""
+    import sys
+
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        from workload import SEVEN_B, config_of
+    finally:
+        sys.path.remove(str(REPOSITORY / "benchmarks"))
+    seven, three = config_of(SEVEN_B), copy.deepcopy(config_of(SEVEN_B))
+    text = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
+    for name, value in (text | {"num_attention_heads": 16, "num_key_value_heads": 2}).items():
+        setattr(three.text_config, name, value)
+    three.text_config.layer_types = 36 * seven.text_config.layer_types[:1]
+    three.tie_word_embeddings, three.vision_config.out_hidden_size = True, 2048
+    return {"7B": seven, "3B": three}
+
+
+def size_of(preset: str) -> int:
+    """GB that a preset says it is for, in its own comment or that of the preset which it extends."""
+    text = (REPOSITORY / "thinkimg" / "presets" / f"{preset}.yaml").read_text()
+    found = re.search(r"For (\d+) GB", text)
+    return int(found[1]) if found else size_of(re.search(r"^extends: (\S+)", text, re.M)[1])
+
+
+def geometry_of(config, geometries):
+    return geometries["3B" if "3B" in config.model.path else "7B"]
+
+
+PRESETS = [name for name in list_presets() if name != "tiny"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_engine_of_a_preset_plays_enough_at_once(preset, geometries):
+    config, gpu = load_config(preset), int(VISIBLE[size_of(preset)] * GIB)
+    base = geometry_of(config, geometries)
+    engine = engine_memory.predict_engine(config, base, gpu)
+    assert engine.conversations >= BUSY, forecast.forecast_engine(config, base, gpu)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_of_a_preset_fits_the_gpu_that_it_says(preset, geometries, pretend):
+    config = load_config(preset, ["where.teacher.url=http://teacher/v1"])
+    pretend(VISIBLE[size_of(preset)])
+    line = forecast.forecast_trainer(config, geometry_of(config, geometries))
+    assert "fits in" in line and "of the GPU" in line, line
+
+
+def test_the_7b_and_its_cache_are_counted(geometries):
+    config = load_config("balanced")
+    engine = engine_memory.predict_engine(config, geometries["7B"], 80 * GIB)
+    assert engine.weights / GIB == pytest.approx(15.45, abs=0.05)  # 8.29 G parameters in bfloat16
+    assert engine.adapter / GIB == pytest.approx(0.30, abs=0.02)
+    assert engine.per_token == 56 * 1024
+    halves = engine_memory.predict_engine(
+        load_config("balanced", ["where.engine.tensor_parallel_size=2"]), geometries["7B"], 80 * GIB
+    )
+    assert halves.weights == engine.weights // 2 and halves.per_token == engine.per_token // 2
+
+
+def test_a_gpu_that_is_too_small_is_told_with_what_to_change(geometries):
+    line = forecast.forecast_engine(load_config("development"), geometries["7B"], 16 * GIB)
+    assert "no conversation of 8192 tokens" in line and "where.engine.gpu_memory_utilization" in line
+
+
+def test_the_lines_of_a_gpu_name_it_and_both_halves(pretend):
+    """Of a tiny model, as it is the same for all: a trainer's line and an engine's."""
+    pretend(24)
+    trainer, engine = forecast.forecast_memory(load_config("tiny")).splitlines()
+    assert "fits in" in trainer and "GiB of the GPU" in trainer and "conversations of 512 tokens" in engine
+    pretend(0.1)
+    trainer, engine = forecast.forecast_memory(load_config("tiny")).splitlines()
+    assert "of the GPU are free: lower train.token_budget" in trainer and "no conversation" in engine

@@ -1,0 +1,132 @@
+"""Images by URL: through the proxies of the environment, never so to this machine; what may pass is not stored."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+from single_stage import build_stage
+
+from thinkimg.config.load import validate
+from thinkimg.data.source import RowRefused
+from thinkimg.data.urls import UrlReader, is_loopback
+from thinkimg.errors import UserError
+from thinkimg.images.decode import encode_png
+from thinkimg.stages.prepare import prepare
+from thinkimg.store.artifacts import Store
+
+PICTURE = encode_png(Image.new("RGB", (20, 10), "red"))
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+DEAD = "http://127.0.0.1:9"
+
+
+@contextmanager
+def server(status=lambda path: 200):
+    """Yield (address, requested): a server, or a proxy, that answers each request with the picture."""
+    requested = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requested.append(self.path)
+            self.send_response(status(self.path))
+            self.end_headers()
+            self.wfile.write(PICTURE)
+
+        def log_message(self, *args):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}", requested
+    finally:
+        running.shutdown()
+        running.server_close()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def fetch(url, host):
+    return UrlReader({host}, 10**6).read(url)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+def test_a_proxy_of_the_environment_is_used(monkeypatch, name):
+    with server() as (proxy, requested):
+        monkeypatch.setenv(name, proxy)
+        assert fetch("http://pictures.example/1.png?size=2", "pictures.example") == PICTURE
+        assert requested == ["http://pictures.example/1.png?size=2"]  # a proxy is asked for the whole URL
+
+
+def test_no_proxy_is_heeded(monkeypatch):
+    with server() as (proxy, requested):
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.setenv("no_proxy", "pictures.invalid")
+        with pytest.raises(RowRefused) as caught:
+            fetch("http://pictures.invalid/1.png", "pictures.invalid")
+        assert caught.value.reason == "url" and requested == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
+def test_this_machine_is_never_asked_through_a_proxy(monkeypatch, host):
+    for name in PROXIES[:3]:
+        monkeypatch.setenv(name, DEAD)
+        monkeypatch.setenv(name.upper(), DEAD)
+    with server() as (address, requested):
+        assert fetch(f"{address}/1.png".replace("127.0.0.1", host), host.lower()) == PICTURE
+        assert requested == ["/1.png"]
+
+
+def test_hosts_that_are_this_machine():
+    ours = ["localhost", "a.localhost", "localhost.", "127.0.0.1", "127.9.9.9", "::1"]
+    assert [host for host in ours if not is_loopback(host)] == []
+    assert [host for host in ("example.org", "128.0.0.1", "localhost.example", "", "::2") if is_loopback(host)] == []
+
+
+@pytest.mark.parametrize("proxy", ["socks9://127.0.0.1:1", "ftp://x", "http://127.0.0.1:port"])
+def test_a_proxy_that_cannot_be_one_is_a_sentence(monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises((UserError, RowRefused)) as caught:
+        fetch("http://pictures.example/1.png", "pictures.example")
+    assert isinstance(caught.value, UserError) and "HTTP_PROXY" in caught.value.hint
+
+
+def test_a_status_says_whether_it_passes():
+    with server(lambda path: int(path[1:])) as (address, _):
+        for status, passing in {404: False, 403: False, 410: False, 500: True, 503: True, 429: True, 408: True}.items():
+            with pytest.raises(RowRefused, match=str(status)) as caught:
+                fetch(f"{address}/{status}", "127.0.0.1")
+            assert caught.value.passing == passing
+    with pytest.raises(RowRefused) as caught:
+        fetch(f"{DEAD}/1.png", "127.0.0.1")
+    assert caught.value.passing
+
+
+def test_what_may_pass_is_not_stored_as_refused(tmp_path):
+    broken = {"/3.png": 503}
+    with server(lambda path: broken.get(path, 200)) as (address, _):
+        rows = [{"image": f"{address}/{i}.png", "question": f"{i}?", "answer": "a", "scene": i % 4} for i in range(40)]
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"source": "jsonl", "path": str(tmp_path / "d.jsonl"), "url_hosts": ["127.0.0.1"]}
+        data["columns"] = {"group": "scene"}
+        store = Store(tmp_path / "store")
+        with pytest.raises(UserError, match=r"1 of 40 rows can't be had at the moment: d\.jsonl line 4: .* 503"):
+            build_stage(prepare, validate({"data": data}), store)
+        assert list(store.list()) == []
+        skipped, _ = build_stage(prepare, validate({"data": data | {"skip_unreachable": True}}), store)
+        assert skipped.metrics["refused"] == 1
+        broken["/3.png"] = 404  # gone for good
+        gone, _ = build_stage(prepare, validate({"data": data}), store)
+        assert gone.metrics["refused"] == 1
+        broken.clear()
+        whole, _ = build_stage(prepare, validate({"data": data}), store, force=True)
+        assert whole.metrics["refused"] == 0

@@ -1,0 +1,96 @@
+"""Signals while something starts: the first is answered at once, ends the start within seconds, and leaves nothing."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import title
+
+from thinkimg.watchdog import descendants
+
+# A command that waits for a start. The server's and the trainer's programs never answer.
+COMMAND = """
+import asyncio, sys
+from pathlib import Path
+from types import SimpleNamespace
+import thinkimg.engine.server, thinkimg.trainer.client
+from thinkimg.config.load import load_config
+from thinkimg.engine.settings import EngineSettings
+from thinkimg.exit import run_guarded
+from thinkimg.models.base import BaseSource
+from thinkimg.resources import Resources
+
+place = Path(sys.argv[2])
+(place / "model").mkdir()
+(place / "model" / "config.json").write_text("{}")
+silent = [sys.executable, "-c", "import time; time.sleep(600)  # silent"]
+thinkimg.engine.server.server_command = lambda *_: silent
+thinkimg.trainer.client.build_launch_command = lambda *_, **__: silent
+policy = SimpleNamespace(digest="d", is_full=True, model_directory=place / "model")
+limits = EngineSettings(dtype="float32", max_tokens=1024, max_images=4, max_pixels=2_000_000)
+base = BaseSource(path="nowhere", revision=None, tiny=True)
+
+def stage():
+    with Resources(load_config("tiny", [f"where.store={place}"]).where, say=lambda line: print(line, flush=True)) as it:
+        if sys.argv[1] == "engine":
+            asyncio.run(it.engine(policy, limits, base))
+        elif sys.argv[1] == "judges":
+            asyncio.run(gather(it))
+        elif sys.argv[1] == "trainer":
+            it.trainer.submit({})
+
+async def gather(it):
+    await asyncio.gather(asyncio.sleep(600), it.engine(policy, limits, base))
+
+run_guarded(stage)
+"""
+PREPARE = ["-m", "thinkimg", "prepare", "--preset", "tiny", "--set", "where.tracking.enabled=false"]
+
+
+def interrupt(command: list[str], place: Path, number: int, ready: str) -> str:
+    """Send a signal to a command once a process with `ready` in its title runs; return what it said on stderr."""
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=place, env=os.environ | {"PREFECT_HOME": str(place / "prefect")},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (
+            family := [
+                pid for pid in descendants(process.pid) if ready in title(pid) and "watchdog.py" not in title(pid)
+            ]
+        ):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.05)
+        time.sleep(0.3)
+        started = time.monotonic()
+        process.send_signal(number)
+        assert select.select([process.stderr], [], [], 3)[0], "nothing is said"
+        first = process.stderr.readline()
+        assert "stopping" in first, first
+        _, rest = process.communicate(timeout=60)
+        assert time.monotonic() - started < 12
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 128 + number, rest
+    assert "Traceback" not in rest and len(rest.splitlines()) <= 1, rest
+    assert not [pid for pid in family if title(pid)]
+    return rest
+
+
+@pytest.mark.parametrize(
+    ("start", "number"),
+    [("engine", signal.SIGINT), ("engine", signal.SIGTERM), ("judges", signal.SIGINT), ("trainer", signal.SIGINT)],
+)
+def test_the_first_signal_ends_a_start_at_once_and_says_so(tmp_path, start, number):
+    interrupt(["-c", COMMAND, start, str(tmp_path)], tmp_path, number, "# silent")
+
+
+def test_the_first_ctrl_c_ends_a_command_that_waits_for_prefect(tmp_path):
+    interrupt(PREPARE, tmp_path, signal.SIGINT, "uvicorn")

@@ -1,0 +1,57 @@
+"""Right answers as a data set has them, read as the reward will read them, or refused."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from thinkimg.answers.boxes import read_box
+from thinkimg.answers.choices import match_letter, match_text
+from thinkimg.answers.numbers import read_number
+from thinkimg.records import AnswerType
+
+
+def read_right(value: Any, text: str, answer_type: AnswerType) -> str:
+    """Return a right answer that is no choice, as it is stored. Raises ValueError where the reward could not read it.
+
+    value: as the source has it. text: the same as a text.
+    """
+    match answer_type:
+        case AnswerType.NUMBER:
+            # JSON's true is no 1; a number of the source is read from its digits.
+            if isinstance(value, bool) or read_number(text) is None:
+                raise ValueError("is no number")
+        case AnswerType.BOX:
+            box = read_box(text)
+            text = json.dumps(list(box or ()))
+            if box is None or read_box(text) != box:
+                raise ValueError("is no box of four numbers x, y, width, height")
+    return text
+
+
+def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, numeric: bool) -> str:
+    """Return the choice that is right. Raises ValueError where none is, or where two readings differ.
+
+    form: `data.answer_is`. With "any", a number is an index from 0, and a text is a choice's text or its letter.
+    numeric: the choices are numbers themselves, so that digits may be either.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    index = int(text) if re.fullmatch("[0-9]{1,6}", text) and int(text) < len(choices) else None
+    by_text = match_text(text, choices)
+    readings: dict[str, int | None] = {}
+    if form == "text" or (form == "any" and (numeric or not is_number)):
+        readings["text"] = by_text
+    if form == "letter" or (form == "any" and not is_number):
+        readings["letter"] = match_letter(text, choices)
+    if form == "index" or (form == "any" and (numeric or is_number)):
+        readings["index"] = index
+    named = {reading: choices[index] for reading, index in readings.items() if index is not None}
+    if len(set(named.values())) > 1:
+        meanings = " or ".join(f"by {reading} {ascii(choice)}" for reading, choice in named.items())
+        raise ValueError(f"may be {meanings}: set data.answer_is")
+    if not named:
+        if by_text is not None or index is not None:  # a form that is not read: 2010 of "2009" and "2010"
+            reading = "text" if by_text is not None else "index"
+            raise ValueError(f"is, by {' or '.join(readings)}, none of the choices; data.answer_is={reading} fits")
+        raise ValueError(f"is, by {' or '.join(readings)}, none of the choices")
+    return next(iter(named.values()))

@@ -1,0 +1,51 @@
+"""Commits of repositories of the Hugging Face Hub: a branch or a tag identifies no content, as it moves."""
+
+import functools
+import os
+
+from thinkimg.errors import UserError, shorten
+
+
+def find_commit(repository: str, revision: str | None = None) -> str | None:
+    """Return the commit of a model's revision, by default of its main branch; None if it can't be known.
+
+    The Hub is asked once per process. Where it can't be reached, its cache on this machine answers.
+    """
+    return _resolve(repository, revision)[0]
+
+
+def require_commit(repository: str, revision: str | None = None) -> str:
+    """Return `find_commit`. Raises UserError if it can't be known."""
+    commit, reason = _resolve(repository, revision)
+    if commit is None:
+        raise UserError(
+            f"The commit of {repository} on the Hub can't be found: {reason}",
+            hint="Check the id, the revision, and that the Hub can be reached; or set model.revision to a commit.",
+        )
+    return commit
+
+
+def cached_commit(repository: str) -> str:
+    """Return the commit of a model's main branch that this machine's cache has. Raises the library's own errors."""
+    from huggingface_hub import HfApi
+
+    return HfApi().resolve_revision(repository, local_files_only=True).resolved
+
+
+@functools.cache
+def _resolve(repository: str, revision: str | None) -> tuple[str | None, str]:
+    """Return (commit or None, reason of None)."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+    api = HfApi()
+    try:
+        try:
+            return api.resolve_revision(repository, revision=revision).resolved, ""
+        except RevisionNotFoundError:
+            raise
+        except HfHubHTTPError:  # such as a missing key: what is in the cache can be used all the same
+            return api.resolve_revision(repository, revision=revision, local_files_only=True).resolved, ""
+    except Exception as error:  # the library's own, and those of its HTTP client
+        return None, shorten(str(error))
