@@ -41,6 +41,12 @@ API := $(or $(PREFECT_API_URL),http://127.0.0.1:4200/api)
 PREFECT := $(BIN)/prefect --no-prompt
 # Exported, not written into the commands, where a shell would read what is special in a path or an address.
 deploy worker: export PREFECT_API_URL := $(API)
+# Prefect's client would ask a proxy for this machine, too. Both spellings, with the user's exceptions of both.
+comma := ,
+blank := $(subst ,, )
+LOCAL := $(subst $(blank),$(comma),$(strip $(subst $(comma), ,$(no_proxy) $(NO_PROXY)) 127.0.0.1 localhost ::1))
+server deploy worker: export NO_PROXY := $(LOCAL)
+server deploy worker: export no_proxy := $(LOCAL)
 deploy: export PWD := $(CURDIR)
 server deploy worker: export PREFECT_SERVER_ANALYTICS_ENABLED := false
 server deploy worker: export DO_NOT_TRACK := true

@@ -21,6 +21,7 @@ from thinkimg.errors import UserError
 from thinkimg.exit import run_guarded
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact
+from thinkimg.user_paths import expand_path
 
 
 def described(kind: Any, text: str, **limits) -> Any:
@@ -65,7 +66,7 @@ def open_config(preset: str, overrides: list[str], **settings: Any) -> tuple[Con
 
 def open_input(store: Store, reference: str, kind: str) -> Artifact:
     """Return the artifact that a form names. Raises UserError where the run of a deployment names one elsewhere."""
-    artifact = store.resolve(settings.expand_path(reference), kind)
+    artifact = store.resolve(expand_path(reference), kind)
     inside = artifact.directory.resolve().is_relative_to(store.root.resolve())
     if not inside and is_deployed():
         raise UserError(

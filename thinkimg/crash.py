@@ -32,7 +32,9 @@ def write_report(error: BaseException) -> tuple[str, str]:
         with contextlib.suppress(OSError):
             directory.mkdir(parents=True, exist_ok=True)
             path = directory / name
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            # An argument that is no UTF-8 has halves of characters.
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(report)
             return cause, str(path)
     return cause, f"\n{report}"

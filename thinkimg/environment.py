@@ -39,7 +39,9 @@ COMPUTE = (
     "ROCM_", "ROCR_", "HSA_", "GLOO_", "TP_", "UCX_", "FI_", "IBV_", "RDMAV_", "OMP_", "KMP_", "GOMP_", "MKL_",
     "OPENBLAS_", "BLIS_", "NVPL_", "DNNL_", "ONEDNN_", "ATEN_", "NUMBA_", "MALLOC_", "TCMALLOC_", "TORCH_",
     "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "FLASHINFER_", "DG_", "TVM_", "CC", "CXX", "CPATH",
-    "LIBRARY_PATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "MAX_JOBS", "MPLCONFIGDIR",
+    "LIBRARY_PATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "MAX_JOBS", "MPLCONFIGDIR", "CUDAHOSTCXX", "CUDACXX",
+    "CFLAGS", "CXXFLAGS", "LDFLAGS", "CONDA_BUILD_SYSROOT", "COMPILER_PATH", "MLX5_", "PSM2_", "PSM3_", "SHARP_",
+    "OFI_NCCL_",
 )  # fmt: skip
 # Kernels, caches and time-outs. Others say who is let in, where vLLM listens, and what else it does.
 VLLM = (
@@ -50,9 +52,13 @@ VLLM = (
     "VLLM_DISABLE_PYNCCL", "VLLM_DISABLE_COMPILE_CACHE", "VLLM_SKIP_P2P_CHECK", "VLLM_TRITON_",
     "VLLM_TUNED_CONFIG_FOLDER", "VLLM_USE_AOT_COMPILE", "VLLM_USE_STANDALONE_COMPILE", "VLLM_USE_V2_MODEL_RUNNER",
     "VLLM_WEIGHT_OFFLOADING_", "VLLM_FLOAT32_MATMUL_PRECISION", "VLLM_BATCH_INVARIANT",
-    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_ENGINE_READY_TIMEOUT_S",
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS",
 )  # fmt: skip
-MODEL_CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_MODULES_CACHE", "TORCH_HOME")
+MODEL_CACHES = (
+    "HF_HOME", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_MODULES_CACHE", "HUGGINGFACE_HUB_CACHE",
+    "HUGGINGFACE_ASSETS_CACHE", "TORCH_HOME",
+)  # fmt: skip
 DATABASE = (
     "PGPASSWORD", "PGPASSFILE", "PGUSER", "PGHOST", "PGPORT", "PGDATABASE", "PGSERVICE", "PGSERVICEFILE", "PGSSLMODE",
     "PGSSLCERT", "PGSSLKEY", "PGSSLROOTCERT", "MYSQL_PWD",
@@ -61,6 +67,8 @@ BROWSER = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 HUB = ("HF_", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
+CONNECTION_ERRORS = (OSError, HTTPException)
+"""Errors of `open_local`, and of reading its answer: URLError, HTTPError and time-outs are OSErrors."""
 NAMED_BY_USER = "THINKIMG_ENVIRONMENT"
 """Variable with names of further variables, separated by commas, that engine and trainer get."""
 
@@ -114,20 +122,20 @@ def child_environment(
 ) -> dict[str, str]:
     """Return the environment of a child: of the caller's variables those of its rule, and what is set for it.
 
-    base: the caller's. settings: of this one child. Nothing of the working directory comes ahead of the installed
+    base: the caller's. settings: of this one child. The working directory does not come ahead of the installed
     packages, neither in the child nor in its own children.
     """
     rule = RULES[kind]
     keeps = rule.keeps
     if rule.open_to_user:
         keeps += tuple(name.strip() for name in base.get(NAMED_BY_USER, "").split(","))
-    made = {name: value for name, value in base.items() if is_among(name, keeps)} | dict(rule.settings)
+    environment = {name: value for name, value in base.items() if is_among(name, keeps)} | dict(rule.settings)
     if not set(PROXIES).isdisjoint(keeps):
-        exempt_localhost(made)
+        exempt_localhost(environment)
     if path := python_path(base.get("PYTHONPATH", "")):
-        made["PYTHONPATH"] = path
-    made["PYTHONSAFEPATH"] = "1"  # as -P, for the child's own children as well
-    return made | dict(settings)
+        environment["PYTHONPATH"] = path
+    environment["PYTHONSAFEPATH"] = "1"  # as -P, for the child's own children as well
+    return environment | dict(settings)
 
 
 def is_among(name: str, patterns: tuple[str, ...]) -> bool:
@@ -136,12 +144,12 @@ def is_among(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def python_path(value: str) -> str:
-    """Return PYTHONPATH without entries that are the working directory, or are relative to it.
+    """Return PYTHONPATH with absolute entries, without those that are the working directory.
 
     This package's own directory is added where it is not installed.
     """
     here = os.path.realpath(os.curdir)
-    entries = [entry for entry in value.split(os.pathsep) if os.path.isabs(entry) and os.path.realpath(entry) != here]
+    entries = [os.path.abspath(entry) for entry in value.split(os.pathsep) if entry and os.path.realpath(entry) != here]
     if not is_installed() and str(PACKAGE_ROOT) not in entries:
         entries.append(str(PACKAGE_ROOT))
     return os.pathsep.join(entries)
@@ -199,7 +207,7 @@ def is_loopback(host: str) -> bool:
 
 
 def open_local(url: str, timeout: float, body: bytes | None = None) -> HTTPResponse:
-    """Open a URL of a server on this machine, without proxies. Raises OSError (URLError, HTTPError).
+    """Open a URL of a server on this machine, without proxies. Raises CONNECTION_ERRORS.
 
     body: JSON to POST; None for a GET.
     """
@@ -213,5 +221,5 @@ def is_healthy(url: str) -> bool:
     try:
         with open_local(url, timeout=5) as response:
             return response.status == 200
-    except (OSError, HTTPException):  # URLError and HTTPError are OSErrors: not listening yet, or not ready
+    except CONNECTION_ERRORS:  # not listening yet, or not ready
         return False

@@ -1,14 +1,21 @@
 """Errors: mistakes that a user can correct, and failures that pass."""
 
 import errno
+import socket
 import subprocess
 import sysconfig
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
-LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
-"""Errors of the system that are about a name, and so fail again."""
+LASTING = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EEXIST,
+    errno.ENOTEMPTY, errno.ENOTTY, errno.EBADF, socket.EAI_NONAME,
+)  # fmt: skip
+"""Errors of the system that are about a name or a descriptor, and so fail again."""
+HTTP_LIBRARIES = ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "http.client")
+"""Libraries whose errors are those of a connection, unless they have a status."""
 PASSING_STATUSES = (401, 403, 408, 425, 429)
 """HTTP statuses beside 5xx that another time, or with another key, may be 200."""
 
@@ -34,18 +41,35 @@ def is_passing(error: BaseException) -> bool:
     True for connections, time-outs, memory, what the system refuses (a full disk), and HTTP statuses that say so. The
     error counts, and what it was raised from.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        status = getattr(getattr(cause, "response", cause), "status_code", getattr(cause, "code", None))
-        if (
-            isinstance(cause, ConnectionError | TimeoutError | subprocess.TimeoutExpired | MemoryError)
-            or (isinstance(cause, OSError) and cause.errno is not None and cause.errno not in LASTING)
-            or (isinstance(status, int) and (status in PASSING_STATUSES or 500 <= status < 600))
-            or type(cause).__name__ == "OutOfMemoryError"  # torch's
-        ):
+    todo, seen = [error], set()
+    while todo:
+        cause = todo.pop()
+        if id(cause) in seen:  # `raise error from error`
+            continue
+        seen.add(id(cause))
+        if _is_passing_itself(cause):
             return True
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        if isinstance(cause, BaseExceptionGroup):
+            todo += cause.exceptions
+        if reason := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+            todo.append(reason)
     return False
+
+
+def _is_passing_itself(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", error), "status_code", getattr(error, "code", None))
+    if isinstance(status, int) and not isinstance(error, OSError):
+        return status in PASSING_STATUSES or 500 <= status < 600
+    if isinstance(error, subprocess.CalledProcessError):
+        return error.returncode < 0  # by a signal, as of a kernel that is short of memory
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in LASTING
+    return (
+        isinstance(error, ConnectionError | TimeoutError | subprocess.TimeoutExpired | MemoryError | BrokenExecutor)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's
+        or type(error).__module__.startswith(HTTP_LIBRARIES)
+        or "database is locked" in str(error)
+    )
 
 
 def describe_error(error: BaseException) -> str:

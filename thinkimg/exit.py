@@ -7,10 +7,12 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from thinkimg.crash import write_report
 from thinkimg.disk import NO_SPACE, disk_number
 from thinkimg.environment import exempt_localhost
 from thinkimg.errors import UserError, shorten
@@ -20,6 +22,15 @@ from thinkimg.registry import allow_user_modules
 EXPLAINED = {"EngineError", "TrainerError", "PrefectUnavailable", "StoppedByAlarm"}
 """Names of errors, and of their base classes, whose text is complete; by name, so that their modules need not load."""
 GO_ON = "The same command goes on from what is complete."
+HTTP_LIBRARIES = {"httpx", "httpcore", "h11", "anyio", "sniffio"}
+
+
+class Termination(KeyboardInterrupt):
+    """SIGTERM in the main thread.
+
+    No SystemExit, which guards around a user's code take for theirs. A KeyboardInterrupt, for asyncio keeps any other
+    exception that a callback raises to itself.
+    """
 
 
 def skip_last_collection() -> None:
@@ -37,18 +48,21 @@ def run_guarded(command: Callable[[], object]) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # Prefect logs every exception once per flow level
     open_streams()
     atexit.register(skip_last_collection)
+    signals: list[int] = []
     try:
         allow_user_modules(in_command=True)
         exempt_localhost(os.environ)
         try:
-            with hearing_signals():
+            with hearing_signals(signals):
                 command()
         finally:
             sys.stdout.flush()  # at the interpreter's end a broken pipe would be a traceback
     except Exception as error:
         if isinstance(error, BrokenPipeError) and (is_abandoned(1) or is_abandoned(2)):
-            leave(None, 128 + signal.SIGPIPE)
+            leave(None, 128 + (signals[0] if signals else signal.SIGPIPE))
         leave(*explain_error(error))
+    except Termination:
+        leave(f"Terminated. {GO_ON}", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         leave(f"Interrupted. {GO_ON}", 128 + signal.SIGINT)
     except BaseException as error:
@@ -62,24 +76,28 @@ def leave(sentence: str | None, code: int) -> None:
     with contextlib.suppress(OSError):
         if sentence:
             print(f"thinkimg: {without_secrets(sentence)}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # else the interpreter's own flush makes the code 120
     raise SystemExit(code) from None
 
 
 @contextlib.contextmanager
-def hearing_signals() -> Iterator[None]:
+def hearing_signals(signals: list[int]) -> Iterator[None]:
     """Have the first Ctrl-C, or SIGTERM, say so at once, and end what the main thread does by an exception.
 
+    signals: the numbers of those that arrive are added to it.
     asyncio would take Python's own handler for one of its own, which waits until a coroutine waits: an engine that
     starts would be waited for.
     """
 
     def hear(number: int, frame: FrameType | None) -> NoReturn:
-        os.write(2, b"thinkimg: stopping\n")  # print might be interrupted within itself
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        signals.append(number)
+        with contextlib.suppress(OSError):  # nobody reads stderr: another exception than ours might be caught
+            os.write(2, b"thinkimg: stopping\n")  # print might be interrupted within itself
+        raise KeyboardInterrupt if number == signal.SIGINT else Termination
 
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     heard = [number for number, handler in kept.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
@@ -124,14 +142,31 @@ def explain_error(error: Exception) -> tuple[str, int]:
         return " ".join(str(error).split()), 2
     if EXPLAINED & kinds:
         return str(error), 1
+    if "PrefectHTTPStatusError" in kinds:
+        return explain_status(error), 1
     library = type(error).__module__.partition(".")[0]
-    if str(error).startswith("Failed to reach API") or library in ("httpx", "httpcore"):
+    if str(error).startswith("Failed to reach API") or (library in HTTP_LIBRARIES and is_of_prefect(error)):
         detail = str(error).split("\n")[0] or type(error).__name__
         hint = "Start it (`make server`) or unset PREFECT_API_URL, then run this again: complete artifacts are kept."
         return f"Prefect's server does not answer ({detail}). Hint: {hint}", 1
     if isinstance(error, PermissionError) or disk_number(error) in NO_SPACE:
         return f"{shorten(str(error))}. Hint: Free some space there, or get leave to write. {GO_ON}", 2
-    from thinkimg.crash import write_report
-
     cause, report = write_report(error)
     return f"Nobody expected this: {cause}. Hint: {GO_ON} If it happens again, report it with {report}", 1
+
+
+def explain_status(error: Exception) -> str:
+    """Return a sentence for a request that Prefect's server refused."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    hint = f"Its log says why. {GO_ON}"
+    if status in (401, 403):
+        hint = f"Set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY for Prefect Cloud. {GO_ON}"
+    return f"Prefect's server refused a request ({shorten(str(error).split(chr(10))[0])}). Hint: {hint}"
+
+
+def is_of_prefect(error: Exception) -> bool:
+    """Tell whether Prefect's client made the request that failed, and not another library or a user's code."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in frames]
+    callers = [name for name in packages if name not in HTTP_LIBRARIES and name not in sys.stdlib_module_names]
+    return callers[-1:] == ["prefect"]

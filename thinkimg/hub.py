@@ -6,23 +6,31 @@ import os
 from thinkimg.errors import UserError, shorten
 
 
+class Unknown(Exception):
+    """Reason for which a commit can't be known; an exception, as functools.cache keeps results alone."""
+
+
 def find_commit(repository: str, revision: str | None = None) -> str | None:
     """Return the commit of a model's revision, by default of its main branch; None if it can't be known.
 
-    The Hub is asked once per process. Where it can't be reached, its cache on this machine answers.
+    A process keeps to the commit that it has found, and asks again while it has found none. Where the Hub can't be
+    reached, its cache on this machine answers.
     """
-    return _resolve(repository, revision)[0]
+    try:
+        return _resolve(repository, revision)
+    except Unknown:
+        return None
 
 
 def require_commit(repository: str, revision: str | None = None) -> str:
     """Return `find_commit`. Raises UserError if it can't be known."""
-    commit, reason = _resolve(repository, revision)
-    if commit is None:
+    try:
+        return _resolve(repository, revision)
+    except Unknown as reason:
         raise UserError(
             f"The commit of {repository} on the Hub can't be found: {reason}",
             hint="Check the id, the revision, and that the Hub can be reached; or set model.revision to a commit.",
-        )
-    return commit
+        ) from None
 
 
 def cached_commit(repository: str) -> str:
@@ -33,8 +41,8 @@ def cached_commit(repository: str) -> str:
 
 
 @functools.cache
-def _resolve(repository: str, revision: str | None) -> tuple[str | None, str]:
-    """Return (commit or None, reason of None)."""
+def _resolve(repository: str, revision: str | None) -> str:
+    """Return the commit. Raises Unknown with the reason if there is none."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
@@ -42,10 +50,13 @@ def _resolve(repository: str, revision: str | None) -> tuple[str | None, str]:
     api = HfApi()
     try:
         try:
-            return api.resolve_revision(repository, revision=revision).resolved, ""
+            commit = api.resolve_revision(repository, revision=revision).resolved
         except RevisionNotFoundError:
             raise
         except HfHubHTTPError:  # such as a missing key: what is in the cache can be used all the same
-            return api.resolve_revision(repository, revision=revision, local_files_only=True).resolved, ""
+            commit = api.resolve_revision(repository, revision=revision, local_files_only=True).resolved
     except Exception as error:  # the library's own, and those of its HTTP client
-        return None, shorten(str(error))
+        raise Unknown(shorten(str(error))) from error
+    if commit is None:
+        raise Unknown("the Hub names none.")
+    return commit

@@ -9,6 +9,8 @@ prepare ──► dataset ─┬─► rollout ──► rollouts ──► scor
 from typing import Any
 
 from thinkimg.config.tree import Config
+from thinkimg.models.base import BaseSource
+from thinkimg.models.clip import require_weights, weights_digest
 from thinkimg.scheduler import H, Run
 from thinkimg.stages.demonstrate import demonstrate
 from thinkimg.stages.evaluate import evaluate
@@ -28,12 +30,22 @@ READERS: tuple[Stage[Any], ...] = (prepare, demonstrate, warmstart, score)
 def outside_inputs(config: Config) -> dict[str, str]:
     """Return what a loop reads beside its config, for its identity: name -> digest.
 
-    A user's data and conversations, weights from outside, and the user's own code. Raises UserError if one is missing.
+    A user's data and conversations, weights from outside, and the user's own code. Raises UserError if one is missing,
+    or if the commit of a model of the Hub can't be known: its name is no content.
     """
     stages = [stage for stage in READERS if stage.wanted(config)]
     references = [reference for stage in stages for reference in stage.outside(stage.settings(config)).items()]
     code = {f"code of {path}": digest for path, digest in config.sources().items()}
-    return {role: reference.digest for role, reference in references} | code
+    digests = {role: reference.digest for role, reference in references} | code
+    # Each again once its commit is certain: the Hub may have answered only now.
+    if "base" in digests:
+        base = BaseSource.of(config.model)
+        base.require()
+        digests["base"] = base.reference().digest
+    if "clip" in digests:
+        require_weights(config.image.embedding)
+        digests["clip"] = weights_digest(config.image.embedding, None)
+    return digests
 
 
 def pipeline(run: Run[H], config: Config) -> H:

@@ -137,14 +137,19 @@ def open_log(path: Path) -> BinaryIO:
 def run_directory() -> Path:
     """Return the directory of records and temporary files of children: one per machine and user, removed by a reboot.
 
-    It is in TMPDIR; where that is too long for the sockets of children, in another one. Raises UserError without one.
+    It is in TMPDIR; where that is too long for the sockets of children, or another user has taken the name, elsewhere.
+    Raises UserError without one.
     """
     roots = [temporary_root(), *SHORT_ROOTS, Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere"))]
+    usable = []
     for root in roots:
         directory = root / f"thinkimg-{os.getuid()}"
         short = len(os.fsencode(directory)) <= SOCKET_PATH - SOCKET_NAME - RECORD_NAME
         if short and os.access(root, os.W_OK | os.X_OK):
-            return make_private(directory)
+            usable.append(directory)
+    own = [directory for directory in usable if not os.path.lexists(directory) or is_own(directory)]
+    if usable:
+        return make_private([*own, *usable][0])
     raise UserError(
         f"TMPDIR is too long for the sockets of child processes: {roots[0]}.",
         hint=f"Set it to a directory with at most {SOCKET_PATH - SOCKET_NAME - RECORD_NAME - 20} characters.",
@@ -174,11 +179,16 @@ def make_private(directory: Path) -> Path:
     """Make a directory that only this user can enter, if there is none; return it. Raises UserError."""
     with writing(directory):
         directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.lstat().st_uid != os.getuid():
+    if not is_own(directory):
         raise UserError(f"{directory} belongs to another user.", hint="Set TMPDIR to a directory of your own.")
     if directory.stat().st_mode & 0o077:
         directory.chmod(0o700)
     return directory
+
+
+def is_own(path: Path) -> bool:
+    """Tell whether a path, which exists, belongs to this user."""
+    return path.lstat().st_uid == os.getuid()
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,49 @@
 """Texts without secrets: passwords in addresses, keys, tokens."""
 
+import contextlib
+import json
 import os
 import re
+from collections.abc import Iterator
+from urllib.parse import unquote
 
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH_STRING)$", re.IGNORECASE)
-SECRET = re.compile(r"(?i)(\b(?:api[_-]?key|token|password|passwd|secret)[=:]\s?|\bbearer |\bsk-|\bhf_)[^\s&'\"]+")
+SECRET_NAME = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|_PWD|CREDENTIALS?|AUTH_STRING|DATABASE_URL|CONNECTION_URL|CONNECTION_STRING|"
+    r"_DSN|_HEADERS)$",
+    re.IGNORECASE,
+)
+NAMES = (
+    r"(?<![\w-])[\w-]*(?:(?:api|access|account|private|shared|secret)[_-]?key|token|password|passwd|pwd|secret|credentials?|"
+    r"auth[_-]string|connection[_-]string|odbc_connect|authorization)"
+)
+# password=x, password: x, 'password': 'x', ("password", "x"), {\"password\": \"x\"}, PWD%3Dx, Authorization: Basic x
+NAMED = re.compile(
+    rf"""(?i)({NAMES}(?:\\*["']?\s*(?:=>|=|:|%3D)|\\*["']\s*,)\s*)"""
+    r"""(?:[\[({]*\s*b?(?P<quote>\\*["'])(?:(?!(?P=quote))(?:\\.|.))*(?P=quote)?|"""
+    r"""(?:(?:basic|bearer|digest|token)\s+)?[^\s&'"]+)"""
+)
+MARKED = re.compile(r"(?i)(\bbearer |\bsk-|\bhf_)[^\s&'\"]+")
+USERINFO = re.compile(r"://([^\s/@:?]*:)?(?:(?!://)[^\s?])*@")
+QUERY = re.compile(rf"(?i)([?&;]{NAMES}=)[^\s&'\"]+")
 SHORTEST = 6  # characters of a variable's value that is taken for a secret
 
 
 def without_password(uri: str) -> str:
-    """Return a URI, or a text with URIs in it, with *** in place of each password."""
-    return re.sub(r"(://[^\s/@:]*):[^\s/]*@", r"\1:***@", uri)
+    """Return a URI, or a text with URIs in it, with *** in place of each password, and of a user without one.
+
+    A user alone may be a token. What follows the first @ may still be of a password, so that the last one counts.
+    """
+    return QUERY.sub(r"\1***", USERINFO.sub(lambda match: f"://{match[1] or ''}***@", uri))
+
+
+def without_query(uri: str) -> str:
+    """Return `without_password` of a single URI, with *** in place of each value of its query, too.
+
+    Drivers of databases take passwords there, under names of their own.
+    """
+    address, mark, query = uri.partition("?")
+    parts = [f"{name}{equals}***" for name, equals, _ in (part.partition("=") for part in query.split("&"))]
+    return without_password(address) + (mark and "?" + "&".join(parts))
 
 
 def without_secrets(text: str, context: str = "") -> str:
@@ -19,15 +52,31 @@ def without_secrets(text: str, context: str = "") -> str:
     context: another text, such as the settings, that may name a variable as one with a key.
     """
     values = {
-        value: name
+        secret: name
         for name, value in os.environ.items()
-        if len(value) >= SHORTEST and not value.startswith("/") and is_secret(name, text + context)
+        if is_secret(name, text + context)
+        for secret in list_secrets(value)
+        if len(secret) >= SHORTEST and not (secret.startswith("/") and os.path.exists(secret))
     }
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, f"***{values[value]}***")
-    return SECRET.sub(r"\1***", without_password(text))
+    return MARKED.sub(r"\1***", NAMED.sub(r"\1***", without_password(text)))
 
 
 def is_secret(name: str, text: str) -> bool:
     """Tell whether a variable holds a secret: by its name, or as the text names it as one."""
     return bool(SECRET_NAME.search(name)) or re.search(rf"api_key_env\W+{re.escape(name)}\b", text) is not None
+
+
+def list_secrets(value: str) -> Iterator[str]:
+    """Yield what of a variable's value is a secret: all of it, the values of a JSON object, the password of a URI."""
+    yield value
+    if password := re.search(r"://[^\s/@:?]*:([^\s?]*)@", value):
+        yield password[1]
+        yield unquote(password[1])
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(value)
+        for part in content.values() if isinstance(content, dict) else ():
+            if isinstance(part, str):
+                yield part
+                yield part.rpartition(" ")[2]  # without "Basic"

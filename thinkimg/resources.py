@@ -143,6 +143,7 @@ class Resources:
                 try:
                     if set((await client.versions()).values()) != {policy.digest}:
                         await client.load_weights(self.weights(policy, base), policy.digest)
+                    client.version = policy.digest
                 finally:
                     self._loading.release()
         except BaseException:

@@ -7,8 +7,6 @@
 A setting of an entry that is not in use does not exist.
 """
 
-import os
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,23 +19,7 @@ from pydantic_core import core_schema
 from thinkimg.errors import UserError, shorten
 from thinkimg.redaction import without_password
 from thinkimg.registry import Registry, short_name
-
-MAX_PATH, MAX_NAME = 4095, 255  # bytes of a path and of each part, as Linux has them
-
-
-def expand_path(text: str) -> str:
-    """Return a path as it is, with the home directory in place of a leading `~`. Raises UserError for none.
-
-    Every path of a user goes through here where it enters: settings, flags, preset files.
-    """
-    path = os.path.expanduser(text)
-    if not path or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in path):
-        raise UserError(f"{shorten(text)!a} is no path.", hint="A path has no control characters, and is not empty.")
-    if path.startswith("~"):
-        raise UserError(f"There is no home directory for {text}.", hint="A name that begins with ~ is written as ./~…")
-    if len(encoded := os.fsencode(path)) > MAX_PATH or max(map(len, encoded.split(b"/"))) > MAX_NAME:
-        raise UserError(f"The path {shorten(text, 60)} is too long: it has {len(encoded)} bytes.")
-    return path
+from thinkimg.user_paths import expand_path
 
 
 def check_url(text: str) -> str:

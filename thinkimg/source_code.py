@@ -1,7 +1,8 @@
 """Identity of a user's code: the files of a module and of all that it imports, however indirectly, of the user's own.
 
 What is installed is left out, and so are Python's own modules and thinkimg. Nothing is run: imports are read from the
-source, those inside functions included. Names that are made while it runs can't be seen, nor can files of data.
+source, those inside functions included. Names that are made while it runs can't be seen, nor can files of data. What
+sys.modules holds after an import is no help, as it depends on what was imported before.
 """
 
 import ast
@@ -17,7 +18,8 @@ from types import ModuleType
 
 INSTALLED = ("site-packages", "dist-packages")
 PARSE_ATTEMPTS = 20
-IMPORTERS = ("import_module", "__import__")
+ARGUMENTS = {"import_module": ("name", "package"), "__import__": ("name", "globals", "locals", "fromlist", "level")}
+LAZY = ("__getattr__", "attach")  # a package's own function, and lazy_loader's
 
 
 def code_digest(*modules: ModuleType) -> str:
@@ -45,27 +47,87 @@ def _closure(modules: tuple[ModuleType, ...]) -> Iterator[tuple[ModuleSpec, byte
             # An import of a.b.c runs a and a.b, too. One that can't be found is left to the import itself.
             if name not in seen:
                 seen.add(name)
-                found = _find(name)
-                if found is not None and _is_own(found, packages):
-                    todo.append(found)
+                spec_of_name = _find(name)
+                if spec_of_name is not None and _is_own(spec_of_name, packages):
+                    todo.append(spec_of_name)
 
 
 def _names(spec: ModuleSpec, data: bytes) -> Iterator[str]:
     """Yield the absolute names of modules that a module may import, and of the packages that they lie in."""
-    names = [spec.name]
-    for node in ast.walk(_parse(data)):
+    names, tree = [spec.name], _parse(data)
+    importers = {name: name for name in ARGUMENTS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            importers |= {alias.asname: alias.name for alias in node.names if alias.asname and alias.name in ARGUMENTS}
+    for node in ast.walk(tree):
         match node:
             case ast.Import():
                 names += [alias.name for alias in node.names]
             case ast.ImportFrom():
-                base = _absolute("." * node.level + (node.module or ""), spec)
+                base = _absolute("." * node.level + (node.module or ""), _package_of(spec))
                 names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-            case ast.Call(func=ast.Name(id=called) | ast.Attribute(attr=called), args=[ast.Constant(str(text)), *_]):
-                names += [_absolute(text, spec)] if called in IMPORTERS else []
+                if any(alias.name == "*" for alias in node.names):
+                    names += [f"{base}.{name}" for name in _export_names(base)]
+            case ast.Call(func=ast.Name(id=called) | ast.Attribute(attr=called)) if called in importers:
+                names += _call_names(node, importers[called], spec)
+    if spec.submodule_search_locations is not None and _is_lazy(tree):
+        names += [f"{spec.name}.{text.lstrip('.')}" for text in _texts(tree)]
     for name in names:
         parts = name.split(".")
         if all(part.isidentifier() for part in parts):
             yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _call_names(call: ast.Call, importer: str, spec: ModuleSpec) -> list[str]:
+    """Return the names that a call of one of the ARGUMENTS imports, none where its name is no text."""
+    arguments = dict(zip(ARGUMENTS[importer], call.args, strict=False))
+    arguments |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+    match arguments.get("name"), arguments.get("level"):
+        case ast.Constant(str(text)), ast.Constant(int(level)):
+            text = "." * level + text
+        case ast.Constant(str(text)), _:
+            pass
+        case _:
+            return []
+    match arguments.get("package"):
+        case ast.Constant(str(package)):
+            pass
+        case ast.Name("__name__"):
+            package = spec.name
+        case _:
+            package = _package_of(spec)
+    base = _absolute(text, package)
+    return [base, *(f"{base}.{name}" for name in _texts(arguments.get("fromlist")))]
+
+
+def _export_names(name: str) -> list[str]:
+    """Return the texts of a module's `__all__`, among which a package may have submodules."""
+    spec = _find(name) if all(part.isidentifier() for part in name.split(".")) else None
+    texts: list[str] = []
+    for node in ast.walk(_parse(spec and _content(spec) or b"")):
+        match node:
+            case ast.Assign(targets=[ast.Name("__all__")]) | ast.AugAssign(ast.Name("__all__")):
+                texts += _texts(node.value)
+            case ast.AnnAssign(ast.Name("__all__")):
+                texts += _texts(node.value)
+            case ast.Call(func=ast.Attribute(value=ast.Name("__all__"))):  # append, extend
+                texts += _texts(node)
+    return texts
+
+
+def _is_lazy(tree: ast.AST) -> bool:
+    """Return True for a package that imports its submodules when somebody asks for their names."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name) | ast.Call(func=ast.Name(name) | ast.Attribute(attr=name)) if name in LAZY:
+                return True
+    return False
+
+
+def _texts(node: ast.AST | None) -> list[str]:
+    """Return every text in a tree."""
+    nodes = ast.walk(node) if node else ()
+    return [part.value for part in nodes if isinstance(part, ast.Constant) and isinstance(part.value, str)]
 
 
 def _parse(data: bytes) -> ast.AST:
@@ -83,12 +145,16 @@ def _parse(data: bytes) -> ast.AST:
     return ast.Module([], [])
 
 
-def _absolute(name: str, spec: ModuleSpec) -> str:
+def _package_of(spec: ModuleSpec) -> str:
+    """Return the package from which a module's relative imports start."""
+    return spec.name if spec.submodule_search_locations is not None else spec.parent or ""
+
+
+def _absolute(name: str, package: str) -> str:
     """Return an absolute name for one that may begin with dots; "" where it leads out of the package."""
     level = len(name) - len(name.lstrip("."))
     if not level:
         return name
-    package = spec.name if spec.submodule_search_locations is not None else spec.parent or ""
     parts = package.split(".")
     kept = parts[: len(parts) - level + 1]
     return ".".join([*kept, name[level:]]).rstrip(".") if package and kept else ""
@@ -113,7 +179,11 @@ def _find(name: str) -> ModuleSpec | None:
             continue
         if spec is not None:
             return spec
-    return None
+    # Python's finder needs a loaded parent for a namespace package within another one.
+    folders = [str(Path(folder, name[len(parent) + 1 :])) for folder in path or ()]
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [folder for folder in folders if Path(folder).is_dir()]
+    return spec if spec.submodule_search_locations else None
 
 
 def _spec_of(module: ModuleType) -> ModuleSpec | None:

@@ -199,6 +199,7 @@ def iteration(
     failed=0.0,
     effective=0.9,
     evaluated=True,
+    verdicts=1.0,
 ):
     """The metrics of an iteration of 48 x 8 conversations with these true rates."""
     answer = clustered(rng, right)
@@ -216,7 +217,8 @@ def iteration(
     found = {f"signal/{name}": pair[0] for name, pair in figures.items() if pair}
     found |= {f"signal/{name}_se": pair[1] for name, pair in figures.items() if pair}
     held_out = rng.binomial(QUESTIONS, held_out) / QUESTIONS
-    found |= {"eval/accuracy": held_out, "eval/trajectories": QUESTIONS} if evaluated else {}
+    judged = {"eval/accuracy": held_out, "eval/trajectories": QUESTIONS, "eval/judged": round(verdicts * QUESTIONS)}
+    found |= judged if evaluated else {}
     return found | {"train/rows": 300.0, "train/sampling/effective_sample": effective}
 
 
@@ -263,6 +265,7 @@ def course(rng, before, after, first=12, then=8):
         ("against_the_answer", {"against": 0.0}, {"against": -1.0}),
         ("region_missed", {"region": 0.9}, {"region": 0.3}),
         ("long_answers", {"tokens": 60}, {"tokens": 180}),
+        ("unjudged", {"verdicts": 1.0}, {"verdicts": 0.8}),
         ("effective_sample", {"effective": 0.9}, {"effective": 0.3}),
     ],
 )

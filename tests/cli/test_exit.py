@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from paths import REPOSITORY
+from prefect.exceptions import PrefectHTTPStatusError
+
+from thinkimg.exit import explain_error
 
 KEYS = {"OPENAI_API_KEY": "canary-one", "MY_TEACHER": "canary-two", "HF_TOKEN": "canary-three"}
 LOCATED = "postgresql://me:canary-four@host/db"
@@ -127,3 +131,43 @@ def test_a_file_in_the_working_directory_shadows_nothing(tmp_path):
     script += "from thinkimg.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "No rollouts under" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "PREFECT_API_KEY"), (403, "AUTH_STRING"), (500, "log says why")])
+def test_an_answer_of_prefects_server_that_is_an_error_is_a_sentence(status, hint):
+    request = httpx.Request("GET", "http://127.0.0.1:4200/api")
+    answer = httpx.Response(status, request=request)
+    refused = httpx.HTTPStatusError(f"Client error '{status}' for url\nFor more", request=request, response=answer)
+    sentence, code = explain_error(PrefectHTTPStatusError.from_httpx_error(refused))
+    assert code == 1 and f"error '{status}'" in sentence and hint in sentence and "Nobody" not in sentence
+
+
+def raise_from(module: str) -> Exception:
+    """Return an error of httpx that a module of this name has met."""
+    code = "import httpx\ndef ask(): httpx.get('http://127.0.0.1:9/', trust_env=False)"
+    exec(code, names := {"__name__": module})
+    with pytest.raises(httpx.ConnectError) as caught:
+        names["ask"]()
+    return caught.value
+
+
+def test_prefect_is_blamed_for_its_own_requests_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "Prefect's server does not answer" in explain_error(raise_from("prefect.client.base"))[0]
+    for module in ("huggingface_hub.utils._http", "my_rewards"):
+        assert "Prefect" not in explain_error(raise_from(module))[0]
+
+
+def test_an_argument_that_is_no_utf8_is_no_end_of_a_report(tmp_path):
+    code = """
+import sys
+from thinkimg.crash import write_report
+try:
+    raise KeyError("x")
+except KeyError as error:
+    print(open(write_report(error)[1]).read())
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, b"--set", b"data.path=\xff"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"\\udcff" in done.stdout, done.stderr

@@ -42,3 +42,24 @@ def test_a_clone_lies_anywhere(tmp_path, folder):
     (server,) = make("server")
     assert server[0].endswith("--port 4300") and Path(server[3]) == clone / ".prefect"
     assert make("demo")[0][0] == "thinkimg run --preset tiny"
+
+
+@pytest.mark.parametrize(("user", "kept"), [({}, []), ({"NO_PROXY": "a.org, b.org", "no_proxy": "c"}, ["a.org", "c"])])
+def test_prefect_asks_no_proxy_for_this_machine(tmp_path, user, kept):
+    """Its client heeds HTTP_PROXY for localhost, so that a deploy behind a proxy did not reach the own server."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "requirements").mkdir()
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    for name in ("prefect", "python"):
+        (tool := tmp_path / ".venv/bin" / name).write_text('#!/bin/sh\nprintf "%s|%s\\n" "$NO_PROXY" "$no_proxy"\n')
+        tool.chmod(0o755)
+    (tmp_path / ".venv/ready").touch()
+    environment = {"PATH": os.environ["PATH"], "HTTP_PROXY": "http://127.0.0.1:9"} | user
+    for target in ("server", "deploy", "worker"):
+        command = ["make", "--no-print-directory", target]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        for line in done.stdout.splitlines():
+            upper, lower = line.split("|")
+            assert upper == lower and {"127.0.0.1", "localhost", "::1", *kept} <= set(upper.split(",")), line
+        assert done.stdout, done.stderr

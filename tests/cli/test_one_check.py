@@ -2,6 +2,7 @@
 
 import re
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from flows._common import Overrides, open_config
+from thinkimg.cli import main as cli
+from thinkimg.cli.flags import check_port
 from thinkimg.cli.main import app
 from thinkimg.config.load import load_config
 from thinkimg.config.values import MAX_LENGTH, split_override
 from thinkimg.errors import UserError
+from thinkimg.process import free_port
 from thinkimg.tracking.loop import address, compare_link
 from thinkimg.tracking.settings import TrackingConfig
 
@@ -83,6 +87,56 @@ def test_the_port_of_the_ui(tmp_path, monkeypatch):
         assert re.search(r"--port \d+\.$", error.value.hint)
         with pytest.raises(UserError, match=f"Port {port} of 127.0.0.1 can't be used"):
             app(["serve", "--port", str(port), "--preset", "balanced"])
+
+
+@pytest.mark.parametrize("host", ["::", "::1", "localhost", "0.0.0.0"])
+def test_every_address_of_this_machine_can_be_listened_on(host):
+    """Those of IPv6 were refused: "Address family for hostname not supported"."""
+    if ":" in host:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    check_port(host, 0)
+
+
+@pytest.mark.parametrize("host", ["no.such.invalid", "192.0.2.1"])
+def test_another_port_is_no_advice_for_an_address_that_is_none(host):
+    with pytest.raises(UserError, match="no address") as error:
+        check_port(host, 8000)
+    assert "--port" not in str(error.value)
+
+
+def test_a_database_password_is_in_no_argument_of_a_process_and_in_no_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("thinkimg.tracking.loop.Connection", lambda *_: SimpleNamespace(uri="postgresql:", loops=1))
+    started = []
+    monkeypatch.setattr("os.execvpe", lambda *arguments: started.append(arguments))
+    uri = "postgresql://me:geheim@db.example.org/x"
+    cli.ui(port=free_port(), set=[f"where.store={tmp_path}", f"where.tracking.uri={uri}"])
+    ((_, argv, environment),) = started
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == uri and "db.example.org" not in str(argv)
+    shown = capsys.readouterr().out
+    assert "geheim" not in shown + str(argv) and "me:***@db.example.org" in shown
+
+
+@pytest.mark.parametrize("uri", ["~/runs", "file:~/runs", "sqlite:///~/runs.db"])
+def test_every_path_of_a_tracking_uri_may_begin_with_the_home_directory(uri):
+    assert load_config("tiny", [f"where.tracking.uri={uri}"]).where.tracking.uri == uri.replace("~", str(Path.home()))
+
+
+COMMENTED = ["where=store: /data/run #3", "mix={answer: 1.0} # all", "where=# none", "where=store: | # no\n  a"]
+
+
+@pytest.mark.parametrize("override", COMMENTED)
+def test_no_override_loses_its_end_as_a_comment(override):
+    with pytest.raises(UserError, match="without comments"):
+        load_config("tiny", [override])
+
+
+def test_a_sharp_within_a_text_is_none():
+    for text in ("/data/run#3", "'/data/run #3'", '"a # b"'):
+        config = load_config("tiny", [f"where={{store: {text}, workers: 2}}"])
+        assert config.where.store == text.strip("'\"") and config.where.workers == 2
 
 
 @pytest.mark.parametrize("store", ["what?", "a/b?c=d/e"])

@@ -126,6 +126,37 @@ def test_every_form_of_import_is_followed(tmp_path, form):
     assert digests[0] != digests[1]
 
 
+HIDDEN = {
+    "a star and __all__": ("from {p} import *", '__all__ = ["h"]'),
+    "a star and a longer __all__": ("from {p} import *", '__all__: list = []\n__all__ += ("h",)\n__all__.append("x")'),
+    "a keyword": ("import importlib\nimportlib.import_module(name='{p}.h')", ""),
+    "a package": ("import importlib\nimportlib.import_module('.h', '{p}')", ""),
+    "a package by keyword": ("import importlib\nimportlib.import_module('.h', package='{p}')", ""),
+    "another name": ("from importlib import import_module as im\nim('{p}.h')", ""),
+    "a list": ("__import__('{p}', fromlist=['h'])", ""),
+    "a list at its place": ("__import__('{p}', globals(), locals(), ('h',), 0)", ""),
+    "its own name": ("import {p}", "from importlib import import_module\nimport_module('.h', __name__)"),
+    "a level": ("import {p}", "__import__('h', globals(), None, ['x'], 1)"),
+    "a lazy package": ("from {p} import x", "PARTS = {{'x': '.h'}}\ndef __getattr__(name): return get(PARTS[name])"),
+    "a lazy loader": ("from {p} import x", "import lazy\nget, _, __all__ = lazy.attach(__name__, {{'h': ['x']}})"),
+}
+
+
+@pytest.mark.parametrize("form", HIDDEN)
+def test_imports_that_the_text_shows_are_followed(tmp_path, form):
+    package = f"hidden{list(HIDDEN).index(form)}"
+    (tmp_path / package).mkdir()
+    user, init = (text.format(p=package) for text in HIDDEN[form])
+    (tmp_path / f"{package}_user.py").write_text(user)
+    (tmp_path / package / "__init__.py").write_text(init)
+    digests = []
+    for value in (1, 2):
+        (tmp_path / package / "h.py").write_text(f"VALUE = {value}")
+        digests.append(digest_at(tmp_path, f"{package}_user"))
+    (tmp_path / package / "other.py").write_text("")
+    assert digests[0] != digests[1] == digest_at(tmp_path, f"{package}_user")
+
+
 def run_sources(folder: Path, program: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=folder)

@@ -193,7 +193,7 @@ def test_it_is_played_like_any_other():
 
 
 def test_one_that_breaks_its_promise_says_which_and_how():
-    with pytest.raises(TypeError, match="an RGB image or a text, and grey gave .*mode=L"):
+    with pytest.raises(UserError, match="an RGB image or a text, and grey gave .*mode=L"):
         play(("grey", {}), tools=("users_project.tools.grey",))
 
 

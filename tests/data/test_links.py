@@ -12,6 +12,7 @@ from PIL import Image
 from thinkimg.data.image_files import ImageFiles
 from thinkimg.data.settings import DataConfig
 from thinkimg.data.source import RawRow, RowRefused, open_source
+from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 
 RECORDS = [{"image": f"pictures/{i}.png", "question": f"{i}?", "answer": f"{i}!"} for i in range(4)]
@@ -92,6 +93,46 @@ def test_pictures_and_folders_that_the_set_links_are_the_users_will(tmp_path):
     assert [images for _, _, images in rows] == [(((pictures / f"{i}.png").read_bytes()),) for i in (0, 1, 2, 3, 1)]
     Image.new("RGB", (20, 10), "red").save(pictures / "1.png")
     assert read("jsonl", root / "q.jsonl")[0] != digest  # the content counts, through the link
+
+
+@pytest.mark.parametrize(("source", "name"), [("folder", "metadata.jsonl"), ("parquet", "q.parquet")])
+def test_linked_folders_are_entered_once_and_broken_links_are_named(tmp_path, source, name):
+    elsewhere, root = write_set(tmp_path / "elsewhere"), tmp_path / "set"
+    (elsewhere / "pictures" / "metadata.csv").unlink()
+    root.mkdir()
+    for link, target in {"part": elsewhere, "again": elsewhere, "back": root}.items():
+        (root / link).symlink_to(target)
+    (elsewhere / "up").symlink_to(root)
+    (root / "pictures").symlink_to(elsewhere / "pictures")
+    opened = open_source(DataConfig(source=source, path=str(root)), ImageLimits())
+    assert len(list(opened.rows())) == 4
+    (root / "broken.png").symlink_to(root / "nowhere.png")  # a picture of no row, or of one that is refused
+    open_source(DataConfig(source=source, path=str(root)), ImageLimits())
+    for link in (root / "more" / name, root / "shards"):
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(tmp_path / "blobs" / "lost")
+        with pytest.raises(UserError, match=f"{link} is a broken link"):
+            open_source(DataConfig(source=source, path=str(root)), ImageLimits())
+        link.unlink()
+
+
+def test_files_of_the_kernel_and_files_that_are_too_large_are_not_hashed(tmp_path):
+    root = write_set(tmp_path / "set")
+    (root / "kernel.png").symlink_to("/proc/kcore" if os.path.exists("/proc/kcore") else "/proc/self/environ")
+    with open(root / "large.png", "wb") as file:
+        file.truncate(2**40)  # sparse
+    reader = ImageFiles(root, ImageLimits())
+    with pytest.raises(RowRefused, match="kernel"):
+        reader.locate("kernel.png")
+    digest = reader.digest([root / "q.jsonl"], ["kernel.png", "large.png"])
+    assert digest != reader.digest([root / "q.jsonl"], ["kernel.png"])
+
+
+def test_a_parquet_column_that_stands_twice_is_named(tmp_path):
+    columns = [pa.array(["p.png"]), pa.array(["?"]), pa.array(["!"]), pa.array([1]), pa.array([2])]
+    pq.write_table(pa.Table.from_arrays(columns, ["image", "question", "answer", "x", "x"]), tmp_path / "q.parquet")
+    with pytest.raises(UserError, match="has the column 'x' twice"):
+        open_source(DataConfig(source="parquet", path=str(tmp_path / "q.parquet")), ImageLimits())
 
 
 def test_a_name_never_leads_out(tmp_path):

@@ -12,6 +12,7 @@ from rewards_rows import batch, sample, trajectory
 
 from thinkimg import records
 from thinkimg.answers.numbers import read_number
+from thinkimg.data.advice import advise
 from thinkimg.data.settings import Columns, DataConfig
 from thinkimg.data.source import RawRow, Refused, raw_row
 from thinkimg.records import AnswerType, Sample, to_row
@@ -91,6 +92,19 @@ def test_mixed_numbers_are_sums_in_both_types():
     assert [found.value for found in scores] == [0, 0, 0, 1]
 
 
+def test_what_no_formula_can_match_is_refused():
+    for text in ("5 6", "10 000", "2 5/3", "))((", "?"):
+        assert right(text, "maths") == "refused: answer"
+    for text in ("x^2 + 2 x", "2 2/3", "2⅔", "60°", "2√3", r"2\frac{2}{3}", "blue", "(0, 1]", "B"):
+        assert right(text, "maths") == text
+
+
+def test_signs_of_formulas_are_read():
+    for one, other in (("2⅔", "8/3"), ("2⁄3", "4/6"), ("60°", "60"), ("60", r"60^\circ"), ("2√3", r"2\sqrt{3}")):
+        scores = score(batch([trajectory(answer=other), trajectory(answer="7")], sample(one, AnswerType.MATHS)))
+        assert [found.value for found in scores] == [1, 0]
+
+
 def test_a_right_box_is_stored_as_the_reward_reads_it():
     assert right("(1, 2, 3e1, 4)", "box") == right([1, 2, 30.0, "4"], "box") == "[1.0, 2.0, 30.0, 4.0]"
     for box in ("1e12, 1, 2, 3", [1, 2, 0, 4], [1, 2, 3, float("inf")], [1, 2, True, 4], "1, 2, 3"):
@@ -103,6 +117,7 @@ LISTS = [
     ["1", "2", "3"], ["3", "2", "1"], ["0", "1"], [1, 2, 3], [0, 1, 2], [10, 20, 30], [1.5, 2.5], ["red", "blue", "1"],
     ["A", "B", "C"], ["B", "A"], ["b", "red"], ["(B) blue", "(A) red"], ["A. x", "B. y"], ["Yes", "No"], [True, False],
     ["True", "False"], ["1.0", "2.0"], ["2009", "2010"], ["a" * 70, "b"], ["one", "two", "A", "B"],
+    [1, 2, 3, "None of these"], ["More than 2", 2, 1, 0],
 ]  # fmt: skip
 ANSWERS = [0, 1, 2, 3, -1, 10, 2010, 1.0, 0.0, 1.5, True, False, "0", "1", "2", "A", "B", "b", "(A)", "B.", "A. red",
            "red", "Blue", "blue.", "Yes", "no", "True", "2010", "B) blue", " C ", "D", "Z", "1.0", "one"]  # fmt: skip
@@ -116,7 +131,7 @@ def readings(answer, choices):
     """Return index -> choice by each reading that somebody may have meant, computed otherwise than by the code."""
     texts, meant = [plain(choice) for choice in choices], {}
     is_number = not isinstance(answer, bool | str)
-    numeric = all(not isinstance(choice, bool | str) for choice in choices)
+    numeric = any(not isinstance(choice, bool | str) for choice in choices)
     digits = isinstance(answer, str) and answer.isdigit() and numeric  # no type says what it is
     if (is_number or digits) and float(answer).is_integer() and 0 <= int(answer) < len(choices):
         meant["index"] = texts[int(answer)]
@@ -156,13 +171,16 @@ def test_what_may_be_two_choices_is_refused_until_the_data_say_what_they_mean():
         (1, [1, 2, 3], {"text": "1", "index": "2"}),
         ("1", [1, 2, 3], {"text": "1", "index": "2"}),
         ("A", ["B", "A"], {"text": "A", "letter": "B"}),
+        (2, [1, 2, 3, "None of these"], {"text": "2", "index": "3"}),
+        ("0", '["2", "0", "1", "3"]', {"text": "0", "index": "2"}),
     ):
         refused = read(answer, "choice", choices)
         assert refused.reason == "answer" and "data.answer_is" in refused.detail
         for form, choice in by.items():
             assert f"by {form} '{choice}'" in refused.detail
             assert right(answer, "choice", choices, answer_is=form) == choice
-    assert right("1", "choice", ["x", "y"], answer_is="index") == "y"  # as CSV has it
+    assert right("1", "choice", ["x", "y"], answer_is="index") == "y"
+    assert right("1", "choice", '["x", "y"]') == "y" and right("1", "choice", '["0", "1"]') == "1"  # as CSV has it
     assert "data.answer_is=text fits" in read(2010, "choice", ["2009", "2010"]).detail
     assert right(2010, "choice", ["2009", "2010"], answer_is="text") == "2010"
 
@@ -176,6 +194,15 @@ def test_further_answers_are_read_as_the_first_is():
         ("a", "text", [["nested"]]), ("a", "text", [None]),
     ):  # fmt: skip
         assert isinstance(read(first, answer_type, answers=answers), Refused)
+
+
+def test_the_advice_on_numbers_is_true():
+    ids = [f"{year}" for year in range(1940, 1950)]
+    rows = [Sample(id, "?", (id,), AnswerType.TEXT, (), ("ab" * 32,), "x", "train") for id in ids]
+    data = DataConfig(source="jsonl", path="x.jsonl")
+    (advice,) = advise(rows, data)
+    assert "data.answer_type=number" in advice and "whole numbers exactly" in advice and "similar" not in advice
+    assert worth("1943", read("1942", "number")) == 0 and worth("1942.0", read("1942", "number")) == 1
 
 
 # Whatever is accepted

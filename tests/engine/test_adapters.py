@@ -107,7 +107,7 @@ def test_what_the_server_says_that_it_used_counts(plays):
     if plays is None:
         assert asyncio.run(run()).weight_version == "v7"
         return
-    with pytest.raises(EngineUnavailable, match=f"played {plays} and not the adapter v7"):
+    with pytest.raises(EngineUnavailable, match=f"played {plays} and not v7"):
         asyncio.run(run())
 
 

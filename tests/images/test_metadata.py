@@ -111,6 +111,23 @@ def test_a_whole_orientation_counts_beside_a_broken_block(kind):
     assert decode(data).size == (24, 36)
 
 
+def test_a_webp_with_damage_elsewhere_keeps_its_orientation():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = encoded("WEBP", exif=exif)
+    upright = decode(data)
+    assert upright.size == (24, 36)
+    wrong_size = data[:4] + struct.pack("<I", 10**6) + data[8:]
+    cut_xmp = data[:4] + struct.pack("<I", len(data) + 100) + data[8:] + b"XMP " + struct.pack("<I", 100) + b"abc"
+    for damaged in (wrong_size, cut_xmp):
+        assert decode(damaged).tobytes() == upright.tobytes() and decode(damaged).size == upright.size
+
+
+def test_a_jpeg_with_a_short_adobe_segment_is_good():
+    data = encoded("JPEG")
+    assert decode(data[:2] + b"\xff\xee\x00\x07Adobe" + data[2:]).tobytes() == decode(data).tobytes()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_colours_and_transparency_are_no_metadata(kind):
     broken = {"PNG": (b"zTXt", b"x\0\0broken"), "JPEG": (b"\xe1", b"Exif\0\0II"), "WEBP": (b"EXIF", b"II")}[kind]

@@ -1,5 +1,6 @@
 """CLIP: the small one learns what it is shown and is an open_clip model like any other; each image is encoded once."""
 
+import json
 import math
 import shutil
 
@@ -122,6 +123,21 @@ def test_no_word_of_a_long_question_is_lost(trained):
     (sha,) = images.pictures
     long, short = embedding.judge([Pair(first, sha, sha), Pair(RED, sha, sha)], context_of(trained, images))
     assert long.evidence["pieces"] == len(encoder.split_text(first)) and "pieces" not in short.evidence
+
+
+def test_the_borders_of_a_wide_or_tall_image_count(tmp_path, trained):
+    """Also where a model's own preprocessing cuts the middle square out, as most of open_clip's do."""
+    folder = shutil.copytree(trained.directory / "clip", tmp_path / "cropping")
+    settings = json.loads((folder / clip.CONFIG).read_text())
+    settings["preprocess_cfg"]["resize_mode"] = "shortest"
+    (folder / clip.CONFIG).write_text(json.dumps(settings))
+    encoder = clip.load_encoder(f"local-dir:{folder}", None)
+    plain, bordered = np.zeros((2, 300, 900, 3), dtype=np.uint8)
+    bordered[:, :250], bordered[:, 650:] = 255, 200
+    for turn in (lambda pixels: pixels, lambda pixels: pixels.swapaxes(0, 1)):
+        images = {name: Image.fromarray(turn(pixels)) for name, pixels in {"a": plain, "b": bordered}.items()}
+        vectors = encoder.images(["a", "b"], images.__getitem__)
+        assert not np.allclose(*vectors, atol=1e-3)
 
 
 def test_the_small_ones_questions_fit_into_its_context(trained):

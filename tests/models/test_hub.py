@@ -14,10 +14,12 @@ from hub_server import HubServer
 from PIL import Image
 
 from thinkimg import hub
+from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.models.base import Base, BaseSource
 from thinkimg.models.clip import hub_repository, load_encoder, weights_digest
 from thinkimg.models.settings import ModelConfig
+from thinkimg.pipeline import outside_inputs
 
 MODEL, CLIP, DATA = "someone/a-model", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "someone/a-set"
 CONFIG = {"config.json": b"{}", "model.safetensors": b"weights"}
@@ -122,6 +124,37 @@ def test_a_policy_keeps_the_commit_that_it_was_trained_on(server):
     for revision in (None, "v1"):  # of policies of version 0.2, which recorded what the settings said
         old = Trained(MODEL, revision)
         assert Base(**source(revision=revision).entry(old)).checked({"base": old.base}).revision == revision
+
+
+@pytest.mark.parametrize("recorded", ["c" * 40, None])
+def test_an_unknown_commit_is_not_that_of_a_policy(server, recorded):
+    """The settings ask for a tag, and the Hub does not answer: the policy's commit may be another."""
+    server.close()
+    base = Base(**source(revision="v2").entry(Trained(MODEL, recorded)))
+    assert base.revision == "v2"
+    with pytest.raises(UserError, match=f"trained on {MODEL}.*, not on {MODEL}@v2"):
+        base.checked({"base": {"name": MODEL, "revision": recorded}})
+
+
+def test_a_failure_is_asked_again_in_the_same_process(server):
+    assert hub.find_commit(MODEL) is None
+    commit = server.commit("models", MODEL, CONFIG)
+    assert hub.find_commit(MODEL) == commit == hub.require_commit(MODEL)
+
+
+@pytest.mark.parametrize("missing", [MODEL, CLIP])
+def test_no_loop_is_opened_under_a_name_without_its_commit(server, missing):
+    """Until then a loop's identity would be `name@main`, and another one as soon as the Hub answers."""
+    embedding = ["image.types=[embedding]", "mix={embedding: 1.0}"]
+    embedding += ["image.embedding={model: ViT-B-32, pretrained: laion2b_s34b_b79k}"]
+    pixels = ["images.min_pixels=784", "images.max_pixels=12544"]
+    config = load_config("development", [f"model.path={MODEL}", *pixels, *embedding])
+    commits = {name: server.commit("models", name, CONFIG) for name in (MODEL, CLIP) if name != missing}
+    with pytest.raises(UserError, match=f"The commit of {missing} on the Hub can't be found: "):
+        outside_inputs(config)
+    commits[missing] = server.commit("models", missing, CONFIG)
+    outside = outside_inputs(config)
+    assert outside["base"].endswith(commits[MODEL]) and outside["clip"].endswith(commits[CLIP])
 
 
 class Weights:

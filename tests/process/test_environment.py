@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from thinkimg import closure, resources
 from thinkimg.cli import main as cli
 from thinkimg.engine import server
+from thinkimg.engine.errors import EngineError
 from thinkimg.engine.server import Server, ServerSettings
 from thinkimg.engine.settings import EngineSettings
 from thinkimg.environment import (
@@ -27,6 +30,7 @@ from thinkimg.environment import (
     is_loopback,
     python_path,
 )
+from thinkimg.errors import UserError
 from thinkimg.models.base import BaseSource
 from thinkimg.process import spawn
 from thinkimg.rewards.maths import Checker
@@ -151,7 +155,53 @@ def test_an_unknown_variable_reaches_no_server(base):
 def test_the_working_directory_is_never_on_pythonpath(entries):
     given_path = os.pathsep.join(entry.replace("HERE", os.getcwd()) for entry in entries)
     kept = python_path(given_path).split(os.pathsep)
-    assert [entry for entry in kept if entry] == [entry for entry in entries if entry.startswith("/")]
+    assert [entry for entry in kept if entry] == [
+        os.path.abspath(entry) for entry in entries if entry not in ("", ".", "HERE", "HERE/")
+    ]
+
+
+def test_a_relative_entry_of_pythonpath_is_there_for_the_trainer_too(tmp_path, monkeypatch):
+    """`PYTHONPATH=src thinkimg run`: the user's own loss was found by the loop, and not by the trainer."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "my_losses.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "src")
+    subprocess.run([sys.executable, "-c", "import my_losses"], env=child_environment("trainer", os.environ), check=True)
+
+
+HUB_PATHS = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+
+
+@pytest.mark.parametrize("name", [*HUB_PATHS, "HF_ASSETS_CACHE", "HUGGINGFACE_ASSETS_CACHE"])
+def test_a_child_looks_for_models_where_its_parent_does(tmp_path, name):
+    code = "from huggingface_hub import constants as c; print(c.HF_HUB_CACHE, c.HF_ASSETS_CACHE)"
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_", "XDG_"))}
+    base[name] = str(tmp_path / "cache")
+
+    def ask(environment):
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+
+    wanted = ask(base)
+    assert str(tmp_path) in wanted.decode()
+    for kind in ("engine", "trainer"):
+        assert ask(child_environment(kind, base)) == wanted, kind
+
+
+def test_a_connection_that_breaks_is_the_engines_error():
+    """A server that closes, or does not listen, was an error that nobody expected."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/sleep"
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        with pytest.raises(EngineError, match="did not answer"):
+            server.post(url, {})
+    with pytest.raises(EngineError, match="did not answer"):
+        server.post(url, {})
+
+
+def test_a_server_that_others_reach_is_not_started_without_the_key_that_was_set(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with pytest.raises(UserError, match="VLLM_API_KEY"):
+        cli.serve(host="0.0.0.0")
 
 
 def test_a_clone_that_is_not_installed_is_found_by_its_children(monkeypatch):
@@ -199,3 +249,11 @@ def test_a_file_of_the_working_directory_stands_in_for_no_library(hostile, comma
         [sys.executable, *command, "deployments"], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_compiler_and_a_network_need_reaches_engine_and_trainer():
+    names = ["CUDAHOSTCXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CONDA_BUILD_SYSROOT", "COMPILER_PATH"]
+    names += ["MLX5_SINGLE_THREADED", "PSM2_DEVICES", "PSM3_NIC", "SHARP_COLL_ENABLE_SAT", "OFI_NCCL_PROTOCOL"]
+    for kind in ("engine", "trainer"):
+        assert set(names) <= child_environment(kind, dict.fromkeys(names, "x")).keys()
+    assert child_environment("engine", {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -112,8 +113,8 @@ run_guarded(use)
 @pytest.mark.parametrize("use", ["spawn", "scratch"])
 @pytest.mark.parametrize("fault", [missing, a_file, taken_by_a_file, of_another_user, "full"])
 def test_a_tmpdir_that_is_no_good_is_one_sentence(tmpdir, use, fault):
-    if fault is of_another_user and os.getuid():
-        return  # only root can give a directory away
+    if fault is of_another_user and (os.getuid() or use == "spawn"):
+        return  # only root can give a directory away, and records are kept elsewhere then
     root = tmpdir if fault == "full" else fault(tmpdir)
     command = [sys.executable, "-c", START, use, fault if fault == "full" else ""]
     done = subprocess.run(command, env=os.environ | {"TMPDIR": str(root)}, capture_output=True, text=True, timeout=60)
@@ -166,3 +167,22 @@ def test_rusts_libraries_have_sentences_too(tmp_path):
         raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="a bug"), writing(tmp_path):
         raise RuntimeError("a bug")
+
+
+def test_a_name_that_another_user_has_taken_is_left_alone(tmp_path, monkeypatch):
+    long, mine = deep_folder(tmp_path / "long"), Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        taken, free = mine / "a", mine / "b"
+        for root in (taken, free):
+            root.mkdir()
+        (taken / f"thinkimg-{os.getuid()}").mkdir()
+        monkeypatch.setattr(process, "is_own", lambda path: path.parent != taken)
+        monkeypatch.setattr(process, "SHORT_ROOTS", (taken, free))
+        monkeypatch.setenv("TMPDIR", str(long))
+        assert run_directory() == free / f"thinkimg-{os.getuid()}"
+        monkeypatch.setattr(process, "SHORT_ROOTS", (taken,))
+        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+        with pytest.raises(UserError, match="belongs to another user"):
+            run_directory()
+    finally:
+        shutil.rmtree(mine)

@@ -94,3 +94,63 @@ def test_the_first_signal_ends_a_start_at_once_and_says_so(tmp_path, start, numb
 
 def test_the_first_ctrl_c_ends_a_command_that_waits_for_prefect(tmp_path):
     interrupt(PREPARE, tmp_path, signal.SIGINT, "uvicorn")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stderr", ["/dev/full", "pipe"])
+def test_the_first_signal_ends_a_start_where_stderr_takes_nothing(tmp_path, stderr, number):
+    """The error of the write took the signal's place: `thinkimg run 2>&1 | tee log`, whose tee Ctrl-C ends, too."""
+    reader, descriptor = (None, os.open(stderr, os.O_WRONLY)) if stderr == "/dev/full" else os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "engine", str(tmp_path)],
+        cwd=tmp_path, stderr=descriptor, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        os.close(descriptor)
+        deadline = time.monotonic() + 60
+        while not any("# silent" in title(pid) for pid in descendants(process.pid)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        if reader is not None:
+            os.close(reader)
+        time.sleep(0.3)
+        process.send_signal(number)
+        assert process.wait(15) == 128 + number
+    finally:
+        process.kill()
+        process.wait()
+
+
+GUARDED = """
+from thinkimg.exit import run_guarded
+from thinkimg.rewards.user_function import load_function
+run_guarded(lambda: load_function("slow_module:reward"))
+"""
+
+
+def test_a_termination_while_a_users_module_is_imported_is_no_mistake_of_the_user(tmp_path):
+    (tmp_path / "slow_module.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    done = subprocess.run([sys.executable, "-c", GUARDED], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143, done.stderr
+    assert "Terminated. The same command goes on" in done.stderr
+
+
+FORMULAS = """
+import os, signal
+from thinkimg.exit import run_guarded
+from thinkimg.rewards.maths import Checker
+def command():
+    with Checker() as checker:
+        checker.ask("1", "2")
+        os.killpg(0, signal.SIGINT)
+        checker.ask("1", "3")
+run_guarded(command)
+"""
+
+
+def test_a_ctrl_c_of_a_terminal_prints_no_traceback_of_the_process_that_compares_formulas(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FORMULAS],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr

@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -289,7 +289,9 @@ def test_what_was_judged_before_is_not_judged_again(world):
         calls.append(len(pairs))
         return policy_judge.judge(pairs, context)
 
-    counting = Judge("self", SimpleNamespace(identity=policy_judge.identity, judge=judge))
+    module = ModuleType(policy_judge.__name__)
+    module.identity, module.judge = policy_judge.identity, judge
+    counting = Judge("self", module)
     first = judging.ask_judge(counting, world.pairs[:4], context, lambda component, keys: {})
     table = judging.build_ledger({("self", pair): one for pair, one in zip(world.pairs, first, strict=False)})
     scores, _ = world.store.build(

@@ -132,7 +132,7 @@ def test_a_mix_that_cannot_be_is_refused_at_once(overrides, said):
         (None, "'mix'"),
         ({"mix": [1]}, "'mix'"),
         ({"mix": {"answer": "much"}}, "'mix.answer'"),
-        ({"mix": {"answer": True}}, "'mix.answer'"),
+        ({"mix": {"answer": True}}, "'mix'"),
         ({"mix": {"answer": -1}}, "'mix.answer'"),
         ({"mix": {"answer": float("nan")}}, "'mix.answer'"),
         ({"mix": {"answr": 1}}, "'answr'"),

@@ -118,4 +118,4 @@ def test_with_nothing_left_no_step_is_taken_and_an_alarm_is_raised(world, policy
 
 
 def test_the_stage_is_the_one_that_the_store_knows():
-    assert (train.name, train.version) == ("train", 2)
+    assert (train.name, train.version) == ("train", 3)

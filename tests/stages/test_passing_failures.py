@@ -5,10 +5,16 @@ Whatever broke, the second run makes what a run without the fault makes, bit for
 
 import errno
 import json
+import socket
+import sqlite3
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from http.client import IncompleteRead
+from subprocess import CalledProcessError
 
 import pytest
+from aiohttp import ServerDisconnectedError
 from disk import Disk
 from recorded_stages import SETTINGS, STAGES, CopyingTrainer, Recorded, RecordedResources, Stages, recorded
 from scripted_engine import PASSING, REFUSING, ScriptedEngine
@@ -171,7 +177,34 @@ def test_a_fault_of_a_judges_server_becomes_no_judgement(world, tmp_path):
     for number, (once_, lasting) in enumerate([(429, 401), ("reset", 503), ("garbage", "page")]):
         check_second_run(world, "score", tmp_path / f"once {number}", breaking(world.teacher, once(once_, number)))
         check_lasting(world, "score", world.teacher, lasting, tmp_path, number)
+    for number, server in enumerate((world.engine, world.teacher)):  # a refusal that is not repeated
+        check_second_run(world, "score", tmp_path / f"refused {number}", breaking(server, once(400, 8 - 6 * number)))
     check_lasting(world, "score", world.engine, "empty", tmp_path, 9)
+
+
+def test_a_server_that_comes_back_with_other_weights_becomes_no_row(world, tmp_path):
+    """It was started again: it serves the weights of its start."""
+    for name in ("rollout", "evaluate"):
+        world.begin()
+        world.engine.begin(restarted_at=12)
+        with pytest.raises((UserError, EngineError), match="played default and not"):
+            world.run(name, Store(tmp_path / name))
+        world.begin()
+        assert world.run(name, Store(tmp_path / name)).digest == world.expect(name, tmp_path)
+
+
+def test_a_part_that_is_refused_whole_is_no_finished_work(world, tmp_path):
+    """Also where others are closed: of a run that goes on, what is played now is what counts."""
+    world.begin()
+    world.engine.begin(always(503, 12))
+    with pytest.raises((UserError, EngineError)):
+        world.run("rollout", Store(tmp_path))
+    world.begin()
+    world.engine.begin(always(400, 9))
+    with pytest.raises(UserError, match="conversations"):
+        world.run("rollout", Store(tmp_path))
+    world.begin()
+    assert world.run("rollout", Store(tmp_path)).digest == world.expect("rollout", tmp_path)
 
 
 def test_what_stood_in_for_a_teacher_is_not_kept_by_a_run_that_went_no_further(world, tmp_path, monkeypatch):
@@ -278,6 +311,11 @@ def test_a_tool_that_breaks_once_breaks_no_row(world, tmp_path):
     assert not check_second_run(world, "rollout", tmp_path, Failing(PendingCall, "run", KeyError("bug"), 1, False))
 
 
+def test_a_tool_that_stops_an_iteration_hangs_nothing(world, tmp_path):
+    """asyncio hands on no StopIteration: whoever waits for it would wait for ever."""
+    assert not check_second_run(world, "rollout", tmp_path, Failing(PendingCall, "run", StopIteration(), 1, False))
+
+
 @pytest.mark.parametrize("name", ["demonstrate", "rollout", "evaluate", "score"])
 def test_a_picture_that_the_disk_does_not_give(world, tmp_path, name):
     for lasting in (False, True):
@@ -301,6 +339,12 @@ def test_a_comparison_of_formulas_that_is_killed_is_no_verdict(monkeypatch):
     assert maths.verify_formulas(pairs) == whole and all(verdict.equal for verdict in whole.values())
 
 
+def raised_from_itself() -> Exception:
+    error = KeyError("x")
+    error.__cause__ = error
+    return error
+
+
 class Answered(Exception):
     """An HTTP client's error with a response."""
 
@@ -315,6 +359,11 @@ class Answered(Exception):
         (PermissionError(errno.EACCES, "x"), True), (Answered(503), True), (Answered(429), True),
         (Answered(404), False), (Answered(422), False), (FileNotFoundError(errno.ENOENT, "x"), False),
         (OSError("image file is truncated"), False), (KeyError("x"), False), (ValueError("x"), False),
+        (FileExistsError(errno.EEXIST, "x"), False), (socket.gaierror(socket.EAI_NONAME, "x"), False),
+        (socket.gaierror(socket.EAI_AGAIN, "x"), True), (IncompleteRead(b""), True), (BrokenProcessPool(), True),
+        (CalledProcessError(-9, "x"), True), (CalledProcessError(1, "x"), False),
+        (ServerDisconnectedError(), True), (sqlite3.OperationalError("database is locked"), True),
+        (ExceptionGroup("x", [KeyError("x"), ConnectionError()]), True), (raised_from_itself(), False),
     ],
     ids=repr,
 )  # fmt: skip

@@ -106,7 +106,9 @@ def values(base: str, folder: Path) -> dict[str, list[list[str]]]:
         "rewards.functions": [["rewards.functions=[own_code.rule:brevity]"]],
         "warmstart.demonstrations": [[f"warmstart.demonstrations={script}"]],
         "where.runner": [["where.runner=dask"]],
+        "where.engine.keep": [["where.engine.keep=false", "where.trainer.keep=false"]],
         "where.engine.urls": [["where.engine.urls=[http://host:8000]"]],
+        "where.teacher.url": [["where.teacher.url=http://host:1/v1", "image.teacher.model=m"]],
         "where.trainer.address": [["where.trainer.address=host:1"]],
         "where.trainer.accelerate_config": [["where.trainer.accelerate_config=ddp"]],
         "where.trainer.nodes": [["where.trainer.nodes=2", "where.trainer.processes=2", "where.trainer.address=host:1"]],
@@ -309,6 +311,9 @@ class SpyEngine:
 
     def __init__(self, see):
         self.see = see
+
+    async def releases(self):
+        return {}
 
     async def __aenter__(self):
         return self

@@ -46,7 +46,9 @@ def install(place: Path) -> Path:
 
 def revision(place: Path, cwd: Path, **environment: str) -> str | None:
     known = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    done = subprocess.run([sys.executable, "-c", ASK], cwd=cwd, env=known, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ASK], cwd=cwd, env=known, capture_output=True, text=True, check=True
+    )
     file, answer = done.stdout.splitlines()
     assert Path(file).is_relative_to(place)
     return None if answer == "None" else answer

@@ -165,6 +165,8 @@ def others(path: str, kind: Any, value: Any) -> list[Any]:
         return [entry for entry in ENTRIES[path] if entry != value]
     choices: list[Callable[[], Any]] = []
     for part in typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else [kind]:
+        if typing.get_origin(part) is typing.Annotated:
+            part = typing.get_args(part)[0]
         origin = typing.get_origin(part)
         if origin is typing.Literal:
             return [choice for choice in typing.get_args(part) if choice != value]

@@ -62,6 +62,9 @@ class NoEngine:
         return {}
 
 
+FLAWS = load_config("tiny", SETTINGS).warmstart.flaws
+
+
 class Recorded:
     """A sampler whose conversations are written, and `rollout.open_sampler`, which yields it."""
 
@@ -69,7 +72,7 @@ class Recorded:
 
     def __init__(self, settings, dataset, policy, resources):
         self.settings, self.policy, self.codec = settings, policy, Codec.load(policy.vocabulary)
-        self.images, self.flaws = ImageTable([dataset]), load_config("tiny", SETTINGS).warmstart.flaws
+        self.images, self.flaws = ImageTable([dataset]), FLAWS
         self.pool = ThreadPoolExecutor(1)  # as one thread's operations have an order
 
     async def __aenter__(self):

@@ -25,7 +25,7 @@ class ScriptedEngine:
     def __init__(self):
         self.turns: dict[int, tuple[list[int], list[int]]] = {}  # seed -> (expanded prompt, sampled tokens)
         self.fault: Callable[[int], int | str | None] = lambda number: None
-        self.count, self.version, self.lock = 0, "none", threading.Lock()
+        self.count, self.version, self.restarted_at, self.lock = 0, "none", None, threading.Lock()
         engine = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,9 +52,16 @@ class ScriptedEngine:
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
-    def begin(self, fault: Callable[[int], int | str | None] = lambda number: None) -> None:
-        """Forget the weights and the number of answers."""
-        self.fault, self.count, self.version = fault, 0, "none"
+    def begin(
+        self, fault: Callable[[int], int | str | None] = lambda number: None, restarted_at: int | None = None
+    ) -> None:
+        """Forget the weights and the number of answers. restarted_at: answer before which it is started again."""
+        self.fault, self.count, self.version, self.restarted_at = fault, 0, "none", restarted_at
+
+    def played(self) -> str:
+        """Return the version of the weights of this answer: after a start those that it started with."""
+        restarted = self.restarted_at is not None and self.count >= self.restarted_at
+        return "default" if restarted else self.version
 
     def record(self, policy: str, episode: Episode) -> None:
         """Learn the turns of a conversation that has ended."""
@@ -80,10 +87,11 @@ class ScriptedEngine:
         params = body["sampling_params"]
         if "logprob_token_ids" in params:
             top = [{"token_id": t, "logprob": -1.0 - luck[i] / 99} for i, t in enumerate(params["logprob_token_ids"])]
-            return {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
+            choice = {"logprobs": {"content": [{"top_logprobs": top}]}, "weight_versions": [{"version": self.played()}]}
+            return {"choices": [choice]}
         prompt, sampled = self.turns[params["seed"]]
         choice = {"token_ids": sampled, "logprobs": {"content": [{"logprob": -1.0}] * len(sampled)}}
-        choice |= {"finish_reason": "stop", "weight_versions": [{"version": self.version}]}
+        choice |= {"finish_reason": "stop", "weight_versions": [{"version": self.played()}]}
         return {"choices": [choice], "prompt_token_ids": prompt}
 
     def respond(self, handler: BaseHTTPRequestHandler, answer: dict) -> None:

@@ -22,7 +22,7 @@ from thinkimg.tracking.connection import Connection
 from thinkimg.tracking.loop import open_loop, sync_store
 from thinkimg.tracking.projection import model_name
 from thinkimg.tracking.settings import TrackingConfig
-from thinkimg.tracking.sink import decode_key, encode_name, log_entries, valid_text
+from thinkimg.tracking.sink import decode_key, encode_name, log_entries, valid_tags, valid_text
 
 store = tracking_store.store
 
@@ -193,3 +193,9 @@ def test_an_odd_trajectory_costs_its_own_trace(store, monkeypatch, caplog):
     kept = [trajectory for trajectory, *_ in run["traces"]]
     assert kept and not any(name.endswith("-0") for name in kept)
     assert dataclasses.astuple(sync_store(store)) == (0,) * 5
+
+
+def test_a_tag_that_is_too_long_says_how_long_it_was():
+    tags = valid_tags({"note": "x" * 9_000, "short": "y", "unknown": None})
+    assert len(tags["note"]) <= 5_000 and "9,000" in tags["note"].replace("9000", "9,000")
+    assert tags["short"] == "y" and "unknown" not in tags

@@ -1,6 +1,7 @@
 """A loop is its config, its data, its models and its code: what differs in one of them is another run of MLflow."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -52,17 +53,23 @@ CHANGES = {
 }
 
 
+CHANGED = {"data": "source", "picture": "source", "conversations": "script", "code": "code of own_loop:mine"}
+
+
 @pytest.mark.parametrize("changed", CHANGES)
-def test_an_equal_config_with_other_contents_is_another_loop(project, changed):
+def test_an_equal_config_with_other_contents_is_another_loop(project, changed, caplog):
     config, store = config_of(project), Store(project / "store")
     ids = []
     for _ in range(2):
         with open_loop(config, store, outside_inputs(config)) as tracker:
             ids.append(tracker.record.loop_id)
+    assert not caplog.messages
     CHANGES[changed](project)
     load_function.cache_clear()
     with open_loop(config, store, outside_inputs(config)) as tracker:
         ids.append(tracker.record.loop_id)
+    (warning,) = caplog.messages
+    assert ids[0] in warning and warning.endswith(f": {CHANGED[changed]}.")
     assert ids[0] == ids[1] != ids[2] and len(list(load_records(store))) == 2
 
 
@@ -71,6 +78,43 @@ def test_what_may_change_in_a_loop_does_not_make_it_another(project):
     assert {"source", "script", "code of own_loop:mine"} <= outside.keys()
     longer = config_of(project, "iterations=9", "on_alarm=warn")
     assert loop_id(longer, outside_inputs(longer)) == loop_id(config_of(project), outside)
+
+
+def write_model(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "weights.safetensors").write_bytes(b"1")
+
+
+STARTS = {
+    "base": ["model.tiny=null", "model.path={root}/model", "warmstart.demonstrations=null"],
+    "checkpoint": ["warmstart.checkpoint={root}/model", "warmstart.demonstrations=null"],
+    "script": ["warmstart.demonstrations={root}/script.jsonl"],
+}
+CLIP = [
+    "image.types=[embedding]",
+    "mix={{embedding: 1.0}}",
+    "image.embedding={{model: 'local-dir:{root}/clip', pretrained: null}}",
+]
+
+
+@pytest.mark.parametrize("role", STARTS)
+def test_where_the_contents_lie_does_not_count(project, role, monkeypatch):
+    """A copy and a relative path are the same loop, other settings beside them are not."""
+    for name in ("model", "clip"):
+        (project / name).mkdir()
+        (project / name / "config.json").write_text("{}")
+    shutil.copytree(project, copy := project.parent / f"{project.name}-copy")
+    monkeypatch.chdir(project)
+    ids = []
+    for root in (project, copy, "."):
+        for more in ([], ["seed=5"]):
+            texts = [text.format(root=root) for text in ["data.path={root}/d.jsonl", *CLIP, *STARTS[role]]]
+            config = config_of(project, *texts, *more)
+            outside = outside_inputs(config)
+            assert {"source", "clip", role} <= outside.keys()
+            ids.append(loop_id(config, outside))
+    assert len(set(ids)) == 2 and ids[::2] == [ids[0]] * 3, ids
 
 
 def test_a_loop_on_built_in_data_is_its_config():

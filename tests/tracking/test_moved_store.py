@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sqlite3
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tracking_store import contents, run_loop, settings
 from thinkimg.store.artifacts import Store
 from thinkimg.tracking.connection import Connection, forget_places
 from thinkimg.tracking.loop import sync_store, ui_command
-from thinkimg.tracking.relocation import location_of, move, path_of
+from thinkimg.tracking.relocation import COLUMNS, location_of, move, move_records, path_of
 from thinkimg.tracking.settings import TrackingConfig
 
 store = tracking_store.store
@@ -111,7 +112,112 @@ def test_a_database_elsewhere_is_followed_for_the_store_that_moved_alone(store, 
     sync_store(other, TrackingConfig(uri=uri))
     assert mentions(database, f"{other.root}/") == set()
     moved = Store(old.parent / "new")
-    assert files_of(moved, uri) == files and mentions(database, f"{old}/") == set()
+    assert files_of(moved, uri) == files
+    assert mentions(database, f"{old}/mlartifacts/thinkimg/") == set() and mentions(database, f"{moved.root}/")
+
+
+def test_a_shared_database_is_left_alone_where_a_disk_is_not_mounted(store, empty_database, caplog):
+    """Of the same loop, too: another machine's store has a record of an equal id, and not the run's files."""
+    database = store.root.parent / "shared.db"
+    shutil.copy(empty_database, database)
+    uri = f"sqlite:///{database}"
+    run_loop(store, settings(store, uri=uri), iterations=1)
+    other = Store(store.root.parent / "other")
+    other.root.mkdir()
+    shutil.copy(empty_database, other.root / "mlflow.db")
+    run_loop(other, settings(other), iterations=1)  # it has files of MLflow, in a database of its own
+    files = files_of(store, uri)
+    store.root.rename(store.root.parent / "unmounted")
+    with caplog.at_level(logging.WARNING):
+        Connection(other.root, TrackingConfig(uri=uri))
+    assert [line for line in caplog.messages if str(store.root) in line and "nothing at" in line]
+    assert mentions(database, f"{other.root}/") == set()
+    store.root.parent.joinpath("unmounted").rename(store.root)
+    assert files_of(store, uri) == files
+
+
+def test_rows_whose_files_are_elsewhere_stay_in_a_shared_database(store, empty_database):
+    database = store.root.parent / "shared.db"
+    shutil.copy(empty_database, database)
+    uri = f"sqlite:///{database}"
+    run_loop(store, settings(store, uri=uri), iterations=1)
+    client, loops = (connection := Connection(store.root, TrackingConfig(uri=uri))).client, connection.loops
+    theirs = client.create_run(loops, tags={"thinkimg.loop": "0" * 16}).info  # another machine's, with its files there
+    old = store.root.rename(store.root.parent / "new")
+    forget_places()
+    Connection(old, TrackingConfig(uri=uri))
+    assert client.get_run(theirs.run_id).info.artifact_uri == theirs.artifact_uri
+    assert client.get_experiment(loops).artifact_location == str(old / "mlartifacts" / "thinkimg")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_copy_reached_by_a_relative_name_or_a_link_is_a_copy(store, link):
+    run_loop(store, settings(store), iterations=1)
+    original, base = files_of(store), store.root.parent
+    copy = Store(base / "copy")
+    shutil.copytree(store.root, copy.root)
+    (base / "link").symlink_to(copy.root)
+    uri = f"sqlite:///{base}/link/mlflow.db" if link else "sqlite:///../copy/mlflow.db"
+    before = sorted(store.root.rglob("*"))
+    run_loop(copy, settings(copy, uri=uri), iterations=2)
+    assert sorted(store.root.rglob("*")) == before and files_of(store) == original
+    assert mentions(copy.root / "mlflow.db", f"{store.root}/") == set()
+
+
+def test_a_copy_of_what_is_in_a_closed_home_is_followed(store, monkeypatch):
+    Connection(store.root, TrackingConfig())
+    copy = store.root.parent / "copy"
+    shutil.copytree(store.root, copy)
+    stat = Path.stat
+
+    def refuse(path, **options):  # as for another user's home with the mode 0700; tests may run as root
+        if path.is_relative_to(store.root):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        Connection(copy, TrackingConfig())
+    assert mentions(copy / "mlflow.db", f"{store.root}/") == set()
+
+
+def test_the_cost_of_moving_grows_with_the_rows_and_not_with_their_square(store, monkeypatch):
+    import sqlalchemy as sql
+
+    Connection(store.root, TrackingConfig())
+    old, count = Path("/old/store"), 3000
+    with sqlite3.connect(store.root / "mlflow.db") as connection:
+        connection.executemany(
+            "INSERT INTO trace_tags(key, value, request_id) VALUES (?, ?, ?)",
+            [("mlflow.artifactLocation", f"{old}/traces/{i}", str(i)) for i in range(count)]
+            + [("why", f"{old}/traces/{i}", str(i)) for i in range(3)],
+        )
+    statements = []
+    engine = sql.create_engine(uri := f"sqlite:///{store.root}/mlflow.db")
+    monkeypatch.setattr(sql, "create_engine", lambda uri: engine)
+    sql.event.listen(engine, "before_cursor_execute", lambda c, cursor, statement, *_: statements.append(statement))
+    assert move_records(uri, old, Path("/new")) == count
+    assert len(statements) <= 12 and all('"key"' in s or "trace_tags.key" in s for s in statements if "trace_tags" in s)
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgresql", "mysql", "mssql"])
+def test_its_statements_compile_for_every_database(dialect, monkeypatch):
+    import sqlalchemy as sql
+
+    statements = []
+
+    class Recorder:
+        def begin(self):
+            return nullcontext(self)
+
+        def dispose(self): ...
+
+        def execute(self, statement, rows=()):
+            statements.append(str(statement.compile(dialect=sql.dialects.registry.load(dialect)())))
+            return [(*("k" for _ in list(statement.selected_columns)[1:]), "/old/x")] if statement.is_select else None
+
+    monkeypatch.setattr(sql, "create_engine", lambda uri: Recorder())
+    assert move_records("any", Path("/old"), Path("/new")) == len(COLUMNS) == len(statements) / 2
 
 
 NAMES = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="/\0"), min_size=1, max_size=8).filter(

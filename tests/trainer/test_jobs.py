@@ -15,7 +15,7 @@ from grpo_world import FULL, LORA, TRAIN
 from thinkimg.errors import UserError
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.models.base import Base
-from thinkimg.trainer import checkpoint, warmstart_job
+from thinkimg.trainer import checkpoint, packing_check, warmstart_job
 from thinkimg.trainer.client import Trainer, TrainerError, build_launch_command
 from thinkimg.trainer.forward.packed_attention import PackedAttention
 from thinkimg.trainer.grpo_job import deal
@@ -102,6 +102,17 @@ def test_where_packing_can_not_be_right_rows_are_padded(world, monkeypatch, capl
     assert padded["metrics"]["grad_norm"] == pytest.approx(whole["metrics"]["grad_norm"], rel=1e-5)
     off = world.train(world.job(f"off {why}", train=TRAIN.model_copy(update={"shared_prompts": False})))
     assert off["metrics"]["packing/fallback"] == 0 and off["metrics"]["grad_norm"] == padded["metrics"]["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    "model", [FULL, LORA, LORA.model_copy(update={"dtype": "bfloat16"})], ids=["full", "lora", "bf16"]
+)
+def test_of_a_sharded_policy_the_kernel_is_tried_without_the_model(world, monkeypatch, model):
+    """A backward pass that fails would leave FSDP2 in a state of which nobody knows."""
+    policy = checkpoint.start_from_base(world.base, model, "cpu", seed=0)
+    assert packing_check.try_kernel(policy) is None
+    monkeypatch.setattr(PackedAttention, "backward", staticmethod(fail_backward))
+    assert packing_check.try_kernel(policy) == "NotImplementedError: no backward pass on this device"
 
 
 def test_frozen_vision_stays_and_several_steps_use_old_logps(world):

@@ -2,8 +2,8 @@
 
 One iteration is a small sample: with 48 groups of 8 the tool rate has a standard error of 0.03, and an accuracy over
 100 questions one of 0.05. The alarms look at hundreds of iterations. So each takes the mean of the last WINDOW
-iterations, and fires where its whole interval of Z standard errors is beyond the limit. `effective_sample` and
-`no_step` need no interval.
+iterations, and fires where its whole interval of Z standard errors is beyond the limit. `unjudged`,
+`effective_sample` and `no_step` need no interval.
 """
 
 import math
@@ -168,6 +168,14 @@ def failed(history: History) -> Finding:
     return share_alarm(history, "failed", FAILED, "conversations failed")
 
 
+def unjudged(history: History) -> Finding:
+    """Too many questions of the evaluations have no verdict: accuracy is that of the others."""
+    evaluated = [step for step in history.metrics if is_evaluated(step) and "eval/judged" in step]
+    now = last_window([(1 - step["eval/judged"] / step["eval/trajectories"], 0.0) for step in evaluated])
+    fired = now is not None and now[0] > FAILED
+    return make_finding("unjudged", now, FAILED, fired, f"{_percent(now)} of the held-out questions have no verdict")
+
+
 def over_turns(history: History) -> Finding:
     """Too many conversations ran out of turns or tokens."""
     return share_alarm(history, "over_turns", OVER_TURNS, "conversations ran out of turns or tokens")
@@ -248,6 +256,7 @@ ALARMS: tuple[Callable[[History], Finding], ...] = (
     tool_collapse,
     tool_saturation,
     failed,
+    unjudged,
     over_turns,
     idle_calls,
     reward_without_accuracy,

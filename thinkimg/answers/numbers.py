@@ -1,7 +1,7 @@
 """Numbers as people write them: parsed exactly, or not at all."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from thinkimg.answers.text import strip_wrapping
@@ -14,10 +14,18 @@ NUMBER = rf"(?:{DIGITS})(?:[eE][+-]?[0-9]{{1,3}})?"
 QUANTITY = re.compile(
     rf"(?P<sign>[+-]?)(?P<currency>[$€£¥₹]?)(?:(?P<whole>{WHOLE})\s+(?=[0-9]+\s*/))?"
     rf"(?P<fraction>(?P<number>{NUMBER})(?:\s*/\s*(?P<divisor>{NUMBER}))?)\s*"
-    r"(?P<unit>(?:[A-Za-z%°µΩ€$£¥₹][\w°²³/^.-]*)?)"
+    r"(?P<unit>(?:[A-Za-z%°μΩ€$£¥₹][\w°²³/^.-]*)?)"
 )
-WORDS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-FACTORS = {"bn", "mn", "tn", "dozen", "pi"}
+# Signs with several forms. The micro sign and the ohm sign are the Greek letters.
+NUMBER_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "\u00b5": "\u03bc", "\u2126": "\u03a9"})
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SCALES |= {"lakh": 10**5, "crore": 10**7}
+WORDS = SCALES | {f"{word}s": factor for word, factor in SCALES.items()} | {"bn": 10**9, "mn": 10**6, "tn": 10**12}
+PERCENT = {"%", "percent", "percents", "pct"}
+FACTORS = {"pi", "half", "halves", "third", "thirds", "quarter", "quarters", "tenth", "tenths", "hundredth",
+           "hundredths", "thousandth", "thousandths", "millionth", "millionths", "pair", "pairs"}  # fmt: skip
+CASED = {"mw", "mv", "mm", "mj", "mpa", "mhz", "kb", "mb", "gb", "tb"}
+"""Units, in lower case, that mean something else in upper case: mW and MW, Mb and MB."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +35,25 @@ class Quantity:
     value: Fraction
     unit: str
     """Text of the unit; empty where there is none."""
+    is_integer: bool = field(default=False, compare=False)
+    """True where it is written as a whole number: without point, exponent, fraction, percent or a word as million."""
 
     def is_near(self, right: "Quantity", tolerance: Fraction) -> bool:
         """Tell whether |self - right| <= tolerance * |right| and the units are equal.
 
-        One of the two may lack its unit, unless that may be a factor or a variable, such as any single letter.
+        A right integer, such as a year or a count, is compared exactly. One of the two may lack its unit, unless that
+        may be a factor or a variable, such as any single letter.
         """
-        if self.unit != right.unit:
-            unit = (self.unit or right.unit).casefold()
-            if (self.unit and right.unit) or unit in FACTORS or re.fullmatch("[a-z]", unit):
+        if _fold_unit(self.unit) != _fold_unit(right.unit):
+            unit = self.unit or right.unit
+            is_factor = unit.casefold() in FACTORS or unit == "MM" or re.fullmatch("[A-Za-z]", unit)
+            if (self.unit and right.unit) or is_factor:
                 return False
-        return abs(self.value - right.value) <= tolerance * abs(right.value)
+        return abs(self.value - right.value) <= (0 if right.is_integer else tolerance * abs(right.value))
+
+
+def _fold_unit(unit: str) -> str:
+    return unit if unit.casefold() in CASED else unit.casefold()
 
 
 def read_number(text: str) -> Quantity | None:
@@ -48,7 +64,7 @@ def read_number(text: str) -> Quantity | None:
     text = strip_wrapping(text)
     if len(text) > MAX_NUMBER_LENGTH:
         return None
-    match = QUANTITY.fullmatch(text.replace("−", "-").replace("⁄", "/"))
+    match = QUANTITY.fullmatch(text.translate(NUMBER_SIGNS))
     if not match or re.search(r"[\d_]", match["unit"]):
         return None
     unit, word = match["unit"], match["unit"].casefold()
@@ -68,6 +84,7 @@ def read_number(text: str) -> Quantity | None:
     value = -value if match["sign"] == "-" else value
     if word in WORDS:
         return Quantity(value * WORDS[word], match["currency"])
-    if word in ("%", "percent"):
+    if word in PERCENT:
         return Quantity(value / 100, "")
-    return Quantity(value, match["currency"] or unit)
+    is_integer = re.fullmatch(WHOLE, match["fraction"]) is not None
+    return Quantity(value, match["currency"] or unit, is_integer)

@@ -7,6 +7,7 @@ from typing import Any
 
 from thinkimg.answers.boxes import read_box
 from thinkimg.answers.choices import match_letter, match_text
+from thinkimg.answers.formulas import may_be_formula
 from thinkimg.answers.numbers import read_number
 from thinkimg.records import AnswerType
 
@@ -26,24 +27,28 @@ def read_right(value: Any, text: str, answer_type: AnswerType) -> str:
             text = json.dumps(list(box or ()))
             if box is None or read_box(text) != box:
                 raise ValueError("is no box of four numbers x, y, width, height")
+        case AnswerType.MATHS:
+            if not may_be_formula(text):
+                raise ValueError("is no formula")
     return text
 
 
-def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, numeric: bool) -> str:
+def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, ambiguous: bool) -> str:
     """Return the choice that is right. Raises ValueError where none is, or where two readings differ.
 
     form: `data.answer_is`. With "any", a number is an index from 0, and a text is a choice's text or its letter.
-    numeric: the choices are numbers themselves, so that digits may be either.
+    ambiguous: digits may be either, since a choice is a number itself, or since the source, such as CSV, has no types.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    either = ambiguous and (is_number or re.fullmatch("-?[0-9.]+", text) is not None)
     index = int(text) if re.fullmatch("[0-9]{1,6}", text) and int(text) < len(choices) else None
     by_text = match_text(text, choices)
     readings: dict[str, int | None] = {}
-    if form == "text" or (form == "any" and (numeric or not is_number)):
+    if form == "text" or (form == "any" and (either or not is_number)):
         readings["text"] = by_text
     if form == "letter" or (form == "any" and not is_number):
         readings["letter"] = match_letter(text, choices)
-    if form == "index" or (form == "any" and (numeric or is_number)):
+    if form == "index" or (form == "any" and (either or is_number)):
         readings["index"] = index
     named = {reading: choices[index] for reading, index in readings.items() if index is not None}
     if len(set(named.values())) > 1:

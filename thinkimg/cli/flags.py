@@ -1,5 +1,6 @@
 """Flags that several verbs have."""
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
-from thinkimg.errors import UserError
-from thinkimg.settings import expand_path
+from thinkimg.errors import UserError, shorten
+from thinkimg.user_paths import expand_path
 
 if TYPE_CHECKING:
     from thinkimg.config.tree import Config
@@ -55,9 +56,15 @@ def check_port(host: str, port: int) -> None:
     from thinkimg.process import free_port
 
     try:
-        with socket.create_server((host, port)):
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"There is no address {shorten(host)}.", hint="Correct --host.") from None
+    try:
+        with socket.create_server(address, family=family):
             pass
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"{host} is no address of this machine.", hint="Correct --host.") from None
         message = f"Port {port} of {host} can't be used: {os.strerror(error.errno or 0)}."
         raise UserError(message, hint=f"Take another: --port {free_port()}.") from None
 

@@ -1,6 +1,7 @@
 """Verbs of the command line: every stage, the loop, servers, and MLflow."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -17,7 +18,8 @@ from thinkimg.cli.flags import (
     read_reference,
 )
 from thinkimg.cli.scores import ledger
-from thinkimg.environment import child_environment
+from thinkimg.environment import child_environment, is_loopback
+from thinkimg.errors import UserError
 from thinkimg.exit import run_guarded
 from thinkimg.stages.names import stage_names
 
@@ -62,6 +64,12 @@ def serve(
 ) -> None:
     """Run a vLLM server until it is stopped; a loop uses it by `where.engine.urls`."""
     check_port(host, port)
+    dropped = os.environ.keys() - child_environment("engine", os.environ).keys()
+    if "VLLM_API_KEY" in dropped and not is_loopback(host):
+        raise UserError(
+            f"The server takes no key: whoever reaches {host} could use it, whatever VLLM_API_KEY is.",
+            hint="Unset VLLM_API_KEY, and let nobody but the loops reach the port; or leave --host out.",
+        )
     from thinkimg import resources
     from thinkimg.engine.server import ServerSettings
     from thinkimg.models.base import BaseSource
@@ -142,7 +150,8 @@ def sync(*, preset: PresetFlag = "development", set: SetFlag = None) -> None:
 @track.command
 def ui(*, port: PortFlag = 5000, preset: PresetFlag = "tiny", set: SetFlag = None) -> None:
     """Serve MLflow's UI at http://127.0.0.1:5000, or another port, until it is stopped."""
-    from thinkimg.tracking.loop import compare_link, ui_command
+    from thinkimg.tracking.connection import uri_of
+    from thinkimg.tracking.loop import compare_link, list_ui_arguments, ui_command
 
     config, _ = open_config(preset, set)
     store, tracking = config.where.store, config.where.tracking
@@ -150,7 +159,8 @@ def ui(*, port: PortFlag = 5000, preset: PresetFlag = "tiny", set: SetFlag = Non
         check_port("127.0.0.1", port)
     command, link = ui_command(store, tracking, port), compare_link(store, tracking, port)
     print(f"{command}\nCompare mixes at: {link}", flush=True)
-    os.execvpe("sh", ["sh", "-c", f"exec env {command}"], child_environment("mlflow", os.environ))
+    argv, database = list_ui_arguments(store, tracking, port), uri_of(Path(store), tracking)
+    os.execvpe(argv[0], argv, child_environment("mlflow", os.environ, {"MLFLOW_BACKEND_STORE_URI": database}))
 
 
 app.update(ledger)

@@ -17,7 +17,7 @@ from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.toolbox import TOOLS
 from thinkimg.registry import Registry
 from thinkimg.rewards.settings import JUDGES, RULES
-from thinkimg.settings import expand_path
+from thinkimg.user_paths import expand_path
 
 CODE: dict[str, Registry | None] = {
     "conversation.protocol": PROTOCOLS,

@@ -14,7 +14,8 @@ from thinkimg.config.values import read_value, read_yaml_file, shown, split_over
 from thinkimg.errors import UserError
 from thinkimg.registry import allow_user_modules
 from thinkimg.rewards.settings import ImageConfig
-from thinkimg.settings import Composite, Settings, Variant, expand_path
+from thinkimg.settings import Composite, Settings, Variant
+from thinkimg.user_paths import expand_path
 
 RENAMED = {"rewards.number_tolerance": "rewards.answer.number_tolerance"}
 """Old name of a setting -> its name now."""

@@ -10,7 +10,7 @@ from thinkimg.engine.settings import EvaluateConfig, RolloutConfig
 from thinkimg.images.settings import ImagesConfig
 from thinkimg.models.clip import OWN_CLIP
 from thinkimg.models.settings import ModelConfig
-from thinkimg.redaction import without_password
+from thinkimg.redaction import without_query
 from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.rewards.settings import ImageConfig, RewardsConfig
 from thinkimg.settings import Seed, Settings, Weight
@@ -31,7 +31,7 @@ class WhereConfig(ResourcesConfig):
     def public(self) -> dict[str, Any]:
         """Return the settings as they may be recorded, without passwords."""
         tree = super().public()
-        tree["tracking"]["uri"] = tree["tracking"]["uri"] and without_password(tree["tracking"]["uri"])
+        tree["tracking"]["uri"] = tree["tracking"]["uri"] and without_query(tree["tracking"]["uri"])
         return tree
 
 

@@ -55,7 +55,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 def read_yaml(text: str) -> Any:
     """Return the value of a YAML text. Raises UserError, whose message has the place, for what is none."""
     try:
-        value = yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
         # It raises for a list that holds itself, and for half of a character.
         json.dumps(value, default=str, skipkeys=True, ensure_ascii=False).encode()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -107,6 +111,8 @@ def read_value(key: str, text: str, kind: Any) -> Any:
         try:
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Loader)):
                 raise UserError("no YAML without references")  # short ones can stand for gigabytes
+            if has_comment(text):
+                raise UserError("no YAML without comments")  # '/data/run #3' would lose its end without a word
             return read_yaml(text)
         except (yaml.YAMLError, UserError, RecursionError) as error:
             if kind is None:
@@ -122,6 +128,19 @@ def read_value(key: str, text: str, kind: Any) -> Any:
             hint="A text is taken as it is: leave the quotes out. One that has them goes into a preset file.",
         )
     return text
+
+
+def has_comment(text: str) -> bool:
+    """Tell whether a YAML text has comments, which lie between its tokens, or in the first line of a block."""
+    end = 0
+    for token in yaml.scan(text, _Loader):
+        gap = text[end : token.start_mark.index]
+        if isinstance(token, yaml.ScalarToken) and token.style in ("|", ">"):
+            gap += text[token.start_mark.index :].partition("\n")[0]
+        if "#" in gap:
+            return True
+        end = max(end, token.end_mark.index)
+    return False
 
 
 def is_text(kind: Any) -> bool:

@@ -26,10 +26,13 @@ def advise(samples: Sequence[Sample], data: RowsConfig) -> Iterator[str]:
             yield f"There is a column '{role}' that is not used. Set data.columns.{role}={role} to use it."
     if data.answer_type == "text" and (kind := common_kind([sample.answer for sample in samples])):
         count, name, better = kind
-        yield (
-            f"{count} of {len(samples)} right answers are {name}, but data.answer_type is text, which also pays for "
-            f"answers that are only similar. Set data.answer_type={better} to compare them exactly."
+        comparison = (
+            "compares them as they are written. Set data.answer_type=number to compare their values: whole numbers "
+            "exactly, others within rewards.answer.number_tolerance."
+            if better == "number"
+            else f"also pays for answers that are only similar. Set data.answer_type={better} to compare them exactly."
         )
+        yield f"{count} of {len(samples)} right answers are {name}, but data.answer_type is text, which {comparison}"
 
 
 def common_kind(answers: Sequence[str]) -> tuple[int, str, str] | None:

@@ -60,15 +60,22 @@ class ImageFiles:
             raise RowRefused(Reason.PATH, f"{short(name)} leads out of the data set")
         if not is_file:
             raise RowRefused(Reason.PATH, f"there is no file {short(name)}")
+        if is_of_kernel(target.resolve()):
+            raise RowRefused(Reason.PATH, f"{short(name)} leads to a file of the kernel")
         return target
 
     def digest(self, tables: Iterable[Path], images: Iterable[Any]) -> str:
-        """Return the sha256 over the bytes of the tables and of the files that the images name."""
-        digests = {}
+        """Return the sha256 over the bytes of the tables and of the files that the images name.
+
+        Of a file above max_bytes, whose row will be refused, only the size counts.
+        """
+        digests: dict[str, str] = {}
         for name in map(content_of, images):
             if isinstance(name, str) and not scheme_of(name) and name not in digests:
                 try:
-                    digests[name] = files.sha256_once(self.locate(name))
+                    path = self.locate(name)
+                    size = path.stat().st_size
+                    digests[name] = files.sha256_once(path) if size <= self.limits.max_bytes else f"{size} bytes"
                 except RowRefused:
                     continue  # the row is refused when it is read
         body = [[path.relative_to(self.root).as_posix(), files.sha256_once(path)] for path in tables]
@@ -88,6 +95,11 @@ class ImageFiles:
                 return file.read(self.limits.max_bytes + 1)  # enough for the decoder to refuse it
         except OSError as error:
             raise RowRefused(Reason.PATH, f"{short(name)} can't be read: {error.strerror}") from error
+
+
+def is_of_kernel(path: Path) -> bool:
+    """Tell whether a resolved path lies in /proc, /sys or /dev, whose files may be endless; /dev/shm is memory."""
+    return path.parts[1:2] in (("proc",), ("sys",), ("dev",)) and path.parts[:3] != ("/", "dev", "shm")
 
 
 def content_of(image: Any) -> Any:

@@ -5,7 +5,7 @@ The second pass stores the images of the rows that were taken.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,15 +40,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+def map_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R]:
     """Yield the function's results in order, computed on a pool at most `window` items ahead of the caller."""
     pending: deque = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) == window:
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) == window:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    finally:
+        for future in pending:  # the caller has stopped
+            future.cancel()
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def survey(
 ) -> Survey:
     """Check every row, split the accepted ones and choose the samples to take.
 
-    find_unaskable: see FindUnaskable. Raises UserError if no row is accepted, or too many are refused.
+    find_unaskable: see FindUnaskable. Raises UserError if no row is accepted, if too many are refused, and at the
+    first picture that can't be had at the moment.
     """
     samples: list[Sample] = []
     groups: list[str | None] = []
@@ -84,7 +89,8 @@ def survey(
     seen: set[str] = set()
     sizes: dict[str, Size] = {}
     places: dict[str, str] = {}
-    for row, images in map_in_order(pool, partial(_hash_images, limits=limits), source.rows(), window):
+    surveyed = map_in_order(pool, partial(_hash_images, limits=limits), source.rows(), window)
+    for row, images in surveyed:
         if isinstance(row, RawRow) and row.id in seen:
             row = Refused(row.where, Reason.DUPLICATE, f"an earlier row has the id {row.id!a}")
         elif isinstance(row, RawRow):
@@ -93,6 +99,12 @@ def survey(
             refused.append(row)
             continue
         if isinstance(images, Refused):
+            if images.passing and not data.skip_unreachable:
+                surveyed.close()
+                raise UserError(
+                    f"A picture can't be had at the moment: {_list([images])}.",
+                    hint="Run the stage again. If it is gone for good, set data.skip_unreachable=true.",
+                )
             refused.append(images)
             continue
         sizes |= dict(images)
@@ -178,12 +190,6 @@ def _check_refused(refused: list[Refused], accepted: int, data: RowsConfig, sour
     rows = accepted + len(refused)
     if rows == 0:
         raise UserError(f"The source {source} holds no rows.")
-    passing = [row for row in refused if row.passing]
-    if passing and not data.skip_unreachable:
-        raise UserError(
-            f"The pictures of {len(passing)} of {rows} rows can't be had at the moment: {_list(passing)}.",
-            hint="Run the stage again. If they are gone for good, set data.skip_unreachable=true.",
-        )
     if accepted and len(refused) <= data.max_refused * rows:
         return
     raise UserError(

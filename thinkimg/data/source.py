@@ -148,8 +148,10 @@ def raw_row(
         listed = _parse_list(record.get(columns.choices)) if columns.choices else ()
         choices = _choices(listed) if columns.choices else ()
         answer_type = AnswerType(data.answer_type)
-        numeric = bool(choices) and all(_is_plain_number(choice) for choice in listed)
-        right = functools.partial(_right, data=data, choices=choices, answer_type=answer_type, numeric=numeric)
+        # CSV has no types: its lists are texts, and its digits may be a choice's text or an index.
+        is_untyped = bool(columns.choices) and isinstance(record.get(columns.choices), str)
+        ambiguous = is_untyped or (bool(choices) and any(_is_plain_number(choice) for choice in listed))
+        right = functools.partial(_right, data=data, choices=choices, answer_type=answer_type, ambiguous=ambiguous)
         return RawRow(
             where=where,
             id=as_text(record.get(columns.id), columns.id) if columns.id else id,
@@ -215,15 +217,15 @@ def _choices(values: Any) -> tuple[str, ...]:
 
 
 def _right(
-    value: Any, *, data: RowsConfig, choices: tuple[str, ...], answer_type: AnswerType, numeric: bool, column: str
+    value: Any, *, data: RowsConfig, choices: tuple[str, ...], answer_type: AnswerType, ambiguous: bool, column: str
 ) -> str:
-    """Return a right answer as text. numeric: the choices are numbers."""
+    """Return a right answer as text. ambiguous: digits may be the text of a choice, or its index."""
     if answer_type is AnswerType.BOX and isinstance(value, list | tuple):
         value = ", ".join(as_text(edge, column) for edge in value)
     text = as_text(value, column)
     try:
         if choices:
-            return read_choice(value, text, choices, data.answer_is, numeric=numeric)
+            return read_choice(value, text, choices, data.answer_is, ambiguous=ambiguous)
         return read_right(value, text, answer_type)
     except ValueError as error:
         among = f" (choices: {short(choices)})" if choices else ""

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -50,6 +49,8 @@ class EngineClient:
         self.urls = [url.rstrip("/") for url in urls]
         self.media = media
         self.adapter: str | None = None
+        self.version: str | None = None
+        """Version of the weights that the servers have to hold; None: any."""
         self._adapter_path: Path | None = None
         self._outstanding = dict.fromkeys(self.urls, 0)
         self._dead: set[str] = set()  # not used again: one that comes back may hold other weights
@@ -73,12 +74,7 @@ class EngineClient:
             choice = body["choices"][0]
             if choice["finish_reason"] not in FINISHED:
                 raise ValueError(f"it gave up the request ({choice['finish_reason']})")
-            if self.adapter is None:
-                versions = [span["version"] for span in choice["weight_versions"]]
-            else:  # what the server says that it used, which may be another than was asked for
-                versions = [body["model"]]
-                if versions != [self.adapter]:
-                    raise ValueError(f"it played {body['model']} and not the adapter {self.adapter}")
+            versions = self._read_versions(body)
             return Generation(
                 token_ids=choice["token_ids"],
                 logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
@@ -103,11 +99,28 @@ class EngineClient:
         params |= {"logprobs": len(asked), "logprob_token_ids": asked}
 
         def read(body: dict) -> list[float]:
+            self._read_versions(body)
             entries = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             logprobs = {entry["token_id"]: entry["logprob"] for entry in entries}
             return [logprobs[token] for token in candidates]
 
         return await self._generate(token_ids, images, params, read)
+
+    def _read_versions(self, body: dict) -> list[str]:
+        """Return the weights that a server says it used. Raises EngineUnavailable if others than these were loaded.
+
+        A server that was started again has those of its start.
+        """
+        if self.adapter is None:
+            versions, wanted = [span["version"] for span in body["choices"][0]["weight_versions"]], self.version
+        else:
+            versions, wanted = [body["model"]], self.adapter
+        if wanted is not None and set(versions) != {wanted}:
+            raise EngineUnavailable(
+                f"an engine played {', '.join(map(str, versions))} and not {wanted}",
+                hint="was it started again? Run this again: the weights are loaded anew",
+            )
+        return versions
 
     async def load_weights(self, model_dir: Path, version: str) -> None:
         """Replace the weights of all servers, in place, by those of a saved model of the same architecture.
@@ -130,6 +143,7 @@ class EngineClient:
             await self._post(url, "/update_weight_version", {"new_version": version})
 
         await self._on_all(load)
+        self.version = version
 
     async def load_adapter(self, name: str, path: Path) -> None:
         """Load an adapter into all servers that do not have it, and sample from it from now on.
@@ -225,18 +239,24 @@ class EngineClient:
 
     async def _send(self, affinity: str, content: bytes, read: Callable[[dict], T]) -> T:
         failed: set[str] = set()
+        refused: EngineError | None = None
         attempt = 0
         while True:
             url = self._choose(affinity, failed)
             self._outstanding[url] += 1
             try:
-                return read_answer(url, await self._watched(url, content), read)
+                answer = read_answer(url, await self._watched(url, content), read)
+                if refused is not None:
+                    log.warning("%s served what another server refused: %s", url, refused)
+                return answer
             except EngineUnavailable as error:
                 if isinstance(error, _Unreachable) and len(self.urls) > 1:
                     await self._check(url)
                 if isinstance(error, _NotFound) and self.adapter is not None and self._adapter_path is not None:
-                    with suppress(EngineError):  # a server that was started again has lost its adapters
+                    try:  # a server that was started again has lost its adapters
                         await self._load_adapter(url, self.adapter, self._adapter_path)
+                    except EngineError as problem:
+                        log.warning("the adapter could not be loaded again: %s", problem)
                 if attempt == RETRIES or isinstance(error, _Hanging) and self._dead.issuperset(self.urls):
                     raise
                 failed.add(url)
@@ -244,6 +264,13 @@ class EngineClient:
                     failed.clear()
                     await asyncio.sleep(BACKOFF_S * 2**attempt)
                 attempt += 1
+            except EngineError as error:
+                # One server alone may be the one that is wrong, with narrower limits than the others.
+                others = [other for other in self.urls if other not in failed | self._dead | {url}]
+                if refused is not None or not others:
+                    raise refused or error from None
+                refused = error
+                failed.add(url)
             finally:
                 self._outstanding[url] -= 1
 

@@ -5,13 +5,13 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from thinkimg.conversation.episode import ConversationSpec, Episode, Outcome, derive_seed
+from thinkimg.conversation.episode import ConversationSpec, Episode, Outcome, PendingCall, derive_seed
 from thinkimg.conversation.picture import Picture, make_picture
 from thinkimg.conversation.tokens import TokenMismatch
 from thinkimg.engine.client import EngineClient, EngineUnavailable
@@ -76,7 +76,7 @@ async def play_episode(
         call = episode.feed(sampled.token_ids, sampled.logprobs, sampled.finish_reason, sampled.weight_version)
         if call is not None:
             try:
-                outcome = await loop.run_in_executor(pool, call.run)
+                outcome = await loop.run_in_executor(pool, run_tool, call)
                 if mode.blind:
                     outcome = await loop.run_in_executor(pool, grey_out, outcome, episode.view)
             except Exception as error:  # a tool of ours or of the user's is broken: one row fails, not the run
@@ -86,6 +86,14 @@ async def play_episode(
                 break
             episode.observe(outcome)
     return episode
+
+
+def run_tool(call: PendingCall) -> Outcome:
+    """Return what a tool makes. No future can carry a StopIteration: whoever waits for it would wait for ever."""
+    try:
+        return call.run()
+    except StopIteration as error:
+        raise RuntimeError("StopIteration") from error
 
 
 def grey_out(outcome: Outcome, images: ViewLimits) -> Outcome:
@@ -118,7 +126,7 @@ class Sampler:
         self._playing: Counter[str] = Counter()  # episodes under way, by sample
 
     async def sample(
-        self, jobs: Sequence[EpisodeSpec], progress: Callable[[int], None] = lambda done: None
+        self, jobs: Iterable[EpisodeSpec], progress: Callable[[int], None] = lambda done: None
     ) -> AsyncIterator[tuple[EpisodeSpec, Episode]]:
         """Play the episodes of `jobs`; yields (job, episode) in the order in which they end.
 

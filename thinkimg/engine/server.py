@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -15,7 +16,7 @@ from typing import Self
 from thinkimg import closure
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.settings import EngineConfig, EngineSettings
-from thinkimg.environment import child_environment, is_healthy, open_local
+from thinkimg.environment import CONNECTION_ERRORS, child_environment, is_healthy, open_local
 from thinkimg.errors import shorten
 from thinkimg.models.base import check_model
 from thinkimg.process import Child, free_port, spawn
@@ -113,9 +114,12 @@ class Server:
             self._wait(child, timeout)
             post(f"{self.url}/update_weight_version", {"new_version": self.version})
         except BaseException as error:
-            if not isinstance(error, Exception):  # a signal
-                self.progress(f"{self.name}: stopping")
-            self.stop()
+            try:
+                if not isinstance(error, Exception):  # a signal
+                    with suppress(OSError):  # of a stderr that nobody reads
+                        self.progress(f"{self.name}: stopping")
+            finally:
+                self.stop()
             raise
 
     def stop(self) -> None:
@@ -235,10 +239,12 @@ def server_environment(base: Mapping[str, str], model: str, settings: ServerSett
 
 
 def post(url: str, body: dict) -> None:
-    """Send JSON to a server. Raises EngineError where it answers with an error."""
+    """Send JSON to a server. Raises EngineError where it answers with an error, or does not answer."""
     try:
         with open_local(url, timeout=60, body=json.dumps(body).encode()):
             pass
     except urllib.error.HTTPError as error:
         answer = shorten(error.read().decode(errors="replace"), 500)
         raise EngineError(f"{url} answered {error.code}: {answer}") from error
+    except CONNECTION_ERRORS as error:  # time-outs and connections that broke
+        raise EngineError(f"{url} did not answer ({type(error).__name__}: {shorten(str(error))})") from error

@@ -52,14 +52,25 @@ class BaseSource(Settings):
         check_model(self.path)
         if policy is not None:
             name, revision = map(policy.json("policy/state.json")["base"].get, ("name", "revision"))
-            wanted = find_commit(self.path, self.revision) if self.revision else None
-            if name == self.path and (wanted in (None, revision) or self.revision == revision):
+            if name == self.path and self._accepts(revision):
                 return {"name": name, "revision": revision, "directory": None}
         return {
             "name": self.path,
             "revision": find_commit(self.path, self.revision) or self.revision,
             "directory": None,
         }
+
+    def require(self) -> None:
+        """Raise UserError if the model is one of the Hub whose commit can't be known."""
+        if not self.tiny and not Path(self.path).is_dir():
+            check_model(self.path)
+            require_commit(self.path, self.revision)
+
+    def _accepts(self, commit: str | None) -> bool:
+        """Return True if a policy's commit is the one of the settings; an unknown one is not."""
+        if self.revision is None or self.revision == commit:
+            return True
+        return commit is not None and find_commit(self.path, self.revision) == commit
 
 
 def check_model(name: str) -> None:

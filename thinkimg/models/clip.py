@@ -27,7 +27,8 @@ TINY = {
     "vision_cfg": {"image_size": SIDE, "layers": 3, "width": 96, "head_width": 32, "patch_size": 28},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
-PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+RESIZE = "squash"  # of every CLIP: open_clip's default cuts off what is not in the middle square
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": RESIZE}
 LOGIT_SCALE = 20.0  # with CLIP's 100 a tiny model would only give values of 0 and 1
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -117,10 +118,11 @@ def load_encoder(name: str, pretrained: str | None) -> Encoder:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"device": device, "image_resize_mode": RESIZE}
     repository = hub_repository(name, pretrained)
     commit = repository and require_commit(repository)
     try:
-        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device=device)
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the library raises what its downloader, parser or torch raises
         detail = shorten(str(error))
@@ -143,6 +145,13 @@ def hub_repository(name: str, pretrained: str | None) -> str | None:
     with importing:
         from open_clip import get_pretrained_cfg
     return get_pretrained_cfg(name.replace("/", "-"), pretrained).get("hf_hub", "").rpartition("/")[0] or None
+
+
+def require_weights(settings: ClipName) -> None:
+    """Raise UserError if the weights are of the Hub and their commit can't be known."""
+    repository = hub_repository(settings.model, settings.pretrained)
+    if repository:
+        require_commit(repository)
 
 
 def weights_digest(settings: ClipName, own: Artifact | None) -> str:

@@ -34,6 +34,8 @@ from thinkimg.store.manifest import Artifact
 
 log = logging.getLogger(__name__)
 
+FEW = 5  # refusals that may be the pairs' own fault, however few pairs there are
+
 Lookup = Callable[[str, set[str]], dict[str, Judgement]]
 """Function of a component and keys: key -> judgement, for those that were made before."""
 RECENT = 32  # score artifacts that are searched for earlier judgements, the newest first
@@ -64,8 +66,13 @@ def run_judges(
 
     def judge_all(name: str) -> Judgements:
         judged = dict(zip(fit, ask_judge(judges[name], fit, context, lookup), strict=True))
-        refused = [judgement.reason or "?" for judgement in judged.values() if judgement.refused]
-        check_share(refused, len(judged), f"judgements of {name}")
+        if again := [pair for pair in fit if judged[pair].refused]:  # once more: what refused it may have passed
+            judged |= zip(again, ask_judge(judges[name], again, context, lookup), strict=True)
+        refused = [judged[pair].reason or "?" for pair in again if judged[pair].refused]
+        if refused:
+            log.warning("%s refused %d of %d judgements, the first: %s", name, len(refused), len(judged), refused[0])
+        if len(refused) >= FEW:
+            check_share(refused, len(judged), f"judgements of {name}")
         return {(name, pair): rejected[pair] or judged[pair] for pair in pairs}
 
     threads = 1 if context.resources.exclusive else len(names)

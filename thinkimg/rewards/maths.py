@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from thinkimg.answers.formulas import plain_formula
 from thinkimg.answers.text import normalise, strip_lead_in
 from thinkimg.environment import child_environment
 from thinkimg.errors import UserError
@@ -79,7 +80,7 @@ class Checker:
         process = self._process or self._start()
         assert process.stdin and process.stdout
         with suppress(BrokenPipeError):  # it has ended: its status says why
-            process.stdin.write(json.dumps([right, strip_lead_in(answer)]) + "\n")
+            process.stdin.write(json.dumps([plain_formula(right), plain_formula(strip_lead_in(answer))]) + "\n")
             process.stdin.flush()
         reply = process.stdout.readline()
         if reply:
@@ -103,7 +104,12 @@ class Checker:
         command = [sys.executable, "-P", str(WORKER)]
         environment = child_environment("maths", os.environ)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, encoding="utf-8"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            encoding="utf-8",
+            start_new_session=True,  # a terminal sends Ctrl-C to all of a session, and this would be a traceback
         )
         assert self._process.stdout
         if not self._process.stdout.readline():
@@ -113,5 +119,6 @@ class Checker:
     def _forget(self) -> int:
         process, self._process = self._process, None
         assert process
-        with process:
-            return process.wait()
+        with suppress(BrokenPipeError), process:  # closing the pipe sends what the dead child has not read
+            process.wait()
+        return process.returncode

@@ -12,13 +12,13 @@ import resource
 import signal
 import sys
 
+from thinkimg.answers.formulas import SIDE_BY_SIDE, sum_mixed
+
 SECONDS = 2.0
 """CPU time for one comparison: usual formulas take 0.001 to 0.3 s. CPU and not wall time, so that a busy machine
 decides as an idle one does.
 """
 MEMORY = 2 * 2**30
-MIXED = re.compile(r"(?<![\w.^\\}])(\d+) (\d+) ?/ ?(\d+)(?![\w./^])")
-SIDE_BY_SIDE = re.compile(r"\d [\d.]")
 
 
 def close_eval() -> None:
@@ -48,19 +48,13 @@ def parse_formulas(text: str) -> list[object]:
     """
     from math_verify import LatexExtractionConfig, parse
 
-    text = MIXED.sub(_add_fraction, " ".join(text.split()).replace("**", "^"))
+    text = sum_mixed(" ".join(text.split()).replace("**", "^"))
     if "\\" not in text and SIDE_BY_SIDE.search(text):
         return []
     delimited = any(mark in text for mark in ("$", r"\(", r"\[", r"\boxed"))
     # parsing_timeout=None: math-verify's own needs SIGALRM and cannot interrupt C code; ours is the kernel's.
     latex = text if delimited else f"${text}$"
     return parse(latex, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-
-
-def _add_fraction(mixed: re.Match[str]) -> str:
-    whole, numerator, denominator = mixed.groups()
-    is_proper = len(numerator) <= len(denominator) < 20 and int(numerator) < int(denominator)
-    return f"({whole}+{numerator}/{denominator})" if is_proper else mixed[0]
 
 
 def verify_pair(right: str, answer: str) -> tuple[bool, str | None]:

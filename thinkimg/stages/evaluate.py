@@ -204,6 +204,9 @@ def describe_accuracy(metrics: Mapping[str, float | None]) -> str:
     parts += [f"{label} {text} %" for label, text in (("avg@k", show("avg_at_k")), ("chance", show("chance"))) if text]
     if failed := metrics.get("failed"):
         parts.append(f"{failed:.0f} conversations failed and don't count")
+    judged, asked = metrics.get("judged"), metrics.get("trajectories")
+    if judged is not None and asked is not None and judged < asked:
+        parts.append(f"{judged:.0f} of {asked:.0f} answers judged")
     return ", ".join(parts)
 
 

@@ -5,8 +5,8 @@ import json
 import logging
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -143,8 +143,8 @@ async def play_parts(
     number of tokens sampled now. Raises UserError where every conversation of the artifact failed, most were refused,
     or machine or network failed.
 
-    A conversation that engine or tool refused is played a second time when all others have ended. Its part is closed
-    only then: before, nobody knows whose fault the refusal is, and the next run would take the part for finished work.
+    A conversation that engine or tool refused is played a second time when the others of its part have ended. A part
+    of which most were refused twice is not closed: the next run would take it for finished work.
     """
     work = job.work
     size = -(-len(samples) // PARTS)
@@ -157,11 +157,13 @@ async def play_parts(
     specs = [EpisodeSpec(sample, i, modes[i]) for number in missing for sample in parts[number] for i in indices]
     total = len(samples) * len(modes)
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
-    refused: list[EpisodeSpec] = []
+    again: dict[int, list[EpisodeSpec]] = {number: [] for number in missing}
+    errors: list[str] = []  # of those refused twice
+    waiting = Waiting(specs)
     tokens = 0
 
     def progress(done: int) -> None:
-        job.progress(total - len(specs) + done, total)
+        job.progress(min(total - len(specs) + done, total), total)  # some are played twice
 
     if specs:
         opened = open_sampler(job.settings, job.inputs["dataset"], job.inputs["policy"], job.resources)
@@ -176,25 +178,23 @@ async def play_parts(
                 tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
                 await writer.write(work, number, episodes, sampler.pool if keep_images else None)
 
-            async for spec, episode in sampler.sample(specs, progress):
+            async for spec, episode in sampler.sample(waiting, progress):
                 number = part_of[spec.sample.sample_id]
-                ended[number][spec.sample.sample_id, spec.index] = episode
-                if episode.refused:
-                    refused.append(spec)
-                complete = len(ended[number]) == len(parts[number]) * len(modes)
-                if complete and not any(other.refused for other in ended[number].values()):
-                    await close(number)
-            failed = [ended[part_of[spec.sample.sample_id]][spec.sample.sample_id, spec.index] for spec in refused]
-            check_share([episode.error or "?" for episode in failed], total, "conversations")
-            async for spec, episode in sampler.sample(refused, lambda done: None):
-                ended[part_of[spec.sample.sample_id]][spec.sample.sample_id, spec.index] = episode
-            broken = [episode for episodes in ended.values() for episode in episodes.values() if episode.passing]
-            for number in sorted(ended):
-                if not any(episode.passing for episode in ended[number].values()):
-                    await close(number)
+                if episode.refused and not waiting.is_repeated(spec):
+                    again[number].append(spec)
+                else:
+                    ended[number][spec.sample.sample_id, spec.index] = episode
+                    errors += [episode.error or "?"] if episode.refused else []
+                if len(ended[number]) + len(again[number]) == len(parts[number]) * len(modes):
+                    waiting.repeat(again[number])
+                    again[number] = []
+                    if len(ended[number]) == len(parts[number]) * len(modes) and is_work(ended[number].values()):
+                        await close(number)
+        check_share(errors, len(specs), "conversations")
+        broken = [episode.error for episodes in ended.values() for episode in episodes.values() if episode.refused]
         if broken:
             raise UserError(
-                f"{len(broken)} of {total} conversations could not be played, the first with: {broken[0].error}",
+                f"{len(broken)} of {total} conversations could not be played, the first with: {broken[0]}",
                 hint="Correct that and run this again: only their parts are played again.",
             )
     if error := find_total_failure(work, range(len(parts))):
@@ -204,6 +204,38 @@ async def play_parts(
             hint="Correct that and run this again: everything is played again.",
         )
     return tokens
+
+
+def is_work(episodes: Collection[Episode]) -> bool:
+    """Tell whether a part may be closed: nothing failed in passing, and no more than half was refused."""
+    refused = sum(episode.refused for episode in episodes)
+    return 2 * refused <= len(episodes) and not any(episode.passing for episode in episodes)
+
+
+class Waiting:
+    """Iterator over episodes to be played, to which more can be added while it runs."""
+
+    def __init__(self, specs: Iterable[EpisodeSpec]):
+        self._specs = deque(specs)
+        self._repeated: set[tuple[str, int]] = set()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> EpisodeSpec:
+        if not self._specs:
+            raise StopIteration
+        return self._specs.popleft()
+
+    def repeat(self, specs: Iterable[EpisodeSpec]) -> None:
+        """Have episodes played a second time, before those that wait: their parts wait for them alone."""
+        for spec in specs:
+            self._repeated.add((spec.sample.sample_id, spec.index))
+            self._specs.appendleft(spec)
+
+    def is_repeated(self, spec: EpisodeSpec) -> bool:
+        """Tell whether an episode is played, or was played, a second time."""
+        return (spec.sample.sample_id, spec.index) in self._repeated
 
 
 def report_failures(rows: Iterable[Trajectory]) -> None:

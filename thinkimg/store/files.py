@@ -5,11 +5,13 @@ Nothing cleans up after a failure: an exception leaves the same files as a kill,
 """
 
 import errno
+import fnmatch
 import functools
 import hashlib
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -152,6 +154,41 @@ def files_under(directory: Path) -> list[str]:
         for path in directory.rglob("*")
         if path.is_symlink() or not path.is_dir()
     )
+
+
+def walk_files(directory: Path, *patterns: str) -> list[Path]:
+    """Return the sorted paths of the files under `directory` whose names fit a pattern, through links, each once.
+
+    A directory is entered once, by its own name rather than by a link's: links may form loops. Raises UserError for a
+    directory that cannot be read, and for a broken link that may be such a file or a directory of them.
+    """
+    paths: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    pending = deque([directory])
+    while pending:
+        folder = pending.popleft()
+        try:
+            stat, entries = folder.stat(), sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{folder} can't be read: {os.strerror(error.errno or 0)}.") from error
+        if (stat.st_dev, stat.st_ino) in entered:
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        for entry in entries:
+            path, is_link = folder / entry.name, entry.is_symlink()
+            fits = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
+            # An entry that is no link costs no stat: there may be a million pictures.
+            if path.is_dir() if is_link else entry.is_dir():
+                if is_link:
+                    pending.append(path)
+                else:
+                    pending.appendleft(path)
+            elif path.is_file() if is_link else entry.is_file():
+                paths += [path] if fits else []
+            elif is_link and not path.exists() and (fits or not path.suffix):
+                hint = "Download or copy it again, or remove the link."
+                raise UserError(f"{path} is a broken link: it leads to {os.readlink(path)}.", hint=hint)
+    return sorted(paths)
 
 
 def sha256(path: Path) -> str:

@@ -53,9 +53,13 @@ def content_digest(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def directory_digest(directory: Path) -> str:
-    """Return the content digest of a directory that is no artifact, such as a base model's; read once per process."""
+    """Return the content digest of a directory that is no artifact, such as a base model's; read once per process.
+
+    Links are followed. Raises UserError for a broken one.
+    """
+    paths = files.walk_files(directory, "*")
     return content_digest(
-        [file_entry(directory, name, files.sha256_once(directory / name)) for name in files.files_under(directory)]
+        [file_entry(directory, path.relative_to(directory).as_posix(), files.sha256_once(path)) for path in paths]
     )
 
 

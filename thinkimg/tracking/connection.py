@@ -10,9 +10,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.errors import UserError
-from thinkimg.redaction import without_password
+from thinkimg.redaction import without_query
 from thinkimg.store import files
-from thinkimg.tracking.relocation import location_of, move_records, path_of
+from thinkimg.tracking.relocation import (
+    is_gone,
+    is_here,
+    is_same,
+    location_of,
+    loop_locations,
+    move,
+    move_records,
+    path_of,
+)
 from thinkimg.tracking.settings import TrackingConfig, check_uri
 
 if TYPE_CHECKING:
@@ -88,9 +97,9 @@ class Connection:
         except UserError:
             raise
         except Exception as error:  # every store and driver has errors of its own
-            reason = first_line(error).replace(self.uri, without_password(self.uri))
+            reason = first_line(error).replace(self.uri, without_query(self.uri))
             raise UserError(
-                f"MLflow can't be used at {without_password(self.uri)}: {reason}.",
+                f"MLflow can't be used at {without_query(self.uri)}: {reason}.",
                 hint="Set where.tracking.uri, or where.tracking.enabled=false and run `thinkimg track sync` later.",
             ) from error
 
@@ -107,7 +116,7 @@ class Connection:
             return self.client.create_experiment(name, location)
         if experiment.lifecycle_stage != "active":
             raise UserError(
-                f"The MLflow experiment {name} at {without_password(self.uri)} has been deleted.",
+                f"The MLflow experiment {name} at {without_query(self.uri)} has been deleted.",
                 hint=f"Restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
             )
         return experiment.experiment_id
@@ -115,21 +124,44 @@ class Connection:
     def _follow_store(self) -> None:
         """Let the database name the store's place where it names one at which the store was before.
 
-        A database in the store was moved with it. Another one may be shared: there a place counts as left if nothing is
-        there any more, and the files are here.
+        A database in the store was moved with it. Another one may be shared, and its other stores may be on machines
+        or disks that can't be seen here. There a row moves if the files of its run, whose name is random, are here.
         """
         recorded = path_of(self.client.get_experiment(self.loops).artifact_location)
         own = artifact_root(self.root) / LOOPS
         if self.served or recorded is None or recorded == own or recorded.parts[-2:] != own.parts[-2:]:
             return
-        if recorded.exists() and own.exists() and recorded.samefile(own):  # by another name
+        if is_same(recorded, own):  # by another name
             return
-        inside = self.uri == uri_of(self.root, TrackingConfig())
-        if inside or (own.exists() and not recorded.exists()):
-            old, new = recorded.parents[1], own.parents[1]
+        old, new = recorded.parents[1], own.parents[1]
+        if self._is_inside():
             count = move_records(self.uri, old, new)
-            forget_places()
-            log.warning("The store was at %s before: %d places in MLflow's database now name %s.", old, count, new)
+        elif not is_gone(recorded):
+            return
+        elif self._has_runs(old, new):
+            count = move_records(self.uri, old, new, is_here)
+        else:
+            log.warning("There is nothing at %s, where MLflow's database keeps files, and not all are here.", recorded)
+            return
+        forget_places()
+        log.warning("The store was at %s before: %d places in MLflow's database now name %s.", old, count, new)
+
+    def _is_inside(self) -> bool:
+        """Return True if the database is a file in the store, by whatever name the URI and the store have."""
+        from sqlalchemy import make_url
+
+        url = make_url(self.uri)
+        if not url.drivername.startswith("sqlite") or not url.database:
+            return False
+        path = Path(url.database.removeprefix("file:")).resolve()
+        return any(is_same(folder, self.root) for folder in path.parents)
+
+    def _has_runs(self, old: Path, new: Path) -> bool:
+        """Return True if this store's loops have runs in `old`, and the files of all of these are in `new`."""
+        own = {path.stem for path in (self.root / "loops").glob("*.json")}
+        locations = [move(location, old, new) for loop, location in loop_locations(self.uri) if loop in own]
+        moved = [location for location in locations if location is not None]
+        return bool(moved) and all(is_here("runs", location) for location in moved)
 
     def find_run(self, experiment: str, tag: str, value: str) -> "Run | None":
         """Return the oldest run with a tag, if any."""

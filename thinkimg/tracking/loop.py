@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
 from thinkimg.conversation.episode import render_system_prompt
-from thinkimg.redaction import without_password
+from thinkimg.redaction import without_password, without_query
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact, Reference, git_revision, utc_now
 from thinkimg.tracking.connection import Connection, artifact_root, first_line, uri_of
@@ -19,6 +20,7 @@ from thinkimg.tracking.records import (
     NOTHING,
     LoopRecord,
     LoopSettings,
+    changed_inputs,
     load_record,
     load_records,
     loop_id,
@@ -142,7 +144,9 @@ def open_loop(config: LoopSettings, store: Store, outside: Mapping[str, str] = N
     record = load_record(store, identity)
     if record is None:
         name = f"{readable_mix(config.mix)} seed={config.seed} {identity[:6]}"
-        record = LoopRecord(identity, resolved(config), name, system=render_system_prompt(config.conversation))
+        system = render_system_prompt(config.conversation)
+        warn_of_changed_inputs(config, store, outside)
+        record = LoopRecord(identity, resolved(config), name, system=system, outside=dict(outside))
     assert record.loop_id == identity, f"the record of loop {record.loop_id} for loop {identity}"
     record.config, record.status, record.finished = resolved(config), "RUNNING", None
     record.git = git_revision()
@@ -155,6 +159,19 @@ def open_loop(config: LoopSettings, store: Store, outside: Mapping[str, str] = N
         run = open_run(connection, record)
         project_loop(connection, record, run)
     return LoopTracker(store, record, connection, run)
+
+
+def warn_of_changed_inputs(config: LoopSettings, store: Store, outside: Mapping[str, str]) -> None:
+    """Warn where the latest recorded loop of this config read other data, weights or code."""
+    for record in reversed(list(load_records(store))):
+        names = changed_inputs(record, config, outside)
+        if names:
+            log.warning(
+                "This is a new loop, and none that goes on: since loop %s of the same config there has changed: %s.",
+                record.loop_id,
+                ", ".join(names),
+            )
+            return
 
 
 def watch_machine(connection: Connection, run_id: str) -> "SystemMetricsMonitor":
@@ -264,13 +281,31 @@ def sync_store(store: Store, tracking: TrackingConfig | None = None) -> SyncRepo
 def ui_command(store: str, tracking: TrackingConfig, port: int = PORT) -> str:
     """Return the shell command that shows the runs in a browser: a local server, or the tracking server's page.
 
-    Raises UserError if the database is unusable.
+    A password is left out. Raises UserError if the database is unusable.
+    """
+    root, argv = Path(store), list_ui_arguments(store, tracking, port)
+    uri = uri_of(root, tracking)
+    if is_page(uri):
+        return shlex.join(argv)
+    Connection(root, tracking)  # which follows a store that was moved
+    return f"MLFLOW_DISABLE_TELEMETRY=true {shlex.join([*argv, '--backend-store-uri', without_query(uri)])}"
+
+
+def list_ui_arguments(store: str, tracking: TrackingConfig, port: int = PORT) -> list[str]:
+    """Return the program and arguments of `ui_command`, without the database: everybody sees a process's arguments.
+
+    MLflow reads its URI from MLFLOW_BACKEND_STORE_URI.
     """
     root = Path(store)
     uri = uri_of(root, tracking)
-    if uri.startswith(("http:", "https:")):
-        return shlex.join([sys.executable, "-m", "webbrowser", uri])
-    Connection(root, tracking)  # which follows a store that was moved
-    server = f"{shlex.quote(sys.executable)} -m mlflow server --host 127.0.0.1 --port {port} --workers 1"
-    data = shlex.join(["--backend-store-uri", uri, "--default-artifact-root", str(artifact_root(root))])
-    return f"MLFLOW_DISABLE_TELEMETRY=true {server} {data}"
+    if is_page(uri):
+        parts = urlsplit(uri)
+        page = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")
+        return [sys.executable, "-m", "webbrowser", page.geturl()]
+    server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return [*server, "--default-artifact-root", str(artifact_root(root))]
+
+
+def is_page(uri: str) -> bool:
+    """Tell whether a tracking URI is that of a server, which has a page of its own."""
+    return uri.startswith(("http:", "https:"))

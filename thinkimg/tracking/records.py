@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError
-from thinkimg.redaction import without_password
+from thinkimg.redaction import without_query
 from thinkimg.store import files
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import KINDS
@@ -22,6 +22,20 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 NOTHING: Mapping[str, str] = MappingProxyType({})
+CHANGING = ("iterations", "where", "preset", "on_alarm")
+"""Settings that may change in a loop."""
+PATHS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "source": ("data", "path"),
+        "script": ("warmstart", "demonstrations"),
+        "checkpoint": ("warmstart", "checkpoint"),
+        "base": ("model", "path"),
+        "clip": ("image", "embedding", "pretrained"),
+    }
+)
+"""Role of a loop's outside input -> setting that names it: its digest counts in place of the path."""
+CLIP_FOLDER = ("image", "embedding", "model")
+"""Setting that names a CLIP in a folder, as `local-dir:<folder>`."""
 
 
 class WhereSettings(Protocol):
@@ -68,6 +82,8 @@ class LoopRecord:
     iterations: list[IterationRecord] = field(default_factory=list)
     system: str | None = None
     """System prompt of the conversations."""
+    outside: dict[str, str] = field(default_factory=dict)
+    """Name -> digest of what the loop reads beside its config; empty in records of version 0.2."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Name -> rows."""
     git: str | None = field(default_factory=git_revision)
@@ -112,17 +128,52 @@ class LoopRecord:
 def loop_id(config: LoopSettings, outside: Mapping[str, str] = NOTHING) -> str:
     """Return 16 hex digits over the config without `iterations`, `where` and `on_alarm`, which may change in a loop.
 
-    outside: name -> digest of what the loop reads beside it, such as a user's data.
+    outside: name -> digest of what the loop reads beside it, such as a user's data. Paths of these don't count.
     """
-    tree = resolved(config, identity=True)
+    tree = identity_of(config.model_dump(mode="json"), outside)
     return hashlib.sha256(canonical_json([tree, dict(outside)] if outside else tree).encode()).hexdigest()[:16]
 
 
-def resolved(config: LoopSettings, identity: bool = False) -> dict[str, Any]:
-    """Return the config as JSON without a password in the tracking URI. identity: without settings that may change."""
-    tree = config.model_dump(mode="json", exclude={"iterations", "where", "preset", "on_alarm"} if identity else None)
-    if not identity and tree["where"]["tracking"]["uri"]:
-        tree["where"]["tracking"]["uri"] = without_password(tree["where"]["tracking"]["uri"])
+def identity_of(tree: Mapping[str, Any], outside: Mapping[str, str] = NOTHING) -> dict[str, Any]:
+    """Return a resolved config without settings that may change in a loop, and without paths that `outside` covers."""
+    identity = {name: value for name, value in tree.items() if name not in CHANGING}
+    for role in outside.keys() & PATHS.keys():
+        path = PATHS[role]
+        if role == "clip" and str(_setting(identity, CLIP_FOLDER)).startswith("local-dir:"):
+            path = CLIP_FOLDER
+        identity = _without(identity, path)
+    return identity
+
+
+def _setting(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """Return the setting at a path, None if a tree has none."""
+    value: Any = tree
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _without(tree: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """Return a tree without the setting at a path, if it has that."""
+    name, rest = path[0], path[1:]
+    if not rest or not isinstance(tree.get(name), Mapping):
+        return {key: value for key, value in tree.items() if rest or key != name}
+    return {**tree, name: _without(tree[name], rest)}
+
+
+def changed_inputs(record: LoopRecord, config: LoopSettings, outside: Mapping[str, str]) -> list[str] | None:
+    """Return the names of outside inputs in which a loop differs from a recorded one, None if its config differs."""
+    if identity_of(record.config, outside) != identity_of(config.model_dump(mode="json"), outside):
+        return None
+    names = record.outside.keys() | outside.keys()
+    return sorted(name for name in names if record.outside.get(name) != outside.get(name))
+
+
+def resolved(config: LoopSettings) -> dict[str, Any]:
+    """Return the config as JSON without a password in the tracking URI."""
+    tree = config.model_dump(mode="json")
+    if tree["where"]["tracking"]["uri"]:
+        tree["where"]["tracking"]["uri"] = without_query(tree["where"]["tracking"]["uri"])
     return tree
 
 

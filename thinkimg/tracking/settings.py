@@ -5,16 +5,20 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from thinkimg.errors import UserError
-from thinkimg.redaction import without_password
-from thinkimg.settings import Name, Settings, expand_path
+from thinkimg.redaction import without_query
+from thinkimg.settings import Name, Settings
+from thinkimg.user_paths import expand_path
 
 
 def check_uri(uri: str) -> str:
-    """Return a tracking URI, the path of a database in a file expanded. Raises UserError for one that SQL would cut."""
+    """Return a tracking URI, with a path in it expanded. Raises UserError for one that SQL would cut."""
     scheme, mark, path = uri.partition(":///")
     if not (mark and scheme.startswith("sqlite")):
+        path = uri.removeprefix("file:")
+        if path.startswith("~"):
+            uri = uri.removesuffix(path) + expand_path(path)
         if not uri.isprintable() or " " in uri:
-            raise UserError(f"{without_password(uri)!a} is no tracking URI.", hint="Write it as http://host:5000.")
+            raise UserError(f"{without_query(uri)!a} is no tracking URI.", hint="Write it as http://host:5000.")
         return uri
     if "?" in path:
         raise UserError(f"The path of {uri} has a '?', which ends it in a URI.", hint="Rename the folder or file.")

@@ -63,7 +63,7 @@ def find_obstacle(policy: PolicyModel, ranks: Ranks, rows: Sequence[Row], trial:
 
 def agree(ranks: Ranks, obstacle: str | None) -> str | None:
     """Return the first process's obstacle, in every process."""
-    return next((found for found in ranks.gather(obstacle) if found), None)
+    return next((reason for reason in ranks.gather(obstacle) if reason), None)
 
 
 def try_kernel(policy: PolicyModel) -> str | None:

@@ -13,6 +13,7 @@ from thinkimg.data.text_tables import Rows, as_list, open_tables
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 from thinkimg.settings import FilePath
+from thinkimg.store.files import walk_files
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 
@@ -28,10 +29,10 @@ class Settings(RowsConfig):
 def open_source(data: Settings, limits: ImageLimits) -> Source:
     """Return the source of the rows of all tables in the folder.
 
-    Raises UserError if there is no folder, no table, or no column that is mapped.
+    Raises UserError if there is no folder, no table, a broken link to one, or no column that is mapped.
     """
     root = require_path(data.path, f"a folder of images with a {' or '.join(TABLES)}")
-    tables = sorted(path for name in TABLES for path in root.rglob(name) if path.is_file())
+    tables = walk_files(root, *TABLES)
     if not tables:
         raise UserError(
             f"{root} has no {' or '.join(TABLES)}.", hint="Each row of it has file_name, question and answer."

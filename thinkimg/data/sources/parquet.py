@@ -14,6 +14,7 @@ from thinkimg.data.text_tables import printable
 from thinkimg.errors import UserError, shorten
 from thinkimg.images.decode import ImageLimits
 from thinkimg.settings import FilePath
+from thinkimg.store.files import walk_files
 
 BATCH_ROWS = 8
 """Rows in memory: a row may hold megabytes of images."""
@@ -39,14 +40,17 @@ def open_source(data: Settings, limits: ImageLimits) -> Source:
     """
     target = require_path(data.path, "a Parquet file or a folder of them")
     root = target if target.is_dir() else target.parent
-    paths = sorted(path for path in target.rglob("*.parquet") if path.is_file()) if target.is_dir() else [target]
+    paths = walk_files(target, "*.parquet") if target.is_dir() else [target]
     if not paths:
         raise UserError(
             f"{target} holds no .parquet file.", hint="data.path must be a Parquet file or a folder of them."
         )
     for path in paths:
         with _open(path) as file:
-            require_columns(data.columns, file.schema_arrow.names, path.relative_to(root).as_posix())
+            name, columns = path.relative_to(root).as_posix(), file.schema_arrow.names
+            require_columns(data.columns, columns, name)
+            if twice := sorted({column for column in columns if columns.count(column) > 1}):
+                raise UserError(f"{name} has the column '{twice[0]}' twice.", hint="Rename or remove one of them.")
     images = ImageFiles(root, limits, data.url_hosts)
     return Source(
         "parquet",

@@ -2,7 +2,8 @@
 
 value = sigmoid(logit_scale x (cos(processed, question) - cos(original, question))): the probability that CLIP itself
 gives the processed image of the two; 0.5 is no difference. Each unique image and question is encoded once. A question
-beyond CLIP's context (77 tokens, mostly) is encoded in pieces: cos is that of their mean.
+beyond CLIP's context (77 tokens, mostly) is encoded in pieces: cos is that of their mean. An image is squashed to
+CLIP's square, so that its borders count, too.
 """
 
 import math
@@ -15,7 +16,8 @@ import thinkimg.settings
 from thinkimg.models.clip import weights_digest
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
-from thinkimg.settings import FilePath, Name, expand_path
+from thinkimg.settings import FilePath, Name
+from thinkimg.user_paths import expand_path
 
 LOCAL = "local-dir:"  # open_clip's mark of a folder
 
@@ -25,7 +27,7 @@ def expand_folder(name: str) -> str:
     return LOCAL + expand_path(name.removeprefix(LOCAL)) if name.startswith(LOCAL) else name
 
 
-QUESTION = "whole"  # raised with any change of the text that CLIP reads
+QUESTION = "whole, squashed"  # raised with any change of the text and of the pixels that CLIP reads
 
 
 class Settings(thinkimg.settings.Settings):

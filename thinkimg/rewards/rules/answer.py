@@ -8,7 +8,8 @@ import thinkimg.settings
 from thinkimg.answers.boxes import BoxXYWH, iou, read_box
 from thinkimg.answers.choices import match_choice
 from thinkimg.answers.numbers import read_number
-from thinkimg.answers.text import anls, normalise
+from thinkimg.answers.similarity import anls
+from thinkimg.answers.text import normalise
 from thinkimg.images.coordinates import Frame
 from thinkimg.records import AnswerType, StopReason, Trajectory
 from thinkimg.rewards.batch import Batch, Score
@@ -21,7 +22,7 @@ class Settings(thinkimg.settings.Settings):
     """Comparison of answers."""
 
     number_tolerance: float = Field(0.01, ge=0)
-    """Relative tolerance of numeric answers."""
+    """Relative tolerance of numbers. A right answer that is a whole number is compared exactly."""
 
 
 def score(batch: Batch) -> list[Score]:
