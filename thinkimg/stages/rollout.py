@@ -5,10 +5,11 @@ import json
 import logging
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -39,6 +40,7 @@ from thinkimg.store.manifest import MANIFEST, Artifact, read_manifest
 log = logging.getLogger(__name__)
 
 PARTS = 8  # an iteration is published in this many parts
+FEW = 2  # samples of a part
 
 
 class PlaySettings(Slice):
@@ -143,8 +145,9 @@ async def play_parts(
     number of tokens sampled now. Raises UserError where every conversation of the artifact failed, most were refused,
     or machine or network failed.
 
-    A conversation that engine or tool refused is played a second time when the others of its part have ended. A part
-    of which most were refused twice is not closed: the next run would take it for finished work.
+    A conversation that engine or tool refused is played a second time when the others of its part have ended. If it is
+    refused again, its part is closed when all have ended: before, nobody knows whose fault the refusal is, and the next
+    run would take the part for finished work. A part of which most samples were refused is not closed at all.
     """
     work = job.work
     size = -(-len(samples) // PARTS)
@@ -158,7 +161,7 @@ async def play_parts(
     total = len(samples) * len(modes)
     ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
     again: dict[int, list[EpisodeSpec]] = {number: [] for number in missing}
-    errors: list[str] = []  # of those refused twice
+    errors: dict[str, list[str]] = defaultdict(list)  # of those refused twice, by sample
     waiting = Waiting(specs)
     tokens = 0
 
@@ -184,13 +187,19 @@ async def play_parts(
                     again[number].append(spec)
                 else:
                     ended[number][spec.sample.sample_id, spec.index] = episode
-                    errors += [episode.error or "?"] if episode.refused else []
+                    if episode.refused:
+                        errors[spec.sample.sample_id].append(episode.error or "?")
                 if len(ended[number]) + len(again[number]) == len(parts[number]) * len(modes):
                     waiting.repeat(again[number])
                     again[number] = []
-                    if len(ended[number]) == len(parts[number]) * len(modes) and is_work(ended[number].values()):
+                    complete = len(ended[number]) == len(parts[number]) * len(modes)
+                    if complete and not any(other.refused for other in ended[number].values()):
                         await close(number)
-        check_share(errors, len(specs), "conversations")
+            if len(errors) > 1 or len(specs) == total:  # a single sample of a run that goes on may be at fault
+                check_share(list(chain(*errors.values())), len(specs), "conversations")
+            for number in sorted(ended):
+                if is_work(ended[number].values()):
+                    await close(number)
         broken = [episode.error for episodes in ended.values() for episode in episodes.values() if episode.refused]
         if broken:
             raise UserError(
@@ -207,9 +216,14 @@ async def play_parts(
 
 
 def is_work(episodes: Collection[Episode]) -> bool:
-    """Tell whether a part may be closed: nothing failed in passing, and no more than half was refused."""
-    refused = sum(episode.refused for episode in episodes)
-    return 2 * refused <= len(episodes) and not any(episode.passing for episode in episodes)
+    """Tell whether a part may be closed: nothing failed in passing, and no more than half of its samples were refused.
+
+    Up to FEW samples may be refused, however few there are: a picture of theirs may be the reason.
+    """
+    refused = {episode.sample.sample_id for episode in episodes if episode.refused}
+    samples = {episode.sample.sample_id for episode in episodes}
+    few = len(refused) <= max(FEW, len(samples) // 2)
+    return few and not any(episode.passing for episode in episodes)
 
 
 class Waiting:
