@@ -8,7 +8,7 @@ from thinkimg.errors import UserError
 from thinkimg.rewards import judging
 from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 
-PAIRS = {Pair("?", "original", f"{number}") for number in range(5)}
+PAIRS = {Pair("?", "original", f"{number}") for number in range(9)}
 
 
 def judge(refused: int):
@@ -40,10 +40,15 @@ def run(monkeypatch):
 
 
 def test_a_judge_that_refuses_most_has_failed(run):
-    with pytest.raises(UserError, match="3 of 5 judgements of own failed, the first with: it answered 400"):
-        run(3)
+    with pytest.raises(UserError, match="6 of 9 judgements of own failed, the first with: it answered 400"):
+        run(6)
+
+
+def test_of_a_few_pairs_a_refusal_is_their_own_fault(run, monkeypatch):
+    monkeypatch.setitem(globals(), "PAIRS", set(list(PAIRS)[:1]))
+    assert [judged.value for judged in run(1)["own"].values()] == [None]
 
 
 def test_a_few_are_missing_values_with_their_reason(run):
     values = [judged.value for judged in run(2)["own"].values()]
-    assert values.count(None) == 2 and values.count(0.5) == 3
+    assert values.count(None) == 2 and values.count(0.5) == 7

@@ -101,7 +101,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     servers = ScriptedEngine(), ScriptedEngine()
-    with pytest.MonkeyPatch.context() as patch, recorded(tmp_path_factory.mktemp("stages")) as stages:
+    with recorded(tmp_path_factory.mktemp("stages")) as stages, pytest.MonkeyPatch.context() as patch:
         world = World(stages, *servers)
         patch.setattr(rollout, "open_sampler", OPEN_SAMPLER)
         patch.setattr(client, "BACKOFF_S", 0.0)

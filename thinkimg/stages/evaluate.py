@@ -205,7 +205,7 @@ def describe_accuracy(metrics: Mapping[str, float | None]) -> str:
     if failed := metrics.get("failed"):
         parts.append(f"{failed:.0f} conversations failed and don't count")
     judged, asked = metrics.get("judged"), metrics.get("trajectories")
-    if judged is not None and asked is not None and judged < asked:
+    if judged is not None and asked is not None and judged + (failed or 0) < asked:
         parts.append(f"{judged:.0f} of {asked:.0f} answers judged")
     return ", ".join(parts)
 
