@@ -83,8 +83,8 @@ def describe_error(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith((str(Path(__file__).parent), "<", *installed))
     ]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {shorten(str(error))}{place}"
+    location = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {shorten(str(error))}{location}"
 
 
 def check_share(errors: Sequence[str], total: int, what: str) -> None:

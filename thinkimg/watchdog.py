@@ -338,8 +338,8 @@ def main() -> int:
     try:
         command = start_command(argv, record)
     except OSError as error:
-        place = "" if error.filename == argv[0] else f": {error.filename or path}"
-        print(f"cannot start {argv[0]}: {error.strerror}{place}", file=sys.stderr)
+        detail = "" if error.filename == argv[0] else f": {error.filename or path}"
+        print(f"cannot start {argv[0]}: {error.strerror}{detail}", file=sys.stderr)
         code = 127
     else:
         handle = ProcessHandle(command.pid)

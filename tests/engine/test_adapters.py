@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_engine import PLAIN, image
+from fake_engine import PLAIN, image, send_json
 
 from thinkimg.config.load import load_config
 from thinkimg.engine import client as module
@@ -56,13 +56,7 @@ class AdapterServer:
                     server.loaded.add(body["lora_name"])
                     self.answer(200, {})
 
-            def answer(self, status, value):
-                payload = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
+            answer = send_json
 
             def log_message(self, *_):
                 """Silent."""

@@ -14,6 +14,16 @@ from thinkimg.engine.request import ImageRef, Sampling
 PLAIN = Sampling(temperature=1.0, max_tokens=1, seed=0, stop_token_ids=())
 
 
+def send_json(handler: BaseHTTPRequestHandler, status: int, value: object) -> None:
+    """Answer a request with a value as JSON."""
+    payload = json.dumps(value).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(payload)))
+    handler.end_headers()
+    handler.wfile.write(payload)
+
+
 class FakeServer:
     """Answers /inference/v1/generate with the statuses of a script, then with 200; keeps the bodies of all requests."""
 
@@ -33,12 +43,7 @@ class FakeServer:
                     if status == 200
                     else {"error": {"message": "no luck"}}
                 )
-                payload = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
+                send_json(self, status, answer)
 
             def log_message(self, *_):
                 """Silent."""

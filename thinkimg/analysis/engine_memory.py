@@ -25,7 +25,7 @@ class EngineMemory:
     """Bytes of one GPU's share of a server."""
 
     share: int
-    """What `gpu_memory_utilization` grants."""
+    """Part of the GPU that `gpu_memory_utilization` grants."""
     weights: int
     adapter: int
     per_token: int

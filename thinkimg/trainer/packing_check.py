@@ -30,7 +30,7 @@ LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial of packing needs to know of the job."""
+    """Parts of a job that a trial of packing uses."""
 
     scorer: Scorer
     pixels: Patches
