@@ -21,7 +21,7 @@ $(READY): pyproject.toml $(wildcard requirements/*)
 	@bash requirements/setup.sh test
 
 test: .venv/ready-test
-	$(BIN)/pytest -q -m "not long"
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations=25 -m "not long"
 
 test-all: .venv/ready-test
 	@bash requirements/chromium.sh

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -87,6 +88,19 @@ def note(line: str) -> None:
 def takes_unicode() -> bool:
     """Tell whether stdout can show every character; else JSON and YAML have escapes, so that nothing is lost."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
+def escape_controls(text: str) -> str:
+    """Return a text as it may be shown: visible escapes in place of control characters and of changes of direction.
+
+    Line feeds and tabs stay. A stranger's text moves no cursor then, sets no colour, and hides no part of itself.
+    """
+    return "".join(map(_escape_control, text.replace("\r\n", "\n")))
+
+
+def _escape_control(character: str) -> str:
+    shown = character in "\n\t" or character.isprintable() or unicodedata.category(character) == "Zs"
+    return character if shown else character.encode("unicode_escape").decode()
 
 
 def format_number(value: float) -> str:

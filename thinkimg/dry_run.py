@@ -22,9 +22,12 @@ def preview(plan: Plan, store: Store) -> Iterator[str]:
         try:
             inputs = complete_inputs(handle.stage, plan.config, given, store)
             fingerprint = handle.stage.recipe(handle.settings, inputs).fingerprint
+            warning = handle.stage.warn(handle.settings, inputs, store)
         except UserError as error:
             yield f"{label} can't run: {error}"
             continue
         if artifact := store.find(kind, fingerprint):
             artifacts[handle] = artifact
         yield f"{label} {'Cached ' if artifact else 'missing'} {kind}/{fingerprint[:12]}"
+        if warning:
+            yield f"{'':<14} {warning}"

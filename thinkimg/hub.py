@@ -10,6 +10,11 @@ class Unknown(Exception):
     """Reason for which a commit can't be known; an exception, as functools.cache keeps results alone."""
 
 
+def resolve_commit(repository: str, revision: str | None = None, kind: str = "model") -> str:
+    """Return the commit as `find_commit` does. kind: "model" or "dataset". Raises Unknown from the library's error."""
+    return _resolve(repository, revision, kind)
+
+
 def find_commit(repository: str, revision: str | None = None) -> str | None:
     """Return the commit of a model's revision, by default of its main branch; None if it can't be known.
 
@@ -41,7 +46,7 @@ def cached_commit(repository: str) -> str:
 
 
 @functools.cache
-def _resolve(repository: str, revision: str | None) -> str:
+def _resolve(repository: str, revision: str | None, kind: str = "model") -> str:
     """Return the commit. Raises Unknown with the reason if there is none."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi
@@ -50,11 +55,12 @@ def _resolve(repository: str, revision: str | None) -> str:
     api = HfApi()
     try:
         try:
-            commit = api.resolve_revision(repository, revision=revision).resolved
+            commit = api.resolve_revision(repository, repo_type=kind, revision=revision).resolved
         except RevisionNotFoundError:
             raise
         except HfHubHTTPError:  # such as a missing key: what is in the cache can be used all the same
-            commit = api.resolve_revision(repository, revision=revision, local_files_only=True).resolved
+            cached = api.resolve_revision(repository, repo_type=kind, revision=revision, local_files_only=True)
+            commit = cached.resolved
     except Exception as error:  # the library's own, and those of its HTTP client
         raise Unknown(shorten(str(error))) from error
     if commit is None:

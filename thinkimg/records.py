@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-SCHEMA_VERSION = 2  # raised with any change of a table; part of every fingerprint
+SCHEMA_VERSION = 3  # raised with any change of a table; part of every fingerprint
 PUZZLES = "puzzles"  # the source of the built-in puzzles, whose samples have no columns of a user's
 PATCH_1 = 14  # pixels of a patch side in version 1, which knew one family of models
 R = TypeVar("R", "Sample", "Trajectory")
@@ -20,10 +20,14 @@ class AnswerType(StrEnum):
     """Comparison of an answer with the right one."""
 
     CHOICE = "choice"  # equal after normalisation, or the letter of the choice
-    NUMBER = "number"  # within a relative tolerance
+    NUMBER = "number"  # within a relative tolerance, or to decimal places
+    INTEGER = "integer"  # the same whole number
     TEXT = "text"  # ANLS
+    EXACT = "exact"  # equal after normalisation: yes and no, colours
+    VOTES = "votes"  # given by at least three of ten annotators (VQA's soft accuracy)
     BOX = "box"  # intersection over union
     MATHS = "maths"  # equivalent expressions
+    JUDGE = "judge"  # the same in the eyes of a model, for sentences
 
 
 class Role(StrEnum):
@@ -79,6 +83,12 @@ class Sample:
     """The user's own columns by the user's names; no code of thinkimg reads them."""
     targets: tuple[tuple[float, float, float, float], ...] = ()
     """Regions to look at: (x, y, width, height) in pixels of the (only) picture at full resolution."""
+    tolerance: float | None = None
+    """Relative tolerance of a number; None where the reward's own holds."""
+    decimals: int | None = None
+    """Decimal places to which a number is compared; None where it is not rounded."""
+    order: tuple[int, ...] = ()
+    """Place in the data set of each of the choices, if they were shuffled."""
 
     @property
     def answer(self) -> str:
@@ -220,6 +230,9 @@ def sample_schema() -> pa.Schema:
             *_required(texts, "choices", "images"),
             *_required(pa.list_(pa.list_(pa.float64(), 4)), "targets"),
             *_required(text, "source", "split", "metadata", "columns"),
+            *_optional(pa.float64(), "tolerance"),
+            *_optional(pa.int32(), "decimals"),
+            *_required(pa.list_(pa.int32()), "order"),
         ]
     )
 
@@ -283,6 +296,25 @@ def judgement_schema() -> pa.Schema:
             *_optional(text, "reason"),
             *_required(text, "evidence"),
             *_required(pa.bool_(), "unreachable"),
+        ]
+    )
+
+
+@cache
+def verdict_schema() -> pa.Schema:
+    """Return the columns of verdicts on answers (rewards/sentences.py): value 1 for right, 0 for wrong, null for none.
+
+    prompt: its hash. evidence: JSON with the verdict, and the judge's reason as "because".
+    """
+    text = pa.string()
+    return pa.schema(
+        [
+            *_required(text, "key", "model", "prompt", "question"),
+            *_required(pa.list_(text), "rights"),
+            *_required(text, "answer"),
+            *_optional(pa.float64(), "value"),
+            *_optional(text, "reason"),
+            *_required(text, "evidence"),
         ]
     )
 

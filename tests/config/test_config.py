@@ -68,7 +68,7 @@ def test_every_so_many_iterations_and_both_ends_are_evaluated(every, expected):
         ),
         (["train.loss.vespo_k_pos=1", "train.loss.loss_type=sapo"], "belongs to loss_type vespo"),
         (["data.hub_split=test"], "'data.hub_split' belongs to source hub"),
-        (["data.path=mine"], "belongs to source folder, hub, jsonl or parquet. Hint: Set data.source to one of them"),
+        (["data.boxes=xywh"], "belongs to source files, folder, hub, jsonl or parquet. Hint: Set data.source to"),
         (["data.source=parquet"], "The setting 'data.path' is missing. Hint: A Parquet file"),
         (["image.teacher.prefix=false"], "belongs to teacher, which is not among image.types"),
         (["image.types=[teecher]"], "There is no 'teecher' among the judges"),

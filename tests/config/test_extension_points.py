@@ -22,7 +22,7 @@ from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.protocol import PROTOCOLS, Answer, ToolCall, load_protocol
-from thinkimg.data.settings import SOURCES
+from thinkimg.data.settings import SCHEMAS, SOURCES
 from thinkimg.errors import UserError
 from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LOSSES
@@ -67,6 +67,14 @@ def open_source(data, limits):
 
     return Source("colours", hashlib.sha256(str(data.count).encode()).hexdigest(), rows)
 '''
+SCHEMA = '''"""Rows of mine."""
+from thinkimg.data.fields import Fields
+
+VERSION, TITLE, COLUMNS, READS = 1, "mine", ({"frage", "bild", "antwort"},), {"frage", "bild", "antwort"}
+
+def convert(record):
+    return Fields(record["frage"], record["bild"], record["antwort"])
+'''
 REDNESS = '''"""How red the processed image is."""
 
 import thinkimg.settings
@@ -106,11 +114,13 @@ FILES = {
     "rules/tool.py": BREVITY,
     "judges/redness.py": REDNESS,
     "judges/self.py": REDNESS,
+    "schemas/rows.py": SCHEMA,
     "losses/broken.py": "1 / 0",
     "losses/empty.py": '"""No loss."""',
     "losses/alien.py": "class Settings: pass",
 }
-KINDS = {"losses": LOSSES, "protocols": PROTOCOLS, "sources": SOURCES, "rules": RULES, "judges": JUDGES}
+KINDS = {"losses": LOSSES, "protocols": PROTOCOLS, "sources": SOURCES, "rules": RULES, "judges": JUDGES,
+         "schemas": SCHEMAS}  # fmt: skip
 LOSS, PROTOCOL, SOURCE, RULE, JUDGE = (
     f"users_own.{name}"
     for name in ("losses.reinforce", "protocols.brackets", "sources.colours", "rules.brevity", "judges.redness")

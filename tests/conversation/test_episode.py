@@ -200,7 +200,8 @@ def test_a_conversation_from_question_to_answer(protocol, codec):
     opening, closing = ("<tool_response>\n", "\n</tool_response>") if protocol == "qwen" else ("", "")
     assert text == (
         "<|im_start|>system\ns<|im_end|>\n"
-        f"<|im_start|>user\n{picture_token}Image 0: 56x28 pixels. Which? Choices: a, b.<|im_end|>\n"
+        f"<|im_start|>user\n{picture_token}Image 0: 56x28 pixels. Which?\nA. a\nB. b\n"
+        "Answer with as few words as possible.<|im_end|>\n"
         f"<|im_start|>assistant\n{turns[0]}<|im_end|>\n"
         f"<|im_start|>user\n{opening}{picture_token}Image 1: 28x56 pixels.{closing}<|im_end|>\n"
         f"<|im_start|>assistant\n{turns[1]}<|im_end|>\n"
@@ -213,7 +214,8 @@ def test_a_conversation_equals_the_chat_templates_rendering_of_it():
     episode = make()
     trajectory = play_script(episode, [call("flip_image", direction="vertical"), answer()])
     image, first, second = {"type": "image"}, *trajectory.turns
-    roles = [("system", "s"), ("user", [image, {"type": "text", "text": "Image 0: 56x28 pixels. q?"}])]
+    question = "Image 0: 56x28 pixels. q?\nAnswer with as few words as possible."
+    roles = [("system", "s"), ("user", [image, {"type": "text", "text": question}])]
     roles += [("assistant", first.text), ("user", [image, {"type": "text", "text": first.observation}])]
     roles += [("assistant", second.text)]
     messages = [{"role": role, "content": content} for role, content in roles]

@@ -16,8 +16,9 @@ from paths import REPOSITORY
 from PIL import Image
 
 from thinkimg.data.json_lines import read_json_lines
+from thinkimg.data.row import RawRow
 from thinkimg.data.settings import DataConfig
-from thinkimg.data.source import RawRow, open_source
+from thinkimg.data.source import open_source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 from thinkimg.stages.demonstrate import read_scripts
@@ -81,7 +82,7 @@ def test_a_name_that_stands_twice_is_no_row(tmp_path):
     assert "question stands twice" in second and "y stands twice" in third
     assert isinstance(first, dict) and isinstance(fourth, dict)
     (tmp_path / "metadata.csv").write_text("file_name,question,answer,question\n0.png,a,b,c\n")
-    with pytest.raises(UserError, match="'question' stands twice"):
+    with pytest.raises(UserError, match="has the column 'question' twice"):
         questions(tmp_path, "folder")
 
 
@@ -144,13 +145,13 @@ def test_a_file_of_another_kind_is_named(tmp_path, reader):
 
 
 def test_a_file_of_another_kind_in_place_of_csv_is_named(tmp_path):
-    for kind in OTHERS.keys() - {"CSV or TSV", "one JSON array", "one JSON document", "CR"}:
+    for kind in OTHERS.keys() - {"CSV or TSV", "Parquet", "one JSON array", "one JSON document", "CR"}:
         for content in OTHERS[kind]:
             (tmp_path / "metadata.csv").write_bytes(content)
             with pytest.raises(UserError, match=rf"metadata\.csv is no CSV file: it looks like .*{kind}"):
                 questions(tmp_path, "folder")
     (tmp_path / "metadata.csv").write_text("picture,q,a\n0.png,?,!\n")
-    with pytest.raises(UserError, match="has no column 'image'"):
+    with pytest.raises(UserError, match="has no column 'question'"):
         questions(tmp_path, "folder")
 
 

@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from thinkimg.data.image_files import ImageFiles
+from thinkimg.data.pictures.image_files import ImageFiles
+from thinkimg.data.refusal import RowRefused
+from thinkimg.data.row import RawRow
 from thinkimg.data.settings import DataConfig
-from thinkimg.data.source import RawRow, RowRefused, open_source
+from thinkimg.data.source import open_source
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 
@@ -124,8 +126,8 @@ def test_files_of_the_kernel_and_files_that_are_too_large_are_not_hashed(tmp_pat
     reader = ImageFiles(root, ImageLimits())
     with pytest.raises(RowRefused, match="kernel"):
         reader.locate("kernel.png")
-    digest = reader.digest([root / "q.jsonl"], ["kernel.png", "large.png"])
-    assert digest != reader.digest([root / "q.jsonl"], ["kernel.png"])
+    digest = reader.digest([root / "q.jsonl"], [("kernel.png", None), ("large.png", None)])
+    assert digest != reader.digest([root / "q.jsonl"], [("kernel.png", None)])
 
 
 def test_a_parquet_column_that_stands_twice_is_named(tmp_path):
@@ -143,7 +145,7 @@ def test_a_name_never_leads_out(tmp_path):
     (root / "device.png").symlink_to("/dev/zero")
     os.mkfifo(root / "pipe.png")
     reader = ImageFiles(root, ImageLimits())
-    for name in ("../secret.png", "pictures/../../secret.png", str(tmp_path / "secret.png"), str(root / "q.jsonl"),
+    for name in ("../secret.png", "pictures/../../secret.png", str(tmp_path / "secret.png"),
                  "/dev/zero", "broken.png", "loop.png", "device.png", "pipe.png", "pictures", ".", "", "\0", "\ud800",
                  "a" * 5000, "q.jsonl/x", "~/x.png"):  # fmt: skip
         with pytest.raises(RowRefused) as caught:

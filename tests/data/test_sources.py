@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from thinkimg.config.load import load_config
+from thinkimg.data.refusal import Refused, RowRefused
+from thinkimg.data.row import RawRow
 from thinkimg.data.settings import Columns, DataConfig
-from thinkimg.data.source import RawRow, Refused, RowRefused, open_source, raw_row
+from thinkimg.data.source import open_source, raw_row
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 
@@ -147,11 +149,11 @@ def test_the_hub_through_a_local_copy(folder, tmp_path, monkeypatch):
     ).to_parquet(copy / "train.parquet")
     rows = rows_of("hub", copy)
     assert accepted(rows) == [(q, a, (png(i), png(i + 1))) for i, (q, a, _) in enumerate(EXPECTED)]
-    assert rows[0].columns == {} and rows[4].where == "row 5"
+    assert rows[0].columns == {} and rows[4].where == "train.parquet row 5"
     with pytest.raises(UserError, match=r"no column 'picture' for the image; it has answer, image") as error:
         rows_of("hub", copy, columns={"image": "picture"})
     assert "data.columns.image" in error.value.hint
-    with pytest.raises(UserError, match="can't be loaded"):
+    with pytest.raises(UserError, match="has no split 'nowhere': it has train"):
         rows_of("hub", copy, hub_split="nowhere")
 
 
@@ -170,7 +172,7 @@ def test_class_labels_of_the_hub_become_their_names_and_none_is_empty(tmp_path, 
     first, second, third = rows_of("hub", tmp_path / "copy", columns={"answers": "more"})
     assert (first.question, first.answers) == ("no", ("7", "no", "yes"))
     assert (second.question, second.answers) == ("yes", ("yes",))
-    assert (third.reason, third.where) == ("empty", "row 3")  # -1: the Hub has no label for it
+    assert (third.reason, third.where) == ("empty", "train.parquet row 3")  # -1: the Hub has no label for it
 
 
 def test_a_digest_follows_the_content_and_not_the_place(folder, tmp_path):
@@ -226,7 +228,7 @@ def test_a_missing_column_is_told_with_those_that_are_there(folder, source):
     with pytest.raises(
         UserError, match="no column 'question' for the question; it has answer, extra, image, questions"
     ) as error:
-        rows_of(source, path)
+        rows_of(source, path, schema="none")
     assert error.value.hint == "Set data.columns.question, perhaps to questions."
 
 
@@ -299,10 +301,10 @@ def test_a_path_stays_inside_the_data_set(folder, tmp_path):
     found = []
     for row in rows_of("jsonl", path):
         try:
-            found.append(row.images[0]())
+            found.append(row.reason if isinstance(row, Refused) else row.images[0]())
         except RowRefused as refused:
             found.append(refused.reason)
-    assert found == ["path"] * 10 + ["url", png(1)]
+    assert found == ["path"] * 9 + ["image", "url", png(1)]
 
 
 def test_a_large_file_is_not_read_whole(folder):
@@ -373,7 +375,7 @@ values = st.recursive(
 def test_whatever_a_record_holds_it_is_a_row_or_refused(record, answer_type):
     from pathlib import Path
 
-    from thinkimg.data.image_files import ImageFiles
+    from thinkimg.data.pictures.image_files import ImageFiles
 
     columns = Columns(choices="choices", id="id", group="group")
     data = DataConfig(source="jsonl", path="x.jsonl", answer_type=answer_type, columns=columns)

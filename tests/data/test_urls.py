@@ -10,14 +10,15 @@ from PIL import Image
 from single_stage import build_stage
 
 from thinkimg.config.load import validate
-from thinkimg.data.source import RowRefused
-from thinkimg.data.urls import UrlReader, is_loopback
+from thinkimg.data.pictures.urls import UrlReader, is_loopback
+from thinkimg.data.refusal import RowRefused
 from thinkimg.errors import UserError
 from thinkimg.images.decode import encode_png
 from thinkimg.stages.prepare import prepare
 from thinkimg.store.artifacts import Store
 
 PICTURE = encode_png(Image.new("RGB", (20, 10), "red"))
+PICTURES = {f"/of/{i}.png": encode_png(Image.new("RGB", (20, 10), (i, 0, 0))) for i in range(40)}
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 DEAD = "http://127.0.0.1:9"
 
@@ -32,7 +33,7 @@ def server(status=lambda path: 200):
             requested.append(self.path)
             self.send_response(status(self.path))
             self.end_headers()
-            self.wfile.write(PICTURE)
+            self.wfile.write(PICTURES.get(self.path, PICTURE))
 
         def log_message(self, *args):
             pass
@@ -112,9 +113,11 @@ def test_a_status_says_whether_it_passes():
 
 
 def test_what_may_pass_is_not_stored_as_refused(tmp_path):
-    broken = {"/3.png": 503}
+    broken = {"/of/3.png": 503}
     with server(lambda path: broken.get(path, 200)) as (address, requested):
-        rows = [{"image": f"{address}/{i}.png", "question": f"{i}?", "answer": "a", "scene": i % 4} for i in range(40)]
+        rows = [
+            {"image": f"{address}/of/{i}.png", "question": f"{i}?", "answer": "a", "scene": i % 4} for i in range(40)
+        ]
         (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = {"source": "jsonl", "path": str(tmp_path / "d.jsonl"), "url_hosts": ["127.0.0.1"]}
         data["columns"] = {"group": "scene"}
@@ -125,7 +128,7 @@ def test_what_may_pass_is_not_stored_as_refused(tmp_path):
         assert len(requested) < 40  # the others are not asked for, each of which may take a minute
         skipped, _ = build_stage(prepare, validate({"data": data | {"skip_unreachable": True}}), store)
         assert skipped.metrics["refused"] == 1
-        broken["/3.png"] = 404  # gone for good
+        broken["/of/3.png"] = 404  # gone for good
         gone, _ = build_stage(prepare, validate({"data": data}), store)
         assert gone.metrics["refused"] == 1
         broken.clear()

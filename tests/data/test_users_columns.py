@@ -99,7 +99,9 @@ def source(root, records: list[dict], **data):
         Image.new("RGB", (60, 40), (i, 0, 0)).save(root / f"{i}.png")
     lines = [json.dumps({"image": f"{i}.png", "question": f"{i}?", "answer": "yes"} | r) for i, r in enumerate(records)]
     (root / "d.jsonl").write_text("\n".join(lines))
-    return validate({"data": {"source": "jsonl", "path": str(root / "d.jsonl"), **data}, "where": {"workers": 1}})
+    return validate(
+        {"data": {"source": "jsonl", "path": str(root / "d.jsonl"), "boxes": "xywh", **data}, "where": {"workers": 1}}
+    )
 
 
 def test_a_worked_solution_beside_the_answer_goes_through_prepare_and_evaluation(tmp_path):
@@ -137,13 +139,13 @@ def test_further_answers_and_targets_are_those_of_the_mapped_columns(tmp_path):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("answers", [["nested"]]), ("answers", "yes"), ("answers", {"a": 1}), ("answers", [""]), ("target", [1, 2, 3]),
+    [("answers", [{"a": 1}]), ("answers", "yes"), ("answers", {"a": 1}), ("answers", [""]), ("target", [1, 2, 3]),
      ("target", [1, 2, 0, 4]), ("target", ["1", "2", "3", "4"]), ("target", "cat"), ("target", [1, 2, True, 4])],
 )  # fmt: skip
 def test_a_mapped_column_that_does_not_fit_is_refused_with_its_reason(tmp_path, column, value):
     reason = {"answers": "answer|empty|text", "target": "target"}[column]
-    with pytest.raises(UserError, match=rf"1 of 1 rows are refused.*\(({reason})\)"):
-        build_stage(prepare, source(tmp_path, [{"own": value}], columns={column: "own"}), Store(tmp_path / "store"))
+    with pytest.raises(UserError, match=rf"2 of 2 rows are refused.*\(({reason})\)"):
+        build_stage(prepare, source(tmp_path, [{"own": value}] * 2, columns={column: "own"}), Store(tmp_path / "store"))
 
 
 def first_version(metadata: str, **changes) -> dict:

@@ -13,6 +13,7 @@ DIGITS = 36
 KNOWN = {
     "token_ids[:256]": "a key of what is alike, and nothing that anybody reads",
     "text[:64]": "bytes of a file, by which its form is known",
+    "head[257:262]": "bytes of a file, by which a tar archive is known",
     "rest[:40]": "a digest, or a Hub's name, in a tree of one line each",
 }
 

@@ -57,12 +57,12 @@ def test_no_answer_is_zero_with_a_reason():
 @pytest.mark.parametrize("kind", AnswerType)
 def test_hostile_answers_are_judged_quickly_and_earn_nothing(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    right = {"number": "7", "box": "[1, 2, 3, 4]", "maths": "x+1"}.get(kind, "red")
+    right = {"number": "7", "integer": "7", "box": "[1, 2, 3, 4]", "maths": "x+1"}.get(kind, "red")
     rows = [trajectory(answer=answer) for answer in HOSTILE]
     started = time.process_time()
     scores = score(batch(rows, sample(right, kind, ("red", "blue")), Images()))
     assert time.process_time() - started < 3
-    assert [one.value for one in scores] == [0] * len(HOSTILE)
+    assert {one.value for one in scores} <= ({None, 0} if kind is AnswerType.JUDGE else {0})
     assert all(one.reason and len(one.reason) < 100 for one in scores)
     assert os.listdir() == []
 
@@ -71,7 +71,7 @@ def test_hostile_answers_are_judged_quickly_and_earn_nothing(kind, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "answer", ["Red", " red. ", "A", "a", "(A)", "a)", "A.", "[a]", "A. red", "(a) Red!", "**RED**", '"red"']
+    "answer", ["Red", " red. ", "A", "a", "(A)", "a)", "A.", "[a]", "A. red", "(a) Red!", "**RED**", '"red"', "A red"]
 )
 def test_a_choice_is_named_by_text_or_letter(answer):
     assert answered(answer, "red", AnswerType.CHOICE, ("red", "blue")).value == 1
@@ -79,7 +79,7 @@ def test_a_choice_is_named_by_text_or_letter(answer):
     assert answered(answer, "blue", AnswerType.CHOICE, ("red", "blue")).value == 0
 
 
-@pytest.mark.parametrize("answer", ["C", "B. red", "A or B", "red blue", "A red", "not red", "(a) or (b)", "ab", "-"])
+@pytest.mark.parametrize("answer", ["C", "B. red", "A or B", "red blue", "A blue", "not red", "(a) or (b)", "ab", "-"])
 def test_what_names_no_choice_is_none(answer):
     found = answered(answer, "red", AnswerType.CHOICE, ("red", "blue"))
     assert found == Score(0.0, Status.ZERO, "The answer is none of the choices.")
@@ -235,7 +235,7 @@ def test_texts_with_other_digits_are_worth_nothing(digits, others, word):
         assert worth == 1 if digits == others else worth == 0 or int(digits) == int(others)
 
 
-DRESSED = [r"\boxed{42}", "The answer is 42.", "Answer: 42", r"$\boxed{42}$", "So the answer is **42**."]
+DRESSED = [r"\boxed{42}", "The answer is 42.", "The answer: 42", r"$\boxed{42}$", "So the answer is **42**."]
 
 
 def test_what_stands_around_an_answer_does_not_count():
@@ -308,9 +308,10 @@ def test_a_box_is_answered_in_pixels_as_the_model_sees_them():
 def test_maths_answers_are_compared_as_formulas():
     equal = [("0.5", r"\frac{1}{2}"), (r"$2\sqrt{2}$", r"\sqrt{8}"), ("(x-1)*(x+1)", "x^2-1"), ("x**2", "x^2"),
              (r"\boxed{3}", "x=3"),
-             (r"\{2, 1\}", r"\{1, 2\}"), ("0.333333", "1/3"), ("1.50", r"\frac32"), ("50\\%", "0.5"), ("Blue.", "blue"),
+             (r"\{2, 1\}", r"\{1, 2\}"), ("0.333333", "1/3"), ("1.50", r"\frac32"), ("50\\%", "0.5"), ("blue.", "blue"),
              ("1 + x", "x+1")]  # fmt: skip
-    different = [("0.51", r"\frac{1}{2}"), ("x^2+1", "x^2-1"), ("lube", "blue"), ("", "3"), ("x=", "3"), ("3", "]")]
+    different = [("0.51", r"\frac{1}{2}"), ("x^2+1", "x^2-1"), ("lube", "blue"), ("", "3"), ("x=", "3"), ("3", "]"),
+                 ("yes", "Yes"), ("1/3", "1:3"), ("(1, 2)", "[1, 2]")]  # fmt: skip
     verdicts = verify_formulas(equal + different)
     assert [pair for pair in different if verdicts[pair].equal] == []
     assert [pair for pair in equal if not verdicts[pair].equal] == []

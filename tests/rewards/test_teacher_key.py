@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from thinkimg.config.load import load_config
 from thinkimg.engine.settings import TeacherEndpoint
 from thinkimg.errors import UserError
-from thinkimg.rewards.judges.teacher import api_key, connect
+from thinkimg.rewards.endpoint import api_key, connect
 
 # What openai's client takes from the environment and sends to whatever it talks to.
 ENVIRONMENT = {

@@ -134,6 +134,35 @@ def test_a_users_own_demonstrations(tmp_path):
             demonstrations(config, Store(tmp_path / f"store-{said[:3]}"))
 
 
+@pytest.mark.parametrize("bad", [
+    {"sample_id": "nobody", "turns": ["<think>A.</think><answer>a</answer>"]},
+    {"sample_id": None, "turns": ["<think>No end.</think>"]},
+    {"sample_id": None, "turns": ['<think>A.</think><tool>{"name": "nothing", "args": {}}</tool>',
+                                  "<think>B.</think><answer>a</answer>"]},
+    {"sample_id": None, "turns": 7},
+    "no object",
+])  # fmt: skip
+def test_a_demonstration_that_cannot_be_used_is_counted_and_left_out(tmp_path, caplog, bad):
+    data, store = photographs(tmp_path), Store(tmp_path / "store")
+    dataset, _ = build_stage(prepare, load_config("tiny", data), store)
+    (held_out, *_), (sample, *_) = dataset.split("held_out"), dataset.split("train")
+    good = {"sample_id": sample.sample_id, "turns": [f"<think>Yes.</think><answer>{sample.answer}</answer>"]}
+    if isinstance(bad, dict):
+        bad = bad | {"sample_id": bad["sample_id"] or sample.sample_id}
+    lines = [good, bad, {**good, "sample_id": held_out.sample_id}, good]
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = load_config("tiny", [*data, f"warmstart.demonstrations={path}"])
+    _, scripted = demonstrations(config, store)
+    assert [row.answer for row in scripted.trajectories()] == [sample.answer] * 2
+    assert scripted.metrics["left_out"] == 2
+    (told,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert told.startswith("2 of 4 demonstrations are left out.") and "Hint:" in told
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[1:3]))
+    with pytest.raises(UserError, match="None of 2 demonstrations can be used"):
+        demonstrations(load_config("tiny", [*data, f"warmstart.demonstrations={path}"]), store)
+
+
 def test_a_users_tool_that_breaks_is_a_sentence_with_its_line(tmp_path, monkeypatch):
     (tmp_path / "magnify.py").write_text(BROKEN_TOOL)
     monkeypatch.syspath_prepend(tmp_path)

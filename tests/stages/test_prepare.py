@@ -2,9 +2,11 @@
 same.
 """
 
+import importlib
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,9 +92,8 @@ def test_the_recipe_follows_what_defines_the_puzzles_and_nothing_else(tmp_path):
     base = fingerprint()
     assert base == fingerprint({"max_bytes": 1000, "max_decoded_pixels": 1000})  # of files: puzzles are made
     assert len({base, fingerprint(seed=1), fingerprint(train=1), fingerprint(puzzles={"families": ["dark"]})}) == 4
-    for others in ({"max_refused": 0.5}, {"path": "nowhere"}):
-        with pytest.raises(UserError, match="belongs to source"):
-            fingerprint(**others)
+    with pytest.raises(UserError, match="belongs to source"):
+        fingerprint(max_refused=0.5)
 
 
 def test_a_users_images_are_stored_once_and_as_they_are_where_all_readers_agree(tmp_path):
@@ -178,16 +179,23 @@ def test_bad_rows_are_refused_with_their_reason_counted_and_listed(tmp_path):
     assert {s.sample_id for s in artifact.samples()} == {str(i) for i in range(20)}
 
 
-def test_too_many_bad_rows_fail_the_stage_and_show_the_first_five(tmp_path):
-    path = bad_set(tmp_path / "set")
-    with pytest.raises(UserError, match=r"8 of 28 rows are refused, more than data\.max_refused \(0\.2\)") as error:
-        prepare(config(source="jsonl", path=path, columns={"id": "id"}, max_refused=0.2), Store(tmp_path / "store"))
-    assert [f"line {i}" in error.value.message for i in range(21, 28)] == [True] * 5 + [False] * 2
-    assert "and 3 more" in error.value.message
-    assert list(Store(tmp_path / "store").list()) == []
-    with pytest.raises(UserError, match="1 of 1 rows"):
-        only = write(tmp_path / "one", [{"image": "x", "question": "?", "answer": "!"}], {})
-        prepare(config(source="jsonl", path=only, max_refused=1), Store(tmp_path / "store"))
+def test_too_many_bad_texts_or_pictures_fail_the_stage_and_are_counted_by_reason(tmp_path):
+    path, store = bad_set(tmp_path / "set"), Store(tmp_path / "store")
+    for share, counted, first in (
+        (0.1, "3 of 28 rows are refused", "2 for empty, 1 for duplicate; data.jsonl line 26"),
+        (
+            0.15,
+            "5 of 25 rows are refused",
+            "2 for path, 1 for image_format, 1 for image_broken, 1 for url; data.jsonl line 21",
+        ),
+    ):
+        with pytest.raises(UserError, match=rf"{counted}, more than data\.max_refused \({share}\) allows") as error:
+            prepare(config(source="jsonl", path=path, columns={"id": "id"}, max_refused=share), store)
+        assert first in error.value.message and error.value.message.count("line ") == first.count(" for ")
+    assert list(store.list()) == []
+    with pytest.raises(UserError, match="2 of 2 rows"):
+        only = write(tmp_path / "two", [{"image": name, "question": "?", "answer": "!"} for name in "xy"], {})
+        prepare(config(source="jsonl", path=only, max_refused=1), store)
 
 
 def test_the_place_of_the_files_does_not_count_but_their_content(tmp_path):
@@ -227,20 +235,22 @@ def test_a_killed_run_goes_on_from_its_closed_parts(tmp_path, monkeypatch):
             prepare(settings, store)
         stored = []
         with monkeypatch.context() as patch:
-            patch.setattr("thinkimg.data.prepared.keep_or_encode", count_calls(stored))
+            count_calls(patch, "thinkimg.data.survey.survey._encode", stored)
             artifact, _ = prepare(settings, store)
         assert artifact.digest == whole.digest
         assert len(stored) < 40 or name == "images-00000.parquet"
 
 
-def count_calls(calls):
-    from thinkimg.store.image_table import keep_or_encode
+def count_calls(patch, name, calls):
+    """Append to `calls` whenever the function of this name is called."""
+    module, _, attribute = name.rpartition(".")
+    function = getattr(importlib.import_module(module), attribute)
 
-    def counted(data, image):
-        calls.append(data)
-        return keep_or_encode(data, image)
+    def counted(*args, **options):
+        calls.append(name)
+        return function(*args, **options)
 
-    return counted
+    patch.setattr(name, counted)
 
 
 def test_a_file_that_changes_between_the_passes_is_told(tmp_path, monkeypatch):
@@ -257,6 +267,22 @@ def test_a_file_that_changes_between_the_passes_is_told(tmp_path, monkeypatch):
         prepare(config(source="jsonl", path=path), Store(tmp_path / "store"))
 
 
+def test_a_file_that_changes_after_its_digest_was_taken_is_told(tmp_path, monkeypatch):
+    path, _ = good(tmp_path / "set")
+    settings = config(source="jsonl", path=path)
+    run = module.prepare.run
+
+    def meanwhile(job):
+        (tmp_path / "set" / "7").write_bytes(encoded(1000))
+        run(job)
+
+    changed = replace(module.prepare, run=meanwhile)
+    with pytest.raises(UserError, match="changed after the settings were read"):
+        build_stage(changed, settings, Store(tmp_path / "store"))
+    artifact, _ = prepare(settings, Store(tmp_path / "store"))
+    assert len(list(artifact.samples())) == 40
+
+
 def test_the_puzzles_are_refused_at_a_size_at_which_they_are_not_puzzles(tmp_path):
     with pytest.raises(UserError, match="112"):
         prepare(load_config("development"), Store(tmp_path))
@@ -268,20 +294,25 @@ def advice(tmp_path, caplog, answers, **data):
     caplog.clear()
     path = write(tmp_path / "set", records, images)
     prepare(config(source="jsonl", path=path, max_refused=0.5, **data), Store(tmp_path / "store"))
-    return [record.getMessage() for record in caplog.records]
+    return told(caplog)
+
+
+def told(caplog):
+    """Return what was told, but that the pictures are small."""
+    return [text for text in (record.getMessage() for record in caplog.records) if "enlarged" not in text]
 
 
 @pytest.mark.parametrize(("answers", "kind", "better"), [
     (["1942", "1,350", "$5", "2 cm", "3/4", "50 %"], "numbers", "number"),
-    (["yes", "No", "no.", "Yes"], "yes or no", "choice"),
-    (["2026-01-02", "3/4/1999", "Oct 12, 2026", "5 May 1990", "12.03.2020"], "dates", "choice"),
+    (["yes", "No", "no.", "Yes"], "yes or no", "exact"),
+    (["2026-01-02", "3/4/1999", "Oct 12, 2026", "5 May 1990", "12.03.2020"], "dates", "exact"),
     (["7"] * 19 + ["seven"], "numbers", "number"),
 ])  # fmt: skip
 def test_a_column_of_one_kind_is_told_where_texts_are_compared(tmp_path, caplog, answers, kind, better):
-    (sentence,) = advice(tmp_path, caplog, answers)
+    (sentence,) = advice(tmp_path, caplog, answers, answer_type="text")
     assert f"of {len(answers)} right answers are {kind}" in sentence and f"data.answer_type={better}" in sentence
     assert "\n" not in sentence
-    assert advice(tmp_path, caplog, answers) == []  # Cached
+    assert advice(tmp_path, caplog, answers, answer_type="text") == []  # Cached
     if kind != "numbers" or "seven" not in answers:
         assert advice(tmp_path, caplog, answers, answer_type=better) == []
 
@@ -292,14 +323,15 @@ def test_a_column_of_texts_is_not_told(tmp_path, caplog):
 
 def test_refused_rows_and_unused_columns_are_one_line_each(tmp_path, caplog):
     records = [{"image": "0", "question": "?", "answer": "a", "answers": ["b"], "target": [1, 2, 3, 4]}] * 2
-    records += [{"image": str(i), "question": "?", "answer": "a"} for i in range(2)] + [{"image": "x"}] * 2
+    records += [{"image": str(i), "question": "?", "answer": "b"} for i in range(2)] + [{"image": "x"}] * 2
     records += [{"image": "nowhere", "question": "?", "answer": "a"}]
     path = write(tmp_path / "set", records, {str(i): encoded(i) for i in range(2)})
     artifact, _ = prepare(config(source="jsonl", path=path, max_refused=0.5), Store(tmp_path / "store"))
     assert artifact.metrics["refused"] == 3
-    assert [record.getMessage() for record in caplog.records] == [
+    assert told(caplog) == [
         "There is a column 'answers' that is not used. Set data.columns.answers=answers to use it.",
         "There is a column 'target' that is not used. Set data.columns.target=target to use it.",
+        "2 rows ask what an earlier row asks of the same pictures, 1 of them with another right answer.",
         "3 of 7 rows are refused (empty 2, path 1); refused.parquet lists them.",
     ]
 

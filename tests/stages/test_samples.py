@@ -109,9 +109,13 @@ PREFIXES = {
     "results[:count]": "sorted: the best, and the caption says of how many",
     "ids[:EXAMPLES]": "names in a hint, which says how many more there are",
     "rows[:MAX_ROWS]": "sorted: the largest, and the caption says of how many",
-    "refused[:SHOWN]": "rows in an error, which says how many more there are",
     "rank([sample.sample_id for sample in samples], seed, purpose)[:count]": "the draw itself",
-    "split.rank(ids, data.seed, 'taken')[:count]": "drawn by the same ranks",
+    "looks.good(order)[:self.counts[side]]": "drawn by the same ranks",
+    "[id for id in train if id not in shared][:self.counts[split.TRAIN]]": "drawn by the same ranks",
+    "rank((row['sample_id'] for row in rows), dataset.manifest['seed'] or 0, 'shown')[:count]": "of ranks",
+    "islice(kept, wanted)": "of rows that a table drew",
+    "[0][:count]": "a table of one row",
+    "records[:count]": "form of a file",
     "order[:min(max(round(share * len(order)), 1), len(order) - 1)]": "of ranks",
     "queue[:count]": "of a permutation",
     "rows[:count + len(chosen)]": "sorted by hash",
@@ -123,12 +127,30 @@ PREFIXES = {
     "pool[:batch]": "of a permutation",
     "islice((artifact for artifact in newest if not of_rollouts(artifact)), RECENT)": "the newest, by their meaning",
     "islice(jobs, SAMPLES_PER_PART)": "one part after the other, all of them",
-    "islice(read(table), PEEK)": "form of a file",
+    "islice(read(), PEEK)": "form of a file",
     "islice(read_json_lines(path), PEEK)": "form of a file",
     "entries[:middle]": "halves, both of them",
     "ids[:budget]": "tokens of one turn",
+    "plain[:match.start()]": "of a text",
+    "value[:MAX_TURN]": "of a text",
+    "rest[:MAX_LENGTH]": "of a text",
+    "tail[:series[0].start]": "of a text",
+    "question[:low]": "of a text",
+    "text[:length].replace('\\r\\n', '\\n').split('\\n')[:lines]": "of a text, for people",
+    "islice(value.items(), 5)": "of one record, for people",
+    "names[:len(parts) - 1]": "names of objects in one row",
+    "values[:count]": "columns of one row",
+    "filled[:count]": "columns of one row",
+    "archives[:MAX_ARCHIVES]": "files beside a table",
+    "islice(decode_runs(_exactly(body, int.from_bytes(_exactly(body, 4), 'little')), limit.bit_length()), count)": (
+        "of one page, as its header says"
+    ),
+    "piece[:length - len(piece)]": "bytes of a stream",
+    "islice(sorted(complete, key=finished, reverse=True), RECENT)": "the newest, by their meaning",
     "np.hanning(2 * TAPER)[:TAPER]": "pixels",
 }
+SHOWN = {"SHOWN", "MAX_KINDS", "MAX_COLUMNS"}
+"""Limits of names in a sentence or a table for people, which says how many more there are."""
 ONE_ROW = {"path", "text", "turn", "key", "stem", "parts", "tokens", "images", "sizes", "asked", "general"}
 """Names whose beginnings are those of one text or list of tokens, not of rows."""
 
@@ -153,7 +175,7 @@ def beginning(node: ast.AST) -> str | None:
     if bounds.lower or bounds.step or bounds.upper is None or isinstance(bounds.upper, ast.Constant | ast.UnaryOp):
         return None
     name = getattr(node.value, "id", getattr(node.value, "attr", ""))
-    return None if name in ONE_ROW else ast.unparse(node)
+    return None if name in ONE_ROW or getattr(bounds.upper, "id", "") in SHOWN else ast.unparse(node)
 
 
 def test_the_split_itself_is_drawn_by_the_same_ranks():

@@ -24,14 +24,14 @@ def test_other_settings_than_the_policys_are_named_in_one_line(stages, tmp_path,
         other = changed(stages.config, max_turns=3, tools=("crop_image",))
         for stage in (rollout, evaluate):
             for made in ("warmstart", "train"):
-                sentence = stage.warn(stage.settings(other), {"policy": stages.made[made]}, stages.store)
+                inputs = {"policy": stages.made[made], "dataset": stages.made["prepare"]}
+                sentence = stage.warn(stage.settings(other), inputs, stages.store)
                 assert sentence == (
                     f"The policy {stages.made[made].short} has learned under other settings than these: "
                     'conversation.tools is ["crop_image"], not null; conversation.max_turns is 3, not 4.'
                 )
-    assert evaluate.warn(evaluate.settings(other), {"policy": stages.made["train"]}, Store(tmp_path)) == "", (
-        "its rollouts are elsewhere"
-    )
+    inputs = {"policy": stages.made["train"], "dataset": stages.made["prepare"]}
+    assert evaluate.warn(evaluate.settings(other), inputs, Store(tmp_path)) == "", "its rollouts are elsewhere"
 
 
 def test_a_warning_comes_with_what_is_in_the_store_already_too(stages, caplog):

@@ -60,7 +60,11 @@ WEIGHTS = "says how the weights were trained, whose digest is an input"
 SCRIPTS = "decides what is demonstrated, and the demonstrations' digest is an input"
 UNTRAINED = "without demonstrations no step is taken"
 EXCEPTIONS = {
-    "prepare": {"data.path": "a user's files are known by their content"}
+    "prepare": {
+        "data.path": "a user's files are known by their content",
+        "data.images": "as data.path",
+        "rewards.answer.judge": "only for a warning",
+    }
     | dict.fromkeys(("images.max_bytes", "images.max_decoded_pixels"), "of files: the puzzles are made"),
     "demonstrate": {"model.path": BASE, "model.revision": BASE},
     "warmstart": {"model.path": BASE, "model.revision": BASE, "model.trust_remote_code": CODE}
@@ -76,7 +80,7 @@ EXCEPTIONS = {
     | dict.fromkeys(("model.lora_rank", "model.lora_alpha"), "of an adapter, where it is in")
     | {"train.parity.*": "decides whether there is an output, not which"},
 }
-EXCEPTIONS["puzzles"] = {name: reason for name, reason in EXCEPTIONS["prepare"].items() if name != "data.path"}
+EXCEPTIONS["puzzles"] = {name: reason for name, reason in EXCEPTIONS["prepare"].items() if name.startswith("images")}
 WITHOUT_DEMONSTRATIONS = dict.fromkeys(
     ("images.*", "warmstart.steps", "warmstart.batch", "warmstart.learning_rate", "warmstart.warmup_steps",
      "train.token_budget"), UNTRAINED,

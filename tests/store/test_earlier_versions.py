@@ -11,6 +11,7 @@ from thinkimg.analysis.joined import open_scores, weighings
 from thinkimg.analysis.remix import compare_mixes
 from thinkimg.analysis.verify_calls import replay
 from thinkimg.config.load import load_config
+from thinkimg.records import SCHEMA_VERSION
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder
 from thinkimg.stages.score import score
@@ -79,7 +80,7 @@ def test_its_rollouts_are_scored_anew_to_the_same_values(store):
     old = one(store, "scores")
     with Resources(config.where) as resources:
         new = Builder(config, store, resources).make(score, rollouts=one(store, "rollouts"))
-    assert new.manifest["recipe"]["schema_version"] == 2
+    assert new.manifest["recipe"]["schema_version"] == SCHEMA_VERSION
     assert new.identities() == old.identities()
     for name, values in new.values().items():
         np.testing.assert_array_equal(values, old.values()[name])

@@ -112,7 +112,7 @@ def unopened_sources() -> Iterator[None]:
     from thinkimg.stages import prepare
 
     opened = prepare.open_source
-    prepare.open_source = lambda *_: types.SimpleNamespace(name="hub", digest="1" * 64)
+    prepare.open_source = lambda *_: types.SimpleNamespace(name="hub", digest="1" * 64, schemas=())
     try:
         yield
     finally:

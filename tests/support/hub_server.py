@@ -14,12 +14,21 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 class HubServer:
     """Repositories of "models" and "datasets" by id, each a list of commits; `main` is the last one.
 
-    url: its address. asked: the paths of all requests. down: True lets it answer 503 to everything.
+    url: its address. asked: the paths of all requests. down: True lets it answer 503 to everything. gated: ids of
+    repositories that nobody may see. stop_at: path of a file -> bytes of it, after which the server says no more; with
+    cut it ends the connection instead, once.
+    ranges: (path, value of the header Range) of what was sent in parts.
     """
 
     def __init__(self):
         self.repositories: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}
         self.asked: list[str] = []
+        self.ranges: list[tuple[str, str]] = []
+        self.gated: set[str] = set()
+        self.stop_at: dict[str, int] = {}
+        self.cut = False
+        self.stopped = threading.Event()
+        self.closing = threading.Event()
         self.down = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -32,7 +41,12 @@ class HubServer:
         commits[sha] = files
         return sha
 
+    def downloaded(self) -> list[str]:
+        """Return the names of all files that were asked for, each once, in order."""
+        return list(dict.fromkeys(match[4] for path in self.asked if (match := FILE.fullmatch(path))))
+
     def close(self):
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -61,6 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         if match := API.fullmatch(path):
             kind, name, action, revision, inside = match.groups()
             commits = self.hub.repositories.get((kind, name))
+            if name in self.hub.gated:
+                return self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
             if commits is None:
                 return self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             sha = list(commits)[-1] if revision in (None, "main") else revision
@@ -68,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             files = commits[sha]
             if action == "tree":
-                return self.reply(200, tree(files, inside or "", b"recursive=True" in url.query.encode()))
+                return self.reply(200, tree(files, inside or "", "recursive=true" in url.query.lower()))
             if action == "paths-info":
                 wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
                 return self.reply(200, [entry for entry in listed(files) if entry["path"] in wanted])
@@ -78,18 +94,22 @@ class Handler(BaseHTTPRequestHandler):
             kind, name, revision, file = match.groups()
             commits = self.hub.repositories.get(("datasets" if kind else "models", name), {})
             sha = list(commits)[-1] if commits and revision == "main" else revision
+            if name in self.hub.gated:
+                return self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
             if file not in commits.get(sha, {}):
                 return self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
             data = commits[sha][file]
-            return self.reply(200, data, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+            tag = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+            return self.reply(200, data, tag, stop_at=self.hub.stop_at.get(file))
         return self.reply(404, b"{}")
 
-    def reply(self, status, content, headers=()):
+    def reply(self, status, content, headers=(), stop_at=None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         first, last = 0, len(data)
         if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(ranged[1]), int(ranged[2] or len(data)) + 1
             status = 206
+            self.hub.ranges.append((self.path, ranged[0]))
         part = data[first:last]
         self.send_response(status)
         for name, value in {
@@ -101,8 +121,19 @@ class Handler(BaseHTTPRequestHandler):
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if stop_at is None or len(part) <= stop_at:
             self.wfile.write(part)
+        else:
+            self.wfile.write(part[:stop_at])
+            self.wfile.flush()
+            self.hub.stopped.set()
+            if self.hub.cut:
+                self.hub.stop_at.clear()
+                self.close_connection = True
+            else:
+                self.hub.closing.wait()
 
 
 def listed(files):

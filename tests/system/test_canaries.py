@@ -16,11 +16,11 @@ from hostile import CANARY, KEYS
 
 from thinkimg.config.load import load_config
 from thinkimg.crash import render_report
-from thinkimg.data.source import RowRefused
-from thinkimg.data.urls import UrlReader
+from thinkimg.data.pictures.urls import UrlReader
+from thinkimg.data.refusal import RowRefused
 from thinkimg.engine.client import EngineClient
 from thinkimg.engine.settings import TeacherEndpoint
-from thinkimg.rewards.judges.teacher import connect
+from thinkimg.rewards.endpoint import connect
 
 OWN = "own-4711"
 """Stands for the key that was named for a host."""

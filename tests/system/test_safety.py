@@ -110,8 +110,8 @@ MAKERS = {"child_environment", "server_environment"}
 CLIENTS = {
     "thinkimg/environment.py": {"urllib.request", "http.client"},  # servers on this machine, without proxies
     "thinkimg/engine/client.py": {"aiohttp"},  # the engine: no proxies, no keys
-    "thinkimg/rewards/judges/teacher.py": {"httpx", "openai"},  # keys and proxies: test_teacher_key.py
-    "thinkimg/data/urls.py": {"httpx"},  # images
+    "thinkimg/rewards/endpoint.py": {"httpx", "openai"},  # keys and proxies: test_teacher_key.py
+    "thinkimg/data/pictures/urls.py": {"httpx"},  # images
 }
 HTTP = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "urllib3", "openai", "websockets", "websocket"}
 

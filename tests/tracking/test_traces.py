@@ -28,7 +28,8 @@ def test_trace_shows_the_conversation(store):
     assert messages[0]["role"] == "system" and "crop_image" in messages.pop(0)["content"]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "user", "assistant", "user"]
     assert messages[0]["content"][1]["text"] == (
-        "Image 0: 224x168 pixels. Which way do the stripes run? Choices: left, right."
+        "Image 0: 224x168 pixels. Which way do the stripes run?\nA. left\nB. right\n"
+        "Answer with the letter or the text of one option."
     )
     assert messages[1]["content"] == "<think>Too fine to see.</think>"
     assert json.loads(messages[1]["tool_calls"][0]["function"]["arguments"])["width"] == 56

@@ -2,10 +2,56 @@
 
 import re
 import unicodedata
+from dataclasses import dataclass
+
+from thinkimg.answers.text import strip_wrapping
+
+MAX_FORMULA_LENGTH = 500  # characters of a formula
 
 MIXED = re.compile(r"(?<![\w.^\\}])(\d+) (\d+) ?/ ?(\d+)(?![\w./^])")
 SIDE_BY_SIDE = re.compile(r"\d [\d.]")
+BRACKETS = ("()", "[]", "{}")
+RATIO = re.compile(r"[0-9]\s*:\s*[0-9]")
 ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9.]+|[A-Za-z]))")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of a comparison."""
+
+    equal: bool
+    reason: str | None = None
+    """Reason why nothing was compared."""
+
+
+def compare_texts(answer: str, right: str) -> Verdict | None:
+    """Return the verdict on a formula where the texts decide; None where mathematics has to.
+
+    Case counts: X is not x. A ratio is no fraction: 1:3 is not 1/3.
+    """
+    if _same(strip_wrapping(answer), strip_wrapping(right)):
+        # [1, 2] is 1, 2 without brackets, but no (1, 2).
+        pairs = {bracket for bracket in (_brackets(answer), _brackets(right)) if bracket}
+        return Verdict(True) if len(pairs) < 2 else None
+    if len(answer) > MAX_FORMULA_LENGTH:
+        return Verdict(False, "The answer is too long for a formula.")
+    is_word = re.fullmatch(r"[^\W\d_]{3,}", strip_wrapping(right)) is not None
+    if len(right) > MAX_FORMULA_LENGTH or is_word:
+        # A word would be read as the product of its letters, and "lube" would equal "blue".
+        return Verdict(False)
+    if bool(RATIO.search(answer)) != bool(RATIO.search(right)):
+        return Verdict(False)
+    return None
+
+
+def _same(one: str, other: str) -> bool:
+    return " ".join(one.split()) == " ".join(other.split())
+
+
+def _brackets(text: str) -> str:
+    pair = text.strip(" .$")
+    pair = pair[:1] + pair[-1:]
+    return pair if pair in BRACKETS and "," in text else ""
 
 
 def plain_formula(text: str) -> str:
@@ -33,7 +79,13 @@ def _add_fraction(mixed: re.Match[str]) -> str:
 
 
 def may_be_formula(text: str) -> bool:
-    """Tell whether a text may be a formula: it has a letter or digit, and no two numbers stand side by side."""
+    """Tell whether a text may be a formula: it has a letter or digit, and no two numbers stand side by side.
+
+    A text of more than MAX_FORMULA_LENGTH characters is none, for it is not compared as one.
+    """
+    text = " ".join(text.split())
+    if len(text) > MAX_FORMULA_LENGTH:
+        return False
     text = " ".join(plain_formula(text).split())
     if not any(map(str.isalnum, text)):
         return False

@@ -16,6 +16,7 @@ QUANTITY = re.compile(
     rf"(?P<fraction>(?P<number>{NUMBER})(?:\s*/\s*(?P<divisor>{NUMBER}))?)\s*"
     r"(?P<unit>(?:[A-Za-z%°μΩ€$£¥₹][\w°²³/^.-]*)?)"
 )
+PLAIN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?)\s*(%?)\s*")
 # Signs with several forms. The micro sign and the ohm sign are the Greek letters.
 NUMBER_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "\u00b5": "\u03bc", "\u2126": "\u03a9"})
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -54,6 +55,17 @@ class Quantity:
 
 def _fold_unit(unit: str) -> str:
     return unit if unit.casefold() in CASED else unit.casefold()
+
+
+def read_plain_number(text: str, *, percent: bool = False) -> float | None:
+    """Return the number that a text states in plain digits, as the scorers of benchmarks read it; else None.
+
+    percent: 45% is 0.45; else it is none. Separators, units, currencies and fractions are none.
+    """
+    plain = PLAIN.fullmatch(text.translate(NUMBER_SIGNS)) if len(text) <= MAX_NUMBER_LENGTH else None
+    if not plain or (plain[2] and not percent):
+        return None
+    return float(plain[1]) / (100 if plain[2] else 1)
 
 
 def read_number(text: str) -> Quantity | None:

@@ -7,21 +7,28 @@ from typing import Any
 
 from thinkimg.answers.boxes import read_box
 from thinkimg.answers.choices import match_letter, match_text
+from thinkimg.answers.compare import Right, is_paid
 from thinkimg.answers.formulas import may_be_formula
 from thinkimg.answers.numbers import read_number
+from thinkimg.answers.text import strip_label
 from thinkimg.records import AnswerType
 
 
-def read_right(value: Any, text: str, answer_type: AnswerType) -> str:
+def read_right(value: Any, text: str, answer_type: AnswerType, *, tolerance: float | None = None) -> str:
     """Return a right answer that is no choice, as it is stored. Raises ValueError where the reward could not read it.
 
-    value: as the source has it. text: the same as a text.
+    value: as the source has it. text: the same as a text. tolerance: the data set's own; words are right answers, too,
+    where it has one, as in ChartQA.
     """
+    text = strip_label(text)
     match answer_type:
-        case AnswerType.NUMBER:
+        case AnswerType.NUMBER | AnswerType.INTEGER:
             # JSON's true is no 1; a number of the source is read from its digits.
-            if isinstance(value, bool) or read_number(text) is None:
+            number = None if isinstance(value, bool) else read_number(text)
+            if number is None and tolerance is None:
                 raise ValueError("is no number")
+            if answer_type is AnswerType.INTEGER and (number is None or number.value.denominator > 1):
+                raise ValueError("is no whole number")
         case AnswerType.BOX:
             box = read_box(text)
             text = json.dumps(list(box or ()))
@@ -33,12 +40,31 @@ def read_right(value: Any, text: str, answer_type: AnswerType) -> str:
     return text
 
 
+def can_be_right(sample: Right) -> bool:
+    """Tell whether the right answers of a sample are paid for: each of them scores 1 under the sample's own type.
+
+    That of annotators scores what they agree on, and a sentence is for a judge: these need to be texts.
+    """
+    match sample.answer_type:
+        case AnswerType.JUDGE | AnswerType.VOTES:
+            return bool(sample.answers) and all(answer.strip() for answer in sample.answers)
+        case AnswerType.CHOICE if sample.choices:
+            return all(is_paid(answer, sample) and answer in sample.choices for answer in sample.answers)
+    try:
+        for answer in sample.answers:
+            read_right(answer, answer, sample.answer_type, tolerance=sample.tolerance)
+    except ValueError:
+        return False
+    return bool(sample.answers) and all(is_paid(answer, sample) for answer in sample.answers)
+
+
 def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, ambiguous: bool) -> str:
     """Return the choice that is right. Raises ValueError where none is, or where two readings differ.
 
     form: `data.answer_is`. With "any", a number is an index from 0, and a text is a choice's text or its letter.
     ambiguous: digits may be either, since a choice is a number itself, or since the source, such as CSV, has no types.
     """
+    text = strip_label(text)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     either = ambiguous and (is_number or re.fullmatch("-?[0-9.]+", text) is not None)
     index = int(text) if re.fullmatch("[0-9]{1,6}", text) and int(text) < len(choices) else None
@@ -58,5 +84,6 @@ def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, amb
         if by_text is not None or index is not None:  # a form that is not read: 2010 of "2009" and "2010"
             reading = "text" if by_text is not None else "index"
             raise ValueError(f"is, by {' or '.join(readings)}, none of the choices; data.answer_is={reading} fits")
-        raise ValueError(f"is, by {' or '.join(readings)}, none of the choices")
+        forms = ["index from 0" if reading == "index" else reading for reading in readings]
+        raise ValueError(f"is, by {' or '.join(forms)}, none of the choices")
     return next(iter(named.values()))

@@ -7,9 +7,12 @@ MAX_WRAPPED_LENGTH = 1000  # characters; longer answers are compared as they are
 WRAPPERS = ("()", "[]", "{}", '""', "''", "``", "“”", "‘’", "«»", "**", "__", "$$")
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 LEAD_IN = re.compile(
-    r"\s*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\b:?|:)\s*",
+    r"\s*(?:(?:so|thus|hence|therefore),?\s+)?"
+    r"(?:(?:the\s+)?(?:final\s+|correct\s+)?answer\s+is\b:?|(?:the\s+|final\s+|correct\s+){1,2}answer\s*:)\s*",
     re.IGNORECASE,
 )
+LABEL = re.compile(r"\s*answer\s*:\s*(?=\S)", re.IGNORECASE)
+"""Label in front of a right answer. Before a model's answer it stays, as in the official scorers."""
 
 
 def fold(text: str) -> str:
@@ -29,6 +32,12 @@ def strip_lead_in(text: str) -> str:
     """Return a text without "The answer is" or the like in front of it; a text of nothing else as it is."""
     lead = LEAD_IN.match(text)
     return text[lead.end() :] or text if lead else text
+
+
+def strip_label(text: str) -> str:
+    """Return a right answer without the label "Answer:" in front of it."""
+    label = LABEL.match(text)
+    return text[label.end() :] if label else text
 
 
 def strip_wrapping(text: str) -> str:

@@ -4,6 +4,7 @@ main.py ─┬─► stages.py ─────► flows.<stage>     one stage: `
          ├─► flows.loop                         the whole loop: `thinkimg run`
          ├─► dry_run.py ────► pipeline, store   `--dry-run` of both
          ├─► artifacts.py ──► store             `thinkimg artifacts …`
+         ├─► data.py ───────► data.inspect      `thinkimg data …`
          └─► scores.py ─────► analysis          remix, explain, diff
 flags.py: flags that several verbs have
 """

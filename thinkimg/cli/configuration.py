@@ -86,10 +86,11 @@ def variants(kind: type[Variant]) -> dict[tuple[str, ...], dict[str, FieldInfo]]
         for base in reversed(kind.choose({kind.chooser: entry}).__mro__):
             if issubclass(base, kind) and base is not kind:
                 shared[base] = (*shared.get(base, ()), entry)
-    return {
-        names: {key: base.model_fields[key] for key in vars(base).get("__annotations__", {}) if key != kind.chooser}
-        for base, names in shared.items()
-    }
+    groups: dict[tuple[str, ...], dict[str, FieldInfo]] = {}
+    for base, names in shared.items():
+        own = vars(base).get("__annotations__", {})
+        groups.setdefault(names, {}).update({key: base.model_fields[key] for key in own if key != kind.chooser})
+    return groups
 
 
 def fields(own: Mapping[str, FieldInfo]) -> Iterator[str]:

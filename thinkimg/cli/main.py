@@ -134,6 +134,10 @@ app.command(
     help="List, show, trace, verify, clean up and export artifacts.",
 )
 
+app.command(
+    "thinkimg.cli.data:app", name="data", help="Look at data sets: before they are prepared, and prepared ones."
+)
+
 track = App(name="track", help="Bring MLflow up to date with the store, and show it.")
 app.command(track)
 

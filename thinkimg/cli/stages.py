@@ -86,13 +86,19 @@ def run_stage(stage: Stage, preset: str, set: list[str] | None, dry_run: bool, f
     from importlib import import_module
 
     from flows import _server
+    from thinkimg.cli.data import dataset_lines
     from thinkimg.console import note
+    from thinkimg.store.kinds import Dataset
 
     _server.start_server()  # while the flow is imported
     flow = getattr(import_module(f"flows.{stage.label}"), stage.label)
     references = {role: str(artifact.reference) for role, artifact in inputs.items()}
     with redirect_stdout(sys.stderr):  # what a user's reward prints is no part of the result
         reference = flow(preset=preset, overrides=set or [], force=force, **references, **parameters)
-    if report := stage.report(store.resolve(reference)):
+    artifact = store.resolve(reference)
+    if report := stage.report(artifact):
         note(report)
+    if isinstance(artifact, Dataset):
+        for line in dataset_lines(artifact):
+            note(line)
     print(reference)

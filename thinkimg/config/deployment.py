@@ -11,7 +11,7 @@ from typing import Any
 from thinkimg.config.load import find_kind, get_subtree, list_presets, nest, read_preset
 from thinkimg.config.values import read_value, split_override
 from thinkimg.conversation.protocol import PROTOCOLS
-from thinkimg.data.settings import SOURCES
+from thinkimg.data.settings import SCHEMAS, SOURCES
 from thinkimg.errors import UserError
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.toolbox import TOOLS
@@ -22,6 +22,7 @@ from thinkimg.user_paths import expand_path
 CODE: dict[str, Registry | None] = {
     "conversation.protocol": PROTOCOLS,
     "conversation.tools": TOOLS,
+    "data.schema": SCHEMAS,
     "data.source": SOURCES,
     "image.types": JUDGES,
     "rewards.functions": None,
@@ -29,6 +30,8 @@ CODE: dict[str, Registry | None] = {
     "train.loss.loss_type": LOSSES,
 }
 """Settings that name code -> the registry whose entries anybody may name."""
+WORDS = {"data.schema": ("auto", "none")}
+"""Values of these settings that name no code."""
 FIXED = ("model.trust_remote_code", "where")
 """Settings that a run can't override. `where` names addresses, keys, folders and a Dask cluster, whose answers are
 pickles."""
@@ -56,7 +59,7 @@ def check_run(preset: str, overrides: Iterable[str]) -> None:
                 name = key if below else path
                 raise UserError(f"The run of a deployment can't set {name}.", hint="Set it in the preset file.")
         for path, registry in CODE.items():
-            trusted = {*texts(value_at(tree, path)), *(registry or ())}
+            trusted = {*texts(value_at(tree, path)), *(registry or ()), *WORDS.get(path, ())}
             for name in texts(value_at(override, path)):
                 if name not in trusted and not is_allowed(name, allowed):
                     raise UserError(

@@ -51,7 +51,7 @@ def load_config(preset: str = "development", overrides: list[str] | tuple[str, .
     """
     allow_user_modules()
     tree = {"preset": Path(preset).stem if is_file_name(preset) else preset} | read_preset(preset)
-    for key, text in sorted(map(split_override, overrides), key=lambda change: change[0] not in CHOOSERS):
+    for key, text in sorted(map(split_override, overrides), key=lambda change: rank_override(change[0])):
         value = read_value(key, text, find_kind(key.split("."), tree))
         if key in CHOOSERS:
             tree = merge(tree, nest(key.split("."), value))
@@ -65,6 +65,11 @@ def load_config(preset: str = "development", overrides: list[str] | tuple[str, .
             tree["image"] = merge({"weights": weights}, tree.get("image", {}))
         assign(tree, key.split("."), value)
     return validate(tree)
+
+
+def rank_override(key: str) -> int:
+    """Return the place of an override among the others: what decides which settings there are comes first."""
+    return 0 if key in CHOOSERS else 1 if key == "data.path" else 2
 
 
 def is_file_name(preset: str) -> bool:
@@ -224,7 +229,7 @@ def find_entry(section: type[Settings], name: str, fields: Mapping[str, Any]) ->
     """Return the type of a setting that belongs to the entry which the fields of its section choose."""
     if issubclass(section, Composite):
         return section.entries(fields).get(name)
-    own = section.choose(fields).model_fields if issubclass(section, Variant) else {}
+    own = section.choose({name: None} | dict(fields)).model_fields if issubclass(section, Variant) else {}
     return own[name].annotation if name in own else None
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.picture import Picture, make_picture, model_view_size
 from thinkimg.conversation.protocol import IMAGE_PART, Answer, Content, Malformed, ToolCall, load_protocol, text_part
+from thinkimg.conversation.question import state_question, state_size
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.tokens import ROLES, TokenError, TokenStream, expanded_length
 from thinkimg.errors import UserError, describe_error
@@ -282,18 +283,6 @@ def render_prompt(
     """Return the compact ids of the first prompt: the system's, the images, and the text of the question."""
     content = [IMAGE_PART] * len(sizes) + [text_part(state_question(sample, sizes))]
     return codec.prompt(render_system_prompt(conversation), content)
-
-
-def state_question(sample: Sample, sizes: Sequence[tuple[int, int]]) -> str:
-    """Return the text of a question: the images' sizes as the model sees them, the question, its choices."""
-    statements = [state_size(number, size) for number, size in enumerate(sizes)]
-    choices = [f"Choices: {', '.join(sample.choices)}."] if sample.choices else []
-    return " ".join([*statements, sample.question, *choices])
-
-
-def state_size(number: int, size: tuple[int, int]) -> str:
-    """Return the sentence that states an image's size as the model sees it, the frame of its coordinates."""
-    return f"Image {number}: {size[0]}x{size[1]} pixels."
 
 
 def render_system_prompt(conversation: ConversationConfig) -> str:

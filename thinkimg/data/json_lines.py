@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkimg.data.source import short
+from thinkimg.data.refusal import short
 from thinkimg.errors import UserError
 
 LINE = 256 * 2**20
@@ -26,6 +26,7 @@ SIGNATURES = {
     b"7z\xbc\xaf": "a 7-Zip archive; unpack it",
     b"PAR1": "a Parquet file; set data.source=parquet",
     b"ARROW1": "an Arrow file; convert it to Parquet",
+    b"\xff\xff\xff\xff": "an Arrow stream; convert it to Parquet",
     b"SQLite format 3": "an SQLite database; export it as JSONL",
     b"\x89HDF": "an HDF5 file; export it as JSONL",
     b"%PDF": "a PDF document",
@@ -55,12 +56,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if number == 1:
                 text = text.removeprefix(UTF_8_MARK).strip()
             if text:
-                yield number, _object(text)
+                yield number, parse_line(text)
 
 
-def _object(text: bytes) -> dict[str, Any] | str:
+def parse_line(text: bytes) -> dict[str, Any] | str:
+    """Return the object of a line; a text that says why it is none."""
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unambiguous)
+        value = json.loads(text.decode(), object_pairs_hook=refuse_twice)
     except UnicodeDecodeError:
         return f"no UTF-8: {short(text)}"
     except (ValueError, RecursionError) as error:
@@ -68,7 +70,7 @@ def _object(text: bytes) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"no JSON object: {short(value)}"
 
 
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object. Raises ValueError where a name stands twice, of which json takes the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -95,7 +97,9 @@ def require_json_lines(path: Path, first: Sequence[dict[str, Any] | str]) -> Non
 def recognise_binary(path: Path) -> str | None:
     """Return what a file looks like by its signature, for a sentence; None for one that has none."""
     with path.open("rb") as file:
-        head = file.read(max(map(len, SIGNATURES)))
+        head = file.read(512)
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it"
     return next((format for signature, format in SIGNATURES.items() if head.startswith(signature)), None)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.episode import find_excess, measure_prompt, render_system_prompt, state_question
+from thinkimg.conversation.episode import find_excess, measure_prompt, render_system_prompt
+from thinkimg.conversation.question import state_question
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError, shorten
 from thinkimg.images.patches import image_tokens

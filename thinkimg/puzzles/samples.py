@@ -6,8 +6,8 @@ from functools import partial
 from PIL import Image
 
 from thinkimg.data import split
-from thinkimg.data.prepared import Prepared, SampleJob
 from thinkimg.data.sources.puzzles import Settings
+from thinkimg.data.survey.survey import Prepared, SampleJob
 from thinkimg.images.decode import pixel_hash
 from thinkimg.puzzles import scenes
 from thinkimg.records import PUZZLES, AnswerType, Sample

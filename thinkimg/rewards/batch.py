@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from thinkimg.records import Sample, Trajectory
 from thinkimg.rewards.judgement import Judgements
+from thinkimg.rewards.sentences import Verdicts
 from thinkimg.rewards.settings import ImageConfig, RewardsConfig
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.manifest import canonical_json
@@ -75,6 +76,8 @@ class Batch:
     """Judgements of the processed images, which the image components score by."""
     tools: tuple[str, ...] | None = None
     """`conversation.tools` of the rollouts."""
+    verdicts: Verdicts = field(default_factory=dict)
+    """Verdicts on answers to questions whose right answers are sentences."""
 
     def sample(self, trajectory: Trajectory) -> Sample:
         """Return the sample that a trajectory is about."""

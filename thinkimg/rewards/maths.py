@@ -6,56 +6,33 @@ child runs under limits of the kernel (CPU time, memory), so that it ends by its
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from thinkimg.answers.formulas import plain_formula
-from thinkimg.answers.text import normalise, strip_lead_in
+from thinkimg.answers.formulas import Verdict, compare_texts, plain_formula
+from thinkimg.answers.text import strip_lead_in
 from thinkimg.environment import child_environment
 from thinkimg.errors import UserError
 from thinkimg.rewards.maths_worker import SECONDS
 
 WORKER = Path(__file__).with_name("maths_worker.py")
-MAX_FORMULA_LENGTH = 500  # characters of a formula
 STOPPED = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)  # a person's, or the kernel's without memory
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Result of a comparison."""
-
-    equal: bool
-    reason: str | None = None
-    """Reason why nothing was compared."""
 
 
 def verify_formulas(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
     """Return the verdict on each (answer, right answer). No process is started where the texts decide."""
     pairs = dict.fromkeys(pairs)
-    verdicts = {pair: verdict for pair in pairs if (verdict := _by_text(*pair))}
+    verdicts = {pair: verdict for pair in pairs if (verdict := compare_texts(*pair))}
     undecided = [pair for pair in pairs if pair not in verdicts]
     if undecided:
         with Checker() as checker:
             verdicts |= {pair: checker.ask(*pair) for pair in undecided}
     return verdicts
-
-
-def _by_text(answer: str, right: str) -> Verdict | None:
-    if normalise(answer) == normalise(right):
-        return Verdict(True)
-    if len(answer) > MAX_FORMULA_LENGTH:
-        return Verdict(False, "The answer is too long for a formula.")
-    if len(right) > MAX_FORMULA_LENGTH or re.fullmatch(r"[^\W\d_]{3,}", normalise(right)):
-        # A word would be read as the product of its letters, and "lube" would equal "blue".
-        return Verdict(False)
-    return None
 
 
 class Checker:

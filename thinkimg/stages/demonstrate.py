@@ -1,9 +1,11 @@
 """Write demonstrations: scripted conversations in the form of rollouts, which the warm start imitates."""
 
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,19 +15,13 @@ from thinkimg import records
 from thinkimg.config.tree import Config
 from thinkimg.conversation import compare
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.episode import (
-    ConversationSpec,
-    Episode,
-    play_script,
-    render_system_prompt,
-    state_question,
-    state_size,
-)
+from thinkimg.conversation.episode import ConversationSpec, Episode, play_script, render_system_prompt
 from thinkimg.conversation.picture import make_picture, model_view_size
 from thinkimg.conversation.protocol import load_protocol
+from thinkimg.conversation.question import state_question, state_size
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.data.json_lines import read_json_lines, require_json_lines
-from thinkimg.data.text_tables import PEEK
+from thinkimg.data.tables.json_lines import PEEK
 from thinkimg.disk import writing
 from thinkimg.errors import UserError
 from thinkimg.images.settings import ViewLimits
@@ -43,6 +39,8 @@ from thinkimg.store import files
 from thinkimg.store.image_table import ImageTable, encode_lossless
 from thinkimg.store.kinds import Dataset, Demonstrations, Pairs
 from thinkimg.store.manifest import Reference, canonical_json, directory_digest
+
+log = logging.getLogger(__name__)
 
 SCRIPT = "script"  # policy of the demonstrations' rows
 # First image, second image, and the index of the one that helps.
@@ -87,7 +85,7 @@ class Script(BaseModel):
     """Texts of the model's turns."""
 
 
-def demonstrate_fields(config: Config) -> dict:
+def demonstrate_fields(config: Config) -> dict[str, Any]:
     """Return the fields of DemonstrateSettings."""
     return {
         "conversation": config.conversation,
@@ -111,29 +109,32 @@ def settings_of(config: Config) -> DemonstrateSettings:
 def run(job: Job[DemonstrateSettings]) -> None:
     """Write the content: trajectories.parquet and images.parquet, in the form of rollouts.
 
-    comparisons.parquet has the same form: in each row one sampled token, the rating of a pair of images. Raises
-    UserError for a demonstration that does not end with an answer.
+    comparisons.parquet has the same form: in each row one sampled token, the rating of a pair of images. Of a user's
+    demonstrations those are left out that can't be used. Raises UserError where none can.
     """
     settings, work, dataset = job.settings, job.work, job.inputs["dataset"]
     codec, images = Codec.load(locate_start(settings, dataset, job.resources)), ImageTable([dataset])
     spec = ConversationSpec(settings.conversation, settings.images, codec)
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     encoded: dict[str, tuple[bytes, int, int]] = {}  # at once: thousands of decoded pictures would not fit
-    todo = list(read_scripts(settings, dataset))
+    left_out: list[UserError] = []
+    todo = list(read_scripts(settings, dataset, left_out))
     for number, (sample, index, turns) in enumerate(todo, 1):
         pictures = [make_picture(images.decoded(sha), settings.images) for sha in sample.images]
         episode = Episode(sample, pictures, spec, policy=SCRIPT, group_id=sample.sample_id, index=index)
         trajectory = play_script(episode, turns)
-        if settings.script is not None:
-            require_known_tools(trajectory, episode)
-        if trajectory.stop is not StopReason.ANSWER:
-            hint = "It must end with an answer, within conversation.max_turns, max_turn_tokens and max_tokens."
-            reason = trajectory.error or f"it ended for '{trajectory.stop}'."
-            raise UserError(f"The demonstration for {sample.sample_id} does not work: {reason}", hint=hint)
+        if fault := find_fault(trajectory, episode, checks_tools=settings.script is not None):
+            if settings.script is None:
+                raise fault
+            left_out.append(fault)
+            continue
         rows.append(to_row(trajectory))
         images_made = episode.made_images.items()
         encoded |= {sha: (encode_lossless(image), *image.size) for sha, image in images_made if sha not in encoded}
         job.progress(number, len(todo))
+    if left_out:
+        warn_of_faults(left_out, len(rows))
+        work.metrics["left_out"] = len(left_out)
     write_images(work, "images.parquet", ((sha, *encoded[sha]) for sha in sorted(encoded)))
     if "pairs" in job.inputs and not work.has("comparisons.parquet"):
         compared = [to_row(row) for row in compare_pairs(job.inputs["pairs"], settings.images, codec)]
@@ -160,10 +161,17 @@ def compare_pairs(pairs: Pairs, view: ViewLimits, codec: Codec) -> Iterator[Traj
             )  # fmt: skip
 
 
-def read_scripts(settings: DemonstrateSettings, dataset: Dataset) -> Iterator[tuple[Sample, int, list[str]]]:
-    """Yield (sample, index, texts of the model's turns). Raises UserError for a user's file that does not fit."""
+def read_scripts(
+    settings: DemonstrateSettings, dataset: Dataset, left_out: list[UserError] | None = None
+) -> Iterator[tuple[Sample, int, list[str]]]:
+    """Yield (sample, index, texts of the model's turns).
+
+    left_out: gets an error for each line of a user's file that is no demonstration of a training sample. Raises
+    UserError for a file of another kind.
+    """
     samples = dataset.split("train")
     if settings.script is None:
+        assert settings.flaws is not None, "there is no user's file"
         form, tools = load_protocol(settings.conversation.protocol), settings.conversation.tools != ()
         for number, sample in enumerate(samples):
             rng = np.random.default_rng([settings.seed, 3, number])  # of its own: the puzzles' are [seed, number]
@@ -172,29 +180,52 @@ def read_scripts(settings: DemonstrateSettings, dataset: Dataset) -> Iterator[tu
     by_id = {sample.sample_id: sample for sample in samples}
     path = Path(settings.script)
     require_json_lines(path, [record for _, record in islice(read_json_lines(path), PEEK)])
+    faults: list[UserError] = [] if left_out is None else left_out
     for number, (line, record) in enumerate(read_json_lines(path), 1):
         try:
             row = Script.model_validate(record)
         except ValidationError:
             hint = 'Each line is {"sample_id": …, "turns": ["<think>…</think><tool>…</tool>", …]}'
             why = f": {record}" if isinstance(record, str) else ""
-            raise UserError(f"Demonstration {number} (line {line}) cannot be read{why}.", hint=hint) from None
-        if row.sample_id not in by_id:
-            hint = "Take the ids from `thinkimg prepare`'s samples.parquet."
-            raise UserError(f"Demonstration {number} names '{row.sample_id}', which is no training sample.", hint=hint)
-        yield by_id[row.sample_id], number, row.turns
+            faults.append(UserError(f"Demonstration {number} (line {line}) cannot be read{why}.", hint=hint))
+            continue
+        if row.sample_id in by_id:
+            yield by_id[row.sample_id], number, row.turns
+        else:
+            hint = "Take the ids of the split `train`, such as `thinkimg data show` prints them."
+            faults.append(
+                UserError(f"Demonstration {number} names '{row.sample_id}', which is no training sample.", hint=hint)
+            )
 
 
-def require_known_tools(trajectory: Trajectory, episode: Episode) -> None:
-    """Raise UserError where a demonstration calls a tool that is not on offer: the model would learn the mistake."""
-    for number, turn in enumerate(trajectory.turns, 1):
+def find_fault(trajectory: Trajectory, episode: Episode, *, checks_tools: bool) -> UserError | None:
+    """Return an error for a demonstration that calls a tool that is not on offer, or that does not end with an answer.
+
+    The model would learn the mistake.
+    """
+    for number, turn in enumerate(trajectory.turns if checks_tools else (), 1):
         if turn.kind is TurnKind.TOOL and turn.tool not in episode.tools:
             offered = ", ".join(episode.tools) or "none"
-            raise UserError(
+            return UserError(
                 f"The demonstration for {trajectory.sample_id} calls the tool {turn.tool!a} in turn {number}, which is "
                 "not on offer.",
                 hint=f"On offer by conversation.tools: {offered}.",
             )
+    if trajectory.stop is not StopReason.ANSWER:
+        hint = "It must end with an answer, within conversation.max_turns, max_turn_tokens and max_tokens."
+        reason = trajectory.error or f"it ended for '{trajectory.stop}'."
+        return UserError(f"The demonstration for {trajectory.sample_id} does not work: {reason}", hint=hint)
+    return None
+
+
+def warn_of_faults(faults: Sequence[UserError], rows: int) -> None:
+    """Say how many demonstrations are left out. Raises UserError where none is left."""
+    first = faults[0]
+    if not rows and len(faults) == 1:
+        raise first
+    if not rows:
+        raise UserError(f"None of {len(faults)} demonstrations can be used. {first.message}", hint=first.hint)
+    log.warning("%d of %d demonstrations are left out. %s", len(faults), len(faults) + rows, first)
 
 
 def hash_script(path: str) -> str:
@@ -259,7 +290,7 @@ def collect_texts(settings: DemonstrateSettings, dataset: Dataset) -> list[str]:
 
 demonstrate = Stage(
     name="demonstrate",
-    version=2,
+    version=3,
     makes=Demonstrations,
     settings=settings_of,
     run=run,

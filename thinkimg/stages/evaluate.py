@@ -14,9 +14,11 @@ from thinkimg.engine.play import SamplingMode
 from thinkimg.errors import UserError, check_share
 from thinkimg.puzzles.demonstrations import has_right_calls
 from thinkimg.records import Sample, StopReason, Trajectory
+from thinkimg.rewards import sentences
 from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.mix import RIGHT
 from thinkimg.rewards.rules.answer import score as score_answers
+from thinkimg.rewards.sentences import Verdicts
 from thinkimg.rewards.settings import RewardsConfig
 from thinkimg.stages.rollout import (
     PARTS,
@@ -30,10 +32,13 @@ from thinkimg.stages.rollout import (
     summarise_rows,
 )
 from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Stage
+from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Dataset, Evaluation, Policy
+from thinkimg.store.manifest import Artifact
 
 GREEDY = 0  # index of the greedy trajectory; 1 to k are the sampled ones
+LEDGER = f"{sentences.TABLE}-00000.parquet"
 ANSWERS = ("rapidfuzz", "math-verify", "latex2sympy2_extended", "sympy")  # decide what is right
 
 
@@ -43,6 +48,8 @@ class EvaluateSettings(PlaySettings):
     k: int
     temperature: float
     number_tolerance: float
+    judge: str | None
+    """Model that compares answers with sentences."""
     samples: int
     blind: bool
 
@@ -57,6 +64,7 @@ def settings_of(config: Config, samples: int | None = None, blind: bool = False)
         k=config.evaluate.k,
         temperature=config.evaluate.temperature,
         number_tolerance=config.rewards.answer.number_tolerance,
+        judge=config.rewards.answer.judge,
         samples=samples,
         blind=blind,
     )
@@ -78,11 +86,16 @@ def run(job: Job[EvaluateSettings]) -> None:
     rows = list(read_closed(job.work))
     report_failures(rows)
     by_id = {sample.sample_id: sample for sample in samples}
-    values = judge_answers(rows, by_id, settings.number_tolerance, ImageTable([dataset])).reshape(-1, len(modes))
+    judge = sentences.make_judge(settings.judge, job.resources.where.teacher, job.store)
+    asked = sentences.collect_answers(rows, by_id)
+    verdicts = sentences.fill_ledger(job.work, LEDGER, asked, judge) if judge else {}
+    values = judge_answers(rows, by_id, settings.number_tolerance, ImageTable([dataset]), verdicts)
+    values = values.reshape(-1, len(modes))
     table = np.array(rows, dtype=object).reshape(values.shape)
     unjudged = [row for row, value in zip(table[:, GREEDY], values[:, GREEDY], strict=True) if np.isnan(value)]
     try:
-        check_share([row.error or "The answer can't be judged." for row in unjudged], len(table), "answers")
+        explained = sentences.explain_unjudged_of(dataset, settings.judge) or "The answer can't be judged."
+        check_share([row.error or explained for row in unjudged], len(table), "answers")
     except UserError:
         discard_parts(job.work, range(PARTS))
         raise
@@ -90,16 +103,20 @@ def run(job: Job[EvaluateSettings]) -> None:
 
 
 def judge_answers(
-    rows: Sequence[Trajectory], samples: Mapping[str, Sample], tolerance: float, images: ImageTable
+    rows: Sequence[Trajectory],
+    samples: Mapping[str, Sample],
+    tolerance: float,
+    images: ImageTable,
+    verdicts: Verdicts | None = None,
 ) -> np.ndarray:
     """Return the answers' rewards, (N,) float64; NaN where a conversation failed or its answer can't be judged.
 
-    samples: by id. tolerance: of numbers.
+    samples: by id. tolerance: of numbers. verdicts: on answers that are compared with sentences.
     """
     values = np.full(len(rows), np.nan)
     played = [i for i, row in enumerate(rows) if row.stop is not StopReason.FAILED]
     config = RewardsConfig(answer={"number_tolerance": tolerance})
-    batch = Batch(trajectories=[rows[i] for i in played], samples=samples, config=config, images=images)
+    batch = Batch([rows[i] for i in played], samples, config, images, verdicts=verdicts or {})
     values[played] = [np.nan if score.value is None else score.value for score in score_answers(batch)]
     return values
 
@@ -210,11 +227,17 @@ def describe_accuracy(metrics: Mapping[str, float | None]) -> str:
     return ", ".join(parts)
 
 
+def warn(settings: EvaluateSettings, inputs: Mapping[str, Artifact], store: Store) -> str:
+    """Return sentences on other settings than the policy's, and on samples whose answers nobody compares."""
+    unjudged = sentences.explain_unjudged_of(inputs["dataset"], settings.judge)
+    return " ".join(filter(None, [compare_settings(settings, inputs, store), unjudged]))
+
+
 Samples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 evaluate = Stage(
     name="evaluate",
-    version=2,
+    version=3,
     makes=Evaluation,
     settings=settings_of,
     run=run,
@@ -227,7 +250,8 @@ evaluate = Stage(
         "blind": Parameter(bool, False, "Show grey images in place of those that tools make."),
     },
     packages=lambda settings: ("pillow", "transformers", "tokenizers", engine_package(), *ANSWERS),
-    warn=compare_settings,
+    check=lambda config: sentences.check_judge(config.rewards.answer.judge, config.where.teacher),
+    warn=warn,
     report=lambda artifact: describe_accuracy(artifact.metrics),
     uses=lambda config: frozenset({"engine"}),
     player="policy",

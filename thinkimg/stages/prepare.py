@@ -20,10 +20,15 @@ from thinkimg import records
 from thinkimg.config.tree import Config
 from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.settings import ConversationConfig
-from thinkimg.data.advice import state_refused
-from thinkimg.data.prepared import SampleJob, Survey, make_row_jobs, map_in_order, survey
-from thinkimg.data.settings import DataConfig
+from thinkimg.data import split
+from thinkimg.data.settings import DataConfig, RowsConfig
 from thinkimg.data.source import Source, open_source
+from thinkimg.data.sources import puzzles as puzzle_source
+from thinkimg.data.survey.advice import state_refused
+from thinkimg.data.survey.benchmarks import find_shared, prints_table
+from thinkimg.data.survey.oddity import Level
+from thinkimg.data.survey.passes import CHANGED, map_in_order
+from thinkimg.data.survey.survey import SampleJob, Survey, make_row_jobs, survey
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 from thinkimg.images.settings import ViewLimits
@@ -31,9 +36,10 @@ from thinkimg.images.view import view_size
 from thinkimg.models.askable import AskSettings, find_unaskable
 from thinkimg.puzzles.samples import make_puzzle_jobs
 from thinkimg.puzzles.scenes import SCALE, SIZE, VIEW
-from thinkimg.records import to_row
-from thinkimg.stages.stage import Job, Progress, Slice, Stage
-from thinkimg.store.artifacts import Work
+from thinkimg.records import AnswerType, to_row
+from thinkimg.rewards.sentences import explain_unjudged
+from thinkimg.stages.stage import Job, Slice, Stage
+from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.image_table import image_writer
 from thinkimg.store.kinds import Dataset
 from thinkimg.store.manifest import Reference
@@ -46,15 +52,19 @@ PUZZLES_FOR_PAIRS = 600  # where puzzles are made for pairs alone, beside a user
 
 
 class PrepareSettings(Slice):
-    """Slice of `prepare`. The path of a user's files does not enter the fingerprint, their content does."""
+    """Slice of `prepare`. The paths of a user's files do not enter the fingerprint, their content does."""
 
     data: DataConfig
     max_bytes: int
     max_decoded_pixels: int
     source: tuple[str, str] | None = Field(exclude=True)
     """Name and digest of the data in `data.path`; None for the built-in puzzles."""
+    schemas: tuple[tuple[str, str, str], ...] = Field(default=(), exclude=True)
+    """(table, schema, version) of the source's tables."""
     asked: AskSettings | None = Field(default=None, exclude=True)
     """Limits of what can be asked; None for the built-in puzzles, which fit."""
+    judge: str | None = Field(default=None, exclude=True)
+    """Model that compares answers with sentences, to warn where there is none."""
 
     @property
     def seed(self) -> int:
@@ -70,7 +80,8 @@ class PrepareSettings(Slice):
         if self.source is None:
             return {"data": self.data.model_dump(mode="json")}
         return {
-            "data": self.data.model_dump(mode="json", exclude={"path"}) | {"name": self.source[0]},
+            "data": self.data.model_dump(mode="json", exclude={"path", "images"})
+            | {"name": self.source[0], "schemas": [list(schema) for schema in self.schemas]},
             "images": {"max_bytes": self.max_bytes, "max_decoded_pixels": self.max_decoded_pixels},
             "asked": self.asked and self.asked.fingerprinted(),
         }
@@ -84,7 +95,9 @@ def settings_of(config: Config) -> PrepareSettings:
     )
     if config.data.source != "puzzles":
         source = open_source(config.data, settings.limits)
-        return settings.model_copy(update={"source": (source.name, source.digest), "asked": ask_settings(config)})
+        opened = {"source": (source.name, source.digest), "schemas": source.schemas}
+        judged = {"asked": ask_settings(config), "judge": config.rewards.answer.judge}
+        return settings.model_copy(update=opened | judged)
     view = view_size(SIZE, SIZE, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
     if view != (SIZE // SCALE, SIZE // SCALE):
         limits = " and ".join(f"images.{name}={value}" for name, value in VIEW.items())
@@ -119,44 +132,71 @@ def puzzle_settings(config: Config) -> PrepareSettings:
 def run(job: Job[PrepareSettings]) -> None:
     """Write the content: samples-*.parquet, images-*.parquet, refused.parquet (where, reason, detail), summary.json.
 
-    Progress counts stored samples. Raises UserError where too many rows of the source are refused, or it can't be
-    split.
+    A benchmark has prints.parquet, too, by which its pictures are found again in data for training. Progress counts
+    stored samples. Raises UserError where too many rows of the source are refused, where a check asks for a setting, or
+    where the rows can't be split.
     """
     settings, workers = job.settings, job.resources.where.workers
     source = None if settings.source is None else open_source(settings.data, settings.limits)
+    if source is not None and (source.name, source.digest) != settings.source:
+        raise UserError("The data changed after the settings were read.", hint=CHANGED)
     job.work.where["path"] = getattr(settings.data, "path", None)
     with ThreadPoolExecutor(workers, "prepare") as pool:
-        write_dataset(job.work, settings, source, pool, 2 * workers, job.progress)
+        if source is None:
+            data = settings.data
+            assert isinstance(data, puzzle_source.Settings)
+            write_dataset(job, make_puzzle_jobs(data), data.train + data.held_out, None, pool)
+            return
+        surveyed = survey_source(settings, source, pool, 2 * workers)
+        warn_of_benchmarks(job.store, surveyed)
+        write_dataset(job, make_row_jobs(source, surveyed.taken, settings.limits), len(surveyed.taken), surveyed, pool)
+
+
+def survey_source(settings: PrepareSettings, source: Source, pool: Executor, window: int) -> Survey:
+    """Survey a source, and tell what stands out. window: rows that `pool` works on ahead."""
+    assert isinstance(settings.data, RowsConfig) and settings.asked is not None, "a source of rows"
+    # A resumed run surveys again: a stored survey would be no smaller than the source's texts.
+    unaskable = partial(find_unaskable, settings.asked)
+    surveyed = survey(source, settings.data, settings.limits, pool, window, unaskable)
+    for oddity in surveyed.oddities:
+        if oddity.level is Level.WARN:
+            log.warning("%s", oddity.sentence)
+    types = Counter(taken.sample.answer_type for taken in surveyed.taken.values())
+    if unjudged := explain_unjudged(types[AnswerType.JUDGE], types.total(), settings.judge):
+        log.warning("%s", unjudged)
+    if surveyed.refused:
+        log.warning("%s", state_refused(surveyed.refused, surveyed.accepted + len(surveyed.refused)))
+    return surveyed
+
+
+def warn_of_benchmarks(store: Store, surveyed: Survey) -> None:
+    """Warn of pictures for training that are also those of a benchmark in the store.
+
+    They are not left out: what a data set holds depends on its recipe alone, and not on what else was prepared.
+    """
+    train = [taken for taken in surveyed.taken.values() if taken.sample.split == split.TRAIN]
+    for reference, count in find_shared(store, train):
+        log.warning("%d samples for training have a picture of the benchmark %s.", count, reference)
 
 
 def write_dataset(
-    work: Work,
-    settings: PrepareSettings,
-    source: Source | None,
-    pool: Executor,
-    window: int,
-    progress: Progress,
+    job: Job[PrepareSettings], jobs: Iterator[SampleJob], total: int, surveyed: Survey | None, pool: Executor
 ) -> None:
-    """Write all parts of a data set. window: samples that `pool` works on ahead."""
-    data, limits = settings.data, settings.limits
-    if source is None:
-        surveyed, jobs, total = None, make_puzzle_jobs(data), data.train + data.held_out
-    else:
-        # A resumed run surveys again: a stored survey would be no smaller than the source's texts.
-        surveyed = survey(source, data, limits, pool, window, partial(find_unaskable, settings.asked))
-        for sentence in surveyed.advice:
-            log.warning("%s", sentence)
-        if surveyed.refused:
-            log.warning("%s", state_refused(surveyed.refused, surveyed.accepted + len(surveyed.refused)))
-        jobs, total = make_row_jobs(source, surveyed.taken, limits), len(surveyed.taken)
+    """Write all parts of a data set. jobs: of `total` samples, in order. surveyed: None for puzzles."""
+    work, window, data = job.work, 2 * job.resources.where.workers, job.settings.data
     chunks = math.ceil(total / SAMPLES_PER_PART)
     stored: set[str] = set()
     for number in range(chunks):
         write_chunk(work, number, islice(jobs, SAMPLES_PER_PART), stored, pool, window)
-        progress(min((number + 1) * SAMPLES_PER_PART, total), total)
+        job.progress(min((number + 1) * SAMPLES_PER_PART, total), total)
     if not work.has("refused.parquet"):
         work.table("refused.parquet", refused_table(surveyed))
+    is_benchmark = isinstance(data, RowsConfig) and data.role == "benchmark"
+    if surveyed and is_benchmark and not work.has("prints.parquet"):
+        work.table("prints.parquet", prints_table(surveyed.taken.values()))
     summary = summarise_samples(work, chunks, surveyed, len(stored))
+    if surveyed and isinstance(data, RowsConfig):
+        summary |= {"role": data.role, "schemas": [list(schema) for schema in job.settings.schemas]}
     if not work.has("summary.json"):
         work.json("summary.json", summary)
     work.metrics |= {
@@ -198,17 +238,19 @@ def refused_table(surveyed: Survey | None) -> pa.Table:
 
 
 def summarise_samples(work: Work, chunks: int, surveyed: Survey | None, images: int) -> dict[str, Any]:
-    """Return counts per split, per puzzle family or source, and per reason of refusal."""
+    """Return counts per split, per puzzle family or source, per answer type, per check, and per reason of refusal."""
     splits: Counter[str] = Counter()
+    types: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}
     for number in range(chunks):
         path = work.path(f"samples-{number:05}.parquet")
-        for split, source, metadata in zip(
-            *(_column(path, name) for name in ("split", "source", "metadata")), strict=True
+        for side, source, answer_type, metadata in zip(
+            *(_column(path, name) for name in ("split", "source", "answer_type", "metadata")), strict=True
         ):
-            splits[split] += 1
+            splits[side] += 1
+            types[answer_type] += 1
             kind = source if surveyed else json.loads(metadata)["family"]
-            kinds.setdefault(split, Counter())[kind] += 1
+            kinds.setdefault(side, Counter())[kind] += 1
     summary: dict[str, Any] = {
         "splits": splits,
         "families" if surveyed is None else "sources": kinds,
@@ -216,7 +258,14 @@ def summarise_samples(work: Work, chunks: int, surveyed: Survey | None, images: 
         "refused": Counter(str(row.reason) for row in surveyed.refused) if surveyed else {},
     }
     if surveyed:
-        summary |= {"accepted": surveyed.accepted, "groups": surveyed.groups}
+        summary |= {
+            "accepted": surveyed.accepted,
+            "looked": surveyed.looked,
+            "groups": surveyed.groups,
+            "types": types,
+            "changes": Counter(change for taken in surveyed.taken.values() for change in taken.changes),
+            "oddities": {oddity.name: oddity.count for oddity in surveyed.oddities},
+        }
     return summary
 
 
@@ -230,7 +279,7 @@ def _column(path: Path, name: str) -> list[str]:
 
 prepare = Stage(
     name="prepare",
-    version=3,
+    version=4,
     makes=Dataset,
     settings=settings_of,
     run=run,

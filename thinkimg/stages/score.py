@@ -6,7 +6,7 @@ For each chunk of parts the judges look at the processed images first, side by s
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from thinkimg.images.toolbox import user_sources
 from thinkimg.models.base import BaseSource
 from thinkimg.models.clip import weights_digest
 from thinkimg.records import StopReason, Trajectory
-from thinkimg.rewards import judging
+from thinkimg.rewards import judging, sentences
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judge import load_judges
@@ -36,7 +36,7 @@ from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import RewardsConfig
 from thinkimg.stages.stage import Input, Job, Lineage, Progress, Slice, Stage
 from thinkimg.stages.train_clip import train_clip
-from thinkimg.store.artifacts import Work
+from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import IDENTITY, Clip, Dataset, Policy, Rollouts, Scores
 from thinkimg.store.manifest import Artifact, Reference
@@ -108,6 +108,8 @@ class PartJob:
     dataset: Path
     rollouts: Path
     ledgers: tuple[Path, ...]
+    verdicts: tuple[Path, ...]
+    """Ledger of the verdicts on answers, if a model judges them."""
 
 
 def run(job: Job[ScoreSettings]) -> None:
@@ -126,8 +128,10 @@ def run(job: Job[ScoreSettings]) -> None:
     tally = Tally(job.progress, sum(rollouts.files[part]["rows"] for part in parts))
     lookup = judging.make_lookup(job.store, rollouts.digest) if settings.judges else None
     judges = load_judges(settings.judges.image) if settings.judges else ()
+    sentence_judge = sentences.make_judge(settings.rewards.answer.judge, job.resources.where.teacher, job.store)
     for number, chunk in enumerate(group_parts(rollouts, parts)):
-        if reopen_ledger(work, number):
+        verdicts = name_ledger(number)
+        if reopen_ledger(work, number) or (work.has(verdicts) and not sentences.is_complete(work.path(verdicts))):
             for part in chunk:
                 work.discard(name_scores(part))
         missing = {part: rollouts.files[part]["rows"] for part in chunk if not work.has(name_scores(part))}
@@ -135,8 +139,11 @@ def run(job: Job[ScoreSettings]) -> None:
         if settings.judges and missing:
             tally.begin(sum(missing.values()))
             fill_ledgers(job, make_context(job, tally), number, chunk, lookup)
+        if sentence_judge and missing:
+            sentences.fill_ledger(work, verdicts, collect_answers(job, chunk), sentence_judge)
         ledgers = tuple(work.path(name) for name in (name_ledger(number, judge) for judge in judges) if work.has(name))
-        jobs = [PartJob(part, settings, dataset.directory, rollouts.directory, ledgers) for part in missing]
+        judged = (work.path(verdicts),) if work.has(verdicts) else ()
+        jobs = [PartJob(part, settings, dataset.directory, rollouts.directory, ledgers, judged) for part in missing]
         for part, columns in zip(missing, job.map(score_part, jobs), strict=True):
             work.table(name_scores(part), build_table(rollouts, part, columns))
             tally.score(missing[part])
@@ -215,6 +222,15 @@ def fill_ledgers(
     judge_pairs(job.work, context, number, pairs, lookup)
 
 
+def collect_answers(job: Job[ScoreSettings], chunk: list[str]) -> set[sentences.GivenAnswer]:
+    """Return the answers of a chunk that a model has to compare with sentences."""
+    answers: set[sentences.GivenAnswer] = set()
+    for part in chunk:
+        rows = list(job.inputs["rollouts"].trajectories(part))
+        answers |= sentences.collect_answers(rows, job.inputs["dataset"].samples_of(rows))
+    return answers
+
+
 def reopen_ledger(work: Work, number: int) -> bool:
     """Remove a chunk's ledgers that an earlier run closed while the teacher was unreachable; True if there were any."""
     name = name_ledger(number, "teacher")
@@ -258,7 +274,9 @@ def score_part(job: PartJob) -> dict[str, list[Score]]:
     rows = [row for row in stored if row.stop is not StopReason.FAILED]
     judgements = {key: judgement for path in job.ledgers for key, judgement in judging.read_ledger(path).items()}
     images = ImageTable([dataset, rollouts])
-    batch = Batch(rows, dataset.samples_of(rows), job.settings.rewards, images, image, judgements, rollouts.tools)
+    verdicts = {answer: verdict for path in job.verdicts for answer, verdict in sentences.read_ledger(path).items()}
+    samples, rewards = dataset.samples_of(rows), job.settings.rewards
+    batch = Batch(rows, samples, rewards, images, image, judgements, rollouts.tools, verdicts)
     scorers = load_components(job.settings.rewards, image)
     with ThreadPoolExecutor(len(scorers)) as pool:
         running = {name: pool.submit(scorers[name], batch) for name in job.settings.components}
@@ -272,9 +290,10 @@ def add_failed(rows: list[Trajectory], scores: list[Score]) -> list[Score]:
     return [Score.missing(FAILED) if row.stop is StopReason.FAILED else next(played) for row in rows]
 
 
-def name_ledger(number: int, component: str) -> str:
-    """Return the name of a chunk's ledger."""
-    return f"judgements-{component}-{number:05}.parquet"
+def name_ledger(number: int, component: str | None = None) -> str:
+    """Return the name of a chunk's ledger: of a judge of images, or of the verdicts on answers."""
+    table = sentences.TABLE if component is None else f"judgements-{component}"
+    return f"{table}-{number:05}.parquet"
 
 
 def name_scores(part: str) -> str:
@@ -320,6 +339,17 @@ def asks_policy(config: Config) -> bool:
     return bool(set(config.image.types) - {"embedding"})
 
 
+def check(config: Config) -> None:
+    """Raise UserError where a judge's endpoint or its key is missing."""
+    check_teacher(config.image, config.where.teacher)
+    sentences.check_judge(config.rewards.answer.judge, config.where.teacher)
+
+
+def warn(settings: ScoreSettings, inputs: Mapping[str, Artifact], store: Store) -> str:
+    """Return a sentence on samples whose answers nobody compares; "" where there are none."""
+    return sentences.explain_unjudged_of(inputs["dataset"], settings.rewards.answer.judge)
+
+
 def uses(config: Config) -> frozenset[str]:
     """Return the resources that the judges occupy: the engine for `self`, the trainer for `attention`."""
     return frozenset().union(*(judge.uses for judge in load_judges(config.image).values()))
@@ -327,7 +357,7 @@ def uses(config: Config) -> frozenset[str]:
 
 score = Stage(
     name="score",
-    version=5,
+    version=6,
     makes=Scores,
     settings=settings_of,
     run=run,
@@ -349,7 +379,8 @@ score = Stage(
     outside=ScoreSettings.outside,
     # A tool states which region its image shows.
     loads=lambda settings, inputs: user_sources(inputs["rollouts"].tools) if settings.judges else {},
-    check=lambda config: check_teacher(config.image, config.where.teacher),
+    check=check,
+    warn=warn,
     uses=uses,
     player="player",
 )

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
+from thinkimg.errors import UserError
 from thinkimg.models.settings import ModelConfig
 from thinkimg.stages.demonstrate import DemonstrateSettings, demonstrate, demonstrate_fields, locate_start
 from thinkimg.stages.stage import Input, Job, Lineage, Stage
@@ -46,6 +47,16 @@ def settings_of(config: Config) -> WarmstartSettings:
         token_budget=config.train.token_budget,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
+
+
+def require_training(config: Config) -> None:
+    """Raise UserError where a loop would train on a benchmark, which has no training split."""
+    role = getattr(config.data, "role", "training")
+    if role == "benchmark" and (config.iterations or config.has_demonstrations):
+        raise UserError(
+            "With data.role=benchmark every row is held out, so that there is nothing to train on.",
+            hint="Train on other data, or set iterations=0 to evaluate the model as it is.",
+        )
 
 
 def run(job: Job[WarmstartSettings]) -> None:
@@ -95,5 +106,6 @@ warmstart = Stage(
     },
     packages=lambda settings: ("torch", "transformers", "tokenizers", "peft"),
     outside=WarmstartSettings.outside,
+    check=require_training,
     uses=lambda config: frozenset({"trainer"}),
 )

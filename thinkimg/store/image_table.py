@@ -35,8 +35,8 @@ def encode_lossless(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def keep_or_encode(data: bytes, image: Image.Image) -> bytes:
-    """Return the file itself where every reader sees the pixels of `image = decode(data)`, else the image encoded anew.
+def is_plain(data: bytes, image: Image.Image) -> bool:
+    """Tell whether every reader of the file sees the pixels of `image = decode(data)`, so that it is stored as it is.
 
     Readers differ over EXIF orientation, transparency, palettes, 16 bit, and metadata that are damaged.
     """
@@ -44,12 +44,16 @@ def keep_or_encode(data: bytes, image: Image.Image) -> bytes:
         with Image.open(io.BytesIO(data), formats=FORMATS) as plain:
             plain.getexif()
             neutral = plain.mode == "RGB" and not plain.has_transparency_data and plain.size == image.size
-            keeps = neutral and plain.tobytes() == image.tobytes()
+            return neutral and plain.tobytes() == image.tobytes()
     except MemoryError:
         raise
     except Exception:  # decode can do without the metadata, a stranger's reader can't
-        keeps = False
-    return data if keeps else encode_lossless(image)
+        return False
+
+
+def keep_or_encode(data: bytes, image: Image.Image) -> bytes:
+    """Return the file itself where every reader sees the pixels of `image = decode(data)`, else these encoded anew."""
+    return data if is_plain(data, image) else encode_lossless(image)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from PIL import ImageDraw
 from PIL.Image import Image
 
-from thinkimg.conversation.episode import state_question
+from thinkimg.conversation.question import state_question
 from thinkimg.conversation.regions import cut_box
 from thinkimg.images.coordinates import Frame
 from thinkimg.records import Sample, Trajectory, Turn, TurnKind

@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-from thinkimg.data.json_lines import read_json_lines
-from thinkimg.data.settings import RowsConfig
+from thinkimg.data.settings import FilesConfig
 from thinkimg.data.source import Source, require_path
-from thinkimg.data.text_tables import open_tables
+from thinkimg.data.sources.files import open_tables
+from thinkimg.data.tables.json_lines import open_json_lines
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
 from thinkimg.settings import FilePath
 
 
-class Settings(RowsConfig):
+class Settings(FilesConfig):
     """Settings of a JSONL file."""
 
     source: Literal["jsonl"] = "jsonl"
@@ -24,6 +24,6 @@ def open_source(data: Settings, limits: ImageLimits) -> Source:
     path = require_path(data.path, "a JSONL file")
     if not path.is_file():
         raise UserError(
-            f"{path} is no file.", hint="data.path must be a JSONL file; for a folder set data.source=folder."
+            f"{path} is no file.", hint="data.path must be a JSONL file; set data.source=files for a folder."
         )
-    return open_tables("jsonl", path.parent, [path], read_json_lines, data, limits)
+    return open_tables("jsonl", [open_json_lines(path, path.name, path.parent)], data, limits)

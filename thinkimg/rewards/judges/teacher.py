@@ -6,26 +6,22 @@ decides for whole groups: rows of one group are comparable only by one judge.
 
 import asyncio
 import base64
-import logging
-import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 
 import thinkimg.settings
 from thinkimg.conversation import compare
-from thinkimg.engine.errors import REFUSED, EngineError
+from thinkimg.engine.errors import EngineError
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.engine.settings import TeacherEndpoint
-from thinkimg.environment import is_loopback
-from thinkimg.errors import UserError, shorten
+from thinkimg.errors import UserError
 from thinkimg.records import Trajectory
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
+from thinkimg.rewards.endpoint import Asker, api_key, connect
 from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 from thinkimg.rewards.judges.self import judge_ratings
 from thinkimg.rewards.pairs import group_rows, pair_images, score_images
@@ -33,20 +29,11 @@ from thinkimg.rewards.settings import ImageConfig
 from thinkimg.store.image_table import encode_lossless
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
-    from openai.types.chat import ChatCompletion
-
-log = logging.getLogger(__name__)
+    from thinkimg.rewards.endpoint import ChatCompletion
 
 USES = ("teacher", "engine")
 FROZEN = "warmstart"
 TOP = 20  # log-probabilities: the most that OpenAI's API and vLLM by default return
-PROBE_S = 5.0
-HEADERS = ("host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent")
-OPENAI_KEY = "OPENAI_API_KEY"
-OPENAI_HEADERS = ("openai-organization", "openai-project")
-LOCKED = (401, 403)
-UNREADABLE = (LookupError, ValueError, TypeError, AttributeError)  # what an answer of another form raises
 
 
 class Settings(thinkimg.settings.Settings):
@@ -117,7 +104,7 @@ async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement
         reason = f"The teacher's server does not start: {error.message}"
         return [Judgement(None, reason, {}, unreachable=True)] * len(pairs)
     async with connect(url, where) as client:
-        asker = Asker(client, model, teacher.prefix, asyncio.Semaphore(where.concurrency))
+        asker = PairAsker(Asker(client, model, asyncio.Semaphore(where.concurrency)), teacher.prefix)
         shas = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
         views = await asyncio.to_thread(context.map, lambda sha: encode_view(context, sha), shas)
         images = dict(zip(shas, views, strict=True))
@@ -150,62 +137,6 @@ def find_endpoint(context: JudgeContext, questions: set[str]) -> tuple[str, str]
     return f"{context.resources.teacher(context.first, engine, settings.base).url}/v1", SERVED_NAME
 
 
-def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
-    """Return a client that sends the key of `where` to the host of `url`, and nothing else of the user's environment.
-
-    openai takes keys, organisation, project and further headers from the environment, for any host. So each request
-    keeps only the headers in HEADERS and, at the host of `url`, its key or the name and password in `url`. Organisation
-    and project are kept where the host is OpenAI's own. Raises UserError as api_key.
-    """
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-    key, origin = api_key(where), httpx.URL(url)
-
-    async def only_ours(request: httpx.Request) -> None:
-        at_home = (request.url.scheme, request.url.netloc) == (origin.scheme, origin.netloc)
-        allowed = set(HEADERS)
-        if at_home and is_openai(url):
-            allowed |= set(OPENAI_HEADERS)
-        if at_home and origin.userinfo:
-            allowed.add("authorization")
-        for name in [name for name in request.headers if name not in allowed]:
-            del request.headers[name]
-        if at_home and key:
-            request.headers["authorization"] = f"Bearer {key}"
-
-    proxies = not is_loopback(origin.host)
-    http = DefaultAsyncHttpxClient(event_hooks={"request": [only_ours]}, timeout=where.timeout_s, trust_env=proxies)
-    return AsyncOpenAI(
-        base_url=url, api_key="unused", timeout=where.timeout_s, max_retries=where.retries, http_client=http
-    )
-
-
-def api_key(where: TeacherEndpoint) -> str | None:
-    """Return the key for `where.url`, from the variable where.api_key_env; by default OPENAI_API_KEY for OpenAI alone.
-
-    Raises UserError if the variable is not set.
-    """
-    if where.url is None:  # our own server
-        return None
-    variable = where.api_key_env or (OPENAI_KEY if is_openai(where.url) else None)
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise UserError(
-            f"The environment variable {variable} is not set, which holds the teacher's key.",
-            hint="Set it, or name another one in where.teacher.api_key_env.",
-        )
-    log.info("the key in %s is sent to %s", variable, urlsplit(where.url).hostname)
-    return key
-
-
-def is_openai(url: str) -> bool:
-    """Tell whether a URL is that of OpenAI's own API, encrypted."""
-    parts = urlsplit(url)
-    return (parts.scheme, parts.hostname, parts.port or 443) == ("https", "api.openai.com", 443)
-
-
 def check_teacher(image: ImageConfig, where: TeacherEndpoint) -> None:
     """Raise UserError where the teacher is to judge and its endpoint or its key is missing."""
     if "teacher" not in image.types:
@@ -229,67 +160,31 @@ def encode_view(context: JudgeContext, sha256: str) -> str:
     return f"data:image/webp;base64,{base64.b64encode(encode_lossless(context.picture(sha256).view)).decode()}"
 
 
-class Asker:
-    """Client that asks about pairs; once the endpoint is gone, every further pair is unreachable at once."""
+@dataclass(frozen=True)
+class PairAsker:
+    """Client that asks about pairs of images. prefix: the reply is begun for the model."""
 
-    def __init__(self, client: "AsyncOpenAI", model: str, prefix: bool, slots: asyncio.Semaphore):
-        self.client, self.model, self.prefix, self.slots = client, model, prefix, slots
-        self.gone: str | None = None
+    asker: Asker
+    prefix: bool
 
     async def compare(self, pair: Pair, images: dict[str, str]) -> Judgement:
         """Return the judgement of a pair. images: content hash -> data URL. Raises UserError if a key is refused."""
-        from openai import APIConnectionError, APIError, APIStatusError
-
         shown = [images[pair.original], images[pair.processed]]
-        async with self.slots:
-            if self.gone is not None:
-                return Judgement(None, self.gone, {}, unreachable=True)
-            try:
-                forward = await self._rate(pair.question, shown)
-                backward = await self._rate(pair.question, shown[::-1])
-            except APIStatusError as error:
-                reason = f"The endpoint answered {error.status_code}: {shorten(error.message)}"
-                if error.status_code in LOCKED:  # it will not pass, and no other judge is to take its place
-                    raise UserError(
-                        f"The teacher {self.model} does not let us in. {reason}",
-                        hint=f"Name the variable with its key: where.teacher.api_key_env={OPENAI_KEY}, say.",
-                    ) from error
-                refused = error.status_code in REFUSED
-                if not refused:
-                    await self._probe(reason)
-                return Judgement(None, reason, {}, unreachable=not refused, refused=refused)
-            except APIConnectionError as error:  # time-outs included
-                reason = f"No answer: {error.__cause__ or error}".strip()
-                await self._probe(reason)
-                return Judgement(None, reason, {}, unreachable=True)
-            except (APIError, *UNREADABLE) as error:
-                reason = f"The answer can't be read: {type(error).__name__}: {shorten(str(error))}"
-                return Judgement(None, reason, {}, unreachable=True)
-        if forward is None or backward is None:
-            return Judgement(None, f"A rating is not among the {TOP} likeliest tokens.", {})
-        return judge_ratings(forward, backward)
+
+        async def ask() -> Judgement:
+            forward = await self._rate(pair.question, shown)
+            backward = await self._rate(pair.question, shown[::-1])
+            if forward is None or backward is None:
+                return Judgement(None, f"A rating is not among the {TOP} likeliest tokens.", {})
+            return judge_ratings(forward, backward)
+
+        return await self.asker.judge(ask)
 
     async def _rate(self, question: str, images: Sequence[str]) -> list[float] | None:
-        """Return the log-probabilities of (1, 2); an answer that can't be read (a proxy's page) is asked for again."""
-        from openai import APIResponseValidationError
-
-        try:
-            return read_ratings(await self._ask(question, images))
-        except (APIResponseValidationError, *UNREADABLE):
-            return read_ratings(await self._ask(question, images))
-
-    async def _ask(self, question: str, images: Sequence[str]) -> "ChatCompletion":
-        return await self.client.chat.completions.create(
-            model=self.model, max_tokens=1, temperature=0, logprobs=True, top_logprobs=TOP,
-            **build_messages(question, images, prefix=self.prefix),
-        )  # fmt: skip
-
-    async def _probe(self, reason: str) -> None:
-        """Note whether the endpoint is gone, or only this request failed."""
-        try:
-            await self.client.with_options(timeout=PROBE_S, max_retries=0).models.list()
-        except Exception:  # any failure means that there is no answer
-            self.gone = self.gone or reason
+        """Return the log-probabilities of (1, 2)."""
+        options = {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP}
+        request = options | build_messages(question, images, prefix=self.prefix)
+        return await self.asker.complete(read_ratings, **request)
 
 
 def build_messages(question: str, images: Sequence[str], *, prefix: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import httpx
 
-from thinkimg.data.source import Reason, RowRefused, short
+from thinkimg.data.refusal import Reason, RowRefused, short
 from thinkimg.environment import is_loopback
 from thinkimg.errors import UserError
 

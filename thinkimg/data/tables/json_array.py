@@ -1,0 +1,97 @@
+"""One JSON array of objects, as a file, or one object that holds a list of them, as CLEVR and DocVQA have it."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from thinkimg.data.json_lines import refuse_twice
+from thinkimg.data.records.conversations import is_conversation
+from thinkimg.data.refusal import short
+from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly
+from thinkimg.errors import UserError, shorten
+
+MAX_BYTES = 4 * 2**30
+"""Bytes of a file, which is read whole."""
+HEAD = 4096
+RECORD = ("question", "image", "answer", "problem", "query", "prompt", "solution")
+"""Names that an object has which is itself a record."""
+SHOWN = 4  # names in a sentence
+
+
+def open_json_array(path: Path, name: str, folder: Path) -> Table:
+    """Return the table of the array's objects. Raises UserError where the file is no array, or too large."""
+    rows = list(_read(path))
+    columns = tuple(dict.fromkeys(key for _, record in rows if isinstance(record, dict) for key in record))
+    read = partial(_read, path)
+    return Table(
+        path,
+        name,
+        "JSON array",
+        "row",
+        columns,
+        len(rows),
+        all_of(read),
+        all_of(read),
+        partial(draw_evenly, read),
+        folder,
+        (path,),
+    )
+
+
+def is_document(path: Path) -> bool:
+    """Tell whether a file is one object with a list of records in it, and not an object on each line."""
+    with path.open("rb") as file:
+        line = file.readline(MAX_BYTES)
+        is_further = bool(file.read(HEAD).strip())
+    if is_further and line.rstrip().endswith(b"}"):
+        return False
+    try:
+        document = _load(path)
+    except UserError:
+        return False  # read as JSONL, which says what is wrong
+    is_record = isinstance(document, dict) and any(name in document for name in RECORD)
+    is_table = isinstance(document, dict) and (_is_map(document) or bool(_list_records(document)))
+    return is_table and not is_record
+
+
+def _is_map(document: dict[str, Any]) -> bool:
+    """Tell whether an object maps names to records, as GQA has it."""
+    return len(document) > 1 and all(isinstance(value, dict) and value for value in document.values())
+
+
+def _list_records(document: dict[str, Any]) -> list[str]:
+    """Return the names of a document's lists of objects that are no conversations."""
+    return [
+        name
+        for name, values in document.items()
+        if isinstance(values, list) and values and isinstance(values[0], dict) and not is_conversation(values)
+    ]
+
+
+def _read(path: Path) -> Rows:
+    values = _load(path)
+    if isinstance(values, dict) and _is_map(values):
+        values = [{"id": name, **value} for name, value in values.items()]
+    if isinstance(values, dict):
+        names = _list_records(values)
+        if len(names) != 1:
+            raise UserError(
+                f"{path} holds several lists of objects: {', '.join(shorten(name, 80) for name in names[:SHOWN])}.",
+                hint="Write one table of questions, answers and pictures of them, as JSONL.",
+            )
+        values = values[names[0]]
+    if not isinstance(values, list):
+        raise UserError(f"{path} is no JSON array of objects.", hint="Write one object a line, as JSONL.")
+    for number, value in enumerate(values, 1):
+        yield number, value if isinstance(value, dict) else f"no JSON object: {short(value)}"
+
+
+def _load(path: Path) -> Any:
+    """Return what a file holds. Raises UserError where it is no JSON, or too large."""
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path} is a JSON array of {path.stat().st_size / 1e9:.1f} GB.", hint="Write it as JSONL.")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=refuse_twice)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {shorten(str(error), 120)}.", hint="Copy it again.") from error

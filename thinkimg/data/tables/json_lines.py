@@ -1,0 +1,46 @@
+"""JSONL tables: one object per line."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from thinkimg.data.json_lines import LINE, parse_line, read_json_lines, require_json_lines
+from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly
+
+PEEK = 100
+"""Rows of a table whose keys say which columns there are."""
+SMALL = 16 * 2**20
+"""Bytes up to which a file is read whole to draw a sample of it."""
+
+
+def open_json_lines(path: Path, name: str, folder: Path) -> Table:
+    """Return the table of a JSONL file. Raises UserError where the file is none."""
+    # Of a record its keys alone: a hundred with pictures in base64 are a gigabyte.
+    head = (record for _, record in islice(read_json_lines(path), PEEK))
+    first = [record if isinstance(record, str) else dict.fromkeys(record) for record in head]
+    require_json_lines(path, first)
+    columns = tuple(dict.fromkeys(key for record in first if isinstance(record, dict) for key in record))
+    read = partial(read_json_lines, path)
+    draw = partial(_seek, path) if path.stat().st_size > SMALL else partial(draw_evenly, read)
+    return Table(path, name, "JSON lines", "line", columns, None, all_of(read), all_of(read), draw, folder, (path,))
+
+
+def _seek(path: Path, count: int) -> Rows:
+    """Yield lines that begin after evenly spread places of the file; their numbers are not known, and 0."""
+    size = path.stat().st_size
+    seen: set[int] = set()
+    with path.open("rb") as file:
+        for place in _places(size, count):
+            file.seek(place)
+            if place:
+                file.readline(LINE)
+            start = file.tell()
+            line = file.readline(LINE).strip()
+            if line and start not in seen:
+                seen.add(start)
+                yield 0, parse_line(line)
+
+
+def _places(size: int, count: int) -> Iterator[int]:
+    yield from (size * i // count for i in range(count))
