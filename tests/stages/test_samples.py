@@ -113,6 +113,8 @@ PREFIXES = {
     "looks.good(order)[:self.counts[side]]": "drawn by the same ranks",
     "[id for id in train if id not in shared][:self.counts[split.TRAIN]]": "drawn by the same ranks",
     "rank((row['sample_id'] for row in rows), dataset.manifest['seed'] or 0, 'shown')[:count]": "of ranks",
+    "end[:most]": "the last parts of a path",
+    "one[:most]": "the last parts of a path",
     "islice(kept, wanted)": "of rows that a table drew",
     "[0][:count]": "a table of one row",
     "records[:count]": "form of a file",
