@@ -14,7 +14,7 @@ from small_sets import look, write_signs
 
 from thinkimg.console import escape_controls
 from thinkimg.data.report.example import SIDE, make_example, make_thumbnail
-from thinkimg.data.report.lines import crop, example_lines, report_lines
+from thinkimg.data.report.lines import crop, example_lines, refused_lines, report_lines
 from thinkimg.data.report.sheet import Section, check_page, render_sheet
 from thinkimg.errors import UserError
 from thinkimg.images.settings import ImagesConfig, ViewLimits
@@ -167,3 +167,9 @@ def test_the_samples_of_a_look_have_pictures_where_they_are_asked_for(tmp_path):
     assert all(not picture.uri for report in look(root) for one in report.examples for picture in one.pictures)
     (report,) = look(root, pictures=True)
     assert len(render(*report.examples).find("img")) == 5
+
+
+@pytest.mark.parametrize(("refused", "stops"), [({}, False), ({"path": 1}, False), ({"path": 1, "syntax": 1}, True)])
+def test_rows_left_out_beyond_what_is_allowed_are_said_to_stop_prepare(refused, stops):
+    lines = list(refused_lines(refused, dict.fromkeys(refused, "x"), 20, 0.05))
+    assert any("would stop" in line for line in lines) == stops

@@ -61,7 +61,7 @@ def inspect(
         report = look()
         title, facts = (
             table_title(report),
-            table_facts(report, shell_command(add_pins(given, report.pins)) if report.pins else ""),
+            table_facts(report, shell_command(add_pins(given, report.pins)) if report.pins else "", data.max_refused),
         )
         for line in report_lines(title, facts, report.examples[:1]):
             say(line)

@@ -34,8 +34,11 @@ def table_title(report: TableReport) -> str:
     return f"{clean(report.name)}{more} ({report.format}, {rows}; {report.looked} looked at)"
 
 
-def table_facts(report: TableReport, command: str) -> Facts:
-    """Return what is known about a table, and the command that prepares it; its columns where it can't be read."""
+def table_facts(report: TableReport, command: str, allowed: float) -> Facts:
+    """Return what is known about a table, and the command that prepares it; its columns where it can't be read.
+
+    allowed: `data.max_refused`, the share of rows that may be left out.
+    """
     columns = [clean(name, 60) for name in report.columns[:MAX_COLUMNS]]
     more = f" and {len(report.columns) - MAX_COLUMNS} more" if len(report.columns) > MAX_COLUMNS else ""
     facts: Facts = [("columns", [", ".join(columns) + more])]
@@ -49,7 +52,7 @@ def table_facts(report: TableReport, command: str) -> Facts:
         ("answers", [count_text(report.types)]),
         ("asks", list(_oddity_lines(report.oddities, Level.ASK))),
         ("stands out", list(_oddity_lines(report.oddities, Level.WARN))),
-        ("left out", list(refused_lines(report.refused, report.details, report.looked))),
+        ("left out", list(refused_lines(report.refused, report.details, report.looked, allowed))),
         ("reproduce", escape_controls(command).split("\n") if report.types else []),
     ]
     return [(label, lines) for label, lines in facts if lines]
@@ -123,14 +126,21 @@ def summary_facts(summary: Summary) -> Facts:
     return [(label, lines) for label, lines in facts if lines]
 
 
-def refused_lines(refused: Mapping[str, int], details: Mapping[str, str], rows: int) -> Iterator[str]:
-    """Yield the number of rows that are left out; below it, that of each reason with its first row."""
+def refused_lines(
+    refused: Mapping[str, int], details: Mapping[str, str], rows: int, allowed: float = 1.0
+) -> Iterator[str]:
+    """Yield the number of rows that are left out; below it, that of each reason with its first row.
+
+    allowed: share of the rows above which the data set is not prepared.
+    """
     if not refused:
         yield f"none of {rows:,} rows"
         return
     yield f"{sum(refused.values()):,} of {rows:,} rows"
     for reason, count in sorted(refused.items(), key=lambda entry: -entry[1]):
         yield f"{reason} {count:,}, such as {clean(details[reason])}"
+    if sum(refused.values()) > allowed * rows:
+        yield f"more than data.max_refused ({allowed:g}) allows: `prepare` would stop"
 
 
 def report_lines(title: str, facts: Facts, examples: Iterable[Example]) -> Iterator[str]:
