@@ -12,9 +12,9 @@ from thinkimg.store.artifacts import Store
 PRESET = """
 extends: tiny
 iterations: 3
-model: {tiny: {}, dtype: float32, adaptation: lora, lora_rank: 8, lora_alpha: 16}
+model: {tiny: null, path: BASE, dtype: float32, adaptation: lora, lora_rank: 8, lora_alpha: 16}
 data: {train: 8, held_out: 4}
-conversation: {max_turns: 2, max_turn_tokens: 16}
+conversation: {max_turns: 4, max_turn_tokens: 192, max_tokens: 2048}
 warmstart: {steps: 2, batch: 4, pairs: 0}
 image: {types: []}
 rollout: {samples: 2, group_size: 4}
@@ -26,8 +26,8 @@ where: {engine: {adapters: always, cpu_kvcache_gib: 1, max_num_seqs: 8}, trackin
 
 
 @pytest.mark.long
-def test_every_policy_is_served_as_its_own_adapter(tmp_path: Path):
-    (tmp_path / "lora.yaml").write_text(PRESET)
+def test_every_policy_is_served_as_its_own_adapter(tmp_path: Path, tiny_models: tuple[Path, Path]):
+    (tmp_path / "lora.yaml").write_text(PRESET.replace("BASE", str(tiny_models[0])))
     environment = os.environ | {"PREFECT_HOME": str(tmp_path / "prefect")}
     command = [sys.executable, "-m", "thinkimg", "run", "--preset", "lora.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
