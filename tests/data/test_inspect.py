@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, ask_locally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sets import look, picture, settings_of, write_lines, write_signs
@@ -205,14 +205,9 @@ def test_each_of_several_tables_is_shown_though_it_is_unclear_which_is_meant(tmp
 
 
 def test_of_the_hub_s_shards_one_is_fetched_for_a_look(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     server = HubServer()
     try:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        ask_locally(monkeypatch, server, tmp_path / "cache")
         monkeypatch.chdir(tmp_path)
         hub._resolve.cache_clear()
         files = {}

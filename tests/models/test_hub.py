@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, ask_locally
 from PIL import Image
 
 from thinkimg import hub
@@ -36,13 +36,8 @@ print(json.dumps([source.name, source.digest, [row.answers for row in source.row
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     started = HubServer()
-    monkeypatch.setattr(constants, "ENDPOINT", started.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", started.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    ask_locally(monkeypatch, started, tmp_path / "cache")
     hub._resolve.cache_clear()
     yield started
     started.close()

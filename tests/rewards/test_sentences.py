@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_engine import send_json
 from hypothesis import given
 from hypothesis import strategies as st
 from rewards_rows import failed, sample, trajectory
@@ -45,7 +46,7 @@ class Judge:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, {"object": "list", "data": []})
+                send_json(self, 200, {"object": "list", "data": []})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -54,21 +55,13 @@ class Judge:
                 judge.asked.append((body, data))
                 said = judge.script(data, len(judge.asked))
                 if isinstance(said, int):
-                    self.reply(said, {"error": {"message": "no luck"}})
+                    send_json(self, said, {"error": {"message": "no luck"}})
                     return
                 message = {"role": "assistant", "content": said}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                self.reply(
-                    200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                send_json(
+                    self, 200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
                 )
-
-            def reply(self, status, answer):
-                payload = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
 
             def log_message(self, *_):
                 pass

@@ -25,7 +25,7 @@ PROSE = re.compile(
     r"|(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer\s+is\b|(?:option|choice|letter)\b(?:\s+is\b)?))"
     r"\s*:?\s*(?=\S)"
 )
-"""What people put in front of the choice, in lower case: 'it is', 'option', 'the best choice is'."""
+"""Words that people put in front of the choice, in lower case: 'it is', 'option', 'the best choice is'."""
 ANY_CASE_PROSE = re.compile(PROSE.pattern, re.IGNORECASE)
 MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 READINGS = (str.strip, fold, normalise)

@@ -94,8 +94,8 @@ def choose_tables(names: Collection[str], card: Card, config: str | None, split:
     if config is not None:
         inside = [name for name in tables if name.startswith(f"{config}/")]
         if not inside:
-            known = sorted({*card.configs, *(name.split("/")[0] for name in tables if "/" in name)})
-            raise _missing("configuration", config, known, id, hint_name=None)
+            folders = sorted({*card.configs, *(name.split("/")[0] for name in tables if "/" in name)})
+            raise _missing("configuration", config, folders, id, hint_name=None)
         tables = inside
     by_split = group_by_split(tables)
     if not by_split:

@@ -41,7 +41,7 @@ class ImageReader:
     name: str | None = field(default=None)
     """Path or URL of the image; None where the row itself holds it."""
     origin: str = ""
-    """Where the image comes from, for people: "bytes", "base64", "file", "zip" or the URL's host."""
+    """Origin of the image, for people: "bytes", "base64", "file", "zip" or the URL's host."""
 
     def __call__(self) -> bytes:
         return self.read()
@@ -143,9 +143,9 @@ class ImageFiles:
                 continue  # the row is refused when it is read
 
     def _read(self, name: str, folder: Path | None) -> bytes:
-        place = self.places.find(name, folder)
+        picture = self.places.find(name, folder)
         try:
-            with place.open("rb") if isinstance(place, Path) else place.open() as file:
+            with picture.open("rb") if isinstance(picture, Path) else picture.open() as file:
                 data: bytes = file.read(self.limits.max_bytes + 1)  # enough for the decoder to refuse it
                 return data
         except DAMAGES as error:

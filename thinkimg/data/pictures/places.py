@@ -42,7 +42,8 @@ class Member:
         """Open the file for reading. Raises RowRefused where it is encrypted or damaged."""
         try:
             return self.opened.open(self.name)
-        except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:  # a password; a strange method
+        except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+            # zipfile raises these for a member with a password, and for a compression that Python has not.
             raise RowRefused(Reason.PATH, f"{short(self.name)} can't be unpacked: {short(str(error))}") from error
 
 
@@ -68,15 +69,15 @@ class PicturePlaces:
 
     def locate(self, name: str, folder: Path | None = None) -> Path:
         """Return the path of a regular file. Raises RowRefused (PATH) for any other name, also of one in an archive."""
-        place = self.find(name, folder)
-        if not isinstance(place, Path):
+        picture = self.find(name, folder)
+        if not isinstance(picture, Path):
             raise RowRefused(Reason.PATH, f"{short(name)} lies in an archive")
-        return place
+        return picture
 
     def find(self, name: str, folder: Path | None = None) -> Place:
         """Return the picture's place. folder: directory of its table. Raises RowRefused (PATH) where there is none."""
-        place, is_named = self._search(name, folder or self.root)
-        key = (str(place), "") if isinstance(place, Path) else (str(place.archive), place.name)
+        picture, is_named = self._search(name, folder or self.root)
+        key = (str(picture), "") if isinstance(picture, Path) else (str(picture.archive), picture.name)
         whole = str(PurePosixPath(folder or self.root, name))  # without "./"
         with self._lock:
             first = self._names.setdefault(key, whole)
@@ -86,9 +87,9 @@ class PicturePlaces:
             # By a part of its name a picture is found: another name with that part may mean another picture, and so
             # may this one, whichever came first.
             shown = (first if first != whole else other).removeprefix(f"{self.root}/")
-            detail = f"{short(name)} and {short(shown)} both lead to {short(place.name)}"
+            detail = f"{short(name)} and {short(shown)} both lead to {short(picture.name)}"
             raise RowRefused(Reason.PATH, f"{detail}: set data.images to the folder that has their directories")
-        return place
+        return picture
 
     def _search(self, name: str, folder: Path) -> tuple[Place, bool]:
         """Return a place, and True if the whole name leads there."""
@@ -217,8 +218,8 @@ def closest(candidates: Sequence[Parts], parts: Parts) -> list[Parts]:
     shares its last part alone, while both have directories, is no match.
     """
     end = parts[::-1]
-    place = bisect_left(candidates, end)
-    near = candidates[max(place - 1, 0) : place + 1]
+    index = bisect_left(candidates, end)
+    near = candidates[max(index - 1, 0) : index + 1]
     most = max((count_shared(one[::-1], parts) for one in near), default=0)
     if most == 0:
         return []

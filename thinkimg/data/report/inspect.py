@@ -189,8 +189,8 @@ class _Look:
             if host not in self.images.hosts:
                 raise RowRefused(Reason.URL, f"{host or short(reader.name)} is not among data.url_hosts")
             return replace(reader, origin=f"URLs of {host}")
-        place = self.images.places.find(content_of(value), table.folder)
-        return replace(reader, origin=self._describe(place, table))
+        picture = self.images.places.find(content_of(value), table.folder)
+        return replace(reader, origin=self._describe(picture, table))
 
     def _describe(self, place: Path | Member, table: Table) -> str:
         if isinstance(place, Member):

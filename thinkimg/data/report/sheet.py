@@ -62,7 +62,7 @@ class Section:
 
     heading: str
     facts: Facts
-    """What is known about all of its samples."""
+    """Facts about all of its samples."""
     examples: tuple[Example, ...]
 
 

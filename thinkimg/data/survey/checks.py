@@ -103,8 +103,8 @@ class Checker:
         if _are_lettered(row.choices):
             self._letters += 1
         if row.choices and not row.order and row.answers[0] in row.choices:
-            place = row.choices.index(row.answers[0])
-            self._places.setdefault(table_of(row.where), Counter())[place] += 1
+            index = row.choices.index(row.answers[0])
+            self._places.setdefault(table_of(row.where), Counter())[index] += 1
         question, answer = _digest([row.question, *keys], row.choices), _digest(row.answers, ())
         if keys and (earlier := self._asked.setdefault(question, answer)) is not answer:
             self._repeated += 1

@@ -22,7 +22,7 @@ SPOKEN = re.compile(
 CONCLUSION = re.compile(r"<CONCLUSION>([^<>]*)</CONCLUSION>\s*\Z")
 """End of LLaVA-CoT's answers."""
 MARK = "\n#### "
-"""What GSM8K puts before an answer, after its reasons."""
+"""Mark that GSM8K puts before an answer, after its reasons."""
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 ITEM = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*+)"|'((?:[^'\\]|\\.)*+)'|(-?\d[\d.,]*(?<![.,])))\s*""", re.DOTALL)
 """An element of a list in a text: quoted, or a number."""
