@@ -197,7 +197,7 @@ ROWS: dict[str, Row] = {
     "mini-o3": (
         "mini_o3",
         {"doc_id": "7", "images": ["V/data/7.jpg"], "problem": f"<image>\n{QUESTION}", "solution": " red "},
-        {**ASKED, "answer": "red", "images": ["V/data/7.jpg"], "id": "7"},
+        {**ASKED, "answer": "red", "images": ["V/data/7.jpg"]},
     ),
     "mini-o3 cold start": (
         "mini_o3",

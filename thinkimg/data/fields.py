@@ -37,7 +37,6 @@ class Fields:
     """Boxes that have to be looked at, four numbers each."""
     box_form: BoxForm | None = None
     """Convention of the boxes, where the data set states it."""
-    id: Any = None
     group: Any = None
     shuffle: bool = False
     """True where the right option always has the same place."""

@@ -59,7 +59,6 @@ def convert(record: Mapping[str, Any]) -> Fields:
         answer_type=AnswerType.CHOICE if choices else None,
         targets=read_boxes(record.get("target_instances"), "target_instances"),
         box_form="xyxy" if record.get("target_instances") is not None else None,
-        id=record.get("Question_id"),
         changes=("hint put before the question",) if isinstance(hint, str) and hint.strip() else (),
     )
 

@@ -41,7 +41,6 @@ def convert(record: Mapping[str, Any]) -> Fields:
         choices=record.get("choices") if is_choice else None,
         answer_type=AnswerType.CHOICE if is_choice else TYPES[record["answer_type"]],
         decimals=None if is_choice else _decimals(record),
-        id=record.get("pid"),
         changes=("unit put behind the question",) if has_unit else (),
     )
 

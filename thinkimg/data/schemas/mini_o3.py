@@ -25,7 +25,7 @@ def convert(record: Mapping[str, Any]) -> Fields:
     """Return the fields of a record; of a cold start, those of its question and its last answer."""
     require_schema(record, COLUMNS, fits)
     if record.get("conversations") is None:
-        return Fields(record.get("problem"), record.get("images"), record.get("solution"), id=record.get("doc_id"))
+        return Fields(record.get("problem"), record.get("images"), record.get("solution"))
     exchange = read_exchange(read_turns(record.get("conversations")))
     changes = ("question and last answer read from a conversation",)
     return Fields(exchange.question, images_of(exchange, record.get("images")), exchange.answer, changes=changes)

@@ -25,4 +25,4 @@ def convert(record: Mapping[str, Any]) -> Fields:
     require_schema(record, COLUMNS, fits)
     if record.get("is_video"):
         raise refuse("the record is a video")
-    return Fields(record.get("question"), record.get("image"), record.get("answer"), id=record.get("qid"))
+    return Fields(record.get("question"), record.get("image"), record.get("answer"))

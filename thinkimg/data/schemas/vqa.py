@@ -44,8 +44,7 @@ def convert(record: Mapping[str, Any]) -> Fields:
         answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in listed]
         kind = AnswerType.TEXT if has_values(record, (DOCUMENTS,)) else None
         kind = AnswerType.VOTES if len(answers) == ANNOTATORS else kind
-        number = first_of(record, "questionId", "question_id")
-        return Fields(question, image, answers or None, answer_type=kind, id=number)
+        return Fields(question, image, answers or None, answer_type=kind)
     if has_values(record, (GQA,)):
         if image is None:
             raise refuse("imageId names a picture of another table, which is not joined")
@@ -54,7 +53,6 @@ def convert(record: Mapping[str, Any]) -> Fields:
             image,
             record.get("answer"),
             answer_type=AnswerType.EXACT,
-            id=record.get("id"),
             group=record.get("imageId"),
         )
     question, answer = first_of(record, "query", "question"), first_of(record, "label", "answer")

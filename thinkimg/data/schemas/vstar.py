@@ -33,7 +33,6 @@ def convert(record: Mapping[str, Any]) -> Fields:
             record.get("image"),
             record.get("label"),
             answer_type=choice,
-            id=record.get("question_id"),
         )
     if len(options) < 2 or record.get("image") is None:
         raise refuse("there are no two options, or there is no picture beside the file")
