@@ -36,7 +36,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from workload import GEOMETRIES, IMAGE, PAD, Geometry, Pixels, enable_fast_attention, make_groups, make_policy
+from workload import (
+    GEOMETRIES,
+    IMAGE,
+    IMAGE_TOKEN,
+    PAD,
+    Geometry,
+    Pixels,
+    enable_fast_attention,
+    make_groups,
+    make_policy,
+)
 
 from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LossConfig
@@ -174,7 +184,7 @@ class Step:
 def useful_flops(geometry: Geometry, policy, groups) -> float:
     rows = [row for group in groups for row in group]
     names = [number for number, group in enumerate(groups) for _ in group]
-    units = share_groups(rows, names, IMAGE)
+    units = share_groups(rows, names, IMAGE_TOKEN)
     tokens = sum(count_unit_tokens(unit, rows) for unit in units)
     scored = sum(int(row.scored.sum()) for row in rows)
     pairs = 0
@@ -290,7 +300,7 @@ def counts(geometry: Geometry, groups) -> dict[str, int]:
     return {
         "padded": sum(max(len(row.tokens) for row in group) * len(group) for group in groups),
         "packed": sum(len(row.tokens) for row in rows),
-        "shared": sum(count_unit_tokens(unit, rows) for unit in share_groups(rows, names, IMAGE)),
+        "shared": sum(count_unit_tokens(unit, rows) for unit in share_groups(rows, names, IMAGE_TOKEN)),
         "scored": sum(int(row.scored.sum()) for row in rows),
         "images": len({key for row in rows for key in row.images}),
     }

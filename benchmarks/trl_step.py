@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from trl import import_utils
-from workload import BEGIN, END, IMAGE, TINY, make_groups
+from workload import BEGIN, END, IMAGE, PROCESSOR, TINY, make_groups
 
 import_utils.is_vllm_available = lambda *_, **__: False  # TRL would import vLLM, which nothing here calls
 
@@ -34,6 +34,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from thinkimg.grpo.advantages import group_advantages  # noqa: E402
 from thinkimg.images.decode import pixel_hash  # noqa: E402
+from thinkimg.images.settings import ViewLimits  # noqa: E402
 from thinkimg.models.settings import TinyModel  # noqa: E402
 from thinkimg.models.tiny import create_tiny  # noqa: E402
 from thinkimg.store.artifacts import Store  # noqa: E402
@@ -41,6 +42,7 @@ from thinkimg.store.image_table import encode_lossless, image_writer  # noqa: E4
 from thinkimg.store.manifest import Recipe  # noqa: E402
 from thinkimg.trainer.policy import match_language_linears  # noqa: E402
 
+LIMITS = ViewLimits(min_pixels=784, max_pixels=10**7)
 SIZE = 8
 RATE = 1e-5
 
@@ -188,7 +190,7 @@ def thinkimg(work: Workload, steps: int) -> Laps:
     for _ in range(steps):
         laps.on_step_begin()
         # As at the beginning of a job: no picture is decoded and no feature known.
-        with contextlib.closing(Patches([str(images.directory)], min_pixels=784, max_pixels=10**7)) as pixels:
+        with contextlib.closing(Patches([str(images.directory)], PROCESSOR, LIMITS)) as pixels:
             scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
             passes = Passes(policy, Ranks(), scorer, pixels, rows, TINY.budget, packed=True)
             Objective(loss, 4096, {}, {}, {}).accumulate(passes, batch, batch)

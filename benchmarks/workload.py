@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from thinkimg.images.patches import image_tokens
 from thinkimg.models.base import Base
+from thinkimg.models.family import load_family
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
-from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
 from thinkimg.trainer.forward.vision import batch_equal_chunks
 from thinkimg.trainer.policy import PolicyModel, keep_input_dtype, match_language_linears, train_only
 
 IMAGE, BEGIN, END, PAD = 3, 4, 5, 0  # ids of the pad of an image, what stands around it, and padding
+PROCESSOR = load_family("qwen2_5_vl").processor
+IMAGE_TOKEN = ImageToken(IMAGE, PROCESSOR.merge)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Writer:
 
     def image(self, key: str, shape: tuple[int, int]) -> "Writer":
         grid = (1, 2 * shape[0], 2 * shape[1])
-        self.text([BEGIN] + [IMAGE] * image_tokens(grid) + [END])
+        self.text([BEGIN] + [IMAGE] * IMAGE_TOKEN.count(grid) + [END])
         self.images.append(key)
         self.grids.append(grid)
         return self
@@ -179,7 +181,7 @@ class Writer:
 
 
 class Pixels:
-    """Image key -> patches (n, 1176) float32, made from the key; a stand-in for rows.Patches."""
+    """Image key -> patches (n, values) float32, made from the key; a stand-in for rows.Patches."""
 
     def __init__(self, rows):
         self.grids = {key: grid for row in rows for key, grid in zip(row.images, row.grids, strict=True)}
@@ -188,7 +190,9 @@ class Pixels:
     def __call__(self, key: str) -> np.ndarray:
         if key not in self.made:
             rng = np.random.default_rng([ord(c) for c in key])
-            self.made[key] = rng.standard_normal((int(np.prod(self.grids[key])), 1176), dtype=np.float32)
+            self.made[key] = rng.standard_normal(
+                (int(np.prod(self.grids[key])), PROCESSOR.patch_values), dtype=np.float32
+            )
         return self.made[key]
 
     def prepare(self, conversations, known=()) -> None: ...

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from thinkimg.analysis.explain import explain_reward, find_trajectory
 from thinkimg.config.load import load_config
+from thinkimg.records import Coordinates
 from thinkimg.store.artifacts import Store
 
 WIDTH, GAP, PADDING = 1680, 56, 22  # pixels; GitHub shows a README at half of that
@@ -59,7 +60,7 @@ class Column:
             self.y += int(size * 1.35)
         self.y += space
 
-    def picture(self, picture: Image.Image, frame: tuple[int, int, int, int] | None = None) -> None:
+    def picture(self, picture: Image.Image, frame: tuple[float, float, float, float] | None = None) -> None:
         """frame: x, y, width, height in pixels of the picture."""
         scale = self.width / max(picture.size)
         large = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.NEAREST)
@@ -97,8 +98,7 @@ def seen_images(store: Store, rollout: dict[str, Any]) -> list[Image.Image]:
 def draw_turns(canvas: Canvas, rollout: dict[str, Any], pictures: list[Image.Image]) -> int:
     """Draw question, turns and images of the tools side by side. Return the lower edge."""
     sizes = [describe_size(entry, picture) for entry, picture in zip(rollout["images"], pictures, strict=True)]
-    crops = [json.loads(turn["args"]) for turn in rollout["turns"] if turn["tool"] == "crop_image"]
-    frame = tuple(crops[0][edge] for edge in ("x", "y", "width", "height")) if crops else None
+    frame = find_crop(rollout, pictures[0])
 
     def question(column: Column) -> None:
         column.picture(pictures[0], frame)
@@ -132,6 +132,17 @@ def draw_turns(canvas: Canvas, rollout: dict[str, Any], pictures: list[Image.Ima
         if place:
             canvas.arrow(left - GAP // 2, 240)
     return bottom
+
+
+def find_crop(rollout: dict[str, Any], picture: Image.Image) -> tuple[float, float, float, float] | None:
+    """Return x, y, width, height of the first crop, in pixels of the picture that the model saw."""
+    crops = [json.loads(turn["args"]) for turn in rollout["turns"] if turn["tool"] == "crop_image"]
+    if not crops:
+        return None
+    wide, high = Coordinates(rollout["coordinates"]).extent(picture.size)
+    x, width = (crops[0][edge] * picture.width / wide for edge in ("x", "width"))
+    y, height = (crops[0][edge] * picture.height / high for edge in ("y", "height"))
+    return x, y, width, height
 
 
 def describe_size(entry: dict[str, Any], picture: Image.Image) -> str:

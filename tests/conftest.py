@@ -149,3 +149,14 @@ def engine(tiny_models, media_dir, tmp_path_factory):
     while survivors := [name for pid, name in zip(family, titles, strict=True) if title(pid)]:
         assert time.monotonic() < deadline, f"these outlived their parent: {survivors}"
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def family_engines(tmp_path_factory):
+    """A vLLM server for each family but the default, by name (served_families.py), with the first of two tiny models,
+    version "v0"; who loads other weights loads these again.
+    """
+    from served_families import serve
+
+    with serve(tmp_path_factory.mktemp("families")) as engines:
+        yield engines

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-SCHEMA_VERSION = 3  # raised with any change of a table; part of every fingerprint
+SCHEMA_VERSION = 4  # raised with any change of a table; part of every fingerprint
 PUZZLES = "puzzles"  # the source of the built-in puzzles, whose samples have no columns of a user's
+THOUSAND = 1000
 PATCH_1 = 14  # pixels of a patch side in version 1, which knew one family of models
 R = TypeVar("R", "Sample", "Trajectory")
 
@@ -64,6 +65,19 @@ class CallStatus(StrEnum):
     DUPLICATE = "duplicate"  # same pixels as an image that the conversation already holds
 
 
+class Coordinates(StrEnum):
+    """Unit in which the model writes positions on an image."""
+
+    PIXELS = "pixels"
+    """Pixels of the image as the model sees it."""
+    THOUSANDTHS = "thousandths"
+    """Thousandths of the image's width and height, as Qwen3-VL was trained on."""
+
+    def extent(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (width, height), in this unit, of an image that is seen at (width, height) pixels."""
+        return (THOUSAND, THOUSAND) if self is Coordinates.THOUSANDTHS else (size[0], size[1])
+
+
 @dataclass(frozen=True)
 class Sample:
     """One question about one or more images (content hashes into the `images` table)."""
@@ -100,7 +114,7 @@ class Sample:
 class Turn:
     """One turn of the model and what came back; the text is for people, the truth is in the tokens."""
 
-    text: str
+    text: str  # as it is parsed: after the thought that the chat template opened, where it opens one
     kind: TurnKind
     tool: str | None = None
     args: str | None = None  # canonical JSON
@@ -138,6 +152,12 @@ class Trajectory:
     error: str | None
     weights: str  # the weight versions that the engine reported, joined by ">" if they changed
     sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels at which each image was seen
+    coordinates: Coordinates = Coordinates.PIXELS  # unit of the positions that the model wrote
+
+    @property
+    def extents(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each image, in the row's coordinates."""
+        return tuple(map(self.coordinates.extent, self.sizes))
 
 
 def to_row(record: Sample | Turn | Trajectory) -> dict[str, Any]:
@@ -267,6 +287,7 @@ def trajectory_schema() -> pa.Schema:
             *_optional(text, "error"),
             *_required(text, "weights"),
             *_required(pa.list_(pa.list_(pa.int32(), 2)), "sizes"),
+            *_required(text, "coordinates"),
         ]
     )
 

@@ -4,7 +4,10 @@ import copy
 import re
 
 import pytest
+import torch
 from paths import REPOSITORY
+from transformers import Qwen3_5Config, Qwen3VLConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextModel
 
 from thinkimg.analysis import engine_memory, forecast
 from thinkimg.config.load import list_presets, load_config
@@ -86,6 +89,38 @@ def test_the_7b_and_its_cache_are_counted(geometries):
         load_config("balanced", ["where.engine.tensor_parallel_size=2"]), geometries["7B"], 80 * GIB
     )
     assert halves.weights == engine.weights // 2 and halves.per_token == engine.per_token // 2
+
+
+def test_heads_of_a_width_of_their_own_are_counted():
+    """As in Qwen3-VL-4B: 32 heads of 128 on a width of 2,560."""
+    text = {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    base = Qwen3VLConfig(text_config=text | {"head_dim": 128, "intermediate_size": 9728, "vocab_size": 151936})
+    engine = engine_memory.predict_engine(load_config("balanced"), base, 80 * GIB)
+    assert engine.per_token == 2 * 36 * 8 * 128 * 2 and engine.per_sequence == 0
+
+
+def test_recurrent_layers_keep_a_state_and_no_cache():
+    """As large as those that transformers keeps, but for the oldest token of the convolution's window."""
+    text = {
+        "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+        "vocab_size": 64, "intermediate_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+    base = Qwen3_5Config(text_config=text, vision_config=vision)
+    config = load_config("balanced", ["model.dtype=float32", "conversation.max_tokens=64"])
+    engine = engine_memory.predict_engine(config, base, 80 * GIB)
+    language = Qwen3_5TextModel(base.text_config).eval()
+    with torch.no_grad():
+        cache = language(input_ids=torch.arange(10)[None], use_cache=True).past_key_values
+    recurrent = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    attending = [layer for layer in cache.layers if not hasattr(layer, "recurrent_states")]
+    assert (len(recurrent), len(attending)) == (6, 2)
+    assert engine.per_token * 10 == sum(layer.keys.nbytes + layer.values.nbytes for layer in attending)
+    windows = [layer.conv_states[0][..., 1:] for layer in recurrent]
+    states = [layer.recurrent_states[0] for layer in recurrent]
+    assert engine.per_sequence == sum(x.numel() * x.itemsize for x in [*windows, *states])
+    assert engine.conversations == engine.cache // (engine.per_token * 64 + engine.per_sequence)
 
 
 def test_a_gpu_that_is_too_small_is_told_with_what_to_change(geometries):

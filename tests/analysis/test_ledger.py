@@ -14,7 +14,7 @@ from thinkimg.analysis.explain import explain_reward, find_trajectory
 from thinkimg.analysis.joined import open_scores, weighings
 from thinkimg.analysis.remix import compare_mixes, read_mixes
 from thinkimg.cli import main as cli
-from thinkimg.cli.tables import mix_lines
+from thinkimg.cli.tables import conversation_lines, mix_lines
 from thinkimg.config.load import load_config
 from thinkimg.console import console
 from thinkimg.errors import UserError
@@ -153,6 +153,7 @@ def test_a_story_tells_what_was_said_and_shown(made):
     made.policy()
     right, wrong, malformed, over, broke = (told(made, f"t0{i}") for i in range(SIZE))
     assert (right["question"], right["right_answer"], right["answer"]) == ("Which colour?", "red", "red")
+    assert right["coordinates"] == "pixels" and "\nTurns (coordinates are pixels)" in conversation_lines(right)
     assert [turn["tool"] for turn in right["turns"]] == ["crop_image", None]
     assert [(image["sha256"], image["width"], image["made_by_turn"]) for image in right["images"]] == [
         (SHA, 112, None), (CROP, 28, 0)

@@ -76,7 +76,7 @@ def test_every_so_many_iterations_and_both_ends_are_evaluated(every, expected):
         (["image.weights={embedding: 1, magic: 1}"], "'magic', which is no judge"),
         (
             ["conversation.protocol=json"],
-            "json is none of the protocols: it defines no PROTOCOL. Hint: There are qwen, think",
+            "json is none of the protocols: it defines no PROTOCOL. Hint: There are qwen, qwen_xml, think",
         ),
         (["conversation.protocol=thinc"], "There is no 'thinc' among the protocols"),
         (["rewards.number_tolerance=0.1"], "now called 'rewards.answer.number_tolerance'"),

@@ -133,8 +133,8 @@ def check_text(load, leaf: Leaf, text: str) -> bool:
         return False
     taken = [leaf.value(config) if isinstance(config, Config) else None for config in (by_flag, by_file)]
     exact = os.path.expanduser(text) if leaf.is_path else text
-    if leaf.name == "where.tracking.uri" and text.startswith("sqlite"):
-        exact = text.replace("~", os.environ["HOME"])
+    if leaf.name == "where.tracking.uri" and text.startswith(("sqlite", "~")):
+        exact = os.path.expanduser(text.replace("///~", f"///{os.environ['HOME']}"))
     chooses = f"{leaf.name}=" in "".join(leaf.base)
     if isinstance(by_flag, Config):
         assert taken[0] == (None if text == "null" and type(None) in find_kinds(leaf.kind) else exact), (

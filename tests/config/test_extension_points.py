@@ -27,6 +27,7 @@ from thinkimg.errors import UserError
 from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.decode import pixel_hash
+from thinkimg.models.settings import FAMILIES
 from thinkimg.registry import source_digest
 from thinkimg.rewards import judging
 from thinkimg.rewards.batch import Batch
@@ -105,6 +106,20 @@ class Args(ToolArgs):
 def apply(image, args):
     return image.resize((2 * image.width, 2 * image.height))
 '''
+MINE = '''"""A family of mine."""
+
+from thinkimg.families.qwen3_vl import Qwen3_VL
+from thinkimg.images.patches import ImageProcessor
+
+
+class Mine(Qwen3_VL):
+    model_types = ("mine_vl",)
+    hub_names = "mine-vl-"
+    processor = ImageProcessor(patch=10, merge=3, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+FAMILY = Mine()
+'''
 FILES = {
     "tools/magnify.py": MAGNIFY,
     "losses/reinforce.py": REINFORCE,
@@ -115,12 +130,13 @@ FILES = {
     "judges/redness.py": REDNESS,
     "judges/self.py": REDNESS,
     "schemas/rows.py": SCHEMA,
+    "families/mine.py": MINE,
     "losses/broken.py": "1 / 0",
     "losses/empty.py": '"""No loss."""',
     "losses/alien.py": "class Settings: pass",
 }
 KINDS = {"losses": LOSSES, "protocols": PROTOCOLS, "sources": SOURCES, "rules": RULES, "judges": JUDGES,
-         "schemas": SCHEMAS}  # fmt: skip
+         "schemas": SCHEMAS, "families": FAMILIES}  # fmt: skip
 LOSS, PROTOCOL, SOURCE, RULE, JUDGE = (
     f"users_own.{name}"
     for name in ("losses.reinforce", "protocols.brackets", "sources.colours", "rules.brevity", "judges.redness")
@@ -342,7 +358,8 @@ def test_a_registry_looks_in_its_own_package_only():
     for path in folder.rglob("*.py"):
         for kind, package in re.findall(r'= Registry\("(\w+)", "([\w.]+)"\)', path.read_text()):
             found[kind] = package
-            assert package.split(".")[1] == path.relative_to(folder).parts[0], path
+            home = "models" if kind == "families" else package.split(".")[1]  # a folder of its own, of the same layer
+            assert home == path.relative_to(folder).parts[0], path
             entries = folder.parent / package.replace(".", "/")
             assert ast.get_docstring(ast.parse((entries / "__init__.py").read_text())), f"{package} says nothing"
             assert len(ast.parse((entries / "__init__.py").read_text()).body) == 1, f"{package} holds more than entries"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-from chat_codecs import qwen_codec, tiny_codec, tiny_tokenizer
+from chat_codecs import qwen_codec, stock_codec, tiny_codec, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,17 +18,15 @@ from thinkimg.conversation.protocol import Answer, ToolCall, load_protocol
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.tokens import ROLES
 from thinkimg.images.decode import pixel_hash
-from thinkimg.images.patches import image_tokens
-from thinkimg.images.settings import ImagesConfig
+from thinkimg.images.settings import ViewLimits
 from thinkimg.images.toolbox import load_tools
-from thinkimg.images.view import count_patches
 from thinkimg.records import AnswerType, CallStatus, Role, Sample, StopReason, Trajectory, TurnKind
-from thinkimg.trainer.forward.packing import compute_mrope_positions
+from thinkimg.trainer.forward.packing import ImageToken, compute_mrope_positions
 from thinkimg.trainer.rows import build_conversation
 
-IMAGES = ImagesConfig(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
+LIMITS = ViewLimits(min_pixels=28 * 28, max_pixels=4 * 28 * 28)
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
-PICTURES = [make_picture(Image.fromarray(pixels), IMAGES) for pixels in PIXELS]  # 160 x 120, seen at 56 x 28
+PICTURES = [make_picture(Image.fromarray(pixels), LIMITS) for pixels in PIXELS]  # 160 x 120, seen at 56 x 28
 CROP = {"x": 0, "y": 0, "width": 28, "height": 28}
 
 
@@ -38,7 +36,7 @@ def make(images: int = 1, choices: tuple[str, ...] = (), codec=None, question: s
         "s", question, "a", AnswerType.TEXT, choices, tuple(shown.sha256 for shown in pictures), "test", "train"
     )
     config = ConversationConfig(**{"system": "s"} | settings)
-    spec = ConversationSpec(config, IMAGES, codec or tiny_codec())
+    spec = ConversationSpec(config, LIMITS, codec or tiny_codec())
     return Episode(sample, pictures, spec, policy="p", group_id="g", index=3)
 
 
@@ -55,14 +53,14 @@ def check(episode: Episode) -> None:
     stream, codec = episode.stream, episode.codec
     views = episode.view_images
     assert stream.ids.count(codec.image) == len(stream.images) == len(stream.grids) == len(views)
-    assert stream.grids == [count_patches(*view.size) for _, view in views]
+    assert stream.grids == [LIMITS.count_patches(view.size) for _, view in views]
     assert [uuid for uuid, _ in views] == [pixel_hash(view) for _, view in views]
     assert stream.images == [*episode.sample.images, *(turn.image for turn in episode.turns if turn.image)]
     assert set(episode.made_images) == set(stream.images) - set(episode.sample.images)
     assert all(pixel_hash(image) == sha256 for sha256, image in episode.made_images.items())
     expanded = stream.expanded()
     assert len(expanded) == stream.expanded_length
-    assert expanded.count(codec.image) == sum(map(image_tokens, stream.grids))
+    assert expanded.count(codec.image) == sum(LIMITS.count_tokens(view.size) for _, view in views)
     assert [i for i in expanded if i != codec.image] == [i for i in stream.ids if i != codec.image]
     stream.check(expanded)
     sampled = [i for i, role in zip(stream.ids, stream.roles, strict=True) if role is Role.SAMPLED]
@@ -85,12 +83,13 @@ def check_ended(episode: Episode) -> Trajectory:
     (row,) = table.to_pylist()
     back = records.from_row(Trajectory, row)
     assert back.tokens == trajectory.tokens and back.turns == trajectory.turns
-    packed = build_conversation(back, episode.codec.image)
+    token = ImageToken(episode.codec.image, LIMITS.merge)
+    packed = build_conversation(back, token)
     assert packed.tokens.dtype == np.int64 and packed.tokens.tolist() == episode.stream.expanded()
     assert packed.scored.dtype == bool and packed.scored.sum() == len(trajectory.logprobs) and not packed.scored[0]
     sampled = [i for i, role in zip(trajectory.tokens, trajectory.roles, strict=True) if ROLES[role] is Role.SAMPLED]
     assert packed.tokens[packed.scored].tolist() == sampled
-    assert compute_mrope_positions(packed.tokens, episode.codec.image, packed.grids).shape == (3, len(packed.tokens))
+    assert compute_mrope_positions(packed.tokens, token, packed.grids).shape == (3, len(packed.tokens))
     return trajectory
 
 
@@ -130,6 +129,11 @@ others = st.one_of(
 )
 
 
+def opened_codec():
+    """Of a model whose template opens a thought."""
+    return stock_codec("qwen3_5_think")
+
+
 @st.composite
 def scenes(draw) -> tuple[dict, list[str]]:
     """Settings, mostly generous, and turns, mostly calls in the protocol's form."""
@@ -138,7 +142,8 @@ def scenes(draw) -> tuple[dict, list[str]]:
         return draw(st.sampled_from([usual] * 2 * len(rare) + list(rare)))
 
     config = {
-        "protocol": mostly("think", "qwen"),
+        "protocol": mostly("think", "qwen", "qwen_xml"),
+        "codec": mostly(tiny_codec, opened_codec)(),
         "tools": mostly(None, (), ("crop_image", "get_image_info")),
         "max_turns": mostly(5, 1, 2),
         "max_images": mostly(5, 2, 3),
@@ -150,6 +155,8 @@ def scenes(draw) -> tuple[dict, list[str]]:
     protocol = load_protocol(config["protocol"])
 
     def written(call) -> str:  # without the checks of render_turn, so that NaN and the like are written, too
+        if config["protocol"] == "qwen_xml":
+            return protocol.render_thought("t") + protocol.render_call(*call)
         body = json.dumps({"name": call[0], protocol.args_key: call[1]})
         return protocol.render_thought("t") + protocol.open_call + body + protocol.close_call
 
@@ -160,15 +167,16 @@ def scenes(draw) -> tuple[dict, list[str]]:
 finishes = st.sampled_from(["stop", "length", "abort"])
 
 
-def encoded(text: str) -> tuple[list[int], str]:
-    return [*tiny_codec().encode(text), tiny_codec().end], "stop"
+def encoded(text: str, codec=None) -> tuple[list[int], str]:
+    codec = codec or tiny_codec()
+    return [*codec.encode(text), codec.end], "stop"
 
 
 @settings(deadline=None, max_examples=150)
 @given(scenes())
 def test_written_turns_always_lead_to_an_end(scene):
     config, texts = scene
-    turns = [*map(encoded, texts)] + [encoded("hm")] * config["max_turns"]
+    turns = [encoded(text, config["codec"]) for text in texts + ["hm"] * config["max_turns"]]
     trajectory = play(make(**config), turns)
     assert trajectory == play(make(**config), turns)
     assert (trajectory.stop is StopReason.FAILED) == (trajectory.turns == ())
@@ -178,10 +186,10 @@ def test_written_turns_always_lead_to_an_end(scene):
 @given(scenes(), st.lists(st.tuples(st.lists(st.integers(0, 400), min_size=1), finishes), max_size=4))
 def test_any_tokens_lead_to_an_end(scene, turns):
     config, _ = scene
-    play(make(**config), [*turns, *[encoded("hm")] * config["max_turns"]])
+    play(make(**config), [*turns, *[encoded("hm", config["codec"])] * config["max_turns"]])
 
 
-@pytest.mark.parametrize("protocol", ["think", "qwen"])
+@pytest.mark.parametrize("protocol", ["think", "qwen", "qwen_xml"])
 @pytest.mark.parametrize("codec", [tiny_codec, qwen_codec])
 def test_a_conversation_from_question_to_answer(protocol, codec):
     turns = [call("crop_image", protocol, **CROP), call("get_image_info", protocol), answer("b", protocol)]
@@ -197,7 +205,7 @@ def test_a_conversation_from_question_to_answer(protocol, codec):
     assert [turn.text for turn in trajectory.turns] == turns
     text = codec().decode(trajectory.tokens)
     picture_token = "<|vision_start|><|image_pad|><|vision_end|>"
-    opening, closing = ("<tool_response>\n", "\n</tool_response>") if protocol == "qwen" else ("", "")
+    opening, closing = ("", "") if protocol == "think" else ("<tool_response>\n", "\n</tool_response>")
     assert text == (
         "<|im_start|>system\ns<|im_end|>\n"
         f"<|im_start|>user\n{picture_token}Image 0: 56x28 pixels. Which?\nA. a\nB. b\n"

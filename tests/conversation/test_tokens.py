@@ -1,12 +1,28 @@
 """Codec and token stream: no text becomes a special token, prompts are the chat template's, mismatches are shown."""
 
+import copy
+
 import numpy as np
 import pytest
-from chat_codecs import QWEN_RANKS, UNMARKED, qwen_codec, qwen_tokenizer, tiny_codec, tiny_tokenizer
+from chat_codecs import (
+    QWEN_RANKS,
+    STOCK,
+    THINKING,
+    TRIMMING,
+    UNMARKED,
+    qwen_codec,
+    qwen_tokenizer,
+    stock_codec,
+    stock_template,
+    stock_tokenizer,
+    tiny_codec,
+    tiny_tokenizer,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from thinkimg.conversation.codec import Codec, banned_tokens
+from thinkimg.conversation.compare import REPLY, encode_comparison, render_instruction
 from thinkimg.conversation.protocol import IMAGE_PART, text_part
 from thinkimg.conversation.tokens import ImageSlot, TokenError, TokenMismatch, TokenStream
 from thinkimg.errors import UserError
@@ -19,7 +35,14 @@ fragments = st.one_of(
 )
 hostile = st.lists(fragments, max_size=8).map("".join)
 harmless = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(lambda value: "<|" not in value)
+templates = pytest.mark.parametrize("template", ["tiny", *STOCK, THINKING])
 contents = st.lists(st.one_of(st.just(IMAGE_PART), harmless.map(text_part)), max_size=5)
+
+
+def is_kept(template: str, content: str | list) -> bool:
+    """Tell whether a template leaves a content's white space as it is."""
+    text = content if isinstance(content, str) else "".join(part.get("text", "I") for part in content)
+    return template not in TRIMMING or text == text.strip()
 
 
 def specials(codec: Codec, ids: list[int]) -> list[int]:
@@ -49,26 +72,84 @@ def test_texts_cannot_add_special_tokens_to_prompt_or_observation(which, system,
     assert specials(codec, codec.observation(content)) == specials(codec, codec.observation(neutral))
 
 
-@settings(deadline=None)  # the first example loads a tokenizer
-@given(codecs, harmless, contents)
-@example((qwen_codec, qwen_tokenizer), "\n\n x", [text_part("\n"), IMAGE_PART, text_part(" \n"), text_part("\n\u0301")])
-def test_prompts_of_harmless_texts_equal_the_chat_templates(which, system, content):
-    codec, tokenizer = which[0](), which[1]()
+@templates
+@settings(deadline=None, max_examples=40)  # the first example loads a tokenizer
+@given(system=harmless, content=contents)
+@example(system="\n\n x", content=[text_part("\n"), IMAGE_PART, text_part(" \n"), text_part("\n\u0301")])
+@example(system="x", content=[IMAGE_PART, text_part(" \n"), text_part("\n\u0301")])
+def test_prompts_of_harmless_texts_equal_the_chat_templates(template, system, content):
+    codec, tokenizer = stock_codec(template), stock_tokenizer(template)
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": content}]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert codec.prompt(system, content) == expected
+    ids = codec.prompt(system, content)
+    if is_kept(template, system) and is_kept(template, content):
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:  # the template cuts what the codec keeps
+        cut = [{"role": message["role"], "content": f"\ue000{message['role']}"} for message in messages]
+        markup = tokenizer.apply_chat_template(cut, add_generation_prompt=True, tokenize=False)
+        inner = "".join(part.get("text", "<|vision_start|><|image_pad|><|vision_end|>") for part in content)
+        text = markup.replace("\ue000system", system).replace("\ue000user", inner)
+        assert codec.decode(ids) == tokenizer.decode(tokenizer.encode(text))
 
 
-@settings(deadline=None)  # the first example loads a tokenizer
-@given(codecs, contents)
-def test_an_observation_continues_the_chat_template(which, content):
-    codec, tokenizer = which[0](), which[1]()
-    first, turn = [IMAGE_PART, text_part("q")], "<think>t</think>"
+@templates
+@settings(deadline=None, max_examples=30)  # the first example loads a tokenizer
+@given(content=contents)
+def test_an_observation_continues_the_chat_template(template, content):
+    codec, tokenizer = stock_codec(template), stock_tokenizer(template)
+    first, turn = [IMAGE_PART, text_part("q")], "<think>t</think>x"
     roles = [("system", "s"), ("user", first), ("assistant", turn), ("user", content)]
     messages = [{"role": role, "content": value} for role, value in roles]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    ids = codec.prompt("s", first) + codec.encode(turn) + [codec.end] + codec.observation(content)
-    assert ids == expected
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids = [*codec.encode("x"), codec.end, *codec.observation(content)]
+    if is_kept(template, content):
+        assert expected[-len(ids) :] == ids
+    if template not in TRIMMING and not codec.opening:  # that also drop thoughts, or open them
+        assert codec.prompt("s", first) + codec.encode("<think>t</think>") + ids == expected
+
+
+OPENED, EMPTY = "<think>\n", "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("template, opening, openings", [
+    ("tiny", "", {False: ""}),
+    ("qwen2_5_vl", "", {False: ""}),
+    ("qwen3_vl", "", {False: ""}),
+    (THINKING, OPENED, {True: OPENED}),
+    ("qwen3_5_think", OPENED, {True: OPENED, False: EMPTY}),
+    ("qwen3_5_nothink", EMPTY, {True: OPENED, False: EMPTY}),
+    ("qwen3_6", OPENED, {True: OPENED, False: EMPTY}),
+    ("qwen3_8", OPENED, {True: OPENED, False: EMPTY}),
+])  # fmt: skip
+def test_a_reply_opens_as_the_chat_template_says(template, opening, openings):
+    assert stock_codec(template).opening == opening
+    messages = [{"role": "user", "content": "q"}]
+    for thinking in (None, True, False):
+        if thinking is not None and thinking not in openings:
+            with pytest.raises(UserError, match=f"thinking is {str(thinking).lower()}.*no switch.*null"):
+                stock_codec(template, thinking)
+            continue
+        codec = stock_codec(template, thinking)
+        assert codec.opening == (opening if thinking is None else openings[thinking])
+        assert codec.turn_start == (OPENED if codec.opening == OPENED else "")
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        markup = stock_tokenizer(template).apply_chat_template(messages, tokenize=False, **switch)
+        prompt = f"{markup}<|im_start|>assistant\n{codec.opening}"
+        assert codec.prompt("", [text_part("q")]) == stock_tokenizer(template).encode(prompt)
+        assert codec.decode(codec.observation([text_part("o")])).endswith("<|im_start|>assistant\n" + codec.opening)
+
+
+@templates
+def test_a_comparison_is_rated_without_a_thought_whatever_the_template_opens(template):
+    tokenizer = stock_tokenizer(template)
+    own = {True: "<think>\n\n</think>\n\n", False: ""}[stock_codec(template).opening != ""]
+    content = [IMAGE_PART, IMAGE_PART, text_part(render_instruction("q?"))]
+    messages = [{"role": "user", "content": content}]
+    markup = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    expected = markup.removesuffix(OPENED if template == THINKING else own) + own + REPLY
+    assert encode_comparison(stock_codec(template), "q?") == tokenizer.encode(expected)
+    if template in TRIMMING:
+        for thinking in (True, False):
+            assert encode_comparison(stock_codec(template, thinking), "q?") == tokenizer.encode(expected)
 
 
 def test_the_shared_tokenizer_cannot_switch_the_codec():
@@ -100,9 +181,22 @@ def test_another_tokenizer_is_refused():
         Codec(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
 
 
+@pytest.mark.parametrize("template, said", [
+    (None, "can't be rendered"),
+    ("{{ raise_exception('no') }}", "can't be rendered: no"),
+    ("{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}", "another form"),
+    (stock_template("qwen2_5_vl").replace("<|image_pad|>", "<|video_pad|>"), "another form"),
+])  # fmt: skip
+def test_another_chat_template_is_refused(template, said):
+    tokenizer = copy.copy(qwen_tokenizer())
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=said):
+        Codec(tokenizer)
+
+
 def stream() -> TokenStream:
     codec = tiny_codec()
-    slots = [ImageSlot("a", (1, 4, 4)), ImageSlot("b", (1, 2, 6))]
+    slots = [ImageSlot("a", (1, 4, 4), 4), ImageSlot("b", (1, 2, 6), 3)]
     return TokenStream(codec, codec.prompt("s", [IMAGE_PART, IMAGE_PART, text_part("q")]), slots)
 
 
@@ -157,7 +251,7 @@ def test_sampled_tokens_are_kept_as_they_came():
     tokens, codec = stream(), tiny_codec()
     spelled = [*codec.encode("a"), *codec.encode("n"), *codec.encode("s"), codec.end]  # not what encode("ans") gives
     tokens.append_sampled(spelled, [-0.5, -1.0, -1.5, 0.0])
-    tokens.append_observation(codec.observation([IMAGE_PART, text_part("seen")]), [ImageSlot("c", (1, 2, 2))])
+    tokens.append_observation(codec.observation([IMAGE_PART, text_part("seen")]), [ImageSlot("c", (1, 2, 2), 1)])
     sampled = [i for i, role in zip(tokens.ids, tokens.roles, strict=True) if role == "sampled"]
     assert sampled == spelled and codec.encode("ans") != spelled[:-1] and tokens.logprobs == [-0.5, -1.0, -1.5, 0.0]
     assert tokens.images == ["a", "b", "c"] and np.array(tokens.grids).shape == (3, 3)

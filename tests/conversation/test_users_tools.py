@@ -112,11 +112,11 @@ def configured(*tools: str):
 def play(*calls: tuple[str, dict], tools=OFFER):
     """(sample, pictures, trajectory) of scripted calls and an answer."""
     config = configured(*tools)
-    shown = make_picture(Image.fromarray(PIXELS), config.images)  # 448 x 224, seen at 308 x 140
+    shown = make_picture(Image.fromarray(PIXELS), config.view())  # 448 x 224, seen at 308 x 140
     sample = Sample("s", "q?", "a", AnswerType.TEXT, (), (shown.sha256,), "test", "train")
     limits = {"max_tokens": 9000, "max_turn_tokens": 500, "max_turns": 8, "max_images": 8}
     talk = config.conversation.model_copy(update={"system": None} | limits)
-    spec = ConversationSpec(talk, config.images, tiny_codec())
+    spec = ConversationSpec(talk, config.view(), tiny_codec())
     episode = Episode(sample, [shown], spec, policy="p", group_id="g", index=0)
     think = load_protocol("think")
     turns = [think.render_turn("t", ToolCall(*call)) for call in calls]

@@ -17,10 +17,10 @@ from thinkimg.data.report.example import SIDE, make_example, make_thumbnail
 from thinkimg.data.report.lines import crop, example_lines, refused_lines, report_lines
 from thinkimg.data.report.sheet import Section, check_page, render_sheet
 from thinkimg.errors import UserError
-from thinkimg.images.settings import ImagesConfig, ViewLimits
+from thinkimg.images.settings import ViewLimits
 from thinkimg.records import AnswerType, Sample
 
-VIEW = ViewLimits.of(ImagesConfig())
+VIEW = ViewLimits(min_pixels=56 * 56, max_pixels=1280 * 28 * 28)
 VOID = {"meta", "img"}
 
 

@@ -17,11 +17,12 @@ from thinkimg.conversation.protocol import PROTOCOLS
 from thinkimg.data.settings import SCHEMAS, SOURCES
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.toolbox import TOOLS
+from thinkimg.models.settings import FAMILIES
 from thinkimg.rewards.settings import JUDGES, RULES
 from thinkimg.store.kinds import IDENTITY, KINDS
 
 API = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
-REGISTRIES = (TOOLS, LOSSES, SOURCES, SCHEMAS, PROTOCOLS, RULES, JUDGES)
+REGISTRIES = (TOOLS, LOSSES, SOURCES, SCHEMAS, PROTOCOLS, RULES, JUDGES, FAMILIES)
 HEAVY = {"torch", "transformers", "vllm", "mlflow", "prefect", "numpy", "pyarrow", "pydantic", "PIL"}
 
 

@@ -12,6 +12,7 @@ import torch
 from paths import REPOSITORY, SUPPORT
 from PIL import Image
 from single_stage import build_stage
+from stock_forward import stock_logps
 
 from thinkimg import registry
 from thinkimg.config.load import load_config
@@ -20,16 +21,22 @@ from thinkimg.data.settings import SOURCES
 from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.toolbox import TOOLS, load_tools
+from thinkimg.models.family import find_family
+from thinkimg.models.settings import FAMILIES, ModelConfig
+from thinkimg.models.tiny import create_tiny
 from thinkimg.rewards.settings import JUDGES, RULES
 from thinkimg.stages.demonstrate import demonstrate
 from thinkimg.stages.prepare import prepare
 from thinkimg.stages.score import score
 from thinkimg.store.artifacts import Store
+from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
+from thinkimg.trainer.policy import load_model
 
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 COMMANDS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-REGISTRIES = (TOOLS, RULES, JUDGES, SOURCES, LOSSES, PROTOCOLS)
+REGISTRIES = (TOOLS, RULES, JUDGES, SOURCES, LOSSES, PROTOCOLS, FAMILIES)
 SMALL = [
     "model.tiny={vocab_size: 288, hidden_size: 32, layers: 1, heads: 1, vision_layers: 1, vision_hidden_size: 4, "
     "vision_heads: 1}",
@@ -96,7 +103,7 @@ def played(project):
 def test_the_page_has_a_file_of_about_twenty_lines_for_each_kind():
     modules = [name for name in FILES if name.endswith(".py")]
     assert [name.split("/")[1] for name in modules] == [
-        "tools", "rules", "rewards.py", "judges", "sources", "losses", "protocols",
+        "tools", "rules", "rewards.py", "judges", "sources", "losses", "protocols", "families",
     ]  # fmt: skip
     assert all(10 <= len(FILES[name].splitlines()) <= 32 for name in modules)
     for kind in REGISTRIES:
@@ -168,6 +175,22 @@ def test_the_loss_computes():
     assert out.loss.item() == pytest.approx(2 * (1 + 2 - 3) / 3)
     out.loss.backward()
     assert torch.allclose(logps.grad, torch.tensor([[-2.0, -2.0], [2.0, 0.0]]) / 3)
+
+
+def test_the_family_computes_what_its_models_do(tmp_path):
+    config = load_config("tiny", [*SMALL, *settings("family=qwen2_vl")])
+    assert config.family() is find_family("qwen2_vl") and config.talk().coordinates == "thousandths"
+    create_tiny(tmp_path, config.model.tiny, ["Why?"], seed=0)
+    model = load_model(tmp_path, ModelConfig(dtype="float32", adaptation="full"), "cpu")
+    token, grids = ImageToken.of(model.config), np.array([[1, 4, 6], [1, 2, 2]])
+    tokens = np.array([5, *[token.id] * 6, 7, token.id, 8, 9])
+    values = np.random.default_rng(0).standard_normal((24, config.family().processor.patch_values), dtype=np.float32)
+    pixels = {"a": values, "b": values[:4]}.__getitem__
+    row = Conversation(tokens, tokens > 7, ("a", "b"), grids)
+    row.scored[tokens == token.id] = False
+    with torch.no_grad():
+        logps, _ = Scorer(model, pixels, temperature=1.0, banned=(), features={})([row])
+        torch.testing.assert_close(logps, stock_logps(model, row, pixels), atol=1e-5, rtol=1e-5)
 
 
 def test_an_installed_entry_goes_by_its_short_name():

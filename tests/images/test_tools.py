@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from PIL import Image, ImageFilter
 
 from thinkimg.images.coordinates import Frame
 from thinkimg.images.decode import pixel_hash
+from thinkimg.images.settings import ViewLimits
 from thinkimg.images.tool import in_place
 from thinkimg.images.toolbox import load_tools, run_tool
 from thinkimg.images.view import view_size
+from thinkimg.records import Coordinates
 
 TOOLS = load_tools()
 ARGUMENTS = {
@@ -43,9 +46,13 @@ CALLS = {
 }
 
 
+FEW = ViewLimits(min_pixels=56 * 56, max_pixels=200 * 28 * 28)
+THOUSANDTHS = Coordinates.THOUSANDTHS
+
+
 def see(image):
     """A view of few pixels, so that full resolution is three to four times as fine."""
-    return view_size(*image.size, min_pixels=56 * 56, max_pixels=200 * 28 * 28)
+    return view_size(*image.size, FEW)
 
 
 def noise(width, height):
@@ -57,18 +64,18 @@ PHOTO = noise(1200, 900)
 SEEN = see(PHOTO)
 
 
-def call(name, images=PHOTO, view=see, **args):
-    return run_tool(name, args, images if isinstance(images, list) else [images], view)
+def call(name, images=PHOTO, view=see, unit=Coordinates.PIXELS, **args):
+    return run_tool(name, args, images if isinstance(images, list) else [images], view, coordinates=unit)
 
 
-def image_of(name, images=PHOTO, view=see, **args):
-    result = call(name, images, view, **args)
+def image_of(name, images=PHOTO, view=see, unit=Coordinates.PIXELS, **args):
+    result = call(name, images, view, unit, **args)
     assert result.error is None
     return result.image
 
 
-def error_of(name, images=PHOTO, view=see, **args):
-    error = call(name, images, view, **args).error
+def error_of(name, images=PHOTO, view=see, unit=Coordinates.PIXELS, **args):
+    error = call(name, images, view, unit, **args).error
     assert error and error.endswith(".") and "\n" not in error
     return error
 
@@ -128,10 +135,20 @@ def test_the_image_argument_names_earlier_images():
         assert '"original"' in error_of("get_image_info", images, image=wrong)
 
 
-def test_info_states_both_sizes():
-    result = call("get_image_info")
-    assert f"{SEEN[0]}x{SEEN[1]}" in result.text and "1200x900" in result.text
+@pytest.mark.parametrize("unit", Coordinates)
+def test_info_states_both_sizes_in_pixels_and_the_coordinates_where_they_are_others(unit):
+    result = call("get_image_info", unit=unit)
+    sizes = f"The image is {SEEN[0]}x{SEEN[1]} pixels as you see it and 1200x900 pixels at full resolution."
+    further = " But coordinates are thousandths of the image's width and height, from 0 to 1000."
+    assert result.text == sizes + (further if unit is THOUSANDTHS else "")
     assert result.image is None and result.error is None
+
+
+def test_no_description_names_a_unit_of_positions():
+    """Pixels are those of a size or a length, which are pixels in either unit."""
+    speak_pixels = {name for name, tool in TOOLS.items() if "pixel" in tool.description + tool.signature()}
+    assert speak_pixels == {"apply_blur", "resize_image"}
+    assert not any("thousandth" in tool.description + tool.signature() for tool in TOOLS.values())
 
 
 # ---- the region that a tool states
@@ -139,15 +156,17 @@ def test_info_states_both_sizes():
 
 @st.composite
 def scenes(draw, *names):
-    """(name, arguments, size, view): a call of one of the tools that shows something, in any proportions."""
-    size, view = (draw(st.tuples(*[st.integers(60, 300)] * 2)) for _ in range(2))
-    x, y = draw(st.integers(0, view[0] - 30)), draw(st.integers(0, view[1] - 30))
+    """(name, arguments, frame): a call of one of the tools that shows something, in any proportions and either unit."""
+    size, seen = (draw(st.tuples(*[st.integers(60, 300)] * 2)) for _ in range(2))
+    frame = Frame(size, seen, draw(st.sampled_from(Coordinates)))
+    view, least = frame.view, 30 if frame.coordinates is Coordinates.PIXELS else 500
+    x, y = draw(st.integers(0, view[0] - least)), draw(st.integers(0, view[1] - least))
     arguments = {
         "crop_image": {
             "x": x,
             "y": y,
-            "width": draw(st.integers(30, view[0] - x)),
-            "height": draw(st.integers(30, view[1] - y)),
+            "width": draw(st.integers(least, view[0] - x)),
+            "height": draw(st.integers(least, view[1] - y)),
         },
         "zoom_image": {
             "factor": draw(st.floats(1, 4)),
@@ -168,16 +187,21 @@ def scenes(draw, *names):
         },
     }
     name = draw(st.sampled_from(names or sorted(arguments)))
-    return name, arguments[name], size, view
+    return name, arguments[name], frame
+
+
+def run_in(frame, name, args, image):
+    """The image of a call, as a model sees its source at the frame's size and writes in its unit."""
+    return run_tool(name, args, [image], lambda _: frame.seen, coordinates=frame.coordinates).image
 
 
 @given(scenes(), st.tuples(*[st.floats(0.25, 0.75)] * 2))
 @settings(max_examples=400, deadline=None)
 def test_what_lies_in_the_region_is_seen_at_its_place_in_the_result(scene, place):
     """A bright spot in the region of a grey image: its position in the result follows from the region alone."""
-    name, args, size, view = scene
-    tool, frame = TOOLS[name], Frame(size, view)
-    region = tool.region(tool.Args(**args), view)
+    name, args, frame = scene
+    tool, size = TOOLS[name], frame.full
+    region = tool.region(tool.Args(**args), frame.view)
     if region is None:
         assert name in ("rotate_image", "flip_image")
         return
@@ -188,7 +212,7 @@ def test_what_lies_in_the_region_is_seen_at_its_place_in_the_result(scene, place
     high = np.maximum(low + 2, np.round(low + 0.2 * sides).astype(int))
     image = Image.new("RGB", size, (60, 60, 60))
     image.paste((200, 200, 200), (*low.tolist(), *high.tolist()))
-    result = run_tool(name, args, [image], lambda _: view, TOOLS).image
+    result = run_in(frame, name, args, image)
     seen = np.asarray(result.convert("L"), dtype=float)
     spot = seen > (seen.max() + np.median(seen)) / 2
     found = np.array([np.nonzero(spot)[1].mean(), np.nonzero(spot)[0].mean()]) + 0.5
@@ -199,23 +223,24 @@ def test_what_lies_in_the_region_is_seen_at_its_place_in_the_result(scene, place
 
 @given(scenes("crop_image"))
 def test_a_crop_is_its_region_pixel_by_pixel(scene):
-    _, args, size, view = scene
-    image, tool = noise(*size), TOOLS["crop_image"]
-    box = Frame(size, view).box_to_full(tool.region(tool.Args(**args), view))
-    assert same(run_tool("crop_image", args, [image], lambda _: view).image, image.crop(box))
+    _, args, frame = scene
+    image, tool = noise(*frame.full), TOOLS["crop_image"]
+    box = frame.box_to_full(tool.region(tool.Args(**args), frame.view))
+    assert same(run_in(frame, "crop_image", args, image), image.crop(box))
 
 
 @given(scenes("zoom_image"))
 def test_a_zoom_is_its_region_resized(scene):
-    _, args, size, view = scene
-    frame, tool = Frame(size, view), TOOLS["zoom_image"]
-    left, top, right, bottom = tool.region(tool.Args(**args), view)
+    _, args, frame = scene
+    size, tool = frame.full, TOOLS["zoom_image"]
+    left, top, right, bottom = tool.region(tool.Args(**args), frame.view)
     ramp_W, ramp_H = (np.linspace(0, 255, side) for side in size)
     pixels = np.stack(np.broadcast_arrays(ramp_W[None, :], ramp_H[:, None], 128.0), -1).astype(np.uint8)
     image = Image.fromarray(pixels)
     box = (*frame.to_full(left, top), *np.minimum(frame.to_full(right, bottom), size))
-    expected = image.resize(view, Image.Resampling.BICUBIC, box=box)
-    zoomed = run_tool("zoom_image", args, [image], lambda _: view).image
+    expected = image.resize(frame.seen, Image.Resampling.BICUBIC, box=box)
+    zoomed = run_in(frame, "zoom_image", args, image)
+    assert zoomed.size == frame.seen, "as large as the model sees the image, whatever the unit"
     assert np.abs(np.asarray(zoomed, dtype=int) - np.asarray(expected, dtype=int)).max() <= 8  # at the cut's edge
 
 
@@ -231,13 +256,15 @@ def test_every_tool_that_gives_an_image_states_its_region():
 # ---- pixels of single tools
 
 
-@given(st.data())
-def test_a_crop_is_the_full_resolution_region(data):
-    x, y = data.draw(st.integers(0, SEEN[0] - 1)), data.draw(st.integers(0, SEEN[1] - 1))
-    width, height = data.draw(st.integers(1, SEEN[0] - x)), data.draw(st.integers(1, SEEN[1] - y))
-    result = call("crop_image", x=x, y=y, width=width, height=height)
-    left, right = x * 1200 // SEEN[0], math.ceil((x + width) * 1200 / SEEN[0])
-    top, bottom = y * 900 // SEEN[1], math.ceil((y + height) * 900 / SEEN[1])
+@given(st.data(), st.sampled_from(Coordinates))
+def test_a_crop_is_the_full_resolution_region(data, unit):
+    wide, high = unit.extent(SEEN)
+    x, y = data.draw(st.integers(0, wide - 1)), data.draw(st.integers(0, high - 1))
+    width, height = data.draw(st.integers(1, wide - x)), data.draw(st.integers(1, high - y))
+    result = call("crop_image", unit=unit, x=x, y=y, width=width, height=height)
+    left, right = Fraction(x * 1200, wide), Fraction((x + width) * 1200, wide)
+    top, bottom = Fraction(y * 900, high), Fraction((y + height) * 900, high)
+    left, top, right, bottom = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
     if max(right - left, bottom - top) > 200 * min(right - left, bottom - top):
         assert "200 times" in result.error
     else:
@@ -258,6 +285,18 @@ def test_crop_states_the_size_that_the_model_sees():
         error = error_of("crop_image", **dict(zip(("x", "y", "width", "height"), box, strict=True)))
         assert f"{SEEN[0]}x{SEEN[1]} pixels" in error
     assert same(image_of("crop_image", x=0, y=0, width=SEEN[0], height=SEEN[1]), PHOTO)
+
+
+def test_crop_states_the_limit_of_thousandths():
+    for box in ((0, 0, 1001, 5), (1000, 0, 1, 1), (0, 999, 5, 2), (10**8, 0, 1, 1), (600, 700, 600, 100)):
+        error = error_of("crop_image", unit=THOUSANDTHS, **dict(zip(("x", "y", "width", "height"), box, strict=True)))
+        assert error == (
+            f"crop_image: the rectangle ends at x={box[0] + box[2]}, y={box[1] + box[3]}, but coordinates are "
+            "thousandths of the image's width and height, from 0 to 1000."
+        )
+    whole = {"x": 0, "y": 0, "width": 1000, "height": 1000}
+    for size in ((1200, 900), (7, 1), (333, 1001), (40, 2001)):
+        assert same(image_of("crop_image", noise(*size), unit=THOUSANDTHS, **whole), noise(*size))
 
 
 def test_crop_refuses_what_the_model_cannot_take():
@@ -288,6 +327,12 @@ def test_zoom_stays_inside(corner):
 def test_zoom_outside_states_the_size():
     assert f"{SEEN[0]}x{SEEN[1]}" in error_of("zoom_image", factor=2, center_x=SEEN[0] + 1, center_y=0)
     assert "at least 1" in error_of("zoom_image", factor=0.5, center_x=0, center_y=0)
+    for center in ((1000.5, 0), (0, 1001), (SEEN[0], 5000)):
+        error = error_of("zoom_image", unit=THOUSANDTHS, factor=2, center_x=center[0], center_y=center[1])
+        assert f"x={center[0]:g}, y={center[1]:g}" in error
+        assert "thousandths of the image's width and height, from 0 to 1000" in error
+    corner = image_of("zoom_image", unit=THOUSANDTHS, factor=2, center_x=1000, center_y=1000)
+    assert same(corner, PHOTO.crop((600, 450, 1200, 900)).resize(SEEN, Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize("angle, method", [(90, 2), (180, 3), (270, 4), (-90, 4), (-180, 3), (-270, 2)])
@@ -344,7 +389,7 @@ def test_a_dark_scene_becomes_visible():
 def test_blur_is_measured_in_view_pixels():
     scale = 1200 / SEEN[0], 900 / SEEN[1]
     expected = PHOTO.filter(ImageFilter.GaussianBlur((3 * scale[0], 3 * scale[1])))
-    assert same(image_of("apply_blur", radius=3), expected)
+    assert all(same(image_of("apply_blur", unit=unit, radius=3), expected) for unit in Coordinates)
     assert same(image_of("apply_blur", radius=0), PHOTO)
     dot = Image.new("RGB", (301, 301))
     dot.paste((255, 255, 255), (140, 140, 161, 161))
@@ -387,7 +432,7 @@ def test_resize_keeps_proportions_unless_told_otherwise(width, height):
 
 def test_no_result_has_a_view_that_a_second_preprocessing_refuses():
     def see_large(image):
-        return view_size(*image.size, min_pixels=56 * 56, max_pixels=1280 * 28 * 28)
+        return view_size(*image.size, ViewLimits(min_pixels=56 * 56, max_pixels=1280 * 28 * 28))
 
     strip = Image.new("RGB", (41, 8200))
     assert see_large(strip) == (28, 8204)
@@ -479,10 +524,15 @@ def calls(draw):
 IMAGES = [noise(60, 45), noise(1, 1), noise(3, 600), noise(45, 60)]
 
 
-@given(calls() | st.tuples(json_values, json_values), st.sampled_from([None, (), ("flip_image",)]))
+@given(
+    calls() | st.tuples(json_values, json_values),
+    st.sampled_from([None, (), ("flip_image",)]),
+    st.sampled_from(Coordinates),
+)
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_run_never_raises(name_and_args, offered):
-    result = run_tool(*name_and_args, IMAGES, see, load_tools(offered if len(repr(name_and_args)) % 3 == 0 else None))
+def test_run_never_raises(name_and_args, offered, unit):
+    tools = load_tools(offered if len(repr(name_and_args)) % 3 == 0 else None)
+    result = run_tool(*name_and_args, IMAGES, see, tools, unit)
     assert [result.image is not None, bool(result.text), result.error is not None].count(True) == 1
     assert 0 <= result.source < len(IMAGES)
     if result.error is not None:

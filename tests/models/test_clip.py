@@ -12,6 +12,7 @@ from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.models import clip
+from thinkimg.puzzles.geometry import Geometry
 from thinkimg.puzzles.scenes import Family, make_puzzle, photographs
 from thinkimg.resources import Resources
 from thinkimg.rewards.context import JudgeContext
@@ -144,7 +145,7 @@ def test_the_small_ones_questions_fit_into_its_context(trained):
     encoder = clip.load_encoder(*clip.locate_clip(EmbeddingSettings(model="warmstart", pretrained=None), trained))
     names = sorted(photographs())[:3]
     for number in range(64):
-        question = make_puzzle(list(Family), names, number, seed=1).question
+        question = make_puzzle(list(Family), names, number, seed=1, geometry=Geometry(28)).question
         assert encoder.split_text(question) == [question]
 
 

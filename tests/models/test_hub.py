@@ -22,7 +22,7 @@ from thinkimg.models.settings import ModelConfig
 from thinkimg.pipeline import outside_inputs
 
 MODEL, CLIP, DATA = "someone/a-model", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "someone/a-set"
-CONFIG = {"config.json": b"{}", "model.safetensors": b"weights"}
+CONFIG = {"config.json": b'{"model_type": "qwen2_5_vl"}', "model.safetensors": b"weights"}
 READ_DATA = """
 import json, sys
 from thinkimg.config.load import load_config

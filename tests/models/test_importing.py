@@ -26,10 +26,11 @@ def clip():
     load_encoder("RN50", "nowhere")
 
 def tiny():
+    from thinkimg.models.family import load_family
     from thinkimg.models.settings import TinyModel
-    from thinkimg.models.tiny import make_config
     names = ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    make_config(TinyModel(), {name: number for number, name in enumerate(names)})
+    tiny = TinyModel()
+    load_family(tiny.family).make_config(tiny, {name: number for number, name in enumerate(names)})
 
 def merged():
     from pathlib import Path

@@ -83,7 +83,7 @@ class Started(BaseException):
 
 def start_engine(kind: str, place: Path) -> None:
     (place / "model").mkdir()
-    (place / "model" / "config.json").write_text("{}")
+    (place / "model" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     Server(place / "model", log_path=place / "log", version="v", settings=ServerSettings(LIMITS), name=kind).start()
 
 
@@ -99,6 +99,7 @@ def start_prefect(place: Path) -> None:
 
 
 def serve(place: Path) -> None:
+    (place / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     policy = SimpleNamespace(is_full=True, model_directory=place)
     base = BaseSource(path="nowhere", revision=None, tiny=True)
     resources.exec_server(ServerSettings(LIMITS), base, policy, host="127.0.0.1", port=1)

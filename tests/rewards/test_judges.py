@@ -20,7 +20,7 @@ from thinkimg.engine.client import EngineClient
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
-from thinkimg.images.patches import extract_patches
+from thinkimg.models.family import load_family
 from thinkimg.resources import Resources
 from thinkimg.rewards import judging
 from thinkimg.rewards.context import JudgeContext
@@ -32,8 +32,9 @@ from thinkimg.stages.score import judge_pairs, judge_settings, name_ledger
 from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable, encode_lossless, image_writer
 from thinkimg.store.manifest import Recipe
-from thinkimg.trainer.forward.packing import compute_mrope_positions
+from thinkimg.trainer.forward.packing import ImageToken, compute_mrope_positions
 
+QWEN = load_family("qwen2_5_vl")
 QUESTIONS = ("Which way do the stripes run?", "The scene is too dark. Which letter is it?")
 
 
@@ -114,8 +115,8 @@ def reference(world: World, pair: Pair, *, swapped: bool) -> list[float]:
     with torch.no_grad():
         logits = model(
             input_ids=torch.from_numpy(tokens)[None], image_grid_thw=torch.from_numpy(grids),
-            pixel_values=torch.from_numpy(np.concatenate([extract_patches(one.view) for one in shown])),
-            position_ids=torch.from_numpy(compute_mrope_positions(tokens, codec.image, grids))[:, None],
+            pixel_values=torch.from_numpy(np.concatenate([QWEN.processor.extract_patches(one.view) for one in shown])),
+            position_ids=torch.from_numpy(compute_mrope_positions(tokens, ImageToken(codec.image, 2), grids))[:, None],
         ).logits[0, -1]  # fmt: skip
     return logits.log_softmax(-1)[compare.rating_tokens(codec)].tolist()
 

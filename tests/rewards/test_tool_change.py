@@ -41,7 +41,7 @@ def conversation(image, *calls):
     """Return (value, evidence) of a conversation that makes these calls, (tool, args) each, on the current image."""
     images, pictures, turns = Images(), [make_picture(image, VIEW)], []
     for tool, args in calls:
-        result = run_tool(tool, args, [shown.image for shown in pictures], partial(model_view_size, config=VIEW))
+        result = run_tool(tool, args, [shown.image for shown in pictures], partial(model_view_size, limits=VIEW))
         assert result.error is None, result.error
         made = make_picture(result.image, VIEW) if result.image else None
         twin = made and any(made.sha256 == shown.sha256 for shown in pictures)

@@ -11,10 +11,10 @@ from PIL import Image
 from single_stage import build_stage
 
 from thinkimg.config.load import load_config
-from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.episode import ConversationSpec, Episode
 from thinkimg.conversation.picture import make_picture
 from thinkimg.errors import UserError
+from thinkimg.images.decode import pixel_hash
 from thinkimg.models.askable import find_unaskable
 from thinkimg.records import AnswerType, Sample
 from thinkimg.stages.prepare import ask_settings, prepare
@@ -55,31 +55,34 @@ def test_every_third_question_is_too_long(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_needed_is_not_loaded_and_one_that_is_missing_is_a_sentence(tmp_path):
-    own = ["data.source=jsonl", "where.workers=2", f"model.path={tmp_path / 'nowhere'}", "data.max_refused=0.5"]
+    (model := tmp_path / "model").mkdir()
+    (model / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    own = ["data.source=jsonl", "where.workers=2", f"model.path={model}", "data.max_refused=0.5"]
     short = [*own, f"data.path={write(tmp_path, [f'Is it {i}?' for i in range(6)])}"]
     build_stage(prepare, load_config("development", short), Store(tmp_path / "store"))
     long = [*own, f"data.path={write(tmp_path, [words(i, 3000) for i in range(6)])}"]
-    with pytest.raises(UserError, match="the tokenizer of .*nowhere can't be loaded"):
+    with pytest.raises(UserError, match="the tokenizer of .*model can't be loaded"):
         build_stage(prepare, load_config("development", long), Store(tmp_path / "store"))
 
 
 def sample(question: str, images: int) -> Sample:
-    sha = make_picture(PICTURE, load_config("tiny").images).sha256
-    return Sample("s", question, ("a",), AnswerType.TEXT, (), (sha,) * images, "t", "train")
+    return Sample("s", question, ("a",), AnswerType.TEXT, (), (pixel_hash(PICTURE),) * images, "t", "train")
 
 
 @given(
     st.lists(st.sampled_from([*CORPUS, "12345", "<|im_end|>", "\n", "é", "  "]), max_size=60),
     st.integers(1, 5),
     st.integers(60, 400),
+    st.sampled_from(["qwen2_5_vl", "qwen3_vl", "qwen3_5"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_is_refused_is_what_a_conversation_refuses(tiny_models, texts, images, room):
-    config = load_config("tiny", [f"conversation.max_tokens={room}", "conversation.max_images=4"])
+def test_what_is_refused_is_what_a_conversation_refuses(tiny_models, texts, images, room, family):
+    limits = [f"conversation.max_tokens={room}", "conversation.max_images=4", f"model.tiny.family={family}"]
+    config = load_config("tiny", limits)
     asked = ask_settings(config).model_copy(update={"vocabulary": None, "start": str(tiny_models[0])})
     question = sample(" ".join(texts) or "?", images)
     reason = find_unaskable(asked, [question], {question.images[0]: PICTURE.size}).get("s")
-    spec = ConversationSpec(config.conversation, asked.images, Codec.load(tiny_models[0]))
+    spec = ConversationSpec.load(config.talk(), config.view(), tiny_models[0])
     pictures = [make_picture(PICTURE, asked.images)] * images
     episode = Episode(question, pictures, spec, policy="p", group_id="g", index=0)
     assert episode.error == reason

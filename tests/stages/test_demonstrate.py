@@ -14,7 +14,7 @@ from thinkimg.conversation import compare
 from thinkimg.conversation.codec import Codec
 from thinkimg.errors import UserError
 from thinkimg.puzzles.demonstrations import has_right_calls
-from thinkimg.records import StopReason, TurnKind
+from thinkimg.records import Coordinates, StopReason, TurnKind
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder
 from thinkimg.stages.demonstrate import demonstrate, locate_start
@@ -76,6 +76,24 @@ def test_demonstrations_are_wrong_as_often_as_the_flaws_say_and_their_answers_ar
     assert abs(kinds["guess"] / count - flaws.guess) < 0.1
     assert abs(kinds["wrong_call"] / count - flaws.wrong_call) < 0.1
     assert 0.1 < right_guesses / guesses < 0.4  # a quarter, by chance
+
+
+@pytest.mark.parametrize(("family", "protocol"), [
+    ("qwen3_vl", "qwen"), ("qwen3_5", "qwen_xml"), ("qwen2_5_vl", "qwen"),
+])  # fmt: skip
+def test_with_the_preset_every_family_has_demonstrations_in_its_own_form(tmp_path, family, protocol):
+    settings = [f"model.tiny.family={family}", "data.train=24", "data.held_out=8", "warmstart.pairs=2"]
+    config = load_config("tiny", [*settings, *(["conversation.protocol=qwen"] if family == "qwen2_5_vl" else [])])
+    dataset, scripted = demonstrations(config, Store(tmp_path))
+    samples, unit = {sample.sample_id: sample for sample in dataset.split("train")}, config.talk().unit
+    rows = list(scripted.trajectories())
+    assert config.talk().form == protocol and len(rows) == len(samples) == 24
+    right = [row for row in rows if has_right_calls(samples[row.sample_id], row)]
+    assert right and all(row.answer == samples[row.sample_id].answer for row in right)
+    assert all((turn.text.startswith("A quick look.")) is (row not in right) for row in rows for turn in row.turns[:-1])
+    assert {row.coordinates for row in rows} == {unit}
+    crops = [json.loads(turn.args) for row in rows for turn in row.turns if turn.tool == "crop_image"]
+    assert crops and {args["width"] for args in crops} == {250 if unit is Coordinates.THOUSANDTHS else 28}
 
 
 def test_without_tools_the_right_answer_is_demonstrated(tmp_path):

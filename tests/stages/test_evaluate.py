@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkimg.analysis.figures import binomial_error, estimate_accuracy
+from thinkimg.puzzles.geometry import Geometry
 from thinkimg.puzzles.scenes import Family, make_puzzle, photographs
 from thinkimg.records import AnswerType, CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
 from thinkimg.stages.evaluate import bootstrap_interval, describe_accuracy, judge_answers, summarise_evaluation
@@ -65,7 +66,7 @@ def solved(puzzle, answer: str) -> tuple[Sample, Trajectory]:
 
 
 def test_accuracy_is_broken_down_into_arguments_and_reading():
-    puzzles = [make_puzzle(list(Family), sorted(photographs())[:3], i, seed=3) for i in range(8)]
+    puzzles = [make_puzzle(list(Family), sorted(photographs())[:3], i, seed=3, geometry=Geometry(28)) for i in range(8)]
     pairs = [solved(puzzle, puzzle.answer) for puzzle in puzzles]
     wrong = next(choice for choice in puzzles[0].choices if choice != puzzles[0].answer)
     asked, row = pairs[0]

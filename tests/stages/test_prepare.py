@@ -5,6 +5,7 @@ same.
 import importlib
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -16,7 +17,9 @@ from single_stage import build_stage, recipe_of
 from thinkimg import records as schemas
 from thinkimg.config.load import load_config, validate
 from thinkimg.errors import UserError
+from thinkimg.families.qwen2_5_vl import Qwen2_5_VL as Family
 from thinkimg.images.decode import decode, pixel_hash
+from thinkimg.images.patches import ImageProcessor
 from thinkimg.stages import prepare as module
 from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
@@ -94,6 +97,19 @@ def test_the_recipe_follows_what_defines_the_puzzles_and_nothing_else(tmp_path):
     assert len({base, fingerprint(seed=1), fingerprint(train=1), fingerprint(puzzles={"families": ["dark"]})}) == 4
     with pytest.raises(UserError, match="belongs to source"):
         fingerprint(max_refused=0.5)
+
+
+@pytest.mark.parametrize("source", ["puzzles", "jsonl"])
+def test_the_puzzles_recipe_follows_the_side_of_the_models_tokens_and_not_its_limits_of_pixels(tmp_path, source):
+    def fingerprint(family, *overrides):
+        data = [] if source == "puzzles" else ["data.source=jsonl", f"data.path={tmp_path / 'x.jsonl'}"]
+        config = load_config("tiny", [f"model.tiny.family={family}", *data, *overrides])
+        return recipe_of(module.puzzles, config).fingerprint
+
+    base, larger = fingerprint("qwen2_5_vl"), fingerprint("qwen3_vl")
+    assert base != larger and fingerprint("qwen3_5") == larger
+    assert fingerprint("qwen2_5_vl", "images.max_pixels=12544") == base
+    assert fingerprint("qwen3_vl", "conversation.coordinates=pixels") == larger
 
 
 def test_a_users_images_are_stored_once_and_as_they_are_where_all_readers_agree(tmp_path):
@@ -283,9 +299,22 @@ def test_a_file_that_changes_after_its_digest_was_taken_is_told(tmp_path, monkey
     assert len(list(artifact.samples())) == 40
 
 
-def test_the_puzzles_are_refused_at_a_size_at_which_they_are_not_puzzles(tmp_path):
-    with pytest.raises(UserError, match="112"):
-        prepare(load_config("development"), Store(tmp_path))
+@pytest.mark.parametrize(("family", "size"), [("qwen2_5_vl", 112), ("qwen3_vl", 128), ("qwen3_5", 128)])
+@pytest.mark.parametrize("images", [{}, {"min_pixels": 784, "max_pixels": 9000}])
+def test_the_puzzles_are_refused_at_a_size_at_which_they_are_not_puzzles(tmp_path, family, size, images):
+    model = {"tiny": {"family": family}, "adaptation": "full"}
+    settings = validate({"model": model, "images": images, "data": {"train": 2, "held_out": 1}})
+    with pytest.raises(UserError, match=f"seen at {size} x {size} pixels") as error:
+        prepare(settings, Store(tmp_path))
+    limits = dict(re.findall(r"images\.(m\w+_pixels)=(\d+)", error.value.hint))
+    followed = settings.images.model_copy(update={name: int(value) for name, value in limits.items()})
+    assert prepare(settings.model_copy(update={"images": followed}), Store(tmp_path))[0].metrics["train"] == 2
+
+
+def test_the_puzzles_are_refused_for_tokens_that_are_too_small_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(Family, "processor", ImageProcessor(8, 2, (0.5,) * 3, (0.5,) * 3))
+    with pytest.raises(UserError, match="20 pixels or more; the model's have 16"):
+        prepare(load_config("tiny"), Store(tmp_path))
 
 
 def advice(tmp_path, caplog, answers, **data):

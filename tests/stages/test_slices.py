@@ -58,6 +58,7 @@ BASE = "the base model's digest, or its id and revision, is an input, and so is 
 CODE = "decides whether the model's own code may run, not what it does"
 WEIGHTS = "says how the weights were trained, whose digest is an input"
 SCRIPTS = "decides what is demonstrated, and the demonstrations' digest is an input"
+FAMILYS = "null is one of the other two, which counts"
 UNTRAINED = "without demonstrations no step is taken"
 EXCEPTIONS = {
     "prepare": {
@@ -70,15 +71,15 @@ EXCEPTIONS = {
     "warmstart": {"model.path": BASE, "model.revision": BASE, "model.trust_remote_code": CODE}
     | dict.fromkeys(("conversation.*", "warmstart.flaws.*", "warmstart.pairs", "warmstart.demonstrations"), SCRIPTS)
     | dict.fromkeys(("model.lora_rank", "model.lora_alpha"), "of an adapter, where it is in")
-    | {"train.gradient_checkpointing": "changes memory and time alone"},
+    | {"train.gradient_checkpointing": "changes memory and time alone", "model.dtype": FAMILYS},
     "rollout": {"model.path": BASE, "model.revision": BASE, "model.adaptation": BASE},
     "evaluate": {"model.path": BASE, "model.revision": BASE, "model.adaptation": BASE},
     "score": {"model.path": BASE, "model.revision": BASE, "model.trust_remote_code": CODE}
     | dict.fromkeys(("model.tiny.*", "model.lora_*", "model.adaptation", "model.train_vision"), WEIGHTS)
-    | {"image.only_if_right": "applied with the mix", "image.weights": "applied with the mix"},
+    | {"image.only_if_right": "applied with the mix", "image.weights": "applied with the mix", "model.dtype": FAMILYS},
     "train": {"model.path": BASE, "model.revision": BASE, "model.trust_remote_code": CODE}
     | dict.fromkeys(("model.lora_rank", "model.lora_alpha"), "of an adapter, where it is in")
-    | {"train.parity.*": "decides whether there is an output, not which"},
+    | {"train.parity.*": "decides whether there is an output, not which", "model.dtype": FAMILYS},
 }
 EXCEPTIONS["puzzles"] = {name: reason for name, reason in EXCEPTIONS["prepare"].items() if name.startswith("images")}
 WITHOUT_DEMONSTRATIONS = dict.fromkeys(
@@ -101,7 +102,7 @@ def values(base: str, folder: Path) -> dict[str, list[list[str]]]:
     script.write_text("")
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(exist_ok=True)
-    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     found = {
         "data.source": [["data.source=parquet", "data.path=x"]],
         "image.types": [["image.types=[self]"], ["image.types=[]", "mix={tool: 0.3, answer: 0.3}"]],
@@ -151,6 +152,7 @@ def own_code(tmp_path_factory):
         ("protocol", "conversation/protocols/think.py", ""),
         ("loss", "grpo/losses/grpo.py", "grpo"),
         ("source", "data/sources/jsonl.py", "jsonl"),
+        ("family", "families/qwen2_5_vl.py", ""),
     ):
         text = (shipped / path).read_text()
         (folder / f"{name}.py").write_text(text.replace(f'"{old}"', f'"own_code.{name}"') if old else text)
@@ -264,6 +266,7 @@ CONVERSING = {"demonstrate", "warmstart", "rollout", "evaluate"}
         (["conversation.tools=[own_code.flip]"], "own_code.flip", CONVERSING | {"score"}),
         (["conversation.protocol=own_code.protocol"], "own_code.protocol", CONVERSING),
         (["train.loss.loss_type=own_code.loss"], "own_code.loss", {"train"}),
+        (["model.tiny.family=own_code.family"], "own_code.family", {"demonstrate", "warmstart", "score", "train"}),
         (["rewards.rules=[own_code.rule]"], "own_code.rule", {"score"}),
         (["rewards.functions=[own_code.rule:brevity]"], "own_code.rule:brevity", {"score"}),
         (["image.types=[own_code.judge]", "image.weights={judge: 1}"], "own_code.judge", {"score"}),

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
+from chat_codecs import tiny_directory
 from disk import Crash
 from paths import REPOSITORY
 from single_stage import build_stage, recipe_of
@@ -32,7 +33,7 @@ from thinkimg.store.manifest import Recipe, Reference
 BASE = Reference("base", "ab" * 32)
 
 
-def make(store, kind, stage, inputs, config=None, **metrics):
+def make(store, kind, stage, inputs, config=None, *, tokenizer=False, **metrics):
     """An artifact with a file of its own, as a stage of that name would have made it."""
     recipe = Recipe(
         stage, 1, 1, {"name": repr(config), "model": {}} | (config or {}), {role: made for role, made in inputs.items()}
@@ -42,14 +43,15 @@ def make(store, kind, stage, inputs, config=None, **metrics):
         work.metrics |= metrics
         with work.part("policy" if kind == "policy" else "rows") as path:
             path.mkdir()
-            (path / "model").mkdir()
-            (path / "model" / "chat_template.jinja").write_text("{{ messages }} with tools")
+            if tokenizer:
+                shutil.copytree(tiny_directory(), path / "model")
+            (path / "model").mkdir(exist_ok=True)
             (path / "model" / "weights").write_text(recipe.fingerprint)
 
     return store.build(kind, recipe, produce)[0]
 
 
-def two_mixes(root):
+def two_mixes(root, *, tokenizer=False):
     """A data set, a first policy, and from its rollouts two mixes: of one two iterations, of the other one."""
     store = Store(root)
     data = make(store, "dataset", "prepare", {}, train=4)
@@ -68,7 +70,7 @@ def two_mixes(root):
         inputs = shared | {"rollouts": rollouts.reference, "scores": scores.reference}
         if iteration == 1:
             made["other"] = make(store, "policy", "train", inputs, {"mix": {"tool": 1.0}})
-        policy = make(store, "policy", "train", inputs, {"mix": {"answer": 1.0}})
+        policy = make(store, "policy", "train", inputs, {"mix": {"answer": 1.0}}, tokenizer=tokenizer)
         evaluation = make(store, "evaluation", "evaluate", {"policy": policy.reference, "dataset": data.reference})
         made |= {f"rollouts{iteration}": rollouts, f"scores{iteration}": scores, f"policy{iteration}": policy}
         made[f"evaluation{iteration}"] = evaluation
@@ -310,12 +312,13 @@ def test_without_its_data_set_nothing_is_replayed_and_that_is_said(demonstrated,
 
 
 def test_a_pack_has_all_that_an_auditor_needs_and_proves_itself(tmp_path):
-    store, made = two_mixes(tmp_path / "store")
+    store, made = two_mixes(tmp_path / "store", tokenizer=True)
     pack = export_policy(store, made["policy2"], tmp_path / "out" / "pack")
     subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=pack, check=True)
     listed = {line.split("  ")[1] for line in (pack / "SHA256SUMS").read_text().splitlines()}
     assert listed == set(files.files_under(pack)) - {"SHA256SUMS"}
-    assert (pack / "chat_template.jinja").read_text() == "{{ messages }} with tools"
+    template = (pack / "chat_template.jinja").read_text()
+    assert template == (pack / "policy/model/chat_template.jinja").read_text() and "<|im_start|>" in template
     assert (pack / "policy/model/weights").read_bytes() == made["policy2"].path("policy/model/weights").read_bytes()
     ancestors = {json.loads(path.read_text())["fingerprint"] for path in (pack / "ancestors").iterdir()}
     wanted = ["data", "first", "rollouts1", "scores1", "policy1", "rollouts2", "scores2", "evaluation2"]

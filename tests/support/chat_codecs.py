@@ -1,14 +1,16 @@
-"""Tokenizers for tests of conversations: the tiny one, and Qwen's own vocabulary with Qwen2.5-VL's chat template."""
+"""Tokenizers for tests of conversations: the tiny one, and Qwen's own vocabulary with the stock chat templates."""
 
 import atexit
 import base64
+import copy
 import json
 import tempfile
 from functools import cache
-from importlib import resources
+from importlib import resources, util
 from pathlib import Path
 
 from thinkimg.conversation.codec import Codec
+from thinkimg.models.family import load_family
 from thinkimg.models.tiny import SPECIAL_TOKENS, write_processor, write_tokenizer
 
 CORPUS = [
@@ -16,22 +18,31 @@ CORPUS = [
     '<tool>{"name": "crop_image", "args": {"x": 56, "y": 20, "width": 28, "height": 28}}</tool>',
     "You are shown an image. Which way do the stripes run? The image is 112 x 84 pixels. <answer>vertical</answer>",
 ]
-# Qwen/Qwen2.5-VL-7B-Instruct, without its branches for videos and numbered pictures
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+STOCK = ("qwen2_5_vl", "qwen3_vl", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8")
+"""The models' own chat templates, as trl has copied them."""
+TRIMMING = ("qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8")
+"""Templates that cut white space around contents."""
+THINKING = "qwen3_vl_thinking"
+"""Qwen3-VL Thinking's: as the other's, with a thought opened, and no switch."""
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Added tokens that Qwen does not mark as special
-UNMARKED = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]
-QWEN_RANKS = 20_000  # of 151,643: a prefix of a BPE vocabulary is one, too, and loads in a seventh of the time
+UNMARKED = [
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<tool_response>", "</tool_response>", "<think>", "</think>",
+]  # fmt: skip
+QWEN_RANKS = 6_000  # of 151,643: a prefix of a BPE vocabulary is one, too, and loads in a twentieth of the time
+
+
+@cache
+def stock_template(name: str) -> str:
+    """A model's own chat template, by its name in STOCK, or THINKING."""
+    spec = util.find_spec("trl")  # not imported: that takes seconds
+    path = Path(spec.origin).parent / "chat_templates" / f"{name.removesuffix('_thinking')}.jinja"
+    prompt = "{{- '<|im_start|>assistant\\n' }}"
+    before, opening, after = path.read_text().rpartition(prompt) if name == THINKING else (path.read_text(), "", "")
+    return before + opening.replace("assistant\\n", "assistant\\n<think>\\n") + after
 
 
 @cache
@@ -46,7 +57,7 @@ def directory() -> Path:
 def tiny_directory() -> Path:
     (path := directory() / "tiny").mkdir()
     write_tokenizer(path, CORPUS, 512)
-    write_processor(path)
+    write_processor(path, load_family("qwen2_5_vl"))
     return path
 
 
@@ -72,7 +83,7 @@ def qwen_directory(ranks: int = QWEN_RANKS) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in UNMARKED])
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    settings |= {"bos_token": None, "unk_token": None, "chat_template": QWEN_TEMPLATE}
+    settings |= {"bos_token": None, "unk_token": None, "chat_template": stock_template("qwen2_5_vl")}
     (path := directory() / f"qwen-{ranks}").mkdir(exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -102,3 +113,18 @@ def tiny_codec() -> Codec:
 @cache
 def qwen_codec() -> Codec:
     return Codec.load(qwen_directory())
+
+
+@cache
+def stock_tokenizer(name: str):
+    """Qwen's vocabulary with one of the stock templates, "tiny" for the tiny tokenizer."""
+    if name == "tiny":
+        return tiny_tokenizer()
+    tokenizer = copy.copy(qwen_tokenizer())
+    tokenizer.chat_template = stock_template(name)
+    return tokenizer
+
+
+@cache
+def stock_codec(name: str, thinking: bool | None = None) -> Codec:
+    return Codec(stock_tokenizer(name), thinking)

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from thinkimg.conversation.protocol import PROTOCOLS
 from thinkimg.data.settings import SOURCES
 from thinkimg.errors import UserError
 from thinkimg.grpo.settings import LOSSES
+from thinkimg.models.settings import FAMILIES
 from thinkimg.registry import Registry
 from thinkimg.store.manifest import Artifact, Recipe
 
@@ -37,11 +39,13 @@ TEXTS = {
     "image.types": [["self"]],
     "rewards.rules": [],  # there are none but a user's own
     "conversation.tools": [["crop_image"]],  # names are looked up
+    "model.path": ["Qwen/Qwen2.5-VL-3B-Instruct"],  # and so is a model's family
 }
 ENTRIES: dict[str, Registry] = {
     "train.loss.loss_type": LOSSES,
     "data.source": SOURCES,
     "conversation.protocol": PROTOCOLS,
+    "model.tiny.family": FAMILIES,
 }
 DIGITS = 12
 
@@ -170,6 +174,8 @@ def others(path: str, kind: Any, value: Any) -> list[Any]:
         origin = typing.get_origin(part)
         if origin is typing.Literal:
             return [choice for choice in typing.get_args(part) if choice != value]
+        if isinstance(part, type) and issubclass(part, Enum):
+            return [choice.value for choice in part if choice != value]
         if part is bool:
             choices.append(lambda: not value)
         elif part is int:

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from thinkimg.images.patches import image_tokens
 from thinkimg.models.base import Base
+from thinkimg.models.family import load_family
 from thinkimg.models.settings import ModelConfig, TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.trainer import memory
 from thinkimg.trainer.checkpoint import start_from_base
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.modules import unwrap
-from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
 from thinkimg.trainer.micro_batches import split
 from thinkimg.trainer.policy import train_only
 from thinkimg.trainer.stepper import checkpoint_activations
@@ -25,7 +25,7 @@ TINY = TinyModel(hidden_size=256, layers=6, heads=4)
 
 
 def group(
-    image_token: int, *, images: int, turns: int, size: int, words: int = 60, seed: int = 0
+    image_token: ImageToken, *, images: int, turns: int, size: int, words: int = 60, seed: int = 0
 ) -> list[Conversation]:
     """Return rows of one prompt with `images` pictures of 12 x 12 tokens, and `turns` turns of so many words.
 
@@ -37,7 +37,7 @@ def group(
     for number in range(size):
         tokens, scored, keys, grids = list(range(20, 60)), [False] * 40, [], []
         for k in range(images):
-            tokens += [image_token] * image_tokens(grid)
+            tokens += [image_token.id] * image_token.count(grid)
             keys.append(f"prompt {k}")
             grids.append(grid)
         scored += [False] * (len(tokens) - len(scored))
@@ -45,8 +45,8 @@ def group(
             tokens += rng.integers(20, 200, words).tolist()
             scored += [True] * words
             if images:
-                tokens += [image_token] * image_tokens(tool)
-                scored += [False] * image_tokens(tool)
+                tokens += [image_token.id] * image_token.count(tool)
+                scored += [False] * image_token.count(tool)
                 keys.append(f"tool {number} {turn}")
                 grids.append(tool)
         tokens += rng.integers(20, 200, words).tolist()
@@ -65,30 +65,34 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("images", "turns", "size", "words"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--adaptation")
+    for name in ("adaptation", "family"):
+        parser.add_argument(f"--{name}")
     for name in ("checkpointing", "padded", "train-vision"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--model", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     memory.return_memory()
-    create_tiny(args.model, TINY, [f"word{i * i}" for i in range(2000)], seed=0)
+    create_tiny(
+        args.model, TINY.model_copy(update={"family": args.family}), [f"word{i * i}" for i in range(2000)], seed=0
+    )
     config = ModelConfig(
         dtype="float32", adaptation=args.adaptation, lora_rank=16, lora_alpha=16, train_vision=args.train_vision
     )
     policy = start_from_base(Base("tiny", directory=str(args.model)), config, "cpu", seed=0)
     parameters = train_only(policy.model, config, vision=args.train_vision)
     geometry = unwrap(policy.model).config
+    image_token, values = ImageToken.of(geometry), load_family(args.family).processor.patch_values
     made: dict[str, np.ndarray] = {}
 
     def pixels(key: str) -> np.ndarray:
         if key not in made:
-            made[key] = np.zeros((24 * 24 if key.startswith("prompt") else 16 * 20, 1176), dtype=np.float32)
+            made[key] = np.zeros((24 * 24 if key.startswith("prompt") else 16 * 20, values), dtype=np.float32)
             made[key] += 0.5
         return made[key]
 
     def one_batch(rows: list[Conversation]) -> tuple[list[Conversation], list | None]:
-        batch = split(rows, None if args.padded else [0] * len(rows), 10**9, geometry.image_token_id)[0]
+        batch = split(rows, None if args.padded else [0] * len(rows), 10**9, image_token)[0]
         return [rows[i] for i in batch.rows], batch.units
 
     def step(rows: list[Conversation], optimizer) -> None:
@@ -103,8 +107,8 @@ def main() -> None:
 
     shape = {"images": args.images, "turns": args.turns, "size": args.size, "words": args.words}
     small = {"images": args.images, "turns": 1, "size": 1}
-    step(group(geometry.image_token_id, **small), torch.optim.SGD(list(parameters.values()), lr=0.0))
-    rows = group(geometry.image_token_id, **shape, seed=1)
+    step(group(image_token, **small), torch.optim.SGD(list(parameters.values()), lr=0.0))
+    rows = group(image_token, **shape, seed=1)
     options = memory.StepOptions(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
     predicted = memory.predict(memory.Step(geometry, config, *one_batch(rows), options))
     made.clear()

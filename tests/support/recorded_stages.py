@@ -17,7 +17,6 @@ from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.episode import ConversationSpec, Episode, play_script
 from thinkimg.conversation.picture import make_picture
-from thinkimg.conversation.protocol import load_protocol
 from thinkimg.puzzles.demonstrations import write_script
 from thinkimg.resources import Resources
 from thinkimg.stages import rollout
@@ -92,8 +91,8 @@ class Recorded:
         episode = Episode(
             sample, pictures, rules, policy=self.policy.digest, group_id=sample.sample_id, index=spec.index
         )
-        form = load_protocol(settings.conversation.protocol)
-        play_script(episode, write_script(sample, form, self.flaws, np.random.default_rng(spec.index), tools=True))
+        turns = write_script(sample, settings.conversation, self.flaws, np.random.default_rng(spec.index))
+        play_script(episode, turns)
         return episode
 
 
@@ -106,10 +105,12 @@ class Stages:
         for name in STAGES:
             self.made[name] = self.run(name, self.store)
 
+    def made_by_role(self) -> dict[str, Artifact]:
+        return {role: self.made[made] for made, role in ROLES.items() if made in self.made}
+
     def run(self, name: str, store: Store, *, config: Config | None = None, force: bool = False) -> Artifact:
         stage, config = load_stage(name), config or self.config
-        given = {role: self.made[made] for made, role in ROLES.items() if made in self.made}
-        inputs = complete_inputs(stage, config, given, self.store)
+        inputs = complete_inputs(stage, config, self.made_by_role(), self.store)
         return build_artifact(stage, stage.settings(config), inputs, store, self.resources, force=force)[0]
 
 

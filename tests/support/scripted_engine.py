@@ -11,7 +11,6 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from thinkimg.conversation.episode import Episode, derive_seed
-from thinkimg.images.patches import image_tokens
 from thinkimg.records import Role
 
 PASSING = (401, 403, 404, 429, 500, 503, "reset", "garbage", "page", "empty", "abort")
@@ -66,10 +65,10 @@ class ScriptedEngine:
     def record(self, policy: str, episode: Episode) -> None:
         """Learn the turns of a conversation that has ended."""
         stream, turn, position, start = episode.stream, 0, 0, None
-        expanded, grids = stream.expanded(), iter(stream.grids)
+        expanded, lengths = stream.expanded(), iter(stream.image_tokens)
         for role, token in zip(stream.roles, stream.ids, strict=True):
             start = (position if start is None else start) if role == Role.SAMPLED else None
-            position += image_tokens(next(grids)) if token == stream.codec.image else 1
+            position += next(lengths) if token == stream.codec.image else 1
             if role == Role.SAMPLED and token == stream.codec.end:
                 seed = derive_seed(policy, episode.sample.sample_id, episode.index, turn)
                 self.turns[seed] = expanded[:start], expanded[start:position]

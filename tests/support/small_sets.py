@@ -14,7 +14,7 @@ from thinkimg.data.report.inspect import inspect
 from thinkimg.data.report.table_report import Limits, TableReport
 from thinkimg.data.settings import RowsConfig
 from thinkimg.images.decode import ImageLimits
-from thinkimg.images.settings import ImagesConfig, ViewLimits
+from thinkimg.images.settings import ViewLimits
 
 
 def picture(seed: int, size: tuple[int, int] = (120, 90), kind: str = "PNG") -> bytes:
@@ -56,7 +56,7 @@ def settings_of(path: Path | str, *overrides: str) -> RowsConfig:
 
 def look(path: Path | str, *overrides: str, pictures: bool = False) -> list[TableReport]:
     """The reports of all tables."""
-    limits = Limits(ImageLimits(), ViewLimits.of(ImagesConfig()))
+    limits = Limits(ImageLimits(), ViewLimits(min_pixels=56 * 56, max_pixels=1280 * 28 * 28))
     inspection = inspect(settings_of(path, *overrides), limits, state_question, pictures=pictures)
     return [report() for report in inspection.looks]
 

@@ -9,19 +9,18 @@ from grpo_world import BANNED, FULL, World
 
 from thinkimg.trainer.forward.fsdp import is_shard
 from thinkimg.trainer.forward.logprobs import Scorer
-from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.passes import Passes
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
-from thinkimg.trainer.rows import Patches, read_rows
+from thinkimg.trainer.rows import read_rows
 
 SHARES = ((0, 1, 2), (3,))
 
 
 def build_passes(world: World, policy: PolicyModel, ranks: Ranks) -> Passes:
     """Passes over the world's rows, each a micro-batch of its own."""
-    rows = read_rows(world.artifact, unwrap(policy.model).config.image_token_id)
-    pixels = Patches([world.images], min_pixels=784, max_pixels=7056)
+    rows = read_rows(world.artifact, world.image_token)
+    pixels = world.patches()
     scorer = Scorer(policy.model, pixels, temperature=0.9, banned=BANNED, features=None)
     return Passes(policy, ranks, scorer, pixels, rows, token_budget=1, packed=False)
 

@@ -82,7 +82,7 @@ def test_what_may_change_in_a_loop_does_not_make_it_another(project):
 
 def write_model(folder):
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     (folder / "weights.safetensors").write_bytes(b"1")
 
 
@@ -103,7 +103,7 @@ def test_where_the_contents_lie_does_not_count(project, role, monkeypatch):
     """A copy and a relative path are the same loop, other settings beside them are not."""
     for name in ("model", "clip"):
         (project / name).mkdir()
-        (project / name / "config.json").write_text("{}")
+        (project / name / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     shutil.copytree(project, copy := project.parent / f"{project.name}-copy")
     monkeypatch.chdir(project)
     ids = []

@@ -11,7 +11,7 @@ from thinkimg.trainer import checkpoint, parity
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.passes import Passes
 from thinkimg.trainer.ranks import Ranks
-from thinkimg.trainer.rows import Patches, read_rows
+from thinkimg.trainer.rows import read_rows
 
 NOISE = 0.02  # of a token's log-probability in bfloat16, engine against trainer (docs/results.md)
 GATE = 24_000  # tokens of the gate's 16 conversations of three turns, 512 each
@@ -30,8 +30,8 @@ def trained(world):
         world.train(job)
         policy = {"directory": job["output"], "digest": "v0"}
     held = checkpoint.load(policy["directory"], LORA, "cpu", world.base)
-    rows = read_rows(world.artifact, held.model.get_base_model().config.image_token_id)
-    pixels = Patches([world.images], min_pixels=784, max_pixels=7056)
+    rows = read_rows(world.artifact, world.image_token)
+    pixels = world.patches()
     scorer = Scorer(held.model, pixels, temperature=0.9, banned=BANNED, features={})
     passes = Passes(held, Ranks(), scorer, pixels, rows, 400, packed=False)
     adapted, _ = passes.score(range(len(rows)))

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_attention
-from grpo_world import FULL, LORA, TRAIN
+from grpo_world import FULL, LORA, TRAIN, World
 from torch._dynamo.utils import counters
 
 from thinkimg.trainer import grpo_job, memory
@@ -74,6 +74,15 @@ def test_values_and_gradients_are_those_of_the_packed_attention(on_cpu, monkeypa
 
 @pytest.mark.parametrize(("name", "checkpointing"), [("lora", False), ("lora-bf16", True), ("full", True)])
 def test_a_job_is_that_of_the_packed_attention(world, on_cpu, monkeypatch, name, checkpointing):
+    compare_jobs(world, monkeypatch, name, checkpointing)
+
+
+def test_a_job_with_deepstack_is_that_of_the_packed_attention(on_cpu, monkeypatch, tmp_path):
+    """A batch is padded, and the levels are added where its images are; two query heads share a key head."""
+    compare_jobs(World(tmp_path, family="qwen3_vl"), monkeypatch, "lora", True)
+
+
+def compare_jobs(world: World, monkeypatch, name: str, checkpointing: bool) -> None:
     bound = 5e-2 if "bf16" in name else 1e-4
 
     def train(way: str) -> dict:

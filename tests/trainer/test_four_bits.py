@@ -13,7 +13,7 @@ from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.forward.shared_prompts import share_groups
 from thinkimg.trainer.policy import train_only
-from thinkimg.trainer.rows import Patches, read_rows
+from thinkimg.trainer.rows import read_rows
 
 FOUR = LORA.model_copy(update={"load_in_4bit": True})
 
@@ -47,13 +47,12 @@ def make(base: Base, config):
 def passes(policy, world) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """As a job has them: log-probabilities without gradients, and the adapter's gradients of their sum."""
     chosen = train_only(policy.model, policy.config, vision=False)
-    image_token = unwrap(policy.model).config.image_token_id
-    rows = read_rows(world.artifact, image_token)
-    pixels = Patches([world.images], min_pixels=784, max_pixels=7056)
+    rows = read_rows(world.artifact, world.image_token)
+    pixels = world.patches()
     pixels.prepare([row.conversation for row in rows])
     scorer = Scorer(policy.model, pixels, temperature=0.9, banned=(), features={})
     talks = [row.conversation for row in rows]
-    units = share_groups(talks, [row.group_id for row in rows], image_token)
+    units = share_groups(talks, [row.group_id for row in rows], world.image_token)
     with torch.no_grad():
         before, _ = scorer(talks, units)
     logps, _ = scorer(talks, units)

@@ -16,7 +16,7 @@ from thinkimg.models.base import Base
 from thinkimg.trainer import checkpoint, checksums, weight_files
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.modules import unwrap
-from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
 from thinkimg.trainer.forward.shared_prompts import Unit, count_common_prefix
 from thinkimg.trainer.ranks import Ranks
 
@@ -82,7 +82,7 @@ def test_every_weight_is_loaded_and_of_a_grouped_head_packing_is_padding(directo
         rows.append(Conversation(tokens, np.arange(len(tokens)) >= len(prompt), ("a",), grid))
     patches = rng.normal(size=(24, 1176)).astype(np.float32)
     scorer = Scorer(policy.model, lambda key: patches, temperature=1.0, banned=(), features={})
-    units = [Unit((0, 1), count_common_prefix(*rows, IMAGE))]
+    units = [Unit((0, 1), count_common_prefix(*rows, ImageToken(IMAGE, 2)))]
     assert units[0].prefix == len(prompt)
     with torch.no_grad(), policy.autocast():
         padded, packed = scorer(rows)[0], scorer(rows, units)[0]

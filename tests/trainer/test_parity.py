@@ -12,14 +12,14 @@ from thinkimg.errors import UserError
 from thinkimg.trainer import checkpoint, parity, parity_diagnosis
 from thinkimg.trainer.forward import logprobs, packing, shared_prompts
 from thinkimg.trainer.forward.packing import compute_mrope_positions
-from thinkimg.trainer.rows import Patches, Row, read_rows
+from thinkimg.trainer.rows import Row, read_rows
 
 
-def shifted(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
+def shifted(tokens: np.ndarray, image_token: packing.ImageToken, grids: np.ndarray) -> np.ndarray:
     """Everything after the first image one further on."""
     positions = compute_mrope_positions(tokens, image_token, grids)
     if len(grids):
-        positions[:, int(np.flatnonzero(tokens == image_token)[0]) + packing.image_tokens(grids[0]) :] += 1
+        positions[:, int(np.flatnonzero(tokens == image_token.id)[0]) + image_token.count(grids[0]) :] += 1
     return positions
 
 
@@ -49,7 +49,9 @@ def test_an_image_swapped_for_one_of_the_same_size_trips_it(world):
 
     others = {}
     for key, (_, h, w) in shape.items():
-        picture = Image.fromarray(rng.integers(0, 256, (14 * h, 14 * w, 3), dtype=np.uint8))
+        picture = Image.fromarray(
+            rng.integers(0, 256, (world.processor.patch * h, world.processor.patch * w, 3), dtype=np.uint8)
+        )
         others[key] = (pixel_hash(picture), picture)
     table = world.image_table("others", dict(others.values()))
     rows = [dataclasses.replace(t, images=tuple(others[key][0] for key in t.images)) for t in world.trajectories]
@@ -61,9 +63,9 @@ def test_an_image_swapped_for_one_of_the_same_size_trips_it(world):
 
 def test_a_changed_pad_trips_it(world):
     """In the compact tokens and in the expanded ones."""
-    (image_token,) = {t.tokens[1] for t in world.trajectories}
+    image_token = world.image_token
     first = world.trajectories[0]
-    tokens = tuple(50 if token == image_token else token for token in first.tokens)
+    tokens = tuple(50 if token == image_token.id else token for token in first.tokens)
     rollouts = world.rollouts("pad", [dataclasses.replace(first, tokens=tokens), *world.trajectories[1:]])
     refused(world, world.job("pad", rollouts=str(rollouts.directory)), "placeholders")
     (row, *_) = read_rows(world.artifact, image_token)
@@ -72,7 +74,7 @@ def test_a_changed_pad_trips_it(world):
         (with_a_word_for_a_pad, "has 5 image tokens, and its grids 6"),
         (with_a_pad_moved, "interrupted"),
     ):
-        talk = dataclasses.replace(row.conversation, tokens=change(row.conversation.tokens, image_token))
+        talk = dataclasses.replace(row.conversation, tokens=change(row.conversation.tokens, image_token.id))
         with pytest.raises(UserError, match=message):
             parity.check_tokens([dataclasses.replace(row, conversation=talk)], image_token)
 
@@ -104,10 +106,9 @@ def test_a_stale_adapter_trips_it_by_name_and_by_number(world):
 )
 def test_the_refusal_names_the_cause(world, change, cause):
     """The engine sampled without what the trainer believes: the pass without it is the one that agrees."""
-    image_token = world.trajectories[0].tokens[1]
     held = checkpoint.load(world.policies["full"], FULL, "cpu")
-    rows = read_rows(world.artifact, image_token)
-    pixels = Patches([world.images], min_pixels=784, max_pixels=7056)
+    rows = read_rows(world.artifact, world.image_token)
+    pixels = world.patches()
     options = {"temperature": 0.5, "banned": list(range(200, 270))}
     pixels.prepare([row.conversation for row in rows])
 

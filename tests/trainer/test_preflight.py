@@ -1,38 +1,55 @@
 """The memory check against a process of its own, and its refusal where memory is short."""
 
+import contextlib
+import inspect
 import itertools
 import json
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from paths import REPOSITORY, SUPPORT
 from preflight_child import group
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from thinkimg.analysis import forecast
 from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
-from thinkimg.models.settings import ModelConfig
-from thinkimg.trainer import memory
+from thinkimg.models.settings import FAMILIES, ModelConfig
+from thinkimg.trainer import memory, recurrence
+from thinkimg.trainer.forward.packing import ImageToken
 from thinkimg.trainer.memory import Requirement, Step, StepOptions
 from thinkimg.trainer.micro_batches import count_tokens, split
 
 FULL = ModelConfig(dtype="float32", adaptation="full")
 LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4)
 IMAGES = "--images 2 --turns 3 --size 8 --words 100"
+FEW_IMAGES = "--images 2 --turns 2 --size 4 --words 60"
 TEXT = "--images 0 --turns 3 --size 8 --words 250"
 VISION = "--images 2 --turns 3 --size 8 --words 20 --train-vision"
 MOST_IMAGES = "--images 30 --turns 1 --size 4 --words 20"  # the tower's peak is the step's
-QUICK = [f"--adaptation lora {IMAGES}", f"--adaptation full --checkpointing --padded {TEXT}"]
+QUICK = [
+    f"--family qwen2_5_vl --adaptation lora {IMAGES}",
+    f"--family qwen2_5_vl --adaptation full --checkpointing --padded {TEXT}",
+    f"--family qwen3_vl --adaptation lora {IMAGES}",
+    f"--family qwen3_5 --adaptation lora --padded {FEW_IMAGES}",
+]
 GRID = [
-    f"--adaptation {adaptation} {checkpointing} {padded} {shape}"
-    for adaptation, checkpointing, padded, shape in itertools.product(
-        ("lora", "full"), ("", "--checkpointing"), ("", "--padded"), (IMAGES, TEXT)
+    f"--family {family} --adaptation {adaptation} {checkpointing} {padded} {shape}"
+    for family, adaptation, checkpointing, padded, shape in itertools.product(
+        FAMILIES, ("lora", "full"), ("", "--checkpointing"), ("", "--padded"), (IMAGES, TEXT)
     )
-] + [f"--adaptation full {VISION}", f"--adaptation lora --checkpointing {MOST_IMAGES}"]
+    if family != "qwen3_5" or padded  # its rows are never packed
+]
+GRID += [
+    f"--family {family} --adaptation {case}"
+    for family in FAMILIES
+    for case in (f"full --padded {VISION}", f"lora --padded --checkpointing {MOST_IMAGES}")
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +58,9 @@ def geometry(tiny_models):
 
 
 def step(geometry, model=FULL, *, images=1, turns=1, size=2, **options) -> Step:
-    rows = group(geometry.image_token_id, images=images, turns=turns, size=size)
-    packed = split(rows, [0] * len(rows), 10**6, geometry.image_token_id)[0]
+    image_token = ImageToken.of(geometry)
+    rows = group(image_token, images=images, turns=turns, size=size)
+    packed = split(rows, [0] * len(rows), 10**6, image_token)[0]
     return Step(geometry, model, [rows[i] for i in packed.rows], packed.units, StepOptions(**options))
 
 
@@ -57,6 +75,46 @@ def test_the_peak_is_predicted_within_15_percent(case, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["measured"] > 150 * 2**20, "too little to mean anything"
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), found
+
+
+def test_a_few_chunks_tell_of_a_recurrent_layer_what_all_take():
+    """Its forward and backward pass, without data, at a length that was not measured and that is no whole chunk."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    rule = recurrence.Recurrence(inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule))
+    heads, width = 3, 16
+    with FakeTensorMode():
+        inputs = [torch.empty(2, 64 * 8 + 5, heads, width) for _ in range(3)]
+        inputs += [torch.empty(2, 64 * 8 + 5, heads) for _ in range(2)]
+        rule(*inputs[:3], g=inputs[3], beta=inputs[4], use_qk_l2norm_in_kernel=True)
+        (extrapolated,) = rule._costs.values()
+        measured = rule.measure(tuple(inputs), 9, use_qk_l2norm_in_kernel=True)
+    assert extrapolated.kept == pytest.approx(measured.kept, rel=0.01)
+    assert extrapolated.forward == pytest.approx(measured.forward, rel=0.02)
+    assert measured.backward <= extrapolated.backward < 1.15 * measured.backward
+    assert measured.kept > 9 * 64 * 2 * heads * (4 * 64 + 4 * width)  # decays and products within chunks, and states
+
+
+def test_a_step_of_recurrent_layers_is_predicted_as_if_every_chunk_was_gone_through(base_of, monkeypatch):
+    own = replace(step(AutoConfig.from_pretrained(base_of("qwen3_5").directory), LORA, checkpointing=True), units=None)
+    quick = memory.predict(own)
+    monkeypatch.setattr(memory, "extrapolate", lambda family: contextlib.nullcontext())
+    slow = memory.predict(own)
+    assert quick.activations == pytest.approx(slow.activations, rel=0.07) and quick.total != slow.total
+    assert quick.weights == slow.weights
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_tower_gives_is_counted(base_of, family):
+    """DeepStack levels are kept as features of all images of a job."""
+    own = step(AutoConfig.from_pretrained(base_of(family).directory))
+    (grid,) = {tuple(map(int, grid)) for key, grid in own.grids.items() if key.startswith("prompt")}
+    width, patches = own.family.feature_width(own.geometry), int(np.prod(grid))
+    vision = own.geometry.vision_config
+    assert width == vision.out_hidden_size * (3 if family == "qwen3_vl" else 1)
+    more = replace(own, job_grids=own.grids | {"another": np.array(grid)})
+    difference = memory.predict(more).images - memory.predict(own).images
+    assert difference == patches * own.patch_bytes + patches // 4 * width * 4
 
 
 def test_a_refusal_says_what_to_lower(geometry):
@@ -151,8 +209,9 @@ def test_a_forecast_says_what_to_lower_where_a_step_does_not_fit(monkeypatch):
 
 def test_the_rows_of_a_forecast_keep_to_the_config():
     config = load_config("tiny", ["rollout.group_size=4", "conversation.max_turns=3"])
-    rows, groups = forecast.longest_rows(config, 9)
+    rows, groups = forecast.longest_rows(config, ImageToken(9, 2))
     assert groups[:5] == [0, 0, 0, 0, 1]
     assert all(len(row.tokens) <= config.conversation.max_tokens for row in rows)
-    assert all(len(row.images) == 3 and (row.tokens == 9).sum() == 3 * 16 for row in rows)
+    most = config.view().most_tokens
+    assert all(len(row.images) == 3 and (row.tokens == 9).sum() == 3 * most for row in rows)
     assert len({image for row in rows[:4] for image in row.images}) == 1 + 4 * 2

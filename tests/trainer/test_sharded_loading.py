@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from unequal_rank import SHARES, add_gradients, build_passes, unequal_rank
 
 from thinkimg.errors import UserError
+from thinkimg.models.family import list_families
 from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.process import free_port
@@ -47,33 +48,37 @@ def test_no_process_holds_the_whole_model_while_it_loads(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> World:
-    return World(tmp_path_factory.mktemp("untied"), tied=False)
+def worlds(tmp_path_factory) -> dict[str, World]:
+    """A world of each family, with a head of its own."""
+    return {family: World(tmp_path_factory.mktemp(family), tied=False, family=family) for family in list_families()}
 
 
-def test_a_step_with_a_head_of_its_own_is_that_of_one_process(untied, tmp_path):
-    """Other shapes than a tied model's: two tables are gathered, and two have gradients."""
-    train = TRAIN.model_copy(update={"max_grad_norm": 1e9, "token_budget": 150})
-    models = {"full": FULL, "lora": LORA}
-    alone = {name: untied.train(untied.job(f"{name}-one", model=model, train=train)) for name, model in models.items()}
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A sharded trainer."""
     where = TrainerConfig(threads=1, processes=2, accelerate_config="fsdp2")
-    with Trainer(where, log_path=tmp_path / "log") as trainer:
-        for name, model in models.items():
-            job = untied.job(f"{name}-two", model=model, train=train)
-            found = trainer.submit(job)["metrics"]
-            for metric in ("grad_norm", "loss", "entropy", "parity/mean_abs"):
-                expected = pytest.approx(alone[name]["metrics"][metric], rel=1e-5, abs=1e-6)
-                assert found[metric] == expected, (name, metric)
-            one, two = (load_file(untied.root / f"{name}-{way}" / "optimizer.safetensors") for way in ("one", "two"))
-            assert one.keys() == two.keys()
-            first = {key: value for key, value in one.items() if key.startswith("exp_avg.")}
-            largest = max(float(value.norm()) for value in first.values())
-            for key, value in first.items():
-                assert float((two[key] - value).norm()) < 1e-5 * largest, key
-    names = load_file(untied.root / "full-two" / "model" / "model.safetensors").keys()
+    with Trainer(where, log_path=tmp_path_factory.mktemp("sharded") / "log") as trainer:
+        yield trainer
+
+
+@pytest.mark.parametrize("family", list_families())
+def test_a_step_with_a_head_of_its_own_is_that_of_one_process(worlds, two_processes, family):
+    """Other shapes than a tied model's: two tables are gathered, and two have gradients."""
+    train, world = TRAIN.model_copy(update={"max_grad_norm": 1e9, "token_budget": 150}), worlds[family]
+    for name, model in {"full": FULL, "lora": LORA}.items():
+        alone = world.train(world.job(f"{name}-one", model=model, train=train))["metrics"]
+        found = two_processes.submit(world.job(f"{name}-two", model=model, train=train))["metrics"]
+        for metric in ("grad_norm", "loss", "entropy", "parity/mean_abs"):
+            assert found[metric] == pytest.approx(alone[metric], rel=1e-5, abs=1e-6), (name, metric)
+        one, two = (load_file(world.root / f"{name}-{way}" / "optimizer.safetensors") for way in ("one", "two"))
+        assert one.keys() == two.keys()
+        first = {key: value for key, value in one.items() if key.startswith("exp_avg.")}
+        largest = max(float(value.norm()) for value in first.values())
+        for key, value in first.items():
+            assert float((two[key] - value).norm()) < 1e-5 * largest, key
+    names = load_file(world.root / "full-two" / "model" / "model.safetensors").keys()
     assert (
-        names == load_file(untied.root / "full-one" / "model" / "model.safetensors").keys()
-        and "lm_head.weight" in names
+        names == load_file(world.root / "full-one" / "model" / "model.safetensors").keys() and "lm_head.weight" in names
     )
 
 

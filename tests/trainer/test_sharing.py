@@ -7,15 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stock_forward import stock_logps
 
-from thinkimg.images.patches import image_tokens
-from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.checkpoint import start_from_base
 from thinkimg.trainer.forward.flex import BLOCK, build_block_mask, find_blocks, round_up_to_bucket
 from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.forward.packed_attention import Layout, attend_packed
-from thinkimg.trainer.forward.packing import Conversation, compute_mrope_positions
+from thinkimg.trainer.forward.packing import Conversation, ImageToken, compute_mrope_positions
 from thinkimg.trainer.forward.shared_prompts import (
     Span,
     Unit,
@@ -32,47 +32,49 @@ LORA = ModelConfig(dtype="float32", adaptation="lora", lora_rank=4, lora_alpha=8
 SIDES = [(1, 1), (2, 3), (3, 2), (4, 4)]
 
 
-@pytest.fixture(scope="module")
-def base(tiny_models):
-    return Base("tiny", directory=str(tiny_models[0]))
-
-
 class Policies(dict):
     def __repr__(self) -> str:  # hypothesis would print the tokenizer
         return "policies"
 
 
-@pytest.fixture(scope="module")
-def policies(base):
-    found = Policies()
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def policies(request, base_of):
+    """Policies of the families whose rows can share a prompt."""
+    base = base_of(request.param)
+    policies = Policies()
     for name, config in (("full", FULL), ("lora", LORA)):
         policy = start_from_base(base, config, "cpu", seed=0)
         train_only(policy.model, config, vision=name == "full")
-        found[name] = policy
+        policies[name] = policy
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter_name, parameter in found["lora"].model.named_parameters():
+        for parameter_name, parameter in policies["lora"].model.named_parameters():
             if "lora_B" in parameter_name:  # else the gradient of A is zero
                 parameter.normal_(0, 0.2, generator=generator)
-    return found
+    return policies
 
 
 @pytest.fixture(scope="module")
-def image_token(policies):
-    return policies["full"].model.config.image_token_id
+def image_token():
+    return ImageToken(999, 2)
 
 
-def pixels(key: str) -> np.ndarray:
+def pixels_of(policy):
     """Keys are "rows x columns / number": other numbers are other pictures of the same size."""
-    shape, number = key.split("/")
-    rows, columns = map(int, shape.split("x"))
-    return np.random.default_rng([rows, columns, int(number)]).standard_normal((4 * rows * columns, 1176)).astype("f4")
+
+    def pixels(key: str) -> np.ndarray:
+        shape, number = key.split("/")
+        rows, columns = map(int, shape.split("x"))
+        size = (4 * rows * columns, policy.family.processor.patch_values)
+        return np.random.default_rng([rows, columns, int(number)]).standard_normal(size).astype("f4")
+
+    return pixels
 
 
 class Writer:
     """Makes conversations piece by piece."""
 
-    def __init__(self, image_token: int):
+    def __init__(self, image_token: ImageToken):
         self.image_token = image_token
         self.tokens, self.scored, self.images, self.grids = [], [], [], []
 
@@ -83,7 +85,7 @@ class Writer:
 
     def image(self, side: tuple[int, int], number: int) -> "Writer":
         grid = (1, 2 * side[0], 2 * side[1])
-        self.text([5] + [self.image_token] * image_tokens(grid) + [6])
+        self.text([5] + [self.image_token.id] * self.image_token.count(grid) + [6])
         self.images.append(f"{side[0]}x{side[1]}/{number}")
         self.grids.append(grid)
         return self
@@ -103,7 +105,7 @@ def groups(draw, most: int = 4):
     return prompt, rows, draw(st.booleans())
 
 
-def write(group, image_token: int, seed: int) -> list[Conversation]:
+def write(group, image_token: ImageToken, seed: int) -> list[Conversation]:
     prompt, rows, twins = group
     rng = np.random.default_rng(seed)
     text = rng.integers(20, 200, 4 + seed % 7)
@@ -119,18 +121,6 @@ def write(group, image_token: int, seed: int) -> list[Conversation]:
                 writer.image(*picture)
         made.append(writer.row())
     return made
-
-
-def plain_logps(policy, row: Conversation, image_token: int) -> torch.Tensor:
-    """By the model's own forward, which finds the positions itself."""
-    tokens = torch.from_numpy(row.tokens)[None]
-    images = {}
-    if row.images:
-        flat = torch.from_numpy(np.concatenate([pixels(key) for key in row.images]))
-        images = {"pixel_values": flat, "image_grid_thw": torch.from_numpy(row.grids)}
-    logits = policy.model(input_ids=tokens, mm_token_type_ids=(tokens == image_token).int(), **images).logits[0]
-    column = torch.from_numpy(np.flatnonzero(row.scored))
-    return logits[:-1].log_softmax(-1)[column - 1].gather(1, tokens[0, column, None]).squeeze(1)
 
 
 def gradients(policy, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -150,8 +140,9 @@ def assert_same_gradients(mine: dict, reference: dict) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(groups(), min_size=1, max_size=3), st.sampled_from(["full", "lora"]), st.integers(0, 99))
-def test_packed_groups_are_single_rows(policies, image_token, described, name, seed):
+def test_packed_groups_are_single_rows(policies, described, name, seed):
     policy = policies[name]
+    image_token, pixels = ImageToken.of(unwrap(policy.model).config), pixels_of(policy)
     rows, names = [], []
     for number, group in enumerate(described):
         made = write(group, image_token, seed + number)
@@ -160,7 +151,7 @@ def test_packed_groups_are_single_rows(policies, image_token, described, name, s
     scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features=None if name == "full" else {})
     weights = torch.linspace(-1, 1, sum(int(row.scored.sum()) for row in rows)) + 0.1
     weights = weights.split([int(row.scored.sum()) for row in rows])
-    expected = [plain_logps(policy, row, image_token) for row in rows]
+    expected = [stock_logps(policy.model, row, pixels) for row in rows]
     reference = gradients(policy, sum((w * e).sum() for w, e in zip(weights, expected, strict=True)))
     accumulated: dict[str, torch.Tensor] = {}
     budget = 40 + 30 * (seed % 9)
@@ -259,8 +250,9 @@ def test_rows_that_begin_otherwise_are_not_shared_with(image_token):
     assert units == [Unit((0, 1, 2), 20), Unit((3,), 21)]
 
 
-def test_the_vision_tower_sees_each_unique_image_once_per_pass(policies, image_token, monkeypatch):
+def test_the_vision_tower_sees_each_unique_image_once_per_pass(policies, monkeypatch):
     policy, seen = policies["lora"], []
+    image_token, pixels = ImageToken.of(unwrap(policy.model).config), pixels_of(policy)
     rows = [
         Writer(image_token).text([9]).image((2, 3), 0).text([30 + i] * 3, True).image((1, 1), 0).row() for i in range(3)
     ]

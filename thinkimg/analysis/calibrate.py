@@ -7,6 +7,7 @@ import numpy as np
 
 from thinkimg.config.tree import Config
 from thinkimg.models.base import BaseSource
+from thinkimg.models.family import find_family
 from thinkimg.resources import Resources, locate_base
 from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judgement import Pair
@@ -39,9 +40,7 @@ def calibrate_attention(config: Config, policy: Policy, store: Store, *, count: 
         context = JudgeContext(judge_settings(config), resources, policy, None, None, (pairs,), ImageTable([pairs]))
         rows = pairs.rows()
         right, wrong = (known_side(rows, name) for name in ("right", "wrong"))
-        measured = attention.measure_attention(
-            [*right, *wrong], context, range(count_layers(policy, context.settings.base))
-        )
+        measured = attention.measure_attention([*right, *wrong], context, list_layers(policy, context.settings.base))
     results = []
     order = np.random.default_rng(config.seed).permutation(len(rows))  # shuffled, as families of puzzles take turns
     for key in measured[0]:
@@ -58,9 +57,10 @@ def known_side(rows: Sequence[dict[str, str]], side: str) -> list[Pair]:
     return [Pair(row["question"], row["original"], row[side]) for row in rows]
 
 
-def count_layers(policy: Policy, base: BaseSource) -> int:
-    """Return the number of the policy's decoder layers."""
+def list_layers(policy: Policy, base: BaseSource) -> tuple[int, ...]:
+    """Return the policy's decoder layers whose attention can be read."""
     from transformers import AutoConfig
 
     directory = policy.model_directory if policy.is_full else locate_base(base, policy)
-    return AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers
+    config = AutoConfig.from_pretrained(directory)
+    return find_family(config.model_type).attention_layers(config.get_text_config())

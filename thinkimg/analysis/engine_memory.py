@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from thinkimg.config.tree import Config
 from thinkimg.engine.server import round_rank
+from thinkimg.models.family import find_family
+from thinkimg.trainer.forward.modules import get_head_dim
 from thinkimg.trainer.memory import GIB
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig
+    from transformers import PretrainedConfig
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 ACTIVATIONS = 2 * GIB  # of a prefill and of the vision tower
@@ -30,6 +32,8 @@ class EngineMemory:
     adapter: int
     per_token: int
     """Key-value cache of one token."""
+    per_sequence: int
+    """Recurrent states of one conversation. vLLM keeps more of them where it caches prefixes."""
     max_tokens: int
     """Tokens of the longest conversation."""
 
@@ -41,29 +45,30 @@ class EngineMemory:
     @property
     def conversations(self) -> int:
         """Number of conversations of the greatest length that play at once."""
-        return max(0, self.cache // (self.per_token * self.max_tokens))
+        return max(0, self.cache // (self.per_token * self.max_tokens + self.per_sequence))
 
 
-def predict_engine(config: Config, base: "Qwen2_5_VLConfig", gpu: int) -> EngineMemory:
+def predict_engine(config: Config, base: "PretrainedConfig", gpu: int) -> EngineMemory:
     """Return the memory of the engine on a GPU of so many bytes."""
     import torch
 
     from thinkimg.trainer.policy import build_empty
 
+    family = find_family(base.model_type)
     engine, text = config.where.engine, base.text_config
     model = build_empty(base, config.model)
-    itemsize = ITEMSIZE[config.model.dtype]  # also of a policy that is trained in full: it is served in config.dtype
+    itemsize = ITEMSIZE[config.model.precision]  # also of a policy that is trained in full
     weights = sum(parameter.numel() for parameter in model.parameters()) * itemsize
     layers = [module for module in model.model.language_model.modules() if isinstance(module, torch.nn.Linear)]
     width = sum(layer.in_features + layer.out_features for layer in layers)
     adapter = width * round_rank(config.model.lora_rank) * itemsize
-    head = text.hidden_size // text.num_attention_heads
     ranks = engine.tensor_parallel_size
     heads = max(1, text.num_key_value_heads // ranks)  # each rank holds one at least
     return EngineMemory(
         share=int(gpu * engine.gpu_memory_utilization),
         weights=weights // ranks,
         adapter=adapter // ranks if config.model.adaptation == "lora" else 0,
-        per_token=2 * text.num_hidden_layers * heads * head * itemsize,
+        per_token=2 * len(family.attention_layers(text)) * heads * get_head_dim(text) * itemsize,
+        per_sequence=family.state_bytes(text, itemsize) // ranks,
         max_tokens=config.conversation.max_tokens,
     )

@@ -71,6 +71,7 @@ def explain_reward(store: Store, scores: Scores, trajectory_id: str, config: Con
         "answer": row.answer,
         "stop": str(row.stop),
         "error": row.error,
+        "coordinates": str(row.coordinates),
         "turns": [asdict(turn) for turn in row.turns],
         "images": describe_images(row, sample, scored.rollouts, dataset),
         "components": read_components(scores, trajectory_id),

@@ -7,6 +7,10 @@ import shutil
 from pathlib import Path
 
 from thinkimg import __version__
+from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.protocol import load_protocol
+from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.conversation.template import write_template
 from thinkimg.errors import UserError
 from thinkimg.images.toolbox import TOOLS, load_tools
 from thinkimg.store import files
@@ -19,7 +23,7 @@ SUMS = "SHA256SUMS"
 README = """# A policy that thinkimg {version} trained
 
     policy/                  the weights ({adaptation}), tokenizer and processor, as Hugging Face's libraries read them
-    chat_template.jinja      the template that it was trained with; the base model's own has no tools
+    chat_template.jinja      the template that renders a conversation to the tokens of its training, see below
     system.txt               the system prompt that it was trained with
     tools.json               its tools: description, JSON Schema of the arguments, hash of the code
     config.json              the resolved config of its loop, and the part of it that each ancestor's stage used
@@ -31,13 +35,24 @@ README = """# A policy that thinkimg {version} trained
 A manifest ends with `seal`, the sha256 of the manifest without it (JSON, sorted keys, indent 1). Its `fingerprint` is
 the sha256 of the canonical JSON of its recipe. `digest` covers names, sizes and hashes of the content files. The
 recipe's `inputs` have the digests of the ancestors.
+
+The tokenizer in policy/ has chat_template.jinja, too, in place of the base model's. That would trim texts or drop
+thoughts that the policy was trained with. So {changed} differ from the manifest's.
+
+With this template a conversation is: the system message with the text of system.txt, the user's with the images and the
+question, then in turn a reply and the result of its call. A reply is one text, with its thought and its call, as the
+policy wrote it: switch a server's parsers of thoughts and tools off. A result is a message of the role `tool`, first
+its image and then its text. Pass no `tools`. A reply begins with {opening}, which the template writes.
+Texts of users that spell <|im_end|> or another token of the template are read as that token: remove them first.
 """
+TOKENIZER_CONFIG, TEMPLATE_JSON = "tokenizer_config.json", "chat_template.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def export_policy(store: Store, policy: Artifact, target: Path) -> Path:
     """Write the export to the new directory `target`, in one step, and return its path.
 
-    Raises UserError if `target` exists, the policy's files are damaged or dropped, or it has no template.
+    Raises UserError if `target` exists, the policy's files are damaged or dropped, or it has no usable template.
     """
     if target.exists():
         raise UserError(f"{target} exists already.", hint="Name a directory that does not exist.")
@@ -74,10 +89,19 @@ def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
     save_json(pack / "tools.json", describe_tools(conversation.get("tools")))
     system = loop.system if loop else conversation.get("system")
     (pack / "system.txt").write_text((system or "") + "\n", encoding="utf-8")
-    (pack / "chat_template.jinja").write_text(read_template(pack / "policy"), encoding="utf-8")
+    codec = Codec.load(vocabulary_of(pack / "policy"), thinking=conversation.get("thinking"))
+    template = write_template(codec, load_protocol(conversation.get("protocol") or ConversationConfig().form))
+    (pack / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    changed = replace_template(vocabulary_of(pack / "policy"), template)
     (pack / "lineage.txt").write_text("\n".join(draw_tree(graph, name)) + "\n", encoding="utf-8")
     adaptation = policy.manifest["recipe"]["config"]["model"].get("adaptation", "full")
-    text = README.format(version=__version__, adaptation=adaptation, sums=SUMS)
+    text = README.format(
+        version=__version__,
+        adaptation=adaptation,
+        sums=SUMS,
+        changed=", ".join(f"{path.relative_to(pack)}" for path in changed),
+        opening=json.dumps(codec.opening) if codec.opening else "nothing",
+    )
     (pack / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -89,18 +113,24 @@ def find_loop(store: Store, policy: Artifact) -> LoopRecord | None:
     return None
 
 
-def read_template(policy: Path) -> str:
-    """Return the chat template beside the weights or the adapter, as Jinja."""
-    for path in sorted(policy.glob("*/chat_template.jinja")):
-        return path.read_text(encoding="utf-8")
-    for path in sorted(policy.glob("*/chat_template.json")):
-        return json.loads(path.read_bytes())["chat_template"]
-    for path in sorted(policy.glob("*/tokenizer_config.json")):
-        if "chat_template" in (config := json.loads(path.read_bytes())):
-            return config["chat_template"]
-    raise UserError(
-        "The policy has no chat template.", hint="Put it beside the base model's tokenizer and train again."
-    )
+def vocabulary_of(policy: Path) -> Path:
+    """Return the directory of the tokenizer, the model's or the adapter's. Raises UserError if there is none."""
+    for path in sorted(policy.glob("*/tokenizer.json")):
+        return path.parent
+    raise UserError("The policy has no tokenizer.", hint="Put it beside the base model's weights and train again.")
+
+
+def replace_template(directory: Path, template: str) -> list[Path]:
+    """Write a tokenizer's chat template wherever transformers or vLLM may read one, and return the files changed."""
+    changed = [directory / TEMPLATE_FILE]
+    changed[0].write_text(template, encoding="utf-8")
+    for name in (TEMPLATE_JSON, TOKENIZER_CONFIG):
+        path = directory / name
+        values = json.loads(path.read_bytes()) if path.is_file() else {}
+        if "chat_template" in values:
+            save_json(path, values | {"chat_template": template})
+            changed.append(path)
+    return changed
 
 
 def describe_tools(names: list[str] | None) -> dict:

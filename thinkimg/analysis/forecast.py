@@ -8,16 +8,16 @@ import psutil
 from thinkimg.analysis.engine_memory import CONTEXT, RESIDUE, predict_engine
 from thinkimg.config.tree import Config
 from thinkimg.conversation.episode import render_system_prompt
-from thinkimg.errors import UserError
-from thinkimg.images.patches import image_tokens
 from thinkimg.models import tiny
+from thinkimg.models.family import find_family, load_family
+from thinkimg.models.family_check import check_experts
 from thinkimg.trainer import memory
 from thinkimg.trainer.client import read_accelerate_settings
-from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
 from thinkimg.trainer.micro_batches import count_tokens, split
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig
+    from transformers import PretrainedConfig
 
 FRAGMENTED = 1.05  # what an allocator takes for what it is asked
 LETTERS_PER_TOKEN = 3  # of the system prompt, at least
@@ -35,7 +35,7 @@ def forecast_memory(config: Config) -> str:
     return "\n".join(lines)
 
 
-def forecast_trainer(config: Config, base: "Qwen2_5_VLConfig") -> str:
+def forecast_trainer(config: Config, base: "PretrainedConfig") -> str:
     """Return one line: the memory of a step, the free memory, and the settings to lower if it does not fit."""
     step, tokens = predict_largest(config, base)
     free, needed = free_memory(config), int(step.total * FRAGMENTED)
@@ -49,7 +49,7 @@ def forecast_trainer(config: Config, base: "Qwen2_5_VLConfig") -> str:
     return f"{line}, but only {there} are free: lower {lower}"
 
 
-def forecast_engine(config: Config, base: "Qwen2_5_VLConfig", gpu: int) -> str:
+def forecast_engine(config: Config, base: "PretrainedConfig", gpu: int) -> str:
     """Return one line: what the engine's share of a GPU holds, or what to change if it holds no conversation."""
     engine = predict_engine(config, base, gpu)
     share, weights, cache = (f"{size / memory.GIB:.1f} GiB" for size in (engine.share, engine.weights, engine.cache))
@@ -60,13 +60,14 @@ def forecast_engine(config: Config, base: "Qwen2_5_VLConfig", gpu: int) -> str:
     return f"{line} and {cache} of key-value cache: {engine.conversations} conversations of {engine.max_tokens} tokens"
 
 
-def predict_largest(config: Config, base: "Qwen2_5_VLConfig") -> tuple[memory.Requirement, int]:
+def predict_largest(config: Config, base: "PretrainedConfig") -> tuple[memory.Requirement, int]:
     """Return the memory of the largest possible micro-batch, and its tokens."""
-    rows, groups = longest_rows(config, base.image_token_id)
+    image_token = ImageToken.of(base)
+    rows, groups = longest_rows(config, image_token)
     groups = groups if config.train.shared_prompts else None
     batches = [
         ([rows[i] for i in batch.rows], batch.units)
-        for batch in split(rows, groups, config.train.token_budget, base.image_token_id)
+        for batch in split(rows, groups, config.train.token_budget, image_token)
     ]
     options = memory.StepOptions(
         checkpointing=config.train.gradient_checkpointing,
@@ -83,47 +84,51 @@ def predict_largest(config: Config, base: "Qwen2_5_VLConfig") -> tuple[memory.Re
     return memory.predict(step), step.tokens
 
 
-def base_config(config: Config) -> "Qwen2_5_VLConfig":
-    """Return the base model's config.json; a tiny one's from its settings. Raises OSError if it is not available."""
+def base_config(config: Config) -> "PretrainedConfig":
+    """Return the base model's config.json; a tiny one's from its settings.
+
+    Raises OSError if it is not available, and UserError for a model that can't be trained as the config says.
+    """
     if config.model.tiny is not None:
         first = config.model.tiny.vocab_size - len(tiny.SPECIAL_TOKENS)
-        return tiny.make_config(config.model.tiny, {token: first + i for i, token in enumerate(tiny.SPECIAL_TOKENS)})
+        ids = {token: first + i for i, token in enumerate(tiny.SPECIAL_TOKENS)}
+        return load_family(config.model.tiny.family).make_config(config.model.tiny, ids)
     from transformers import AutoConfig
 
     model = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
-    if model.model_type != "qwen2_5_vl":
-        raise UserError(f"{config.model.path} is a {model.model_type}, not a qwen2_5_vl.")
+    check_experts(find_family(model.model_type), model.model_type, config.model)
     return model
 
 
 def largest_grid(config: Config) -> np.ndarray:
     """Return the grid of patches of the largest picture."""
-    return np.array([1, 2, 2 * max(config.images.max_pixels // 28**2, 1)])
+    view = config.view()
+    return np.array([1, view.merge, view.merge * view.most_tokens])
 
 
-def longest_rows(config: Config, image_token: int) -> tuple[list[Conversation], list[int]]:
+def longest_rows(config: Config, image_token: ImageToken) -> tuple[list[Conversation], list[int]]:
     """Return the longest rows of one process's share of a step, and their groups; no more than a micro-batch can hold.
 
     Each sample has one image, and as many full turns with a tool's image as turns, images and tokens allow.
     """
-    talk, grid = config.conversation, largest_grid(config)
-    shown = image_tokens(grid)
+    talk, grid = config.talk(), largest_grid(config)
+    shown = image_token.count(grid)
     system = render_system_prompt(talk)
     per_process = -(-config.rollout.samples // config.train.steps // config.where.trainer.processes)
     rows, groups = [], []
     while len(groups) < per_process * config.rollout.group_size:
         number, index = divmod(len(rows), config.rollout.group_size)
         # Rows have text ids of their own, so that a group shares its prompt and nothing else.
-        parts = [(1 + len(system) // LETTERS_PER_TOKEN, 0, False), (shown, image_token, False)]
+        parts = [(1 + len(system) // LETTERS_PER_TOKEN, 0, False), (shown, image_token.id, False)]
         keys = [f"{number}"]
         for turn in range(talk.max_turns):
             parts.append((talk.max_turn_tokens, 1 + index, True))
             if turn + 1 < talk.max_turns and len(keys) < talk.max_images:
-                parts.append((shown, image_token, False))
+                parts.append((shown, image_token.id, False))
                 keys.append(f"{number} {index} {turn}")
         while sum(length for length, _, _ in parts) > talk.max_tokens and len(parts) > 3:
             _, token, _ = parts.pop()
-            keys = keys[:-1] if token == image_token else keys
+            keys = keys[:-1] if token == image_token.id else keys
         tokens = np.concatenate([np.full(length, token) for length, token, _ in parts])
         scored = np.concatenate([np.full(length, sampled) for length, _, sampled in parts])
         rows.append(Conversation(tokens, scored, tuple(keys), np.array([grid] * len(keys))))

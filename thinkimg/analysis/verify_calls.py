@@ -11,7 +11,7 @@ from thinkimg.conversation.picture import model_view_size
 from thinkimg.errors import UserError
 from thinkimg.images import toolbox
 from thinkimg.images.decode import decode, pixel_hash
-from thinkimg.images.settings import ImagesConfig
+from thinkimg.images.settings import ViewLimits
 from thinkimg.images.tool import Tool
 from thinkimg.records import CallStatus, Sample, Trajectory, TurnKind
 from thinkimg.store.artifacts import Problem, Store
@@ -61,7 +61,7 @@ def replay(artifact: Artifact, store: Store, progress: Callable[[int, int], None
     except UserError as error:
         result.note = f"no tool call was replayed, as a tool is missing: {error.message}"
         return result
-    images, limits = ImageTable([dataset]), ImagesConfig(**artifact.manifest["recipe"]["config"]["images"])
+    images, limits = ImageTable([dataset]), ViewLimits(**artifact.manifest["recipe"]["config"]["images"])
     check_images(artifact, result)
     total = sum(artifact.parts().values())
     for done, trajectory in enumerate(artifact.trajectories(), 1):
@@ -87,18 +87,18 @@ def replay_trajectory(
     trajectory: Trajectory,
     sample: Sample,
     images: ImageTable,
-    limits: ImagesConfig,
+    limits: ViewLimits,
     tools: Mapping[str, Tool],
     replay: Replay,
 ) -> None:
     """Run one trajectory's calls in order: each may work on images of earlier ones."""
     pictures: list[Image.Image] = [images.decoded(sha256) for sha256 in sample.images]
-    sizes = partial(model_view_size, config=limits)
+    sizes = partial(model_view_size, limits=limits)
     for number, turn in enumerate(trajectory.turns):
         shown = turn.image is not None or (turn.status is CallStatus.OK and turn.observation is not None)
         if turn.kind is not TurnKind.TOOL or not shown:
             continue  # a refused call has no result but its error text
-        result = toolbox.run_tool(turn.tool, json.loads(turn.args), pictures, sizes, tools)
+        result = toolbox.run_tool(turn.tool, json.loads(turn.args), pictures, sizes, tools, trajectory.coordinates)
         replay.calls += 1
         image = pixel_hash(result.image) if result.image else None
         same = image == turn.image and result.source == turn.source

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from thinkimg.answers.text import strip_wrapping
+from thinkimg.images.coordinates import Frame
 
 BoxXYWH = tuple[float, float, float, float]
 """(x, y, width, height): the top left corner, and the sides, both > 0."""
@@ -44,20 +45,25 @@ class StatedBox:
     numbers: tuple[float, float, float, float]
     corners: bool
 
-    def in_pixels(self, view: tuple[int, int] | None) -> BoxXYWH | None:
-        """Return the box in pixels of an image that the model sees at this size; None where it is no box.
+    def in_full(self, frame: Frame | None) -> BoxXYWH | None:
+        """Return the box in pixels of the full-resolution image; None where it is no box.
 
-        The only place that says what the numbers count: pixels of the view. Four fractions from 0 to 1 are two corners
-        as shares of the sides, for no box is that small. Without a view all numbers are taken for pixels.
+        The only place that says what the numbers count: the frame's coordinates. Four fractions from 0 to 1 are two
+        corners as shares of the sides, for no box is that small. Without a frame all numbers are taken for pixels.
         """
         x, y, right, bottom = self.numbers
         is_share = all(0 <= number <= 1 for number in self.numbers) and any(number % 1 for number in self.numbers)
         corners = self.corners
-        if is_share and view is not None:
+        if is_share and frame is not None:
             corners = True
-            x, right, y, bottom = x * view[0], right * view[0], y * view[1], bottom * view[1]
+            (wide, high) = frame.view
+            x, right, y, bottom = x * wide, right * wide, y * high, bottom * high
         width, height = (right - x, bottom - y) if corners else (right, bottom)
-        return (x, y, width, height) if width > 0 and height > 0 else None
+        if not (width > 0 and height > 0):
+            return None
+        if frame is None or frame.full == frame.view:
+            return x, y, width, height
+        return *frame.to_full(x, y), *frame.to_full(width, height)
 
 
 def read_box(text: str) -> BoxXYWH | None:

@@ -164,10 +164,7 @@ def _rounded(given: float | None, wanted: float, decimals: int, answer_type: Ans
 def _in_full(answer: str, frame: Frame | None) -> BoxXYWH | None:
     """Return the answer's box in pixels of the full-resolution image; None if the answer is no box."""
     stated = read_stated_box(answer)
-    box = stated.in_pixels(frame.view if frame else None) if stated else None
-    if box is None or frame is None or frame.full == frame.view:
-        return box
-    return *frame.to_full(*box[:2]), *frame.to_full(*box[2:])
+    return stated.in_full(frame) if stated else None
 
 
 def _box(given: BoxXYWH | None, right: str) -> Comparison:

@@ -76,6 +76,7 @@ def show(reference: ArtifactFlag, *, store: StoreFlag = ROOT) -> None:
         "packages": recipe["packages"],
         "sources": recipe["sources"],
         "seed": manifest["seed"],
+        "family": artifact.family,
         "git": manifest["git"],
         "host": manifest["host"],
         "where": manifest["where"],

@@ -3,6 +3,7 @@
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from importlib import resources
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -132,6 +133,8 @@ def type_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"map of {type_of(arguments[0])} to {type_of(arguments[1])}"
     if annotation is NoneType:
         return "null"
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return ", ".join(f"`{value}`" for value in annotation)
     limits: dict[str, float] = {}
     for item in metadata:
         for limit in item.metadata if isinstance(item, FieldInfo) else [item]:

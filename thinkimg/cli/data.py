@@ -1,6 +1,7 @@
 """Verbs of `thinkimg data`: look at a data set before it is prepared, and at a prepared one."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from thinkimg.data.report.summary import Summary
     from thinkimg.data.report.table_report import Limits
     from thinkimg.data.settings import RowsConfig
+    from thinkimg.records import Coordinates
     from thinkimg.store.kinds import Dataset
 
 app = App(name="data", help="Look at data sets: before they are prepared, and prepared ones.")
@@ -48,10 +50,11 @@ def inspect(
     from thinkimg.data.report.sheet import Section, check_page, write_sheet
 
     given = set or []
-    data, limits = read_settings(path, given)
+    data, limits, coordinates = read_settings(path, given)
+    state = partial(state_question, coordinates=coordinates)
     if html is not None:
         check_page(html)
-    inspection = inspect(data, limits, state_question, pictures=html is not None)
+    inspection = inspect(data, limits, state, pictures=html is not None)
     if inspection.question is not None:
         say(f"{inspection.question} Each table by itself:\n")
     if inspection.missing:
@@ -90,20 +93,22 @@ def _state_together(pins: list[dict[str, str]], given: list[str]) -> str:
     return "The tables are of different kinds. Prepare one of them, or one after the other."
 
 
-def read_settings(path: str, overrides: list[str]) -> "tuple[RowsConfig, Limits]":
-    """Return the settings of the data set at a path, and the limits of pictures. Raises UserError for a mistake."""
+def read_settings(path: str, overrides: list[str]) -> "tuple[RowsConfig, Limits, Coordinates]":
+    """Return the settings of the data set at a path, the limits of pictures, and the unit of the model's positions.
+
+    Raises UserError for a mistake.
+    """
     from thinkimg.config.load import load_config
     from thinkimg.data.report.table_report import Limits
     from thinkimg.data.settings import RowsConfig
     from thinkimg.images.decode import ImageLimits
-    from thinkimg.images.settings import ViewLimits
 
     config = load_config(overrides=["data.source=files", f"data.path={path}", *overrides])
     if not isinstance(config.data, RowsConfig) or not hasattr(config.data, "path"):
         raise UserError(f"The source {config.data.source} reads no files.", hint="Leave data.source out.")
     images = config.images
     accepted = ImageLimits(max_bytes=images.max_bytes, max_pixels=images.max_decoded_pixels)
-    return config.data, Limits(accepted, ViewLimits.of(images))
+    return config.data, Limits(accepted, config.view()), config.talk().unit
 
 
 @app.command
@@ -131,14 +136,20 @@ def summarise_dataset(dataset: "Dataset", *, count: int, pictures: bool) -> "Sum
     from thinkimg.conversation.question import state_question
     from thinkimg.data.report.summary import summarise
     from thinkimg.images.settings import ImagesConfig, ViewLimits
-    from thinkimg.puzzles.scenes import VIEW
+    from thinkimg.puzzles.geometry import FIRST_SIDE, Geometry
+    from thinkimg.records import Coordinates
 
     config = dataset.manifest["recipe"]["config"]
-    asked = (config.get("asked") or {}).get("images")
-    if asked is None and config["data"]["source"] == "puzzles":
-        asked = VIEW
-    view = ViewLimits.of(ImagesConfig(**asked) if asked else ImagesConfig())
-    return summarise(dataset, view, state_question, count=count, pictures=pictures)
+    asked = config.get("asked") or {}  # neither puzzles nor data sets of earlier versions say how they are asked
+    unit = Coordinates(asked.get("conversation", {}).get("coordinates") or Coordinates.PIXELS)
+    if "images" in asked:
+        view = ViewLimits(**asked["images"])
+    elif config["data"]["source"] == "puzzles":
+        view = Geometry(config.get("token_side", FIRST_SIDE)).limits
+    else:
+        images = ImagesConfig()
+        view = ViewLimits(min_pixels=images.min_pixels, max_pixels=images.max_pixels)
+    return summarise(dataset, view, partial(state_question, coordinates=unit), count=count, pictures=pictures)
 
 
 def dataset_lines(dataset: "Dataset") -> "Iterator[str]":

@@ -33,6 +33,7 @@ for stage, line in stage_names().items():
 def run(*, preset: PresetFlag = "development", set: SetFlag = None, dry_run: DryRunFlag = False) -> None:
     """Run the whole loop, or continue it."""
     config, _ = open_config(preset, set)  # a mistake in it is reported before anything starts
+    config.family()
     if dry_run:
         from thinkimg.cli.dry_run import print_pipeline
 

@@ -70,7 +70,8 @@ def signature_of(stage: Stage) -> inspect.Signature:
 def run_stage(stage: Stage, preset: str, set: list[str] | None, dry_run: bool, force: bool, **given: Any) -> None:
     """Run one stage as a flow of its own, and print the reference of its artifact."""
     config, store = open_config(preset, set)
-    # Before Prefect's server is started: a mistyped fingerprint is reported at once.
+    # Before Prefect's server is started: a mistyped fingerprint is reported at once, and a model that can't be used.
+    config.family()
     inputs = {
         role: store.resolve(given[role], stage.reads[role].kind.KIND) for role in list_inputs(stage) if given.get(role)
     }

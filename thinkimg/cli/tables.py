@@ -109,7 +109,7 @@ def conversation_lines(explanation: dict[str, Any]) -> Iterator[str]:
     yield f"Given answer: {answer} (stop reason: {explanation['stop']})"
     if explanation["error"]:
         yield f"Error: {explanation['error']}"
-    yield "\nTurns"
+    yield f"\nTurns (coordinates are {explanation['coordinates']})"
     for index, turn in enumerate(explanation["turns"]):
         yield f"  {index} [{turn['kind']}, {turn['tokens']} tokens] {turn['text']}"
         if turn["tool"]:

@@ -15,6 +15,7 @@ from thinkimg.data.settings import SCHEMAS, SOURCES
 from thinkimg.errors import UserError
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.toolbox import TOOLS
+from thinkimg.models.settings import FAMILIES
 from thinkimg.registry import Registry
 from thinkimg.rewards.settings import JUDGES, RULES
 from thinkimg.user_paths import expand_path
@@ -25,6 +26,7 @@ CODE: dict[str, Registry | None] = {
     "data.schema": SCHEMAS,
     "data.source": SOURCES,
     "image.types": JUDGES,
+    "model.tiny.family": FAMILIES,
     "rewards.functions": None,
     "rewards.rules": RULES,
     "train.loss.loss_type": LOSSES,

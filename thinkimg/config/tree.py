@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.data.settings import DataConfig
 from thinkimg.engine.settings import EvaluateConfig, RolloutConfig
-from thinkimg.images.settings import ImagesConfig
+from thinkimg.images.settings import ImagesConfig, ViewLimits
 from thinkimg.models.clip import OWN_CLIP
+from thinkimg.models.family import Family, family_of
 from thinkimg.models.settings import ModelConfig
 from thinkimg.redaction import without_query
 from thinkimg.resource_settings import ResourcesConfig
@@ -70,6 +71,25 @@ class Config(Settings):
     def public(self) -> dict[str, Any]:
         """Return the settings as they may be shown, without passwords."""
         return self.model_dump(mode="json") | {"where": self.where.public()}
+
+    def family(self) -> Family:
+        """Return the family of the model that training starts from. Raises UserError where it can't be known."""
+        return family_of(self.model, self.warmstart.checkpoint)
+
+    def view(self) -> ViewLimits:
+        """Return the limits of what the model sees, on its own grid. Raises UserError as `family`."""
+        return ViewLimits.of(self.images, self.family().processor)
+
+    def talk(self) -> ConversationConfig:
+        """Return the settings of a conversation, those of the model's family in place of null.
+
+        Raises UserError as `family`, where one of them is null.
+        """
+        talk = self.conversation
+        if talk.protocol is not None and talk.coordinates is not None:
+            return talk
+        family = self.family()
+        return talk.completed(family.protocols[0], family.coordinates)
 
     @property
     def has_demonstrations(self) -> bool:

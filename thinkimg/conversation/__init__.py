@@ -9,5 +9,6 @@
 
 protocol.py parses and writes the text of a turn, and codec.py turns text into token ids. tokens.py holds the stream of
 tokens, picture.py an image with the view that the model sees. regions.py finds the region that a tool's image shows.
-compare.py holds the prompt by which judges compare two images. Nothing here does I/O.
+compare.py holds the prompt by which judges compare two images, template.py writes the chat template of an export.
+Nothing here does I/O.
 """

@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from tokenizers import Tokenizer
 
-from thinkimg.conversation.protocol import IMAGE_PART, Content, text_part
-from thinkimg.errors import UserError
+from thinkimg.conversation.protocol import CLOSE_THOUGHT, IMAGE_PART, OPEN_THOUGHT, Content, text_part
+from thinkimg.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END, PAD = "<|im_end|>", "<|image_pad|>"
 PICTURE = f"<|vision_start|>{PAD}<|vision_end|>"
+USER, REPLY = "<|im_start|>user\n", "<|im_start|>assistant\n"
 SLOT = "\ue000{}\ue001"  # placeholder of a text while markup is cut into pieces
+KNOWN = "The base model must be of a known family, with its own tokenizer and chat template."
 
 
 class Codec:
-    """Encoder and decoder of conversations with a Qwen2.5-VL tokenizer.
+    """Encoder and decoder of conversations with a Qwen tokenizer.
 
-    end, image: ids of <|im_end|> and <|image_pad|>. banned: ids that must never be sampled.
+    end, image: ids of <|im_end|> and <|image_pad|>. banned: ids that must never be sampled. thinking: as
+    conversation.thinking. opening: text that the chat template puts between <|im_start|>assistant and the first sampled
+    token, such as "", "<think>\\n" or "<think>\\n\\n</think>\\n\\n". turn_start: beginning of each turn's text,
+    `opening` where that leaves a thought open, else "".
 
     Texts are untrusted: a question, an error that quotes the model. A text that spells <|im_end|> becomes the pieces of
     that string. The fast tokenizer's switch for this, encode_special_tokens, is set once on a copy, since transformers'
@@ -31,10 +36,15 @@ class Codec:
 
     A prompt's markup is rendered with slots in place of the texts and cut at its special tokens. Each piece is encoded
     with its texts filled in. Tokenizers cut at special tokens first, so that the result equals apply_chat_template's
-    for every text without special tokens. That includes white space and Unicode normalisation at the seams.
+    for every text without special tokens. That includes white space and Unicode normalisation at the seams. Templates
+    that trim contents (Qwen3.5's) are no exception but for texts with white space around, which stay as they are here.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", thinking: bool | None = None) -> None:
+        """Read the tokenizer and the form of its chat template.
+
+        Raises UserError for a vocabulary or a template of another form, and for one without the state of `thinking`.
+        """
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         for token in description["added_tokens"]:
             token["special"] |= is_markup(token["content"])
@@ -44,21 +54,22 @@ class Codec:
         self._ids = {token["content"]: token["id"] for token in description["added_tokens"] if token["special"]}
         missing = {END, "<|im_start|>", *re.findall(r"<\|\w+\|>", PICTURE)} - self._ids.keys()
         if missing:
-            raise UserError(
-                f"The tokenizer has no {', '.join(sorted(missing))}.", hint="The base model must be a Qwen2.5-VL."
-            )
+            raise UserError(f"The tokenizer has no {', '.join(sorted(missing))}.", hint=KNOWN)
         self._specials = re.compile("(" + "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) + ")")
         self.end: int = self._ids[END]
         self.image: int = self._ids[PAD]
         self.banned = banned_tokens(tokenizer)
+        self.thinking = thinking
+        self.opening = find_opening(tokenizer, thinking)
+        self.turn_start = self.opening if leaves_thought_open(self.opening) else ""
 
     @classmethod
-    def load(cls, path: str | Path, revision: str | None = None) -> Self:
+    def load(cls, path: str | Path, revision: str | None = None, *, thinking: bool | None = None) -> Self:
         """Return the codec of a model: a directory, or an id on the Hub, with a tokenizer.json."""
         from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports sklearn: four seconds more
 
         options: dict[str, Any] = {} if revision is None else {"revision": revision}
-        return cls(PreTrainedTokenizerFast.from_pretrained(path, **options))
+        return cls(PreTrainedTokenizerFast.from_pretrained(path, **options), thinking)
 
     def encode(self, value: str) -> list[int]:
         """Return the ids of a text, none of them a special token. Lone surrogates become "?"."""
@@ -69,20 +80,39 @@ class Codec:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return cast(str, self._tokenizer.decode(list(ids), **options))
 
-    def prompt(self, system: str, content: Content) -> list[int]:
-        """Return the compact ids of the first prompt, by the chat template; an empty `system` is left out."""
+    def prompt(self, system: str, content: Content, *, speaks: bool = False) -> list[int]:
+        """Return the compact ids of the first prompt, by the chat template; an empty `system` is left out.
+
+        speaks: the reply goes on without a thought, whatever `thinking` is.
+        """
         texts: list[str] = []
         messages: list[dict[str, Any]] = [{"role": "user", "content": insert_slots(content, texts)}]
         if system:
             messages.insert(0, {"role": "system", "content": insert_slots([text_part(system)], texts)[0]["text"]})
-        markup = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._fill(cast(str, markup), texts)
+        markup = render_markup(self._tokenizer, messages, False if speaks else self.thinking)
+        if speaks and leaves_thought_open(markup.rpartition(REPLY)[2]):
+            markup += f"\n{CLOSE_THOUGHT}\n\n"
+        return self._fill(markup, texts)
 
     def observation(self, content: Content) -> list[int]:
         """Return the compact ids of a user's message between a turn that ended with `end` and the next turn."""
         texts: list[str] = []
         inner = "".join(PICTURE if part == IMAGE_PART else part["text"] for part in insert_slots(content, texts))
-        return self._fill(f"\n<|im_start|>user\n{inner}{END}\n<|im_start|>assistant\n", texts)
+        return self._fill(f"\n{USER}{inner}{END}\n{REPLY}{self.opening}", texts)
+
+    def frame_system(self) -> tuple[str, str, str]:
+        """Return markup before the user's first message: without a system prompt, and around one.
+
+        Raises UserError for a template that changes the system prompt's text.
+        """
+        slot, messages = SLOT.format(0), [{"role": "user", "content": [text_part(SLOT.format(1))]}]
+        tail = f"{USER}{SLOT.format(1)}{END}\n{REPLY}{self.opening}"
+        bare = render_markup(self._tokenizer, messages, self.thinking)
+        told = render_markup(self._tokenizer, [{"role": "system", "content": slot}, *messages], self.thinking)
+        if not bare.endswith(tail) or not told.endswith(tail) or told.count(slot) != 1:
+            raise UserError("The chat template shows the system prompt more than once or changes it.", hint=KNOWN)
+        before, _, after = told.removesuffix(tail).partition(slot)
+        return bare.removesuffix(tail), before, after
 
     def _fill(self, markup: str, texts: list[str]) -> list[int]:
         ids: list[int] = []
@@ -92,6 +122,47 @@ class Codec:
             else:
                 ids += self.encode(re.sub(SLOT.format(r"(\d+)"), lambda slot: texts[int(slot[1])], piece))
         return ids
+
+
+def render_markup(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]], thinking: bool | None
+) -> str:
+    """Return the markup of messages and of the beginning of a reply, by the chat template."""
+    switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    return cast(
+        str, tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **switch)
+    )
+
+
+def find_opening(tokenizer: "PreTrainedTokenizerBase", thinking: bool | None) -> str:
+    """Return the text with which the chat template opens a reply.
+
+    Raises UserError for a template in another form than <|im_start|>role … <|im_end|>, and for one that has no switch
+    `enable_thinking` and by itself does not open a reply as asked for.
+    """
+    messages = [{"role": "user", "content": [IMAGE_PART, text_part(SLOT.format(0))]}]
+    message = f"{USER}{PICTURE}{SLOT.format(0)}{END}\n{REPLY}"
+
+    def opening(state: bool | None) -> str:
+        try:
+            _, exact, rest = render_markup(tokenizer, messages, state).rpartition(message)
+        except Exception as error:  # a template is a program, and there may be none
+            raise UserError(f"The chat template can't be rendered: {shorten(str(error))}", hint=KNOWN) from error
+        if not exact:
+            raise UserError("The chat template has another form than <|im_start|>user … <|im_end|>.", hint=KNOWN)
+        return rest
+
+    if thinking is not None and opening(True) == opening(False) and leaves_thought_open(opening(True)) != thinking:
+        raise UserError(
+            f"conversation.thinking is {str(thinking).lower()}, but the model's chat template has no switch for it.",
+            hint=f"Set it to null, or take a model that {'thinks' if thinking else 'can answer without a thought'}.",
+        )
+    return opening(thinking)
+
+
+def leaves_thought_open(text: str) -> bool:
+    """Tell whether a text ends within a thought."""
+    return text.rfind(OPEN_THOUGHT) > text.rfind(CLOSE_THOUGHT)
 
 
 def insert_slots(content: Content, texts: list[str]) -> Content:

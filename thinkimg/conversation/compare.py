@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.codec import KNOWN, Codec
 from thinkimg.conversation.protocol import IMAGE_PART, text_part
 from thinkimg.errors import UserError
 
@@ -18,8 +18,12 @@ def render_instruction(question: str) -> str:
 
 
 def encode_comparison(codec: Codec, question: str) -> list[int]:
-    """Return the compact ids of both images, instruction and begun reply; the next token is the rating."""
-    return codec.prompt("", [IMAGE_PART, IMAGE_PART, text_part(render_instruction(question))]) + codec.encode(REPLY)
+    """Return the compact ids of both images, instruction and begun reply; the next token is the rating.
+
+    The reply has no thought, since in an opened one the model would not rate.
+    """
+    content = [IMAGE_PART, IMAGE_PART, text_part(render_instruction(question))]
+    return codec.prompt("", content, speaks=True) + codec.encode(REPLY)
 
 
 def rating_tokens(codec: Codec) -> list[int]:
@@ -27,9 +31,7 @@ def rating_tokens(codec: Codec) -> list[int]:
     start = codec.encode(REPLY)
     replies = [codec.encode(REPLY + rating) for rating in RATINGS]
     if any(ids[:-1] != start for ids in replies):
-        raise UserError(
-            "The tokenizer does not write 1 and 2 as tokens of their own.", hint="The policy must be a Qwen2.5-VL."
-        )
+        raise UserError("The tokenizer does not write 1 and 2 as tokens of their own.", hint=KNOWN)
     return [ids[-1] for ids in replies]
 
 

@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from PIL import Image
 
@@ -17,11 +18,9 @@ from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.tokens import ROLES, TokenError, TokenStream, expanded_length
 from thinkimg.errors import UserError, describe_error
 from thinkimg.images import toolbox
-from thinkimg.images.patches import image_tokens
 from thinkimg.images.settings import ViewLimits
 from thinkimg.images.tool import Tool
-from thinkimg.images.view import count_patches
-from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, Turn, TurnKind
+from thinkimg.records import CallStatus, Coordinates, Sample, StopReason, Trajectory, Turn, TurnKind
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class PendingCall:
     call: ToolCall
     images: tuple[Image.Image, ...]
     tools: Mapping[str, Tool]
-    config: ViewLimits
+    limits: ViewLimits
+    coordinates: Coordinates
 
     def run(self) -> Outcome:
         """Run the tool. A wrong call is an outcome with an error; an exception is a bug (see Episode.fail)."""
@@ -47,9 +47,9 @@ class PendingCall:
             missing = "images" if self.tools else "tools"
             error = f"There are no {missing} here; give an answer."
             return Outcome(toolbox.ToolResult(len(self.images) - 1, error=error))
-        sizes = partial(model_view_size, config=self.config)
-        result = toolbox.run_tool(self.call.name, self.call.args, self.images, sizes, self.tools)
-        return Outcome(result, make_picture(result.image, self.config) if result.image else None)
+        sizes = partial(model_view_size, limits=self.limits)
+        result = toolbox.run_tool(self.call.name, self.call.args, self.images, sizes, self.tools, self.coordinates)
+        return Outcome(result, make_picture(result.image, self.limits) if result.image else None)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class ConversationSpec:
     conversation: ConversationConfig
     view: ViewLimits
     codec: Codec
+
+    @classmethod
+    def load(cls, conversation: ConversationConfig, view: ViewLimits, model: str | Path) -> Self:
+        """Return the rules with the tokens of a model: a directory, or an id on the Hub. Raises UserError as Codec."""
+        return cls(conversation, view, Codec.load(model, thinking=conversation.thinking))
+
+    def __post_init__(self) -> None:
+        assert self.codec.thinking is self.conversation.thinking, "the codec opens replies as the settings say"
 
 
 class Episode:
@@ -86,7 +94,7 @@ class Episode:
         assert [picture.sha256 for picture in pictures] == list(sample.images), "the pictures must be the sample's"
         self.sample, self.policy, self.group_id, self.index = sample, policy, group_id, index
         self.config, self.view, self.codec = spec.conversation, spec.view, spec.codec
-        self.protocol = load_protocol(self.config.protocol)
+        self.protocol = load_protocol(self.config.form)
         self.tools = toolbox.load_tools(self.config.tools)
         self.pictures = list(pictures)
         self.turns: list[Turn] = []
@@ -144,7 +152,7 @@ class Episode:
             return None
         if weights not in self._weights[-1:]:
             self._weights.append(weights)
-        written = self.codec.decode(token_ids[:-1] if complete else token_ids)
+        written = self.codec.turn_start + self.codec.decode(token_ids[:-1] if complete else token_ids)
         turn = Turn(written, TurnKind.MALFORMED, tokens=len(token_ids), weights=weights)
         if not complete:
             self._end(StopReason.TRUNCATED, replace(turn, error="The turn reached its token limit."))
@@ -161,7 +169,7 @@ class Episode:
             case ToolCall(name, args) as call:
                 self._called = replace(turn, kind=TurnKind.TOOL, tool=name, args=dump_args(args))
                 images = tuple(picture.image for picture in self.pictures)
-                return PendingCall(call, images, self.tools, self.view)
+                return PendingCall(call, images, self.tools, self.view, self.config.unit)
 
     def observe(self, outcome: Outcome) -> None:
         """Append the outcome of the call that feed() returned, as an observation for the model."""
@@ -178,7 +186,7 @@ class Episode:
             self._reply(turn, self.protocol.observation(message, image=False))
         elif new:
             twin = next((picture for picture in self.pictures if picture.sha256 == new.sha256), None)
-            message = state_size(len(self.pictures), new.view.size)
+            message = state_size(len(self.pictures), new.view.size, self.config.unit)
             status = CallStatus.DUPLICATE if twin else CallStatus.OK
             turn = replace(turn, status=status, image=new.sha256, observation=message)
             self._reply(turn, self.protocol.observation(message, image=True), twin or new)
@@ -232,21 +240,23 @@ class Episode:
             error=self.error,
             weights=">".join(self._weights),
             sizes=tuple(picture.view.size for picture in self.pictures),
+            coordinates=self.config.unit,
         )
 
 
 def play_script(episode: Episode, turns: Sequence[str]) -> Trajectory:
     """Feed written turns as if they were sampled (log-probability 0), tools and limits included.
 
-    Returns the trajectory with the token stream of a policy that samples these texts. It is FAILED if the script does
-    not end with the episode. Raises UserError for a tool that breaks.
+    Returns the trajectory with the token stream of a policy that samples these texts. Where the chat template opens a
+    thought, a turn goes on from there (Protocol.follow). It is FAILED if the script does not end with the episode.
+    Raises UserError for a tool that breaks.
     """
     for number, turn in enumerate(turns):
         if episode.stop is not None:
             episode.fail(f"The script goes on after turn {number}, which ended the conversation ({episode.stop}).")
             break
         budget = episode.budget()
-        ids = [*episode.codec.encode(turn), episode.codec.end]
+        ids = [*episode.codec.encode(episode.protocol.follow(turn, episode.codec.turn_start)), episode.codec.end]
         finish = "stop" if len(ids) <= budget else "length"
         if pending := episode.feed(ids[:budget], [0.0] * len(ids[:budget]), finish, "scripted"):
             try:
@@ -269,19 +279,17 @@ def find_excess(length: int, images: int, conversation: ConversationConfig) -> s
     return None
 
 
-def measure_prompt(
-    sample: Sample, sizes: Sequence[tuple[int, int]], conversation: ConversationConfig, codec: Codec
-) -> int:
+def measure_prompt(sample: Sample, sizes: Sequence[tuple[int, int]], spec: ConversationSpec) -> int:
     """Return the number of tokens of a sample's prompt, images expanded. sizes: those that the model sees."""
-    prompt = render_prompt(sample, sizes, conversation, codec)
-    return len(prompt) + sum(image_tokens(count_patches(*size)) - 1 for size in sizes)
+    prompt = render_prompt(sample, sizes, spec.conversation, spec.codec)
+    return len(prompt) + sum(spec.view.count_tokens(size) - 1 for size in sizes)
 
 
 def render_prompt(
     sample: Sample, sizes: Sequence[tuple[int, int]], conversation: ConversationConfig, codec: Codec
 ) -> list[int]:
     """Return the compact ids of the first prompt: the system's, the images, and the text of the question."""
-    content = [IMAGE_PART] * len(sizes) + [text_part(state_question(sample, sizes))]
+    content = [IMAGE_PART] * len(sizes) + [text_part(state_question(sample, sizes, conversation.unit))]
     return codec.prompt(render_system_prompt(conversation), content)
 
 
@@ -289,12 +297,12 @@ def render_system_prompt(conversation: ConversationConfig) -> str:
     """Return the user's own system prompt, or the one that describes protocol and tools."""
     if conversation.system is not None:
         return conversation.system
-    return _default_system(conversation.protocol, conversation.tools)
+    return _default_system(conversation.form, conversation.tools, conversation.unit)
 
 
 @cache
-def _default_system(protocol: str, tools: tuple[str, ...] | None) -> str:
-    return load_protocol(protocol).system(tuple(toolbox.load_tools(tools).values()))
+def _default_system(protocol: str, tools: tuple[str, ...] | None, coordinates: Coordinates) -> str:
+    return load_protocol(protocol).system(tuple(toolbox.load_tools(tools).values()), coordinates)
 
 
 def dump_args(args: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from thinkimg.errors import UserError
 from thinkimg.images.tool import IMAGE_ARGUMENT, Tool
+from thinkimg.records import Coordinates
 from thinkimg.registry import Registry
 
 PROTOCOLS = Registry("protocols", "thinkimg.conversation.protocols")
@@ -17,9 +18,18 @@ PROTOCOLS = Registry("protocols", "thinkimg.conversation.protocols")
 MAX_BRACKETS = 100  # of a call: a fixed limit on nesting, since Python's own depends on the caller's stack
 MAX_DIGITS = 20  # of an integer in a call
 
+UNITS = {
+    Coordinates.PIXELS: "Coordinates are pixels of an image as you see it, at the size stated with it, "
+    "from its top left corner.",
+    Coordinates.THOUSANDTHS: "Coordinates, and a box's width and height, are thousandths of an image's sides: "
+    "x=0, y=0 is its top left corner, x=1000, y=1000 its bottom right one.",
+}
+"""Unit of coordinates -> the sentence of the system prompt that explains it."""
+
 Content = list[dict[str, str]]
 """Parts of a message in the chat template's form: IMAGE_PART, or text_part(…)."""
 IMAGE_PART = {"type": "image"}
+OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
 
 
 def text_part(value: str) -> dict[str, str]:
@@ -58,9 +68,14 @@ class Protocol(ABC):
     close_call: ClassVar[str]
     args_key: ClassVar[str]
     call_form: ClassVar[str]
-    """Call as shown to the model."""
+    """Call as shown to the model, on one line."""
     turn_form: ClassVar[str]
     """Thought before the call or answer, as shown to the model."""
+
+    @property
+    def call_example(self) -> str:
+        """Call as shown in the system prompt."""
+        return self.call_form
 
     @property
     def tags(self) -> tuple[str, str, str, str]:
@@ -97,10 +112,11 @@ class Protocol(ABC):
                 body = rest[len(opening) : -len(closing)]
                 if any(tag in part for tag in self.tags for part in (thought, body)):
                     return Malformed(form)
-                return self._parse_call(body) if opening == self.open_call else parse_answer(body)
+                return self.parse_call(body) if opening == self.open_call else parse_answer(body)
         return Malformed(form)
 
-    def _parse_call(self, body: str) -> ToolCall | Malformed:
+    def parse_call(self, body: str) -> ToolCall | Malformed:
+        """Parse the text between a call's tags, in time linear in its length. Never raises."""
         try:
             call = parse_json(body)
         except ValueError as error:
@@ -121,17 +137,32 @@ class Protocol(ABC):
         assert self.parse(turn) == action, f"the turn parses as another action: {turn}"
         return turn
 
-    def system(self, tools: Sequence[Tool]) -> str:
-        """Return the default system prompt, which describes the protocol and every tool."""
+    def follow(self, turn: str, start: str) -> str:
+        """Return the rest of a written turn after `start`, an opened thought or nothing (Codec.turn_start).
+
+        The thought is closed where the turn has it without tags: after an opened thought the model must close it.
+        """
+        if not start or turn.startswith(start):
+            return turn.removeprefix(start)
+        if turn.startswith(OPEN_THOUGHT):
+            return turn.removeprefix(OPEN_THOUGHT).lstrip("\n")
+        parts = self.split(turn.strip())
+        if isinstance(parts, Malformed) or CLOSE_THOUGHT in turn or not parts[1]:
+            return turn
+        thought, rest = parts
+        return f"{thought.rstrip()}\n{CLOSE_THOUGHT}\n\n{rest}".lstrip("\n")
+
+    def system(self, tools: Sequence[Tool], coordinates: Coordinates = Coordinates.PIXELS) -> str:
+        """Return the default system prompt, which describes the protocol, the coordinates and every tool."""
         answer = f"{self.turn_form}<answer>your answer</answer>"
         if not tools:
             return f"Answer the question about the image. Think first, then answer, and write nothing else:\n{answer}"
         lines = [
             "Answer the question about the image. Think first, then call one tool or answer, and write nothing else:",
-            f"{self.turn_form}{self.call_form}",
+            f"{self.turn_form}{self.call_example}",
             answer,
             "The result of a call is shown to you as the next image.",
-            "Coordinates are pixels of an image as you see it, at the size stated with it, from its top left corner.",
+            UNITS[coordinates],
             f"Every tool also takes {IMAGE_ARGUMENT}.",
             "Tools:",
         ]

@@ -41,7 +41,7 @@ def tool_images(row: Trajectory, tools: tuple[str, ...] | None = None, frame: Bo
         root, region = shown[turn.source]
         tool, cut = loaded.get(turn.tool or ""), None
         if box := cut_box(row, turn, tools):
-            view = row.sizes[turn.source]
+            view = row.extents[turn.source]
             cut = (box[2] - box[0]) * (box[3] - box[1]) / (view[0] * view[1])
             region = region and map_to_region(region, box, view)
         elif tool is None or tool.region is not in_place:
@@ -51,9 +51,9 @@ def tool_images(row: Trajectory, tools: tuple[str, ...] | None = None, frame: Bo
 
 
 def cut_box(row: Trajectory, turn: Turn, tools: tuple[str, ...] | None = None) -> Box | None:
-    """Return the box that a turn cut out of its source, in pixels of the source's view; None for none."""
+    """Return the box that a turn cut out of its source, in the row's coordinates; None for none."""
     tool = load_tools(tools).get(turn.tool or "")
     if tool is None:
         return None
     assert turn.args is not None and turn.source is not None
-    return tool.cut(json.loads(turn.args), row.sizes[turn.source])
+    return tool.cut(json.loads(turn.args), row.extents[turn.source])

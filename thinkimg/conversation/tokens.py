@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.images.patches import image_tokens
 from thinkimg.records import Role
 
 ROLES = list(Role)
@@ -35,18 +34,19 @@ class TokenMismatch(TokenError):
 
 
 class ImageSlot(NamedTuple):
-    """Image of a stream: content hash of its full resolution, patches (t, h, w) of its view."""
+    """Image of a stream: content hash of its full resolution, patches (t, h, w) and tokens of its view."""
 
     sha256: str
     grid: Grid
+    tokens: int
 
 
 class TokenStream:
     """Tokens of a conversation, which grow at the end only; sampled tokens are kept as they came.
 
-    ids: compact token ids, one placeholder per image. roles: one per id. logprobs: one per sampled id. images, grids:
-    one per placeholder, in order; images are content hashes of the full resolution. expanded_length: number of tokens
-    with the images expanded.
+    ids: compact token ids, one placeholder per image. roles: one per id. logprobs: one per sampled id. images, grids,
+    image_tokens: one per placeholder, in order; images are content hashes of the full resolution. expanded_length:
+    number of tokens with the images expanded.
     """
 
     def __init__(self, codec: Codec, prompt: Sequence[int], images: Sequence[ImageSlot]) -> None:
@@ -56,6 +56,7 @@ class TokenStream:
         self.logprobs: list[float] = []
         self.images: list[str] = []
         self.grids: list[Grid] = []
+        self.image_tokens: list[int] = []
         self.expanded_length = 0
         self._append(prompt, Role.PROMPT, images)
 
@@ -84,10 +85,11 @@ class TokenStream:
         self.roles += [role] * len(ids)
         self.images += [image.sha256 for image in images]
         self.grids += [image.grid for image in images]
+        self.image_tokens += [image.tokens for image in images]
 
     def expanded(self) -> list[int]:
-        """Return the ids on which engine and trainer compute: each placeholder repeated image_tokens(grid) times."""
-        return np.repeat(self.ids, expansion(self.ids, self.grids, self.codec.image)).tolist()
+        """Return the ids on which engine and trainer compute: each placeholder repeated as its image has tokens."""
+        return np.repeat(self.ids, expansion(self.ids, self.image_tokens, self.codec.image)).tolist()
 
     def check(self, engine_prompt_ids: Sequence[int]) -> None:
         """Raise TokenMismatch unless the prompt, as the engine expanded it, equals ours, its image tokens included.
@@ -101,13 +103,16 @@ class TokenStream:
 
 def expanded_length(ids: Sequence[int], images: Sequence[ImageSlot], image_token: int) -> int:
     """Return the number of tokens of compact ids with their images expanded."""
-    return int(expansion(ids, [image.grid for image in images], image_token).sum())
+    return int(expansion(ids, [image.tokens for image in images], image_token).sum())
 
 
-def expansion(ids: Sequence[int], grids: Sequence[Sequence[int]], image_token: int) -> np.ndarray:
-    """Return how many tokens each compact id stands for: (T,) int64, 1 or the next image's tokens for a placeholder."""
+def expansion(ids: Sequence[int], image_tokens: Sequence[int], image_token: int) -> np.ndarray:
+    """Return how many tokens each compact id stands for: (T,) int64, 1 or the next image's tokens for a placeholder.
+
+    image_tokens: number of tokens of each image. image_token: id of the placeholder.
+    """
     placeholders = np.asarray(ids) == image_token
-    assert placeholders.sum() == len(grids), f"{placeholders.sum()} placeholders for {len(grids)} images"
+    assert placeholders.sum() == len(image_tokens), f"{placeholders.sum()} placeholders for {len(image_tokens)} images"
     counts = np.ones(len(ids), dtype=np.int64)
-    counts[placeholders] = [image_tokens(grid) for grid in grids]
+    counts[placeholders] = image_tokens
     return counts

@@ -17,15 +17,16 @@ from thinkimg import closure
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.settings import EngineConfig, EngineSettings
 from thinkimg.environment import CONNECTION_ERRORS, child_environment, is_healthy, open_local
-from thinkimg.errors import shorten
+from thinkimg.errors import UserError, shorten
 from thinkimg.models.base import check_model
+from thinkimg.models.family import family_at
 from thinkimg.process import Child, free_port, spawn
 
 SERVED_NAME = "policy"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has kernels for
 READY_TIMEOUT_S = 1800.0  # a 7B from a cold disk, with compilation; a tiny model on a CPU takes half a minute
 REPORT_EVERY_S = 30.0
-PIXELS = (28 * 28, 1280 * 28 * 28)  # least and most that the processor admits; views come at their final size
+TOKENS = 1280  # of the largest picture that the processor admits, at least; views come at their final size
 CPU_BATCHED_TOKENS = 8192  # at least, so that no prompt is prefilled in pieces
 PHASES = {
     "Resolved architecture": "starting its processes",
@@ -176,9 +177,18 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
     """Return a server's command line.
 
     host: interface that it listens on; whoever reaches the port can change the weights (development mode).
+    Raises UserError for a precision in which vLLM does not serve the model's family, or a family that is unknown.
     """
     cpu = closure.on_cpu()
     limits, engine = settings.limits, settings.engine
+    family = family_at(model)
+    if limits.dtype not in (precisions := family.precisions(cpu=cpu)):
+        raise UserError(
+            f"vLLM serves a {family.name} on a {'CPU' if cpu else 'GPU'} in {' or '.join(precisions)}, "
+            f"not in {limits.dtype}.",
+            hint="Leave model.dtype null.",
+        )
+    token = family.processor.token_side**2
     options: dict[str, object] = {
         "model": model,
         "served-model-name": SERVED_NAME,
@@ -196,7 +206,7 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
         "generation-config": "vllm",  # no sampling defaults from the model's files
         "limit-mm-per-prompt": json.dumps({"image": limits.max_images, "video": 0}),
         "mm-processor-kwargs": json.dumps(
-            {"size": {"shortest_edge": PIXELS[0], "longest_edge": max(PIXELS[1], limits.max_pixels)}}
+            {"size": {"shortest_edge": token, "longest_edge": max(TOKENS * token, limits.max_pixels)}}
         ),
         "mm-processor-cache-gb": 1 if cpu else 4,
         "allowed-local-media-path": settings.media_dir.resolve() if settings.media_dir else None,
@@ -204,7 +214,7 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
         "worker-extension-cls": "thinkimg.engine.worker.WeightLoader",
         "max-lora-rank": None if settings.max_lora_rank is None else round_rank(settings.max_lora_rank),
     }
-    flags = ["enable-scale-out", "enable-prefix-caching", "disable-uvicorn-access-log", "disable-log-stats"]
+    flags: list[str] = ["enable-scale-out", "enable-prefix-caching", "disable-uvicorn-access-log", "disable-log-stats"]
     if cpu:
         # A request with a seed kills the CPU engine if its prompt is prefilled in pieces.
         flags += ["no-enable-chunked-prefill", "skip-mm-profiling", "enforce-eager"]
@@ -213,10 +223,11 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
     if settings.sleeps:
         flags.append("enable-sleep-mode")
     argv = [sys.executable, "-m", "thinkimg.engine.serve" if cpu else "vllm.entrypoints.openai.api_server"]
+    options |= dict.fromkeys(flags, True) | dict(family.engine_options(cpu=cpu))
     for name, value in options.items():
         if value is not None:
-            argv += [f"--{name}", str(value)]
-    return argv + [f"--{flag}" for flag in flags]
+            argv += [f"--{name}", *([] if value is True else [str(value)])]
+    return argv
 
 
 def round_rank(rank: int) -> int:

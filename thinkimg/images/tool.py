@@ -97,9 +97,9 @@ class Tool:
         return f"{self.name} {{{arguments}}}"
 
     def cut(self, args: Mapping[str, Any], view: tuple[int, int]) -> Box | None:
-        """Return the box of its source that a call has cut out, in pixels of the view.
+        """Return the box of its source that a call has cut out, in the model's coordinates.
 
-        args: of a call that gave an image. view: (width, height) of the source.
+        args: of a call that gave an image. view: (width, height) of the source in them.
         None for a tool that cuts nothing out or has no box, and for arguments that the tool no longer takes.
         """
         if self.region is None or self.region is in_place:

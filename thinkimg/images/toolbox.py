@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from thinkimg.errors import UserError
 from thinkimg.images.coordinates import Frame
 from thinkimg.images.tool import Tool, ToolArgs, ToolError, require_acceptable
+from thinkimg.records import Coordinates
 from thinkimg.registry import Registry, short_name
 
 TOOLS = Registry("tools", "thinkimg.images.tools")
@@ -83,11 +84,13 @@ def run_tool(
     images: Sequence[Image.Image],
     view_size_of: Callable[[Image.Image], tuple[int, int]],
     tools: Mapping[str, Tool] | None = None,
+    coordinates: Coordinates = Coordinates.PIXELS,
 ) -> ToolResult:
     """Carry out a tool call as the model wrote it.
 
     name, args: any JSON values. images: RGB at full resolution, [0] the original, [-1] the current one; not changed.
-    view_size_of: (width, height) at which the model sees an image. tools: on offer; None for all shipped tools.
+    view_size_of: (width, height) in pixels at which the model sees an image. tools: on offer; None for all shipped
+    tools. coordinates: unit of positions in the arguments.
     A wrong call is a result with an error; no text of the model raises. Raises TypeError for a broken tool.
     """
     current = len(images) - 1
@@ -107,7 +110,8 @@ def run_tool(
         problem = f'"image" must be "current", "original" or an index from 0 to {current}'
         return ToolResult(current, error=f"{name}: {problem}.")
     try:
-        output = tool.apply(images[source], call, Frame(images[source].size, view_size_of(images[source])))
+        frame = Frame(images[source].size, view_size_of(images[source]), coordinates)
+        output = tool.apply(images[source], call, frame)
         if isinstance(output, str) and output:
             return ToolResult(source, text=output)
         if not isinstance(output, Image.Image) or output.mode != "RGB":

@@ -10,20 +10,19 @@ from typing import Any
 from pydantic import Field
 
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.episode import find_excess, measure_prompt, render_system_prompt
+from thinkimg.conversation.episode import ConversationSpec, find_excess, measure_prompt, render_system_prompt
 from thinkimg.conversation.question import state_question
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError, shorten
-from thinkimg.images.patches import image_tokens
 from thinkimg.images.settings import ViewLimits
-from thinkimg.images.view import count_patches, view_size
+from thinkimg.images.view import view_size
 from thinkimg.models.tiny import write_tokenizer
 from thinkimg.process import scratch
 from thinkimg.records import Sample
 from thinkimg.settings import Settings
 from thinkimg.store import files
 
-MARKUP = 64  # tokens of a prompt beside its texts and images, at most
+MARKUP = 128  # tokens of a prompt beside its texts and images, at most
 LETTERS = 2  # bytes of a system prompt per token, at least; a question's may be tokens of their own
 
 
@@ -31,7 +30,7 @@ class AskSettings(Settings):
     """Settings on which it depends whether a question can be asked."""
 
     conversation: ConversationConfig
-    """System prompt as it is rendered, max_images and max_tokens; the others have their defaults."""
+    """System prompt as it is rendered, max_images, max_tokens, coordinates, thinking; others have their defaults."""
     images: ViewLimits
     vocabulary: int | None
     """Size of a tiny model's vocabulary, which is made from the questions; None for a model that exists."""
@@ -48,7 +47,9 @@ class AskSettings(Settings):
         if (path := Path(self.start, "tokenizer.json")).is_file():
             tokenizer = files.sha256_once(path)
         return {
-            "conversation": self.conversation.model_dump(mode="json", include={"system", "max_images", "max_tokens"}),
+            "conversation": self.conversation.model_dump(
+                mode="json", include={"system", "max_images", "max_tokens", "coordinates", "thinking"}
+            ),
             "images": self.images.model_dump(mode="json"),
             "tokenizer": self.vocabulary or tokenizer,
         }
@@ -66,7 +67,7 @@ def find_unaskable(
     reasons: dict[str, str] = {}
     for sample in samples:
         try:
-            views[sample.sample_id] = [view_size(*sizes[sha], **settings.images.model_dump()) for sha in sample.images]
+            views[sample.sample_id] = [view_size(*sizes[sha], settings.images) for sha in sample.images]
         except ValueError as error:  # of an image's aspect
             reasons[sample.sample_id] = str(error)
             continue
@@ -76,7 +77,8 @@ def find_unaskable(
     long = [sample for sample in left if may_exceed(settings, sample, views[sample.sample_id])]
     while long:
         codec = load_codec(settings, [(sample, views[sample.sample_id]) for sample in left])
-        lengths = [measure_prompt(sample, views[sample.sample_id], settings.conversation, codec) for sample in long]
+        spec = ConversationSpec(settings.conversation, settings.images, codec)
+        lengths = [measure_prompt(sample, views[sample.sample_id], spec) for sample in long]
         excesses = [find_excess(length, 0, settings.conversation) for length in lengths]
         refused = {sample.sample_id: why for sample, why in zip(long, excesses, strict=True) if why is not None}
         if not refused:
@@ -91,8 +93,8 @@ def find_unaskable(
 def may_exceed(settings: AskSettings, sample: Sample, views: Sequence[tuple[int, int]]) -> bool:
     """Tell whether a prompt may have more tokens than a conversation, with as many tokens as its question has bytes."""
     system = len(render_system_prompt(settings.conversation).encode()) // LETTERS
-    question = len(state_question(sample, views).encode())
-    images = sum(image_tokens(count_patches(*size)) for size in views)
+    question = len(state_question(sample, views, settings.conversation.unit).encode())
+    images = sum(map(settings.images.count_tokens, views))
     return MARKUP + system + question + images >= settings.conversation.max_tokens
 
 
@@ -100,7 +102,7 @@ def load_codec(settings: AskSettings, asked: Sequence[tuple[Sample, list[tuple[i
     """Return the codec of the model; that of a tiny one is made from the questions that are left, as it will be."""
     if settings.vocabulary is None:
         try:
-            return Codec.load(settings.start, settings.revision)
+            return Codec.load(settings.start, settings.revision, thinking=settings.conversation.thinking)
         except UserError:
             raise
         except Exception as error:  # the library raises what its downloader or parser raises
@@ -111,5 +113,7 @@ def load_codec(settings: AskSettings, asked: Sequence[tuple[Sample, list[tuple[i
             ) from error
     texts = [render_system_prompt(settings.conversation), "system\n", "user\n", "assistant\n"]
     with scratch() as folder:
-        write_tokenizer(folder, [*texts, *(state_question(*one) for one in asked)], settings.vocabulary)
-        return Codec.load(folder)
+        write_tokenizer(
+            folder, [*texts, *(state_question(*one, settings.conversation.unit) for one in asked)], settings.vocabulary
+        )
+        return Codec.load(folder, thinking=settings.conversation.thinking)

@@ -84,6 +84,15 @@ def check_model(name: str) -> None:
         raise UserError(f"There is no model directory {name}.", hint=hint)
 
 
+def locate_checkpoint(path: str) -> Path:
+    """Return the directory of a checkpoint. Raises UserError where there is no model in it."""
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        hint = "Name a directory with config.json and model.safetensors."
+        raise UserError(f"There is no checkpoint in {path}.", hint=hint)
+    return directory
+
+
 @dataclass(frozen=True)
 class Base:
     """A base model: `name` is a Hub id, or identifies the content of `directory`."""

@@ -1,15 +1,22 @@
 """Settings of the model: the base, its precision, and the weights that are trained."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from thinkimg.settings import FilePath, Name, Positive, Settings
+from thinkimg.registry import Registry
+from thinkimg.settings import EntryName, FilePath, Name, Positive, Settings
+
+FAMILIES = Registry("families", "thinkimg.families")
+"""Each defines `FAMILY`, an instance of a models.family.Family."""
+Precision = Literal["bfloat16", "float32"]
 
 
 class TinyModel(Settings):
-    """Shape of a Qwen2.5-VL made from nothing, for machines without a GPU and without a hub."""
+    """Shape of a model made from nothing, for machines without a GPU and without a hub."""
 
+    family: Annotated[str, EntryName(FAMILIES, "FAMILY")] = "qwen2_5_vl"
+    """`qwen2_5_vl`, `qwen3_vl` or `qwen3_5`: the architecture."""
     vocab_size: Positive = 2048
     """Upper limit of the tokenizer's vocabulary, special tokens included."""
     hidden_size: Positive = 128
@@ -27,6 +34,9 @@ class TinyModel(Settings):
     vision_heads: Positive = 2
     """Attention heads of the vision tower."""
 
+    def sources(self) -> dict[str, str]:
+        return FAMILIES.sources((self.family,))
+
 
 class ModelConfig(Settings):
     """The base model, its precision, and what of it is trained."""
@@ -37,8 +47,9 @@ class ModelConfig(Settings):
     """Commit or tag on the Hub; null is the commit that its main branch is when the model is used."""
     tiny: TinyModel | None = None
     """Make a tiny model instead of loading one; `{}` takes the defaults of its settings."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the base weights in engine and trainer; trained weights and optimizer are float32."""
+    dtype: Precision | None = None
+    """Precision of the base weights in engine and trainer; trained weights and optimizer are float32. null: bfloat16,
+    and for a tiny model float32, where vLLM serves its family in it on a CPU."""
     load_in_4bit: bool = False
     """Keep the frozen base weights of the trainer's language model in 4 bits (NF4; needs the package bitsandbytes).
     vLLM 0.32 has no such weights, so that the engine's differ: raise train.parity.max_kl to what the gate then
@@ -64,11 +75,29 @@ class ModelConfig(Settings):
             raise ValueError("model.train_vision needs model.adaptation: full")
         if self.adaptation == "full" and self.load_in_4bit:
             raise ValueError("model.load_in_4bit needs model.adaptation: lora")
+        if self.tiny and self.precision not in (possible := self._tiny_precisions()):
+            raise ValueError(
+                f"model.dtype={self.dtype} does not suit a tiny {self.tiny.family}, which vLLM serves on a CPU in "
+                f"{' or '.join(possible)}: leave it null"
+            )
         return self
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the base weights, also where `dtype` names none. Raises UserError for an unknown tiny family."""
+        if self.dtype is not None:
+            return self.dtype
+        if self.tiny is None:
+            return "bfloat16"
+        return self._tiny_precisions()[0]
+
+    def _tiny_precisions(self) -> tuple[Precision, ...]:
+        assert self.tiny is not None
+        return FAMILIES.member(self.tiny.family, "FAMILY").precisions(cpu=True)
 
     def defining(self) -> dict[str, Any]:
         """Return the settings that define a training, for fingerprints; a digest identifies the weights, not a path."""
-        fields = {"tiny", "dtype", "load_in_4bit", "adaptation", "train_vision"}
+        fields = {"tiny", "load_in_4bit", "adaptation", "train_vision"}
         if self.adaptation == "lora":
             fields |= {"lora_rank", "lora_alpha"}
-        return self.model_dump(mode="json", include=fields)
+        return self.model_dump(mode="json", include=fields) | {"dtype": self.precision}

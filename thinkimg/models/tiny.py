@@ -1,21 +1,17 @@
-"""Tiny Qwen2.5-VL of a few million random parameters for CPUs: same architecture and file formats as the 7B."""
+"""Tiny model of a few million random parameters for CPUs: architecture and file formats of its family."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from thinkimg.images.patches import MEAN, MERGE, PATCH, STD, TEMPORAL
+from thinkimg.images.patches import TEMPORAL
+from thinkimg.models.family import Family, load_family
 from thinkimg.models.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.models.settings import TinyModel
-
-if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig
-
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -36,14 +32,14 @@ CHAT_TEMPLATE = (
 
 
 def create_tiny(directory: Path, tiny: TinyModel, corpus: Iterable[str], *, seed: int) -> None:
-    """Write config, weights (float32 safetensors), tokenizer, processor and chat template of a tiny Qwen2.5-VL.
+    """Write config, weights (float32 safetensors), tokenizer, processor and chat template of a tiny model.
 
     corpus: the texts on which the byte-level BPE vocabulary (tiny.vocab_size entries) is trained.
     The files are a pure function of the arguments and of the versions of torch, transformers and tokenizers.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory, corpus, tiny.vocab_size)
-    write_processor(directory)
+    write_processor(directory, load_family(tiny.family))
     write_model(directory, tiny, seed)
 
 
@@ -82,88 +78,43 @@ def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> 
     _write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def write_processor(directory: Path) -> None:
+def write_processor(directory: Path, family: Family) -> None:
     """Write the configuration of the image processor."""
+    processor = family.processor
+    token = processor.token_side**2
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
+        "processor_class": family.processor_class,
         "do_convert_rgb": True,
         "do_rescale": True,
         "do_normalize": True,
         "do_resize": True,
-        "patch_size": PATCH,
+        "patch_size": processor.patch,
         "temporal_patch_size": TEMPORAL,
-        "merge_size": MERGE,
+        "merge_size": processor.merge,
         # A picture arrives at its final size: these limits admit every size that view.py makes.
-        "min_pixels": 28 * 28,
-        "max_pixels": 1280 * 28 * 28,
-        "image_mean": MEAN,
-        "image_std": STD,
+        "min_pixels": token,
+        "max_pixels": 1280 * token,
+        "image_mean": processor.mean,
+        "image_std": processor.std,
         "rescale_factor": 1 / 255,
     }
     _write_json(directory / "preprocessor_config.json", settings)
 
 
-def make_config(tiny: TinyModel, ids: Mapping[str, int]) -> "Qwen2_5_VLConfig":
-    """Return the config. ids: token ids of the vocabulary, or of the special tokens, whose ids are the highest."""
-    with importing:
-        from transformers import Qwen2_5_VLConfig
-
-    head_dim = tiny.hidden_size // tiny.heads
-    temporal = head_dim // 8  # as in Qwen2.5-VL's [16, 24, 24] of 64
-    height = (head_dim // 2 - temporal) // 2
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": max(ids.values()) + 1,
-            "hidden_size": tiny.hidden_size,
-            "intermediate_size": 2 * tiny.hidden_size,
-            "num_hidden_layers": tiny.layers,
-            "num_attention_heads": tiny.heads,
-            "num_key_value_heads": tiny.heads,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            # Qwen's theta of 1e6 gives the width axis frequencies below 2e-4: with four tokens per row a tiny model
-            # cannot distinguish columns. With a small theta it can read an absolute position.
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": tiny.rope_theta,
-                "mrope_section": [temporal, height, head_dim // 2 - temporal - height],
-            },
-        },
-        vision_config={
-            "depth": tiny.vision_layers,
-            "hidden_size": tiny.vision_hidden_size,
-            "intermediate_size": 2 * tiny.vision_hidden_size,
-            "num_heads": tiny.vision_heads,
-            "out_hidden_size": tiny.hidden_size,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": TEMPORAL,
-            "window_size": 112,
-            "fullatt_block_indexes": [tiny.vision_layers - 1],
-        },
-        tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-
-
 def write_model(directory: Path, tiny: TinyModel, seed: int) -> None:
     """Write the config and random weights of a model for the tokenizer in the directory."""
     with importing:
-        from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
         from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would show a single shard
     ids = PreTrainedTokenizerFast.from_pretrained(directory).get_vocab()
+    family = load_family(tiny.family)
     with seeded(seed):
-        model = Qwen2_5_VLForConditionalGeneration(make_config(tiny, ids)).float()
+        model = AutoModelForImageTextToText.from_config(family.make_config(tiny, ids)).float()
         init_fan_in(model)
+        family.init_tiny(model)
     model.generation_config.eos_token_id = [ids["<|im_end|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(directory)

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 
 from numpy.random import Generator
 
-from thinkimg.conversation.protocol import Answer, Protocol, ToolCall
-from thinkimg.conversation.regions import tool_images
+from thinkimg.conversation.protocol import Answer, ToolCall, load_protocol
+from thinkimg.conversation.regions import UNIT, tool_images
+from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.images.coordinates import Box
-from thinkimg.puzzles.scenes import CELL, SCALE, SIZE, Family
+from thinkimg.puzzles.geometry import CELLS
+from thinkimg.puzzles.scenes import Family
 from thinkimg.puzzles.settings import Flaws
-from thinkimg.records import Sample, Trajectory, Turn
+from thinkimg.records import Coordinates, Sample, Trajectory, Turn
 
 # A wrong call starts with these words: a choice at the start of a turn, which a policy gradient can find. From noise on
 # every coordinate a small model learns neither the right nor the wrong way.
@@ -25,18 +27,21 @@ THOUGHTS = {
 LIGHTS = ("adjust_brightness", "adjust_contrast")
 
 
-def write_script(sample: Sample, protocol: Protocol, flaws: Flaws, rng: Generator, *, tools: bool) -> list[str]:
+def write_script(sample: Sample, talk: ConversationConfig, flaws: Flaws, rng: Generator) -> list[str]:
     """Return the model's turns, one text each: the right calls and answer, or one of the flaws.
+
+    talk: says how turns and positions are written, and the tools on offer.
 
     A flawed demonstration ends with a random choice, as none of its images shows the answer. Without tools the right
     answer comes at once, so that the policy learns what can be read without them.
     """
-    if not tools:
+    protocol = load_protocol(talk.form)
+    if talk.tools == ():
         return [protocol.render_turn("I look.", Answer(sample.answer))]
     luck = rng.uniform()
     if luck < flaws.guess:
         return [protocol.render_turn("I guess.", Answer(str(rng.choice(sample.choices))))]
-    calls = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
+    calls = read_solution(sample, talk.unit)
     if luck < flaws.guess + flaws.wrong_call:
         calls = make_wrong_calls(Family(sample.metadata["family"]), calls)
         turns = [protocol.render_turn(HASTE, call) for call in calls]
@@ -45,12 +50,29 @@ def write_script(sample: Sample, protocol: Protocol, flaws: Flaws, rng: Generato
     return [*turns, protocol.render_turn("Now I see.", Answer(sample.answer))]
 
 
+def read_solution(sample: Sample, coordinates: Coordinates = Coordinates.PIXELS) -> list[ToolCall]:
+    """Return the calls that solve a puzzle, with positions in this unit; exact, as a cell is a quarter of a side."""
+    calls = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
+    return [rewrite_crop(call, coordinates) if call.name == "crop_image" else call for call in calls]
+
+
+def rewrite_crop(call: ToolCall, coordinates: Coordinates) -> ToolCall:
+    """Return the crop of a cell, given in pixels of the picture's view, in another unit."""
+    view = CELLS * call.args["width"]
+    extent, _ = coordinates.extent((view, view))
+    return ToolCall(call.name, {name: value * extent // view for name, value in call.args.items()})
+
+
 def make_wrong_calls(family: Family, calls: list[ToolCall]) -> list[ToolCall]:
-    """Return a family's mistake: one cell to the right, a fifth of the light, a quarter turn off, one of two tools."""
+    """Return a family's mistake: one cell to the right, a fifth of the light, a quarter turn off, one of two tools.
+
+    calls: the solution, in either unit of positions.
+    """
     first = calls[0]
     match family:
         case Family.DETAIL:
-            return [ToolCall(first.name, first.args | {"x": (first.args["x"] + CELL // SCALE) % (SIZE // SCALE)})]
+            x, width = first.args["x"], first.args["width"]
+            return [ToolCall(first.name, first.args | {"x": (x + width) % (CELLS * width)})]
         case Family.DARK:
             return [ToolCall(first.name, {"factor": 4})]
         case Family.TURNED if first.name == "rotate_image":
@@ -68,7 +90,7 @@ def has_right_calls(sample: Sample, row: Trajectory, tools: tuple[str, ...] | No
     tools: `conversation.tools` of the row.
     """
     family, target = Family(sample.metadata["family"]), sample.targets[0] if sample.targets else None
-    shown = list(list_shown_parts(row, tools))
+    shown = list(list_shown_parts(sample, row, tools))
     lit = [light for _, light, _ in shown]
     close = [target is not None and shows_target(box, target) for box, _, _ in shown]
     match family:
@@ -85,12 +107,15 @@ def has_right_calls(sample: Sample, row: Trajectory, tools: tuple[str, ...] | No
             )
 
 
-def list_shown_parts(row: Trajectory, tools: tuple[str, ...] | None = None) -> Iterator[tuple[Box | None, bool, Turn]]:
+def list_shown_parts(
+    sample: Sample, row: Trajectory, tools: tuple[str, ...] | None = None
+) -> Iterator[tuple[Box | None, bool, Turn]]:
     """Yield (part of the picture, brightened, turn) of each image that a tool made; None where the part is no box.
 
-    tools: `conversation.tools` of the row.
+    tools: `conversation.tools` of the row. The part is in pixels of the picture; in shares where no cell is marked.
     """
-    images = list(tool_images(row, tools, (0, 0, SIZE, SIZE)))
+    side = CELLS * sample.targets[0][2] if sample.targets else None
+    images = list(tool_images(row, tools, UNIT if side is None else (0, 0, side, side)))
     lit = [False] * (len(row.images) - len(images))
     for image in images:
         turn = image.turn
@@ -109,11 +134,12 @@ def undoes(args: dict, right: dict) -> bool:
 def shows_target(box: Box | None, target: tuple[float, float, float, float]) -> bool:
     """Return True if a part of the picture covers the middle half of the target (x, y, width, height) and is small.
 
-    It is shown at 3/4 of the full resolution or more, at which lines four pixels apart can be distinguished.
+    The target is a cell of the picture. The part is shown at 3/4 of the full resolution or more, at which lines four
+    pixels apart can be distinguished.
     """
     if box is None:
         return False
     x, y, width, height = target
     covers_x = box[0] <= x + width / 4 and box[2] >= x + width * 3 / 4
     covers_y = box[1] <= y + height / 4 and box[3] >= y + height * 3 / 4
-    return covers_x and covers_y and max(box[2] - box[0], box[3] - box[1]) <= SIZE / SCALE * 4 / 3
+    return covers_x and covers_y and max(box[2] - box[0], box[3] - box[1]) <= width * 4 / 3

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
+from thinkimg.conversation.picture import model_view_size
 from thinkimg.conversation.protocol import ToolCall
 from thinkimg.images import toolbox
-from thinkimg.images.view import view_size
-from thinkimg.puzzles.demonstrations import make_wrong_calls
-from thinkimg.puzzles.scenes import CELL, SCALE, SIZE, VIEW, Family
+from thinkimg.puzzles.demonstrations import make_wrong_calls, read_solution
+from thinkimg.puzzles.geometry import CELLS, SCALE, Geometry
+from thinkimg.puzzles.scenes import Family
 from thinkimg.records import Sample
 
 
@@ -25,11 +27,6 @@ class KnownPair:
     wrong: Image.Image
 
 
-def puzzle_view_size(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) in pixels of the puzzles' own view, in which the coordinates of their calls are."""
-    return view_size(*image.size, **VIEW)
-
-
 def make_known_pairs(
     samples: Sequence[Sample], picture: Callable[[str], Image.Image], *, seed: int
 ) -> Iterator[KnownPair]:
@@ -40,14 +37,15 @@ def make_known_pairs(
     for number, sample in enumerate(samples):
         rng = np.random.default_rng([seed, 5, number])
         original = picture(sample.images[0])
-        solution = [ToolCall(call["name"], call["args"]) for call in sample.metadata["solution"]]
+        solution = read_solution(sample)
         yield KnownPair(sample, original, apply_calls(original, solution), make_wrong(sample, original, solution, rng))
 
 
 def apply_calls(image: Image.Image, calls: Sequence[ToolCall]) -> Image.Image:
-    """Return the last image of a chain of calls."""
+    """Return the last image of a chain of calls on a puzzle's picture, with positions in pixels of its view."""
+    sizes = partial(model_view_size, limits=Geometry.of_picture(image.size).limits)
     for call in calls:
-        result = toolbox.run_tool(call.name, call.args, [image], puzzle_view_size)
+        result = toolbox.run_tool(call.name, call.args, [image], sizes)
         assert result.image is not None, result.error
         image = result.image
     return image
@@ -61,17 +59,18 @@ def make_wrong(sample: Sample, original: Image.Image, solution: list[ToolCall], 
         case "mistake":
             return apply_calls(original, make_wrong_calls(family, solution))
         case "noise":
-            noise = Image.fromarray(rng.integers(0, 256, (SIZE // SCALE, SIZE // SCALE, 3), dtype=np.uint8))
-            return noise.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+            view = Geometry.of_picture(original.size).view
+            noise = Image.fromarray(rng.integers(0, 256, (view, view, 3), dtype=np.uint8))
+            return noise.resize(original.size, Image.Resampling.NEAREST)
         case _:
             return apply_calls(original, [draw_other_crop(sample, rng), *solution[1:]])
 
 
 def draw_other_crop(sample: Sample, rng: Generator) -> ToolCall:
     """Return a crop of the right size at a random position that does not show the middle of the marked cell."""
-    target_x, target_y, *_ = (value // SCALE for value in sample.targets[0])
-    side = CELL // SCALE
+    target_x, target_y, width, _ = (value // SCALE for value in sample.targets[0])
+    side = int(width)
     while True:
-        x, y = (int(value) for value in rng.integers(0, (SIZE - CELL) // SCALE + 1, 2))
+        x, y = (int(value) for value in rng.integers(0, (CELLS - 1) * side + 1, 2))
         if abs(x - target_x) >= side * 3 // 4 or abs(y - target_y) >= side * 3 // 4:
             return ToolCall("crop_image", {"x": x, "y": y, "width": side, "height": side})

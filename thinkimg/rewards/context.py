@@ -14,7 +14,6 @@ from pydantic import Field
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.picture import Picture, make_picture
 from thinkimg.engine.settings import EngineSettings
-from thinkimg.images.patches import MERGE, PATCH
 from thinkimg.images.settings import ViewLimits
 from thinkimg.models.base import BaseSource
 from thinkimg.models.settings import ModelConfig
@@ -44,15 +43,18 @@ class JudgeSettings(Settings):
 
     def engine(self, prompts: Iterable[Sequence[int]]) -> EngineSettings:
         """Return the limits of a server for these prompts, of two images each, and one token more."""
-        image = self.view.max_pixels // (MERGE * PATCH) ** 2 + 1
+        image = self.view.most_tokens + 1
         tokens = max(map(len, prompts)) + 2 * image + 1
         return EngineSettings(
-            dtype=self.model.dtype, max_tokens=ROOM * ceil(tokens / ROOM), max_images=2, max_pixels=self.view.max_pixels
+            dtype=self.model.precision,
+            max_tokens=ROOM * ceil(tokens / ROOM),
+            max_images=2,
+            max_pixels=self.view.max_pixels,
         )
 
     def hashed(self, *asked: object) -> str:
         """Return the sha256 of a judge's question: its texts and settings, and the size at which it sees the images."""
-        content = [*asked, self.view.min_pixels, self.view.max_pixels]
+        content = [*asked, *self.view.model_dump().values()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import model_validator
 
+from thinkimg.models.family import Family
 from thinkimg.registry import Registry, short_name
 from thinkimg.rewards.user_function import load_function
 from thinkimg.settings import Composite, EntryName, Name, Weight
@@ -71,6 +72,12 @@ class ImageConfig(Composite):
         if unknown := set(self.weights) - {*JUDGES, *self.columns}:
             raise ValueError(f"image.weights has '{min(unknown)}', which is no judge of image.types")
         return self
+
+    def completed(self, family: Family) -> Self:
+        """Return the settings with those of the model's family in place of null, where a judge has such."""
+        judges: dict[str, Any] = {name: getattr(self, name, None) for name in self.columns}
+        own = {name: judge.completed(family) for name, judge in judges.items() if hasattr(judge, "completed")}
+        return self.model_copy(update=own)
 
     def fingerprinted(self) -> dict[str, Any]:
         """Return the settings that enter the fingerprint of scores; the others belong to the mix."""

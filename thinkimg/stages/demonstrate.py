@@ -14,10 +14,8 @@ from pydantic import BaseModel, Field, ValidationError
 from thinkimg import records
 from thinkimg.config.tree import Config
 from thinkimg.conversation import compare
-from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.episode import ConversationSpec, Episode, play_script, render_system_prompt
 from thinkimg.conversation.picture import make_picture, model_view_size
-from thinkimg.conversation.protocol import load_protocol
 from thinkimg.conversation.question import state_question, state_size
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.data.json_lines import read_json_lines, require_json_lines
@@ -25,7 +23,7 @@ from thinkimg.data.tables.json_lines import PEEK
 from thinkimg.disk import writing
 from thinkimg.errors import UserError
 from thinkimg.images.settings import ViewLimits
-from thinkimg.models.base import BaseSource
+from thinkimg.models.base import BaseSource, locate_checkpoint
 from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.puzzles.demonstrations import write_script
@@ -88,12 +86,13 @@ class Script(BaseModel):
 def demonstrate_fields(config: Config) -> dict[str, Any]:
     """Return the fields of DemonstrateSettings."""
     return {
-        "conversation": config.conversation,
-        "images": ViewLimits.of(config.images),
+        "conversation": config.talk(),
+        "images": config.view(),
         "tiny": config.model.tiny,
         "flaws": None if config.warmstart.demonstrations else config.warmstart.flaws,
         "seed": config.seed,
         "base": BaseSource.of(config.model),
+        "family": config.family().name,
         "checkpoint": config.warmstart.checkpoint,
         "script": config.warmstart.demonstrations,
         "demonstrates": config.has_demonstrations,
@@ -113,8 +112,8 @@ def run(job: Job[DemonstrateSettings]) -> None:
     demonstrations those are left out that can't be used. Raises UserError where none can.
     """
     settings, work, dataset = job.settings, job.work, job.inputs["dataset"]
-    codec, images = Codec.load(locate_start(settings, dataset, job.resources)), ImageTable([dataset])
-    spec = ConversationSpec(settings.conversation, settings.images, codec)
+    start, images = locate_start(settings, dataset, job.resources), ImageTable([dataset])
+    spec = ConversationSpec.load(settings.conversation, settings.images, start)
     rows: list[dict[str, Any]] = []
     encoded: dict[str, tuple[bytes, int, int]] = {}  # at once: thousands of decoded pictures would not fit
     left_out: list[UserError] = []
@@ -137,27 +136,28 @@ def run(job: Job[DemonstrateSettings]) -> None:
         work.metrics["left_out"] = len(left_out)
     write_images(work, "images.parquet", ((sha, *encoded[sha]) for sha in sorted(encoded)))
     if "pairs" in job.inputs and not work.has("comparisons.parquet"):
-        compared = [to_row(row) for row in compare_pairs(job.inputs["pairs"], settings.images, codec)]
+        compared = [to_row(row) for row in compare_pairs(job.inputs["pairs"], spec)]
         work.table("comparisons.parquet", pa.Table.from_pylist(compared, records.trajectory_schema()))
     if not work.has("trajectories.parquet"):
         work.table("trajectories.parquet", pa.Table.from_pylist(rows, records.trajectory_schema()))
 
 
-def compare_pairs(pairs: Pairs, view: ViewLimits, codec: Codec) -> Iterator[Trajectory]:
+def compare_pairs(pairs: Pairs, spec: ConversationSpec) -> Iterator[Trajectory]:
     """Yield every known pair four times: the original beside the right and the wrong image, in both orders."""
-    images, ratings = ImageTable([pairs]), compare.rating_tokens(codec)
+    codec, images = spec.codec, ImageTable([pairs])
+    ratings = compare.rating_tokens(codec)
     prompts: dict[str, list[int]] = {}
     for row in pairs.rows():
         sample, question = row["sample_id"], row["question"]
         prompt = prompts.setdefault(question, compare.encode_comparison(codec, question))
-        seen = {name: make_picture(images.decoded(row[name]), view) for name in ("original", "right", "wrong")}
+        seen = {name: make_picture(images.decoded(row[name]), spec.view) for name in ("original", "right", "wrong")}
         for index, (first, second, better) in enumerate(ORDERS):
             yield Trajectory(
                 trajectory_id=f"{sample}-compared-{index}", sample_id=sample, group_id=sample, index=index,
                 policy=SCRIPT, tokens=(*prompt, ratings[better]), roles=(0,) * len(prompt) + (1,), logprobs=(0.0,),
                 images=(row[first], row[second]), grids=(seen[first].grid, seen[second].grid), turns=(),
                 answer=compare.RATINGS[better], stop=StopReason.ANSWER, error=None, weights="scripted",
-                sizes=(seen[first].view.size, seen[second].view.size),
+                sizes=(seen[first].view.size, seen[second].view.size), coordinates=spec.conversation.unit,
             )  # fmt: skip
 
 
@@ -172,10 +172,9 @@ def read_scripts(
     samples = dataset.split("train")
     if settings.script is None:
         assert settings.flaws is not None, "there is no user's file"
-        form, tools = load_protocol(settings.conversation.protocol), settings.conversation.tools != ()
         for number, sample in enumerate(samples):
             rng = np.random.default_rng([settings.seed, 3, number])  # of its own: the puzzles' are [seed, number]
-            yield sample, 0, write_script(sample, form, settings.flaws, rng, tools=tools)
+            yield sample, 0, write_script(sample, settings.conversation, settings.flaws, rng)
         return
     by_id = {sample.sample_id: sample for sample in samples}
     path = Path(settings.script)
@@ -237,15 +236,6 @@ def hash_script(path: str) -> str:
     return files.sha256_once(Path(path))
 
 
-def locate_checkpoint(path: str) -> Path:
-    """Return the directory of a checkpoint. Raises UserError where there is no model in it."""
-    directory = Path(path)
-    if not (directory / "config.json").is_file():
-        hint = "Name a directory with config.json and model.safetensors."
-        raise UserError(f"There is no checkpoint in {path}.", hint=hint)
-    return directory
-
-
 def locate_start(settings: DemonstrateSettings, dataset: Dataset, resources: Resources) -> Path:
     """Return the directory of the model to start from; a tiny one is made on demand, the same every time."""
     if settings.checkpoint is not None:
@@ -269,7 +259,7 @@ def locate_start(settings: DemonstrateSettings, dataset: Dataset, resources: Res
 
 def collect_texts(settings: DemonstrateSettings, dataset: Dataset) -> list[str]:
     """Return the texts that a tiny tokenizer should encode in few tokens: prompts, scripted turns, observations."""
-    images = ImageTable([dataset])
+    images, unit = ImageTable([dataset]), settings.conversation.unit
     texts = [render_system_prompt(settings.conversation)]
     texts += [f"{role}\n" for role in ("system", "user", "assistant")]
     if settings.compares:
@@ -282,8 +272,8 @@ def collect_texts(settings: DemonstrateSettings, dataset: Dataset) -> list[str]:
     for sample in dataset.split("train"):
         sizes = [model_view_size(images.decoded(sha), settings.images) for sha in sample.images]
         turns = demonstrated.get(sample.sample_id, [])
-        texts += [state_question(sample, sizes), *turns]
-        texts += [state_size(number, sizes[0]) for number in range(1, len(turns))]
+        texts += [state_question(sample, sizes, unit), *turns]
+        texts += [state_size(number, sizes[0], unit) for number in range(1, len(turns))]
         texts += [compare.render_instruction(sample.question)] if settings.compares else []
     return texts
 

@@ -34,8 +34,8 @@ from thinkimg.images.decode import ImageLimits
 from thinkimg.images.settings import ViewLimits
 from thinkimg.images.view import view_size
 from thinkimg.models.askable import AskSettings, find_unaskable
+from thinkimg.puzzles.geometry import LEAST_SIDE, Geometry
 from thinkimg.puzzles.samples import make_puzzle_jobs
-from thinkimg.puzzles.scenes import SCALE, SIZE, VIEW
 from thinkimg.records import AnswerType, to_row
 from thinkimg.rewards.sentences import explain_unjudged
 from thinkimg.stages.stage import Job, Slice, Stage
@@ -65,6 +65,8 @@ class PrepareSettings(Slice):
     """Limits of what can be asked; None for the built-in puzzles, which fit."""
     judge: str | None = Field(default=None, exclude=True)
     """Model that compares answers with sentences, to warn where there is none."""
+    token_side: int | None = None
+    """Pixels of a token's side, from which the sizes of the built-in puzzles follow; None for a user's data."""
 
     @property
     def seed(self) -> int:
@@ -78,7 +80,7 @@ class PrepareSettings(Slice):
 
     def fingerprinted(self) -> dict[str, Any]:
         if self.source is None:
-            return {"data": self.data.model_dump(mode="json")}
+            return {"data": self.data.model_dump(mode="json"), "token_side": self.token_side}
         return {
             "data": self.data.model_dump(mode="json", exclude={"path", "images"})
             | {"name": self.source[0], "schemas": [list(schema) for schema in self.schemas]},
@@ -91,30 +93,58 @@ def settings_of(config: Config) -> PrepareSettings:
     """Return the slice of the config. Raises UserError where the source can't be read."""
     images = config.images
     settings = PrepareSettings(
-        data=config.data, max_bytes=images.max_bytes, max_decoded_pixels=images.max_decoded_pixels, source=None
+        data=config.data,
+        max_bytes=images.max_bytes,
+        max_decoded_pixels=images.max_decoded_pixels,
+        source=None,
+        family=config.family().name,
     )
-    if config.data.source != "puzzles":
-        source = open_source(config.data, settings.limits)
-        opened = {"source": (source.name, source.digest), "schemas": source.schemas}
-        judged = {"asked": ask_settings(config), "judge": config.rewards.answer.judge}
-        return settings.model_copy(update=opened | judged)
-    view = view_size(SIZE, SIZE, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
-    if view != (SIZE // SCALE, SIZE // SCALE):
-        limits = " and ".join(f"images.{name}={value}" for name, value in VIEW.items())
+    if config.data.source == "puzzles":
+        geometry = fit_puzzles(config)
+        require_view(geometry, config.view())
+        return settings.model_copy(update={"token_side": geometry.token_side})
+    source = open_source(config.data, settings.limits)
+    opened = {"source": (source.name, source.digest), "schemas": source.schemas}
+    judged = {"asked": ask_settings(config), "judge": config.rewards.answer.judge}
+    return settings.model_copy(update=opened | judged)
+
+
+def fit_puzzles(config: Config) -> Geometry:
+    """Return the sizes of the puzzles that fit the model's tokens. Raises UserError where these are too small."""
+    side = config.view().token_side
+    if side < LEAST_SIDE:
         raise UserError(
-            f"The built-in puzzles are made to be seen at {SIZE // SCALE} x {SIZE // SCALE} pixels.",
-            hint=f"Name your own data with data.source and data.path, or set {limits}.",
+            f"The built-in puzzles need image tokens of {LEAST_SIDE} pixels or more; the model's have {side}.",
+            hint="Name your own data with data.source and data.path, and take judges that need no puzzles.",
         )
-    return settings
+    return Geometry(side)
+
+
+def require_view(geometry: Geometry, view: ViewLimits) -> None:
+    """Raise UserError where a puzzle's picture is not seen at the size at which it is a puzzle."""
+    if view_size(geometry.size, geometry.size, view) == (geometry.view, geometry.view):
+        return
+    limits = geometry.limits
+    raise UserError(
+        f"The built-in puzzles are made to be seen at {geometry.view} x {geometry.view} pixels.",
+        hint="Name your own data with data.source and data.path, or set "
+        f"images.min_pixels={limits.min_pixels} and images.max_pixels={limits.max_pixels}.",
+    )
 
 
 def ask_settings(config: Config) -> AskSettings:
     """Return the part of the slice on which it depends whether a question can be asked."""
-    model, checkpoint, talk = config.model, config.warmstart.checkpoint, config.conversation
+    model, checkpoint, talk = config.model, config.warmstart.checkpoint, config.talk()
     system = render_system_prompt(talk)  # a tool whose code changes and not its description changes no prompt
     return AskSettings(
-        conversation=ConversationConfig(system=system, max_images=talk.max_images, max_tokens=talk.max_tokens),
-        images=ViewLimits.of(config.images),
+        conversation=ConversationConfig(
+            system=system,
+            max_images=talk.max_images,
+            max_tokens=talk.max_tokens,
+            coordinates=talk.coordinates,
+            thinking=talk.thinking,
+        ),
+        images=config.view(),
         vocabulary=model.tiny and model.tiny.vocab_size,
         start=checkpoint or model.path,
         revision=None if checkpoint else model.revision,
@@ -125,8 +155,14 @@ def puzzle_settings(config: Config) -> PrepareSettings:
     """Return the slice for the built-in puzzles, from which judges of any data learn."""
     if config.data.source == "puzzles":
         return settings_of(config)
-    data = DataConfig(seed=config.data.seed, train=PUZZLES_FOR_PAIRS)
-    return settings_of(config.model_copy(update={"data": data, "images": config.images.model_copy(update=VIEW)}))
+    data, images = DataConfig(seed=config.data.seed, train=PUZZLES_FOR_PAIRS), config.images
+    return PrepareSettings(
+        data=data,
+        max_bytes=images.max_bytes,
+        max_decoded_pixels=images.max_decoded_pixels,
+        source=None,
+        token_side=fit_puzzles(config).token_side,
+    )
 
 
 def run(job: Job[PrepareSettings]) -> None:
@@ -144,8 +180,9 @@ def run(job: Job[PrepareSettings]) -> None:
     with ThreadPoolExecutor(workers, "prepare") as pool:
         if source is None:
             data = settings.data
-            assert isinstance(data, puzzle_source.Settings)
-            write_dataset(job, make_puzzle_jobs(data), data.train + data.held_out, None, pool)
+            assert isinstance(data, puzzle_source.Settings) and settings.token_side is not None
+            jobs = make_puzzle_jobs(data, Geometry(settings.token_side))
+            write_dataset(job, jobs, data.train + data.held_out, None, pool)
             return
         surveyed = survey_source(settings, source, pool, 2 * workers)
         warn_of_benchmarks(job.store, surveyed)

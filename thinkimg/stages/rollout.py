@@ -20,7 +20,6 @@ from pydantic import Field
 from thinkimg import records
 from thinkimg.closure import engine_package
 from thinkimg.config.tree import Config
-from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.episode import ConversationSpec, Episode
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.engine.media import Media
@@ -74,10 +73,11 @@ class RolloutSettings(PlaySettings):
 def play_settings(config: Config) -> dict:
     """Return the fields of PlaySettings."""
     return {
-        "conversation": config.conversation,
-        "images": ViewLimits.of(config.images),
-        "precision": config.model.dtype,
+        "conversation": config.talk(),
+        "images": config.view(),
+        "precision": config.model.precision,
         "base": BaseSource.of(config.model),
+        "family": config.family().name,
     }
 
 
@@ -124,7 +124,7 @@ def draw_samples(samples: list[Sample], count: int, iteration: int, seed: int) -
 @asynccontextmanager
 async def open_sampler(settings: PlaySettings, dataset: Dataset, policy: Policy, resources: Resources):
     """Yield a Sampler whose engine holds the policy."""
-    spec = ConversationSpec(settings.conversation, settings.images, Codec.load(policy.vocabulary))
+    spec = ConversationSpec.load(settings.conversation, settings.images, policy.vocabulary)
     engine = await resources.engine(policy, settings.engine, settings.base)
     pool = ThreadPoolExecutor(resources.where.workers, thread_name_prefix="tools")
     async with engine:

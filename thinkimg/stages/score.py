@@ -21,7 +21,6 @@ from pydantic import Field
 from thinkimg import records
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
-from thinkimg.images.settings import ViewLimits
 from thinkimg.images.toolbox import user_sources
 from thinkimg.models.base import BaseSource
 from thinkimg.models.clip import weights_digest
@@ -79,8 +78,8 @@ class ScoreSettings(Slice):
 def judge_settings(config: Config) -> JudgeSettings:
     """Return the part of the slice that judgements depend on."""
     return JudgeSettings(
-        image=config.image,
-        view=ViewLimits.of(config.images),
+        image=config.image.completed(config.family()),
+        view=config.view(),
         model=config.model,
         token_budget=config.train.token_budget,
         base=BaseSource.of(config.model),
@@ -96,6 +95,7 @@ def settings_of(config: Config) -> ScoreSettings:
         judges=judges if config.image.types else None,
         prompts={name: asked[name].prompt(judges) for name in config.image.columns},
         own_clip=config.has_own_clip,
+        family=config.family().name,
     )
 
 

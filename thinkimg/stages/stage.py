@@ -16,14 +16,17 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Generic, TypeVar
 
+from pydantic import Field
+
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
+from thinkimg.models.family import find_sources
 from thinkimg.records import SCHEMA_VERSION
 from thinkimg.resources import Resources
 from thinkimg.settings import Settings
 from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.image_table import image_writer
-from thinkimg.store.kinds import TypedArtifact
+from thinkimg.store.kinds import Dataset, TypedArtifact
 from thinkimg.store.manifest import Artifact, Recipe, Reference, package_versions
 
 log = logging.getLogger(__name__)
@@ -41,9 +44,15 @@ class Slice(Settings):
     path of a base model), or decide whether there is an output and not what it is.
     """
 
+    family: str | None = Field(default=None, exclude=True)
+    """Name of the model's family, for the manifest; None where the stage makes the same for every model."""
+
     def fingerprinted(self) -> dict[str, Any]:
         """Return the settings that enter the fingerprint, as JSON."""
         return self.model_dump(mode="json")
+
+    def sources(self) -> dict[str, str]:
+        return super().sources() | (find_sources(self.family) if self.family else {})
 
 
 S = TypeVar("S", bound=Slice)
@@ -187,7 +196,7 @@ def complete_inputs(
 ) -> dict[str, Artifact]:
     """Return all inputs that are read, by role: those of `given`, and those that their lineage names.
 
-    Raises UserError for an input that is neither.
+    Raises UserError for an input that is neither, and as `check_family`.
     """
     entries = stage.counting(config)
     inputs = {role: given[role] for role in entries if role in given}
@@ -197,7 +206,19 @@ def complete_inputs(
         if not isinstance(entry.origin, Lineage):
             raise UserError(f"{stage.label} needs {role}, which is not given.")
         inputs[role] = trace(entry.origin, inputs, store)
+    check_family(config, inputs.values())
     return inputs
+
+
+def check_family(config: Config, inputs: Iterable[Artifact]) -> None:
+    """Raise UserError for an input of another family of models than the settings'; a data set fits every family."""
+    for artifact in inputs:
+        if artifact.kind != Dataset.KIND and artifact.family not in (None, (family := config.family()).name):
+            raise UserError(
+                f"{artifact.kind}/{artifact.short} is of the family {artifact.family}, and the model of these settings "
+                f"is a {family.name}.",
+                hint="Name the model that it was made with, by model.path or model.tiny.family.",
+            )
 
 
 def build_artifact(
@@ -219,7 +240,8 @@ def build_artifact(
     """
 
     def produce(work: Work) -> None:
-        work.seed, work.where = getattr(settings, "seed", None), resources.where.public()
+        work.seed, work.family = getattr(settings, "seed", None), settings.family
+        work.where = resources.where.public()
         stage.run(Job(settings, inputs, work, store, resources, progress, map))
 
     if warning := stage.warn(settings, inputs, store):

@@ -61,13 +61,14 @@ def settings_of(config: Config) -> TrainSettings:
     """Return the slice of the config."""
     return TrainSettings(
         mix=Mix.from_config(config.mix, config.image).fingerprinted(),
-        images=ViewLimits.of(config.images),
+        images=config.view(),
         model=config.model,
         temperature=config.rollout.temperature,
         max_tokens=config.conversation.max_tokens,
         train=config.train,
         seed=config.seed,
         base=BaseSource.of(config.model),
+        family=config.family().name,
     )
 
 

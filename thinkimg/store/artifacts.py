@@ -63,14 +63,15 @@ class Problem:
 class Work:
     """An attempt in progress: parts that are closed one by one, and survive a crash.
 
-    A stage asks `has(name)` and skips the parts that an earlier run has closed. It sets `seed` and fills the
-    dictionaries `metrics` and `where` (URLs, devices, paths), which go into the manifest.
+    A stage asks `has(name)` and skips the parts that an earlier run has closed. It sets `seed` and `family` and fills
+    the dictionaries `metrics` and `where` (URLs, devices, paths), which go into the manifest.
     """
 
     def __init__(self, home: Path, kind: str, recipe: Recipe, *, anew: bool = False):
         """anew: remove the parts of an earlier run instead of continuing with them."""
         self.kind, self.recipe = kind, recipe
         self.seed: int | None = None
+        self.family: str | None = None
         self.metrics: dict[str, Any] = {}
         self.where: dict[str, Any] = {}
         self._home, self._started = home, utc_now()
@@ -140,6 +141,7 @@ class Work:
             "digest": content_digest(entries),
             "recipe": asdict(self.recipe),
             "seed": self.seed,
+            "family": self.family,
             "files": entries,
             "metrics": {name: json_number(value) for name, value in self.metrics.items()},
             "where": self.where,

@@ -159,6 +159,11 @@ class Artifact:
         return self.manifest["digest"]
 
     @property
+    def family(self) -> str | None:
+        """Name of the family of models that it was made with; None without a model, and before version 0.3."""
+        return self.manifest.get("family")
+
+    @property
     def short(self) -> str:
         """Beginning of the fingerprint, for people."""
         return self.fingerprint[:12]

@@ -144,7 +144,7 @@ def open_loop(config: LoopSettings, store: Store, outside: Mapping[str, str] = N
     record = load_record(store, identity)
     if record is None:
         name = f"{readable_mix(config.mix)} seed={config.seed} {identity[:6]}"
-        system = render_system_prompt(config.conversation)
+        system = render_system_prompt(config.talk())
         warn_of_changed_inputs(config, store, outside)
         record = LoopRecord(identity, resolved(config), name, system=system, outside=dict(outside))
     assert record.loop_id == identity, f"the record of loop {record.loop_id} for loop {identity}"

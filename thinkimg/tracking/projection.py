@@ -191,6 +191,7 @@ def project_stage(connection: Connection, artifact: Artifact) -> bool:
         "stage": manifest["recipe"]["stage"],
         "attempt": artifact.attempt,
         "seed": json.dumps(manifest["seed"]),
+        "family": artifact.family,
         "git": manifest["git"],
         "host": manifest["host"]["hostname"],
         "mlflow.source.name": "thinkimg",

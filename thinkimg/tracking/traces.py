@@ -182,7 +182,7 @@ def chat_messages(
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     pictures = [image_content(images(image)) for image in sample.images]
-    text = text_content(state_question(sample, row.sizes[: len(sample.images)]))
+    text = text_content(state_question(sample, row.sizes[: len(sample.images)], row.coordinates))
     messages.append({"role": "user", "content": [*pictures, text]})
     for number, turn in enumerate(row.turns):
         if turn.kind != TurnKind.TOOL:
@@ -212,7 +212,7 @@ def tool_image_parts(
     cut = cut_box(row, turn, tools)
     if cut is None:
         return parts
-    box = Frame(source.size, row.sizes[turn.source]).box_to_full(cut)
+    box = Frame(source.size, row.sizes[turn.source], row.coordinates).box_to_full(cut)
     where = f"Taken from image {turn.source}, {source.width}x{source.height} pixels, at {box}:"
     return [text_content(where), image_content(draw_box(source, box)), *parts]
 

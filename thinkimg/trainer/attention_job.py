@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from thinkimg.errors import UserError
-from thinkimg.images.patches import MERGE, image_tokens
 from thinkimg.trainer.forward.attention import Reader, StopForward
 from thinkimg.trainer.forward.logprobs import Scorer
 from thinkimg.trainer.forward.modules import get_base_model
-from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
 from thinkimg.trainer.micro_batches import MicroBatches
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
-from thinkimg.trainer.rows import Patches
+from thinkimg.trainer.rows import read_patches
 from thinkimg.trainer.stepper import Progress
 
 LEAST_GRID = 8  # tokens per side from which a region of the image says something
@@ -40,16 +39,10 @@ def read_attention(
 def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dict:
     """Return the attention figures of pairs of conversations, one with the question and one with a generic text.
 
-    client.py describes the job. Raises UserError if the policy lacks one of the layers.
+    client.py describes the job. Raises UserError if the policy lacks one of the layers, or has no attention in it.
     """
-    layers, pairs = job["layers"], job["pairs"]
-    count = len(get_base_model(policy.model).language_model.layers)
-    if max(layers) >= count:
-        raise UserError(
-            f"The policy has {count} layers, counted from 0, and attention is to be read in layer {max(layers)}.",
-            hint="Find one with `thinkimg calibrate attention`, and set image.attention.layer.",
-        )
-    pixels = Patches(**job["images"])
+    layers, pairs = choose_layers(policy, job["layers"]), job["pairs"]
+    pixels = read_patches(job, policy)
     scorer = Scorer(policy.model, pixels, temperature=1.0, banned=(), features={})
     policy.model.eval()
 
@@ -68,7 +61,7 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
                     maps[i] = image_map
                 done += len(chosen)
                 progress({"step": done, "steps": len(rows)})
-        return {i: measure(pairs[i], *maps[2 * n : 2 * n + 2]) for n, i in enumerate(own)}
+        return {i: measure(pairs[i], scorer.image_token, *maps[2 * n : 2 * n + 2]) for n, i in enumerate(own)}
 
     with contextlib.closing(pixels):
         # Sharded, the others are within a pass where one fails: it ends, and the heartbeat ends them.
@@ -76,14 +69,29 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
     return {"pairs": [merged[i] for i in range(len(pairs))], "forwards": 2 * len(merged)}
 
 
-def build_conversations(pair: dict, image_token: int) -> list[Conversation]:
+def choose_layers(policy: PolicyModel, layers: Sequence[int] | None) -> Sequence[int]:
+    """Return the layers, or the family's own where there are none given. Raises UserError if one can't be read."""
+    family, text_config = policy.family, get_base_model(policy.model).language_model.config
+    if layers is None:
+        return [family.pick_attention_layer(text_config)]
+    readable = family.attention_layers(text_config)
+    if unreadable := sorted(set(layers) - set(readable)):
+        raise UserError(
+            f"Attention is to be read in layer {unreadable[0]}, and the policy attends in the layers "
+            f"{', '.join(map(str, readable))} (of {text_config.num_hidden_layers}, counted from 0).",
+            hint="Find one with `thinkimg calibrate attention`, and set image.attention.layer.",
+        )
+    return layers
+
+
+def build_conversations(pair: dict, image_token: ImageToken) -> list[Conversation]:
     """Return the two prompts of a pair, scored at the query rows: the tokens of the text, and the prompt's last."""
     grids = np.asarray(pair["grids"], dtype=np.int64)
     rows = []
     for prompt in pair["prompts"]:
         compact = np.asarray(prompt["tokens"], dtype=np.int64)
         counts = np.ones(len(compact), dtype=np.int64)
-        counts[compact == image_token] = [image_tokens(grid) for grid in grids]
+        counts[compact == image_token.id] = [image_token.count(grid) for grid in grids]
         scored = np.zeros(len(compact), dtype=bool)
         scored[slice(*prompt["text"])] = True
         scored[-1] = True
@@ -91,7 +99,7 @@ def build_conversations(pair: dict, image_token: int) -> list[Conversation]:
     return rows
 
 
-def split(attention: dict[int, Tensor], rows: Sequence[Conversation], image_token: int) -> list[dict]:
+def split(attention: dict[int, Tensor], rows: Sequence[Conversation], image_token: ImageToken) -> list[dict]:
     """Return each conversation's attention on its image tokens, mean over the query rows.
 
     Keys are (layer, "text" or "last"), values (image tokens,).
@@ -100,19 +108,19 @@ def split(attention: dict[int, Tensor], rows: Sequence[Conversation], image_toke
     ends = np.cumsum([row.scored.sum() for row in rows])[:-1]
     for layer, values in attention.items():
         for image_map, row, part in zip(maps, rows, np.split(values.cpu().numpy(), ends), strict=True):
-            on_images = part[:, : len(row.tokens)][:, row.tokens == image_token]
+            on_images = part[:, : len(row.tokens)][:, row.tokens == image_token.id]
             image_map[layer, "text"], image_map[layer, "last"] = on_images[:-1].mean(0), on_images[-1]
     return maps
 
 
-def measure(pair: dict, question: dict, generic: dict) -> dict:
+def measure(pair: dict, image_token: ImageToken, question: dict, generic: dict) -> dict:
     """Return the attention mass of both texts on the processed image (the second), and region figures.
 
     Keys are "<layer>/<rows>". region: share of the original's relative attention that lies, token by token, in the box
     that a crop came from. area: the box's share of the original. Both need 8 x 8 tokens and a crop.
     """
-    first = image_tokens(pair["grids"][0])
-    cover = compute_coverage(pair["grids"][0], pair.get("region"))
+    first = image_token.count(pair["grids"][0])
+    cover = compute_coverage(image_token.cells(pair["grids"][0]), pair.get("region"))
     figures = {}
     for layer, rows in question:
         asked, general = question[layer, rows], generic[layer, rows]
@@ -124,12 +132,13 @@ def measure(pair: dict, question: dict, generic: dict) -> dict:
     return figures
 
 
-def compute_coverage(grid: Sequence[int], region: Sequence[float] | None) -> np.ndarray | None:
+def compute_coverage(cells: tuple[int, int], region: Sequence[float] | None) -> np.ndarray | None:
     """Return (tokens,): the share of each token's cell that lies in a region.
 
-    region: left, top, right, bottom in shares of the sides. None: no region, a grid below 8 x 8, or all or nothing.
+    cells: rows and columns of tokens. region: left, top, right, bottom in shares of the sides. None: no region, fewer
+    than 8 x 8 tokens, or all or nothing.
     """
-    high, wide = grid[1] // MERGE, grid[2] // MERGE
+    high, wide = cells
     if region is None or min(high, wide) < LEAST_GRID:
         return None
     left, top, right, bottom = region

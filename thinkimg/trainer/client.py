@@ -27,7 +27,7 @@ exists) and answers with a JSON object. Policy directories are described in chec
 
     {"kind": "attention",                          attention of texts on images, see attention_job.py
      "policy": {…}, "base": {…}, "model": {…},      as above
-     "layers": [22], "images": {…}, "token_budget": 16384,
+     "layers": [22] or null for the family's, "images": {…}, "token_budget": 16384,
      "pairs": [{"images": ["…", "…"], "grids": [[t, h, w], …], "region": [left, top, right, bottom] or null,
                 "prompts": [{"tokens": [compact ids], "text": [first, end)}, …]}, …]}
      Result: {"pairs": [{"<layer>/<rows>": {"question": mass, "generic": mass, …}}, …], "forwards": number}

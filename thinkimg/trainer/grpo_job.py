@@ -21,12 +21,13 @@ from thinkimg.models.settings import ModelConfig
 from thinkimg.store.kinds import Rollouts
 from thinkimg.trainer import checkpoint, memory, packing_check, parity, parity_diagnosis
 from thinkimg.trainer.forward.modules import get_base_model, unwrap
+from thinkimg.trainer.forward.packing import ImageToken
 from thinkimg.trainer.forward.shared_prompts import Unit
 from thinkimg.trainer.loading import load_together
 from thinkimg.trainer.passes import Passes, build_scorer
 from thinkimg.trainer.policy import PolicyModel, train_only
 from thinkimg.trainer.ranks import Ranks
-from thinkimg.trainer.rows import Patches, Row, read_advantages, read_rows
+from thinkimg.trainer.rows import Patches, Row, read_advantages, read_patches, read_rows
 from thinkimg.trainer.settings import TrainConfig
 from thinkimg.trainer.stepper import Clock, Progress, Stepper, checkpoint_activations, peak_memory_mb
 
@@ -151,8 +152,8 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
 def _read(job: dict, policy: PolicyModel, advantages: dict[str, float]) -> tuple[list[Row], Patches]:
     if not advantages:
         raise UserError("No row is left to train on: every group is silent or excluded.", hint="See train.min_std.")
-    rows = read_rows(Rollouts.open(Path(job["rollouts"])), unwrap(policy.model).config.image_token_id, advantages)
-    return rows, Patches(**job["images"])
+    rows = read_rows(Rollouts.open(Path(job["rollouts"])), ImageToken.of(unwrap(policy.model).config), advantages)
+    return rows, read_patches(job, policy)
 
 
 def _passes(

@@ -2,7 +2,8 @@
 
 The job's own forward pass (forward/logprobs.Scorer) and its backward pass run on fake tensors, under transformers' code
 for the model that config.json describes. The storages that are alive are added up, so that nothing is fitted. It needs
-no weights, and the dry run can ask before anything runs (analysis/forecast.py).
+no weights, and the dry run can ask before anything runs (analysis/forecast.py). Recurrent layers go through a few
+chunks of a sequence only (recurrence.py).
 
     weights        the loaded model; in a job it is there already, so not part of the total
     optimizer      gradients and AdamW's two moments of the trained parameters: 3 x 4 bytes each
@@ -19,8 +20,7 @@ import ctypes
 import logging
 import platform
 import re
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,9 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from thinkimg.errors import UserError
+from thinkimg.models.family import Family, find_family
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.attention import use_attention
 from thinkimg.trainer.forward.fsdp import get_local
@@ -41,14 +40,16 @@ from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.packing import Conversation
 from thinkimg.trainer.forward.shared_prompts import Unit
 from thinkimg.trainer.forward.vision import attend_lengths
+from thinkimg.trainer.live_storages import LiveStorages
 from thinkimg.trainer.micro_batches import count_tokens
 from thinkimg.trainer.passes import Passes
 from thinkimg.trainer.policy import PolicyModel, add_adapter, build_empty, train_only
-from thinkimg.trainer.rows import CACHE_BYTES, PATCH_BYTES
+from thinkimg.trainer.recurrence import extrapolate
+from thinkimg.trainer.rows import CACHE_BYTES, FLOAT_BYTES
 from thinkimg.trainer.stepper import checkpoint_activations
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Qwen2_5_VLConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class StepOptions:
 class Step:
     """A training step, by its largest micro-batch."""
 
-    geometry: "Qwen2_5_VLConfig"
+    geometry: "PretrainedConfig"
     """Config of the base model."""
     model: ModelConfig
     rows: Sequence[Conversation]
@@ -89,6 +90,16 @@ class Step:
     options: StepOptions = StepOptions()
     job_grids: Mapping[str, np.ndarray] | None = None
     """Grids of all images of the job, by key; None: the rows' images are all."""
+
+    @property
+    def family(self) -> Family:
+        """Family of the model."""
+        return find_family(self.geometry.model_type)
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of a patch, float32."""
+        return FLOAT_BYTES * self.family.processor.patch_values
 
     @property
     def grids(self) -> dict[str, np.ndarray]:
@@ -117,36 +128,6 @@ class Requirement:
         return self.optimizer + self.activations + self.images + self.unsharded
 
 
-class LiveStorages(TorchDispatchMode):
-    """Counter of the bytes of storages while they live: those that operations make within this context."""
-
-    def __init__(self, uncounted: Iterable[Tensor]):
-        """uncounted: tensors that exist before; operations return views of them, or change them in place."""
-        super().__init__()
-        self.now = self.peak = 0
-        self._uncounted = [tensor.untyped_storage() for tensor in uncounted]  # kept, so that no other gets one's id
-        self._seen = {id(storage) for storage in self._uncounted}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
 def collect_grids(rows: Sequence[Conversation]) -> dict[str, np.ndarray]:
     """Return the grids of the rows' images, by key."""
     return {key: grid for row in rows for key, grid in zip(row.images, row.grids, strict=True)}
@@ -164,9 +145,11 @@ def predict(step: Step) -> Requirement:
         model.to_empty(device="cpu")  # as far as shapes go a GPU's passes are a CPU's
         unwrap(model).tie_weights()
         trained = train_only(model, step.model, vision=options.train_vision)
-        visual, layer = get_base_model(model).visual, list(get_base_model(model).language_model.layers[0].parameters())
-        feature = visual.config.out_hidden_size * visual.dtype.itemsize  # of a token, which is 4 patches
-        features = 0 if options.train_vision else min(FEATURE_BYTES, every // 4 * feature) - own // 4 * feature
+        visual, layers = get_base_model(model).visual, get_base_model(model).language_model.layers
+        layer = max((list(layer.parameters()) for layer in layers), key=lambda own: sum(p.nbytes for p in own))
+        feature = step.family.feature_width(step.geometry) * visual.dtype.itemsize  # of a token
+        cell = step.family.processor.merge**2  # patches of a token
+        features = 0 if options.train_vision else min(FEATURE_BYTES, every // cell * feature) - own // cell * feature
         unsharded = max(2 * p.numel() for p in layer) if step.model.load_in_4bit else 0
         if options.shards > 1:
             tables = [get_base_model(model).get_input_embeddings().weight, unwrap(model).lm_head.weight]
@@ -176,7 +159,7 @@ def predict(step: Step) -> Requirement:
             weights=int(sum(count_weight_bytes(step, name, p) for name, p in model.named_parameters())),
             optimizer=sum(3 * 4 * count_local_elements(name, p, options.shards) for name, p in trained.items()),
             activations=measure_activations(step, model),
-            images=max(features, 0) + (0 if options.on_gpu else min(CACHE_BYTES, every * PATCH_BYTES)),
+            images=max(features, 0) + (0 if options.on_gpu else min(CACHE_BYTES, every * step.patch_bytes)),
             unsharded=unsharded,
         )
 
@@ -184,24 +167,22 @@ def predict(step: Step) -> Requirement:
 def build_meta(step: Step) -> "PreTrainedModel":
     """Return the model that would be loaded and adapted, on the meta device."""
     model = build_empty(copy.deepcopy(step.geometry), step.model)
+    step.family.prepare(model)
     if step.model.adaptation == "lora":
         with torch.device("meta"):
             model = add_adapter(model, step.model)
-    replace_tower(get_base_model(model).visual)
+    replace_tower(get_base_model(model).visual, step.family)
     use_packed_attention(unwrap(model))
     return model.eval()
 
 
-def replace_tower(visual: torch.nn.Module) -> None:
-    """Replace what depends on data in a vision tower: its windows, whose number hardly changes the memory."""
+def replace_tower(visual: torch.nn.Module, family: Family) -> None:
+    """Replace what depends on data in a vision tower: chunks of attention, whose number hardly changes the memory."""
     use_attention(visual.config, "thinkimg_flash_halves", attend_halves)
     forward = visual.forward
 
     def run(patches: Tensor, grid_thw: Tensor):
-        ends = torch.zeros(2, dtype=torch.int32)
-        sizes = {"cu_seqlens": ends, "cu_window_seqlens": ends, "max_seqlen": 1, "max_window_seqlen": 1}
-        position_ids, window_index = torch.zeros(len(patches), 2), torch.arange(len(patches) // 4)
-        return forward(patches, None, position_ids=position_ids, window_index=window_index, **sizes)
+        return forward(patches, None, **family.tower_inputs(visual, len(patches)))
 
     visual.forward = run
 
@@ -219,14 +200,17 @@ def measure_activations(step: Step, model: "PreTrainedModel") -> int:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     dtype = get_base_model(model).visual.dtype if options.on_gpu else torch.float32
-    pixels = {k: torch.zeros(int(np.prod(grid)), PATCH_BYTES // 4, dtype=dtype) for k, grid in step.grids.items()}
+    pixels = {
+        k: torch.zeros(int(np.prod(grid)), step.family.processor.patch_values, dtype=dtype)
+        for k, grid in step.grids.items()
+    }
     features, banned = None if options.train_vision else {}, (0,) if options.banned else ()
     scorer = Scorer(model, pixels.__getitem__, temperature=options.temperature, banned=banned, features=features)
     scorer.on_gpu = options.on_gpu
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     live = LiveStorages([*model.parameters(), *model.buffers(), *gradients, *pixels.values()])
-    with live, checkpoint_activations(model, options.checkpointing):
-        with torch.autocast("cpu", torch.bfloat16, enabled=step.model.dtype == "bfloat16"):
+    with live, extrapolate(step.family), checkpoint_activations(model, options.checkpointing):
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.model.precision == "bfloat16"):
             logps, _ = scorer(step.rows, step.units, entropy=True, entropy_grad=options.entropy_grad)
         logps.sum().backward()
     return live.peak

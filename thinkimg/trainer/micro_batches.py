@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from thinkimg.trainer.forward.logprobs import Scorer
-from thinkimg.trainer.forward.packing import Conversation, batch_by_length
+from thinkimg.trainer.forward.packing import Conversation, ImageToken, batch_by_length
 from thinkimg.trainer.forward.shared_prompts import Unit, count_unit_tokens, plan
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
@@ -85,7 +85,7 @@ class MicroBatches:
 
 
 def split(
-    conversations: Sequence[Conversation], groups: Sequence[Hashable] | None, token_budget: int, image_token: int
+    conversations: Sequence[Conversation], groups: Sequence[Hashable] | None, token_budget: int, image_token: ImageToken
 ) -> list[MicroBatch]:
     """Return micro-batches, packed by group or, without groups, padded; the largest first."""
     if groups is None:

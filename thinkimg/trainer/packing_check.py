@@ -12,9 +12,9 @@ from thinkimg.errors import shorten
 from thinkimg.trainer.forward import flex, shared_prompts
 from thinkimg.trainer.forward.fsdp import get_local
 from thinkimg.trainer.forward.logprobs import Scorer
-from thinkimg.trainer.forward.modules import get_base_model
+from thinkimg.trainer.forward.modules import get_base_model, get_head_dim
 from thinkimg.trainer.forward.packed_attention import Layout, attend_packed
-from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
 from thinkimg.trainer.forward.shared_prompts import Span, Unit
 from thinkimg.trainer.micro_batches import count_tokens
 from thinkimg.trainer.policy import PolicyModel
@@ -47,7 +47,8 @@ def find_obstacle(policy: PolicyModel, ranks: Ranks, rows: Sequence[Row], trial:
     wrong, forward or backward, costs speed and not the run.
     """
     if policy.packing_obstacle is None:
-        obstacle = shared_prompts.find_obstacle(get_base_model(policy.model).language_model.config)
+        config = get_base_model(policy.model).language_model.config
+        obstacle = shared_prompts.find_obstacle(config) or policy.family.packing_obstacle(config)
         if policy.sharded:
             # A backward pass that fails leaves FSDP2 in a state of which nobody knows. The kernel is tried without it.
             obstacle = agree(ranks, obstacle or try_kernel(policy))
@@ -69,9 +70,9 @@ def agree(ranks: Ranks, obstacle: str | None) -> str | None:
 def try_kernel(policy: PolicyModel) -> str | None:
     """Return what the packed attention raises on plain tensors of the model's shape, forward or backward."""
     config = get_base_model(policy.model).language_model.config
-    size = config.hidden_size // config.num_attention_heads
+    size = get_head_dim(config)
     layout = Layout([Span(0, flex.SMALLEST, 0)], policy.device, grouped=flex.is_used(policy.device))
-    dtype = getattr(torch, policy.config.dtype)
+    dtype = getattr(torch, policy.config.precision)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     inputs = [
         torch.zeros(1, count, flex.SMALLEST, size, dtype=dtype, device=policy.device, requires_grad=True)
@@ -112,7 +113,7 @@ def try_packing(policy: PolicyModel, rows: Sequence[Row], trial: Trial, *, backw
         return f"{type(error).__name__}: {shorten(str(error), 300)}"
     finally:
         policy.model.zero_grad(set_to_none=True)
-    limit = LIMITS[policy.config.dtype]
+    limit = LIMITS[policy.config.precision]
     difference = float((packed - expected).abs().mean())
     if not difference <= limit:  # NaN is not
         return f"packed log-probabilities differ by {difference:.2g} on average, allowed are {limit}"
@@ -143,7 +144,7 @@ def run_passes(
     return torch.cat(parts), norms
 
 
-def measure_savings(rows: Sequence[Row], image_token: int) -> dict[str, float]:
+def measure_savings(rows: Sequence[Row], image_token: ImageToken) -> dict[str, float]:
     """Return metrics of packed rows.
 
     packing/computed: tokens computed / tokens. packing/unshared_rows: rows that begin otherwise than their group.

@@ -7,7 +7,6 @@ import torch
 from tokenizers import Tokenizer
 
 from thinkimg.errors import UserError
-from thinkimg.images.patches import image_tokens
 from thinkimg.trainer.forward import packing
 from thinkimg.trainer.rows import Row
 
@@ -26,12 +25,12 @@ def check_weights(rows: Sequence[Row], version: str) -> None:
             )
 
 
-def check_tokens(rows: Sequence[Row], image_token: int) -> None:
+def check_tokens(rows: Sequence[Row], image_token: packing.ImageToken) -> None:
     """Raise UserError if a row's image tokens differ from its grids: in number, or an image's are interrupted."""
     for row in rows:
         talk = row.conversation
-        sizes = [image_tokens(grid) for grid in talk.grids]
-        index = np.flatnonzero(talk.tokens == image_token)
+        sizes = [image_token.count(grid) for grid in talk.grids]
+        index = np.flatnonzero(talk.tokens == image_token.id)
         if len(index) != sum(sizes):
             raise UserError(
                 f"Trajectory {row.trajectory_id} has {len(index)} image tokens, and its grids {sum(sizes)}.",
@@ -48,7 +47,8 @@ def check_tokens(rows: Sequence[Row], image_token: int) -> None:
 def check_positions(rows: Sequence[Row], model) -> None:
     """Raise UserError if the trainer's positions differ from those of the model's own get_rope_index.
 
-    Rows with two images side by side are left out: transformers takes these for one. model: Qwen2_5_VLModel.
+    Rows with two images side by side are left out: transformers takes these for one.
+    model: below the head, as get_base_model gives it.
     """
     for row in rows:
         talk = row.conversation
@@ -60,7 +60,7 @@ def check_positions(rows: Sequence[Row], model) -> None:
             mm_token_type_ids=torch.from_numpy(kinds.astype(np.int64))[None],
             image_grid_thw=torch.from_numpy(talk.grids) if talk.images else None,
         )
-        ours = packing.compute_mrope_positions(talk.tokens, model.config.image_token_id, talk.grids)
+        ours = packing.compute_mrope_positions(talk.tokens, packing.ImageToken.of(model.config), talk.grids)
         different = np.flatnonzero((ours != theirs[:, 0].numpy()).any(0))
         if len(different):
             k = int(different[0])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from thinkimg.trainer.forward.logprobs import Scorer
+from thinkimg.trainer.forward.packing import ImageToken
 from thinkimg.trainer.forward.shared_prompts import find_image_spans
 from thinkimg.trainer.memory import measure_free_bytes
 from thinkimg.trainer.policy import PolicyModel
@@ -19,7 +20,7 @@ from thinkimg.trainer.rows import Row
 ROWS = 4
 
 
-def compute_text_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
+def compute_text_positions(tokens: np.ndarray, image_token: ImageToken, grids: np.ndarray) -> np.ndarray:
     """Return (3, T) positions of a text of as many tokens."""
     return np.tile(np.arange(len(tokens)), (3, 1))
 
@@ -39,7 +40,7 @@ def use_float32(policy: PolicyModel) -> Iterator[None]:
 
 def has_room_for_float32(policy: PolicyModel) -> bool:
     """Tell whether the base weights can be held in float32 for a while."""
-    if policy.config.dtype == "float32" or policy.sharded or policy.config.load_in_4bit:
+    if policy.config.precision == "float32" or policy.sharded or policy.config.load_in_4bit:
         return False
     more = sum(p.nbytes for p in policy.model.parameters() if p.dtype == torch.bfloat16)
     return 1.5 * more < measure_free_bytes(policy)  # beside activations of one micro-batch
@@ -63,7 +64,7 @@ def explain(
             return [changed([row.conversation])[0].float().cpu().numpy() for row in rows]
 
     changes: dict[str, dict] = {"batch shape and cached pixels (one row at a time)": {}}
-    if policy.config.dtype != "float32" and not (policy.sharded or policy.config.load_in_4bit):
+    if policy.config.precision != "float32" and not (policy.sharded or policy.config.load_in_4bit):
         changes["precision (float32)"] = {"context": use_float32(policy)}
     if banned:
         changes["sampling mask (not renormalised)"] = {"banned": None}
@@ -93,7 +94,7 @@ def measure_distance(rows: Sequence[Row], logps: Sequence[np.ndarray]) -> float:
     return float(np.abs(np.concatenate([logp - row.engine for row, logp in zip(rows, logps, strict=True)])).mean())
 
 
-def group_by_images(rows: Sequence[Row], logps: Sequence[np.ndarray], image_token: int) -> dict[int, float]:
+def group_by_images(rows: Sequence[Row], logps: Sequence[np.ndarray], image_token: ImageToken) -> dict[int, float]:
     """Return the mean |difference| of the tokens after 0, 1, … images: a jump points at an image."""
     values: dict[int, list[np.ndarray]] = {}
     for row, logp in zip(rows, logps, strict=True):

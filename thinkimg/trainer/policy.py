@@ -1,4 +1,4 @@
-"""Policy in training: a Qwen2.5-VL, alone or under a LoRA adapter, with its optimizer."""
+"""Policy in training: a vision-language model, alone or under a LoRA adapter, with its optimizer."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from thinkimg.errors import UserError, shorten
 from thinkimg.models.base import Base
+from thinkimg.models.family import Family, find_family
+from thinkimg.models.family_check import check_experts, check_model
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.fsdp import is_shard, shard_like
 from thinkimg.trainer.forward.modules import unwrap
@@ -52,13 +54,18 @@ class PolicyModel:
     """Safetensors file that the adapter was read from; None: there is none, or a new one."""
 
     @property
+    def family(self) -> Family:
+        """Family of the model."""
+        return find_family(unwrap(self.model).config.model_type)
+
+    @property
     def device(self) -> torch.device:
         """Device of the parameters."""
         return next(self.model.parameters()).device
 
     def autocast(self) -> AbstractContextManager:
         """Return the context of a forward pass: bfloat16 if the config says so. Trained weights stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def resume_optimizer(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
         """Return AdamW over the parameters, with the moments of the steps so far.
@@ -114,13 +121,15 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], weight_decay: floa
 
 
 def load_model(directory: Path, config: ModelConfig, device: torch.device | str) -> "PreTrainedModel":
-    """Return a model in the dtype it is used in: float32 for full fine-tuning, else config.dtype or 4 bits.
+    """Return a model in the dtype it is used in: float32 for full fine-tuning, else config.precision or 4 bits.
 
     device: "meta" builds it without weights, to be sharded and filled (weight_files.py).
-    Raises UserError if it can't be loaded, or if the files lack weights: transformers would draw those at random.
+    Raises UserError if it can't be loaded, if it is of no known family or its files state other values than that, and
+    if the files lack weights: transformers would draw those at random.
     """
     from transformers import AutoConfig, GenerationConfig
 
+    family = check_model(directory, config)
     device = torch.device(device)
     try:
         if device.type == "meta":
@@ -137,8 +146,7 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
             model = read_model(directory, config, device)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"The model in {directory} can't be loaded: {shorten(str(error), 300)}") from error
-    if model.config.model_type != "qwen2_5_vl":
-        raise UserError(f"{directory} holds a {model.config.model_type}, not a qwen2_5_vl.")
+    family.prepare(model)
     batch_equal_chunks(model)
     use_packed_attention(model)
     return model
@@ -146,7 +154,7 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
 
 def get_dtype(config: ModelConfig) -> torch.dtype:
     """Return the dtype that a model's weights are held in, if not in 4 bits."""
-    return torch.float32 if config.adaptation == "full" else getattr(torch, config.dtype)
+    return torch.float32 if config.adaptation == "full" else getattr(torch, config.precision)
 
 
 def build_empty(geometry: "PretrainedConfig", config: ModelConfig) -> "PreTrainedModel":
@@ -175,7 +183,7 @@ def read_model(directory: Path, config: ModelConfig, device: torch.device) -> "P
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+            bnb_4bit_compute_dtype=getattr(torch, config.precision),
             llm_int8_skip_modules=["model.visual", "lm_head"],
         )
     if config.load_in_4bit or device.type == "cuda":  # part by part to the GPU: the host never holds all of it
@@ -191,7 +199,7 @@ def read_model(directory: Path, config: ModelConfig, device: torch.device) -> "P
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"The model in {directory} lacks {len(missing)} of its weights; the first is {missing[0]}.",
-            hint="Is the download complete, and are the names in the files those of a Qwen2.5-VL?",
+            hint="Is the download complete, and are the names in the files those of its architecture?",
         )
     if not config.load_in_4bit:
         return model.to(device)
@@ -203,9 +211,14 @@ def read_model(directory: Path, config: ModelConfig, device: torch.device) -> "P
 
 
 def add_adapter(model: "PreTrainedModel", config: ModelConfig):
-    """Return the model under a new LoRA adapter, which changes nothing yet; on the CPU if the model is on meta."""
+    """Return the model under a new LoRA adapter, which changes nothing yet; on the CPU if the model is on meta.
+
+    Raises UserError for a model that can't have one.
+    """
     from peft import LoraConfig, get_peft_model
 
+    model_type = model.config.model_type
+    check_experts(find_family(model_type), model_type, config)
     lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=match_language_linears(model))
     if next(model.parameters()).is_meta:
         # peft moves an adapter to its layer's device, and would lose its values on meta. So each weight of the model
@@ -241,7 +254,7 @@ def keep_input_dtype(model: torch.nn.Module, config: ModelConfig) -> None:
 
     That saves two passes over all activations: 600 MB for each linear layer of a 7B and 14,000 tokens.
     """
-    if config.dtype == "bfloat16":
+    if config.precision == "bfloat16":
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False

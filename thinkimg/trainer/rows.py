@@ -12,16 +12,18 @@ import pyarrow.parquet as pq
 from thinkimg.conversation.tokens import ROLES, expansion
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
-from thinkimg.images.patches import extract_patches
-from thinkimg.images.view import count_patches, resize_to_view
+from thinkimg.images.patches import ImageProcessor
+from thinkimg.images.settings import ViewLimits
+from thinkimg.images.view import resize_to_view
 from thinkimg.records import Role, Trajectory
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Episodes, open_artifact
-from thinkimg.trainer.forward.packing import Conversation
+from thinkimg.trainer.forward.packing import Conversation, ImageToken
+from thinkimg.trainer.policy import PolicyModel
 
 CACHE_BYTES = 2 * 2**30  # patches, float32: an image of 1,000 tokens is 19 MB
 PIXEL_CACHE_BYTES = 64 * 2**20  # full-resolution images behind them are hardly read twice
-PATCH_BYTES = 1176 * 4
+FLOAT_BYTES = 4
 READERS = 8
 
 
@@ -45,7 +47,10 @@ def read_advantages(path: Path | str) -> dict[str, float]:
 
 
 def read_rows(
-    artifact: Episodes, image_token: int, advantages: Mapping[str, float] | None = None, table: str = "trajectories"
+    artifact: Episodes,
+    image_token: ImageToken,
+    advantages: Mapping[str, float] | None = None,
+    table: str = "trajectories",
 ) -> list[Row]:
     """Return the rows with an advantage (None: all with sampled tokens), in the artifact's order.
 
@@ -65,9 +70,9 @@ def read_rows(
     return rows
 
 
-def read_row(trajectory: Trajectory, image_token: int, advantage: float) -> Row:
+def read_row(trajectory: Trajectory, image_token: ImageToken, advantage: float) -> Row:
     """Return a trajectory as a row. Raises UserError if placeholders, images and grids differ in number."""
-    placeholders = trajectory.tokens.count(image_token)
+    placeholders = trajectory.tokens.count(image_token.id)
     if not placeholders == len(trajectory.grids) == len(trajectory.images):
         raise UserError(
             f"Trajectory {trajectory.trajectory_id} has {placeholders} placeholders, {len(trajectory.images)} images "
@@ -88,11 +93,16 @@ class Patches:
     """Cache of patches as the vision tower takes them, by image hash; checked against hash and grid."""
 
     def __init__(
-        self, tables: Iterable[Path | str], *, min_pixels: int, max_pixels: int, cache_bytes: int = CACHE_BYTES
+        self,
+        tables: Iterable[Path | str],
+        processor: ImageProcessor,
+        limits: ViewLimits,
+        *,
+        cache_bytes: int = CACHE_BYTES,
     ):
-        """tables: artifacts with an `images` table. The limits are those under which the engine saw the images."""
+        """tables: artifacts with an `images` table. limits: those under which the engine saw the images."""
         self._images = ImageTable([open_artifact(Path(table)) for table in tables], PIXEL_CACHE_BYTES)
-        self._limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        self._limits, self._processor = limits, processor
         self._grids: dict[str, tuple[int, ...]] = {}
         self._cache: OrderedDict[str, Future[np.ndarray]] = OrderedDict()
         self._room = cache_bytes
@@ -110,7 +120,7 @@ class Patches:
                     self._request(key)
 
     def __call__(self, key: str) -> np.ndarray:
-        """Return (h * w, 1176) float32 of an image of a conversation that was prepared before.
+        """Return (h * w, values) float32 of an image of a conversation that was prepared before.
 
         Raises UserError if the pixels' hash is not the one they are stored under, or a row has another grid.
         """
@@ -134,7 +144,7 @@ class Patches:
         return self._cache[key]
 
     def _bytes(self, key: str) -> int:
-        return int(np.prod(self._grids[key])) * PATCH_BYTES
+        return int(np.prod(self._grids[key])) * self._processor.patch_values * FLOAT_BYTES
 
     def _make(self, key: str, patch_grid: tuple[int, ...]) -> np.ndarray:
         try:
@@ -147,21 +157,37 @@ class Patches:
                 f"The pixels stored as {key[:16]}… have the hash {actual[:16]}….",
                 hint="The artifact was changed since it was made: make it again.",
             )
-        resized = resize_to_view(image, **self._limits)
-        if (own := count_patches(*resized.size)) != patch_grid:
+        resized = resize_to_view(image, self._limits)
+        if (own := self._limits.count_patches(resized.size)) != patch_grid:
             raise UserError(
                 f"The image {key[:16]}… had {patch_grid} patches in the engine and has {own} in the trainer.",
                 hint="images.min_pixels and images.max_pixels must be those of the rollouts.",
             )
-        return extract_patches(resized)
+        return self._processor.extract_patches(resized)
 
 
-def build_conversation(trajectory: Trajectory, image_token: int) -> Conversation:
+def read_patches(job: Mapping, policy: PolicyModel) -> Patches:
+    """Return the patches of a job's images, as the policy's vision tower takes them.
+
+    Raises UserError where the rollouts had another grid.
+    """
+    images, processor = job["images"], policy.family.processor
+    limits = ViewLimits(**{name: value for name, value in images.items() if name != "tables"})
+    if (limits.patch, limits.merge) != (processor.patch, processor.merge):
+        raise UserError(
+            f"The images were seen in tokens of {limits.token_side} pixels, and the model is a {policy.family.name}, "
+            f"which has {processor.token_side}.",
+            hint="Is model.path of the rollouts that of the training?",
+        )
+    return Patches(images["tables"], processor, limits)
+
+
+def build_conversation(trajectory: Trajectory, image_token: ImageToken) -> Conversation:
     """Return a trajectory's expanded ids, scored at the sampled ones.
 
     Scored tokens and trajectory.logprobs have the same order. Images go by content hash of their full resolution.
     """
-    counts = expansion(trajectory.tokens, trajectory.grids, image_token)
+    counts = expansion(trajectory.tokens, [*map(image_token.count, trajectory.grids)], image_token.id)
     scored = np.asarray(trajectory.roles) == ROLES.index(Role.SAMPLED)
     assert scored.sum() == len(trajectory.logprobs), "one log-probability per sampled token"
     return Conversation(

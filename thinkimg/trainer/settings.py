@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from thinkimg.errors import shorten
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.puzzles.settings import Flaws
 from thinkimg.settings import FilePath, Positive, Settings
@@ -100,7 +101,7 @@ class TrainerConfig(Settings):
             shipped = sorted(path.stem for path in self._accelerate_presets().glob("*.yaml"))
             raise ValueError(
                 f"trainer.accelerate_config has to be {' or '.join(shipped)} or the path of a file, "
-                f"and '{self.accelerate_config}' is none of these"
+                f"and '{shorten(str(self.accelerate_config), 300)}' is none of these"
             )
         return self
 

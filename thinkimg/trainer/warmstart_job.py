@@ -12,10 +12,11 @@ from thinkimg.errors import UserError
 from thinkimg.store.kinds import Demonstrations
 from thinkimg.trainer import checkpoint, memory
 from thinkimg.trainer.forward.modules import unwrap
+from thinkimg.trainer.forward.packing import ImageToken
 from thinkimg.trainer.passes import Passes, build_scorer
 from thinkimg.trainer.policy import PolicyModel, build_optimizer, train_only
 from thinkimg.trainer.ranks import Ranks
-from thinkimg.trainer.rows import Patches, Row, read_rows
+from thinkimg.trainer.rows import Row, read_patches, read_rows
 from thinkimg.trainer.settings import WarmstartConfig
 from thinkimg.trainer.stepper import Clock, Progress, Stepper, checkpoint_activations, peak_memory_mb
 
@@ -56,7 +57,7 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
     clock, steps = Clock(policy.device), []
     if config.steps:
         rows, comparisons = ranks.together(lambda: _read(job, policy))
-        with contextlib.closing(Patches(**job["images"])) as pixels:
+        with contextlib.closing(read_patches(job, policy)) as pixels:
             scorer = build_scorer(job, policy, pixels, train_vision=policy.config.adaptation == "full")
             passes = Passes(policy, ranks, scorer, pixels, rows + comparisons, job["token_budget"], packed=False)
             for step in _steps(job, config, passes, len(rows)):
@@ -72,7 +73,7 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
 
 def _read(job: dict, policy: PolicyModel) -> tuple[list[Row], list[Row]]:
     """Return (conversations, comparisons)."""
-    artifact, image_token = Demonstrations.open(Path(job["rollouts"])), unwrap(policy.model).config.image_token_id
+    artifact, image_token = Demonstrations.open(Path(job["rollouts"])), ImageToken.of(unwrap(policy.model).config)
     rows = read_rows(artifact, image_token)
     if not rows:
         raise UserError("There are no demonstrations to start from.")

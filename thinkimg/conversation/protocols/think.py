@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from thinkimg.conversation.protocol import IMAGE_PART, Content, Malformed, Protocol, render_json, text_part
+from thinkimg.conversation.protocol import (
+    CLOSE_THOUGHT,
+    IMAGE_PART,
+    OPEN_THOUGHT,
+    Content,
+    Malformed,
+    Protocol,
+    render_json,
+    text_part,
+)
 
 
 class Think(Protocol):
@@ -16,9 +25,11 @@ class Think(Protocol):
     turn_form = "<think>your thoughts</think>"
 
     def split(self, turn: str) -> tuple[str, str] | Malformed:
-        thought, end, rest = turn.removeprefix("<think>").partition("</think>")
-        if not turn.startswith("<think>") or not end or "<think>" in thought:
+        thought, end, rest = turn.removeprefix(OPEN_THOUGHT).partition(CLOSE_THOUGHT)
+        if not turn.startswith(OPEN_THOUGHT) or OPEN_THOUGHT in thought:
             return Malformed("Begin with one <think>…</think>.")
+        if not end:
+            return Malformed("The thought never ends; close it with </think>, then write a call or an answer.")
         return thought, rest.lstrip()
 
     def render_thought(self, thought: str) -> str:

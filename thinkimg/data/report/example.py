@@ -66,5 +66,5 @@ def make_example(
     changes: Sequence[str] = (),
 ) -> Example:
     """Return the example of a sample with all of its pictures. Raises ValueError for a picture that can't be seen."""
-    sizes = [view_size(*picture.size, **view.model_dump()) for picture in pictures]
+    sizes = [view_size(*picture.size, view) for picture in pictures]
     return Example(where, sample, state(sample, sizes), tuple(pictures), tuple(changes))

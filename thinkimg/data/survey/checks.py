@@ -21,11 +21,12 @@ from thinkimg.data.survey.box_checks import find_box_oddity, list_boxes
 from thinkimg.data.survey.box_forms import Size
 from thinkimg.data.survey.oddity import Level, Oddity
 from thinkimg.data.texts.placeholders import has_placeholder
-from thinkimg.images.view import TOKEN_SIDE
 from thinkimg.records import AnswerType
 
 OTHER_KIND = 0.03
 """Share of right answers of another kind than the type above which it is said."""
+SMALL_SIDE = 28
+"""Pixels of the smallest token of all families of models: a shorter side is enlarged for each of them."""
 ONE_PLACE = 8
 """Rows with choices from which on it is no chance that the right one is always at one place."""
 TEST = re.compile(
@@ -270,10 +271,10 @@ def find_oddities(rows: Iterable[RawRow], data: RowsConfig, sizes: Mapping[str, 
 
 def find_small_sides(sizes: Iterable[Sequence[Size]]) -> list[Oddity]:
     """Return a warning where pictures have a side below the smallest view, and are enlarged."""
-    count = sum(any(min(size) < TOKEN_SIDE for size in row) for row in sizes)
+    count = sum(any(min(size) < SMALL_SIDE for size in row) for row in sizes)
     if not count:
         return []
-    sentence = f"Pictures of {_rows(count)} have a side below {TOKEN_SIDE} pixels and are enlarged for the model."
+    sentence = f"Pictures of {_rows(count)} have a side below {SMALL_SIDE} pixels and are enlarged for the model."
     return [Oddity("small_side", count, sentence, Level.WARN)]
 
 

@@ -1,4 +1,4 @@
-"""Cut out a rectangle at full resolution, to see small details; x and y are its left and top edge in pixels."""
+"""Cut out a rectangle at full resolution, to see small details; x and y are its left and top edge."""
 
 from PIL import Image
 from pydantic import Field
@@ -8,7 +8,7 @@ from thinkimg.images.tool import ToolArgs, ToolError, Whole
 
 
 class Args(ToolArgs):
-    """Rectangle in pixels of the image as the model sees it."""
+    """Rectangle in the model's coordinates."""
 
     x: Whole = Field(ge=0)
     y: Whole = Field(ge=0)
@@ -25,6 +25,5 @@ def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
     """Return all full-resolution pixels that the rectangle touches."""
     box = region(args, frame.view)
     if box[2] > frame.view[0] or box[3] > frame.view[1]:
-        size = f"{frame.view[0]}x{frame.view[1]}"
-        raise ToolError(f"the rectangle ends at x={box[2]}, y={box[3]}, but the image is {size} pixels as you see it")
+        raise ToolError(f"the rectangle ends at x={box[2]}, y={box[3]}, but {frame.limits}")
     return image.crop(frame.box_to_full(box))

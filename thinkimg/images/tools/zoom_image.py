@@ -10,7 +10,7 @@ from thinkimg.images.tool import Number, ToolArgs, ToolError
 
 
 class Args(ToolArgs):
-    """Magnification, and its centre in pixels of the image as the model sees it."""
+    """Magnification, and its centre in the model's coordinates."""
 
     factor: Number = Field(ge=1, le=64)
     center_x: Number = Field(ge=0)
@@ -25,17 +25,16 @@ def region(args: Args, view: tuple[int, int]) -> Box:
 
 
 def apply(image: Image.Image, args: Args, frame: Frame) -> Image.Image:
-    """Return the region, cut from the full resolution and resized to the view's size."""
+    """Return the region, cut from the full resolution and resized to the size at which the model sees the image."""
     if args.center_x > frame.view[0] or args.center_y > frame.view[1]:
-        size = f"{frame.view[0]}x{frame.view[1]}"
         center = f"x={args.center_x:g}, y={args.center_y:g}"
-        raise ToolError(f"the center {center} is outside of the image, which is {size} pixels as you see it")
+        raise ToolError(f"the center {center} is outside of the image: {frame.limits}")
     x0, x1 = _window(frame.to_full(args.center_x, 0)[0], image.width, args.factor)
     y0, y1 = _window(frame.to_full(0, args.center_y)[1], image.height, args.factor)
     # Cut first, as resize would blend in pixels from beyond its box; the rest of the box keeps the factor exact.
     x, y = math.floor(x0), math.floor(y0)
     part = image.crop((x, y, math.ceil(x1), math.ceil(y1)))
-    return part.resize(frame.view, Image.Resampling.BICUBIC, box=(x0 - x, y0 - y, x1 - x, y1 - y))
+    return part.resize(frame.seen, Image.Resampling.BICUBIC, box=(x0 - x, y0 - y, x1 - x, y1 - y))
 
 
 def _window(center: float, size: int, factor: float) -> tuple[float, float]:

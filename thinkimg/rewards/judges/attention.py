@@ -7,13 +7,14 @@ image no more than any text does.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
 import thinkimg.settings
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.protocol import IMAGE_PART, text_part
+from thinkimg.models.family import Family
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 
@@ -24,15 +25,20 @@ GENERIC = "Write a general description of the image."  # arXiv 2502.17422, secti
 class Settings(thinkimg.settings.Settings):
     """Layer and rows in which attention is measured; `thinkimg calibrate attention` finds both for a model."""
 
-    layer: int = Field(22, ge=0)
-    """Layer of the language model, from 0."""
+    layer: int | None = Field(None, ge=0)
+    """Layer of the language model, from 0; null is the family's: 22 of a Qwen2.5-VL, else the layer with attention that
+    is nearest to two thirds of the depth."""
     rows: Literal["text", "last"] = "text"
     """Query rows: all tokens of the text, or the last token of the prompt."""
+
+    def completed(self, family: Family) -> Self:
+        """Return the settings with the family's layer in place of null, where it does not depend on the depth."""
+        return self if self.layer is not None else self.model_copy(update={"layer": family.attention_layer})
 
 
 def prompt(settings: JudgeSettings) -> str:
     own, model = settings.image.attention, settings.model
-    asked = (GENERIC, own.layer, own.rows, model.dtype, model.load_in_4bit, settings.token_budget)
+    asked = (GENERIC, own.layer, own.rows, model.precision, model.load_in_4bit, settings.token_budget)
     return settings.hashed(*asked)
 
 
@@ -43,8 +49,12 @@ def identity(context: JudgeContext) -> JudgeIdentity:
 
 def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
     settings = context.settings.image.attention
-    at = f"{settings.layer}/{settings.rows}"
-    return [judge_masses(masses[at], at) for masses in measure_attention(pairs, context, [settings.layer])]
+    layers = None if settings.layer is None else [settings.layer]
+    measured = [
+        next((at, masses) for at, masses in figures.items() if at.endswith(f"/{settings.rows}"))
+        for figures in measure_attention(pairs, context, layers)
+    ]
+    return [judge_masses(masses, at) for at, masses in measured]
 
 
 def judge_masses(masses: dict[str, float], at: str) -> Judgement:
@@ -56,9 +66,12 @@ def judge_masses(masses: dict[str, float], at: str) -> Judgement:
 
 
 def measure_attention(
-    pairs: Sequence[Pair], context: JudgeContext, layers: Sequence[int]
+    pairs: Sequence[Pair], context: JudgeContext, layers: Sequence[int] | None
 ) -> list[dict[str, dict[str, float]]]:
-    """Return for each pair "<layer>/<rows>" -> attention masses, as trainer/attention_job.py measures them."""
+    """Return for each pair "<layer>/<rows>" -> attention masses, as trainer/attention_job.py measures them.
+
+    layers: None: the one of the policy's family.
+    """
     assert context.policy is not None
     settings, trainer = context.settings, context.resources.trainer  # it starts while images are resized
     hashes = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
@@ -69,7 +82,7 @@ def measure_attention(
         "policy": {"directory": str((context.policy.directory / "policy").resolve()), "digest": context.policy.digest},
         "base": settings.base.entry(context.policy),
         "model": settings.model.model_dump(mode="json"),
-        "layers": list(layers),
+        "layers": None if layers is None else list(layers),
         "images": {
             "tables": [str(table.directory.resolve()) for table in context.tables],
             **settings.view.model_dump(),

@@ -26,7 +26,7 @@ USES = ("engine",)
 
 
 def prompt(settings: JudgeSettings) -> str:
-    return settings.hashed(compare.hash_prompt(), settings.model.dtype)
+    return settings.hashed(compare.hash_prompt(), settings.model.precision)
 
 
 def identity(context: JudgeContext) -> JudgeIdentity:

@@ -76,7 +76,7 @@ def _pairs(row: Trajectory, batch: Batch) -> list[Pair]:
 
 def prompt(settings: JudgeSettings) -> str:
     teacher = settings.image.teacher
-    precision = settings.model.dtype if teacher.model == FROZEN else None
+    precision = settings.model.precision if teacher.model == FROZEN else None
     return settings.hashed(compare.hash_prompt(), teacher.prefix, precision)
 
 

@@ -25,7 +25,7 @@ class Settings(thinkimg.settings.Settings):
 def score(batch: Batch) -> list[Score]:
     """Return the worth of each answer as answers.compare weighs it; the best over several right answers counts.
 
-    Boxes: the answer is in pixels of the first image as the model saw it, the right answer in those of the full
+    Boxes: the answer is in the row's coordinates on the first image, the right answer in those of the full
     resolution. A right answer that is no box leaves the score missing. Answers beside a sentence have the verdict of a
     judge, which rewards/sentences.py asks for.
     """
@@ -70,4 +70,4 @@ def _judged(trajectory: Trajectory, sample: Sample, batch: Batch) -> Score:
 
 def _frame(trajectory: Trajectory, batch: Batch) -> Frame:
     assert batch.images is not None, "boxes need the images: the model saw them at another size"
-    return Frame(batch.images.decoded(trajectory.images[0]).size, trajectory.sizes[0])
+    return Frame(batch.images.decoded(trajectory.images[0]).size, trajectory.sizes[0], trajectory.coordinates)

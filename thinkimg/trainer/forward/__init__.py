@@ -1,4 +1,4 @@
-"""Fast forward pass of a Qwen2.5-VL: log-probabilities of chosen tokens.
+"""Fast forward pass of a vision-language model: log-probabilities of chosen tokens.
 
     conversations ─► packing ────────► batch, padded ──┐
                  └─► shared_prompts ─► batch, packed ──┤

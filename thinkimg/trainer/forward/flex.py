@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from thinkimg.trainer.forward.shared_prompts import Span
 
@@ -101,7 +102,8 @@ def can_group_heads(repeats: int, dtype: torch.dtype, head_dim: int, device: tor
     randn = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
     query, key, value = (randn(1, heads, SMALLEST, head_dim) for heads in (repeats, 1, 1))
     try:
-        with torch.enable_grad():
+        # A checkpoint counts the tensors that are saved within it, and at the recomputation nothing is tried again.
+        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             call_flex(query, key, value, mask, head_dim**-0.5, True).sum().backward()
     except Exception as error:  # whatever a compiler raises
         log.warning(

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from thinkimg.images.patches import image_tokens
+from thinkimg.models.family import Family, find_family
 from thinkimg.trainer.forward import flex
 from thinkimg.trainer.forward.fsdp import gather
 from thinkimg.trainer.forward.modules import get_base_model, unwrap
 from thinkimg.trainer.forward.packed_attention import Layout
-from thinkimg.trainer.forward.packing import Conversation, compute_mrope_positions
+from thinkimg.trainer.forward.packing import Conversation, ImageToken, compute_mrope_positions
 from thinkimg.trainer.forward.shared_prompts import Packed, Unit, pack, pad
 
 if TYPE_CHECKING:
@@ -25,12 +25,13 @@ HEAD_CHUNK = 512  # scored tokens per slice of logits: 512 x 152,064 float32 are
 
 
 def build_batch(
-    rows: Sequence[Conversation], image_token: int, pad_token: int, device, positioner: Callable | None = None
+    rows: Sequence[Conversation], image_token: ImageToken, pad_token: int, device, positioner: Callable | None = None
 ) -> dict[str, Tensor]:
     """Return a right-padded batch. Causal attention never looks to the right, so padding needs no mask.
 
     positioner: (tokens, image token, grids) -> (3, T) positions; None: compute_mrope_positions.
-    Returns tokens (B, T) int64, positions (3, B, T) int64, row and column (N,) of the scored tokens, row by row.
+    Returns tokens (B, T) int64, positions (3, B, T) int64, row and column (N,) of the scored tokens, row by row, and
+    the indices of image tokens in the flattened batch.
     """
     length = max(len(row.tokens) for row in rows)
     tokens = np.full((len(rows), length), pad_token, dtype=np.int64)
@@ -41,28 +42,31 @@ def build_batch(
     scored = [np.flatnonzero(row.scored) for row in rows]
     row_of = np.repeat(np.arange(len(rows)), [len(s) for s in scored])
     arrays = {"tokens": tokens, "positions": positions, "row": row_of, "column": np.concatenate(scored)}
+    arrays["images"] = np.flatnonzero(tokens == image_token.id)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def compute_features(
     model,
+    family: Family,
     images: Sequence[str],
     pixels: Callable[[str], np.ndarray],
     grids: np.ndarray,
     cache: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return the features of images in order, (sum of tokens, hidden); the vision tower runs once for each unique one.
+    """Return the features of images in order, (sum of tokens, width); the vision tower runs once for each unique one.
 
-    images: keys. pixels: key -> (patches, 1176) float32. grids: (len(images), 3).
+    images: keys. pixels: key -> (patches, values) float32. grids: (len(images), 3). width: as Family.compute_features.
     cache: features by key, of a frozen tower; new ones are added to it.
     """
     visual = get_base_model(model).visual
+    image_token = ImageToken.of(unwrap(model).config)
     features = {} if cache is None else cache
     missing = {key: grid for key, grid in zip(images, grids, strict=True) if key not in features}
     if missing:
         grid = torch.as_tensor(np.stack(list(missing.values())), device=visual.device)
         patches = torch.cat([torch.as_tensor(pixels(key)) for key in missing]).to(visual.device, visual.dtype)
-        parts = visual(patches, grid_thw=grid).pooler_output.split([image_tokens(grid) for grid in missing.values()])
+        parts = family.compute_features(visual, patches, grid).split([*map(image_token.count, missing.values())])
         features |= zip(missing, parts, strict=True)
     return torch.cat([features[key] for key in images])
 
@@ -74,7 +78,7 @@ def embed_tokens(base, tokens: Tensor) -> Tensor:
 
 
 def compute_padded_states(
-    model, batch: dict[str, Tensor], features: Tensor | None, image_token: int, **attention: object
+    model, family: Family, batch: dict[str, Tensor], features: Tensor | None, **attention: object
 ) -> Tensor:
     """Return (N, hidden): for each scored token of a padded batch the state that predicts it.
 
@@ -84,15 +88,17 @@ def compute_padded_states(
     tokens = batch["tokens"]
     embeddings = embed_tokens(base, tokens)
     if features is not None:
-        is_image = (tokens == image_token)[..., None].expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+        index = batch["images"]
+        embedded, inputs = family.language_inputs(features.to(embeddings.dtype), index, embeddings.shape[-1])
+        embeddings = embeddings.flatten(0, 1).index_copy(0, index, embedded).view_as(embeddings)
+        attention |= inputs
     positions = batch["positions"]
     states = base.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **attention)
     return states.last_hidden_state[batch["row"], batch["column"] - 1]
 
 
 def compute_packed_states(
-    model, packed: Packed, features: Tensor | None, image_token: int, *, grouped: bool = False
+    model, family: Family, packed: Packed, features: Tensor | None, *, grouped: bool = False
 ) -> Tensor:
     """Return (N, hidden): for each scored token of a packed batch the state that predicts it."""
     base = get_base_model(model)
@@ -101,14 +107,17 @@ def compute_packed_states(
         torch.from_numpy(x).to(device) for x in (packed.tokens, packed.positions, packed.before)
     )
     embeddings = embed_tokens(base, tokens)
+    inputs: dict[str, object] = {}
     if features is not None:
-        index = torch.from_numpy(np.flatnonzero(packed.tokens == image_token)).to(device)
-        embeddings = embeddings.index_copy(0, index, features.to(embeddings.dtype))
+        index = torch.from_numpy(np.flatnonzero(packed.tokens == base.config.image_token_id)).to(device)
+        embedded, inputs = family.language_inputs(features.to(embeddings.dtype), index, embeddings.shape[-1])
+        embeddings = embeddings.index_copy(0, index, embedded)
     states = base.language_model(
         inputs_embeds=embeddings[None],
         position_ids=positions[:, None],
         use_cache=False,
         layout=Layout(packed.spans, device, grouped=grouped),
+        **inputs,
     )
     return states.last_hidden_state[0].index_select(0, before)
 
@@ -184,7 +193,8 @@ class Scorer:
         self.device = self.head.weight.device
         self.on_gpu = flex.is_used(self.device)
         config = unwrap(model).config
-        self.image_token, self.pad_token = config.image_token_id, config.text_config.pad_token_id or 0
+        self.family = find_family(config.model_type)
+        self.image_token, self.pad_token = ImageToken.of(config), config.text_config.pad_token_id or 0
         self.temperature = temperature
         self.banned = torch.tensor(sorted(banned), device=self.device) if banned else None
 
@@ -209,7 +219,7 @@ class Scorer:
             features = self._features(packed.images, packed.grids)
             if self.on_gpu:
                 packed = pad(packed, flex.round_up_to_bucket(len(packed.tokens)), self.pad_token)
-            states = compute_packed_states(self.model, packed, features, self.image_token, grouped=self.on_gpu)
+            states = compute_packed_states(self.model, self.family, packed, features, grouped=self.on_gpu)
             targets = torch.from_numpy(packed.targets).to(self.device)
             del features  # as the padded branch holds none: memory while the head computes
         options = {"temperature": self.temperature, "banned": self.banned}
@@ -223,13 +233,13 @@ class Scorer:
         """Return the states of a padded batch, as compute_padded_states; the vision tower runs for new images."""
         images = [key for row in rows for key in row.images]
         grids = np.concatenate([row.grids for row in rows]) if images else None
-        return compute_padded_states(self.model, batch, self._features(images, grids), self.image_token, **attention)
+        return compute_padded_states(self.model, self.family, batch, self._features(images, grids), **attention)
 
     def _features(self, images: Sequence[str], grids: np.ndarray | None) -> Tensor | None:
         if not len(images):
             return None
         with torch.set_grad_enabled(self.features is None and torch.is_grad_enabled()):
-            return compute_features(self.model, images, self.pixels, grids, self.features)
+            return compute_features(self.model, self.family, images, self.pixels, grids, self.features)
 
     def trim(self) -> None:
         """Forget the oldest features beyond FEATURE_BYTES."""

@@ -84,7 +84,7 @@ class Layout:
 
 
 def use_packed_attention(model: "PreTrainedModel") -> None:
-    """Let the language model of a Qwen2.5-VL attend by `attend_packed`."""
+    """Let a language model attend by `attend_packed`."""
     use_attention(model.model.language_model.config, NAME, attend_packed)
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from thinkimg.images.patches import MERGE, image_tokens
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BUSY, SPREAD = 2048, 1.15  # tokens that keep a machine busy; from there on, longest to shortest row of a batch
 
@@ -24,23 +26,47 @@ class Conversation:
     """(images, 3) int64: patches (t, h, w) of each image."""
 
 
-def compute_mrope_positions(tokens: np.ndarray, image_token: int, grids: np.ndarray) -> np.ndarray:
-    """Return (3, T) int64 temporal, height and width positions, equal to Qwen2.5-VL's get_rope_index for still images.
+@dataclass(frozen=True)
+class ImageToken:
+    """Token that stands for a square of an image's patches."""
+
+    id: int
+    merge: int
+    """Patches of the square's side."""
+
+    @classmethod
+    def of(cls, config: "PretrainedConfig") -> Self:
+        """Return the image token of a model's config."""
+        return cls(config.image_token_id, config.vision_config.spatial_merge_size)
+
+    def count(self, grid: Iterable[int]) -> int:
+        """Return the number of tokens of an image of (t, h, w) patches."""
+        t, h, w = (int(side) for side in grid)
+        return t * h * w // self.merge**2
+
+    def cells(self, grid: Iterable[int]) -> tuple[int, int]:
+        """Return the rows and columns of tokens of a still image of (1, h, w) patches."""
+        _, h, w = (int(side) for side in grid)
+        return h // self.merge, w // self.merge
+
+
+def compute_mrope_positions(tokens: np.ndarray, image_token: ImageToken, grids: np.ndarray) -> np.ndarray:
+    """Return (3, T) int64 temporal, height and width positions, equal to the model's get_rope_index for still images.
 
     Images are told apart by their grids in order, so two images may stand side by side.
     """
     positions = np.empty((3, len(tokens)), dtype=np.int64)
     index, position = 0, 0
-    starts = np.flatnonzero(tokens == image_token)
+    starts = np.flatnonzero(tokens == image_token.id)
     placed = 0
     for grid in grids:
         assert placed < len(starts), "more grids than image tokens"
-        start, count = int(starts[placed]), image_tokens(grid)
+        start, count = int(starts[placed]), image_token.count(grid)
         placed += count
         text = np.arange(position, position + start - index)
         positions[:, index:start] = text
         position += start - index
-        rows, columns = int(grid[1]) // MERGE, int(grid[2]) // MERGE
+        rows, columns = image_token.cells(grid)
         positions[0, start : start + count] = position
         positions[1, start : start + count] = position + np.repeat(np.arange(rows), columns)
         positions[2, start : start + count] = position + np.tile(np.arange(columns), rows)

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from thinkimg.images.patches import image_tokens
-from thinkimg.trainer.forward.packing import Conversation, compute_mrope_positions
+from thinkimg.trainer.forward.packing import Conversation, ImageToken, compute_mrope_positions
 
 
 class Unit(NamedTuple):
@@ -52,7 +51,7 @@ class Packed:
     """(N,) int64: ids of the scored tokens, row by row."""
 
 
-def count_common_prefix(a: Conversation, b: Conversation, image_token: int) -> int:
+def count_common_prefix(a: Conversation, b: Conversation, image_token: ImageToken) -> int:
     """Return the number of first tokens that two rows share, images included by content hash and grid; splits no image.
 
     Positions agree there, since they depend on nothing but the tokens and the grids before.
@@ -70,16 +69,16 @@ def count_common_prefix(a: Conversation, b: Conversation, image_token: int) -> i
     return length
 
 
-def find_image_spans(row: Conversation, image_token: int) -> list[tuple[int, int]]:
+def find_image_spans(row: Conversation, image_token: ImageToken) -> list[tuple[int, int]]:
     """Return [start, end) of each image's tokens."""
-    index = np.flatnonzero(row.tokens == image_token)
-    sizes = np.array([image_tokens(grid) for grid in row.grids], dtype=np.int64)
+    index = np.flatnonzero(row.tokens == image_token.id)
+    sizes = np.array([image_token.count(grid) for grid in row.grids], dtype=np.int64)
     ends = np.cumsum(sizes)
     return [(int(index[end - size]), int(index[end - 1]) + 1) for size, end in zip(sizes, ends, strict=True)]
 
 
 def plan(
-    conversations: Sequence[Conversation], groups: Sequence[Hashable], token_budget: int, image_token: int
+    conversations: Sequence[Conversation], groups: Sequence[Hashable], token_budget: int, image_token: ImageToken
 ) -> list[list[Unit]]:
     """Return micro-batches of at most token_budget tokens each (or a single row), those of the most tokens first.
 
@@ -103,7 +102,9 @@ def plan(
     return [batch for batch, _ in sorted(batches, key=lambda pair: -pair[1])]
 
 
-def share_groups(conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: int) -> list[Unit]:
+def share_groups(
+    conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: ImageToken
+) -> list[Unit]:
     """Return a unit for each group, several if its rows don't begin alike; the shortest rows of a unit come first."""
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
@@ -152,7 +153,7 @@ def cut(unit: Unit, conversations: Sequence[Conversation], token_budget: int) ->
 
 
 def balance(
-    conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: int, parts: int
+    conversations: Sequence[Conversation], groups: Sequence[Hashable], image_token: ImageToken, parts: int
 ) -> list[list[int]]:
     """Return the row indices of each of `parts` processes, for about equal work.
 
@@ -174,7 +175,7 @@ def balance(
     return [sorted(rows) for rows in dealt]
 
 
-def pack(rows: Sequence[Conversation], units: Sequence[Unit], image_token: int) -> Packed:
+def pack(rows: Sequence[Conversation], units: Sequence[Unit], image_token: ImageToken) -> Packed:
     """Return the rows as one sequence; each row is in exactly one of the units."""
     tokens, positions, spans = [], [], []
     images: list[str] = []
@@ -234,7 +235,7 @@ def pad(packed: Packed, length: int, pad_token: int) -> Packed:
 def find_obstacle(config) -> str | None:
     """Return the reason why a model can't compute packed rows as it does single ones, or None.
 
-    config: Qwen2_5_VLTextConfig.
+    config: of the language model. Families have reasons of their own (Family.packing_obstacle).
     """
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return "it attends within a sliding window, which packing would shift"

@@ -17,7 +17,7 @@ NAME = "thinkimg_flash_equal_chunks"
 
 
 def batch_equal_chunks(model: "PreTrainedModel") -> None:
-    """Let the vision tower of a Qwen2.5-VL attend by `attend_chunks`."""
+    """Let a vision tower attend by `attend_chunks`."""
     use_attention(model.model.visual.config, NAME, attend_chunks)
 
 
