@@ -90,6 +90,22 @@ def test_whoever_loads_an_export_gets_the_template_that_renders_what_was_trained
     assert store.verify(policy) == [], "the policy in the store stays as it was"
 
 
+@pytest.mark.parametrize("family, wrapped", [("qwen3_vl", True), ("qwen2_5_vl", False), (None, False)])
+def test_a_base_model_as_it_is_has_the_protocol_of_its_family(family, wrapped, tmp_path):
+    """The first policy of a loop without demonstrations has no conversations among its ancestors."""
+
+    def policy(work):
+        work.family = family
+        with work.part("policy") as path:
+            path.mkdir()
+            put_tokenizer(path / "adapter", stock_template("qwen3_vl"), "chat_template.jinja")
+
+    store = Store(tmp_path / "store")
+    recipe = Recipe("warmstart", 1, 1, {"model": {"adaptation": "lora"}}, {})
+    pack = export_policy(store, store.build("policy", recipe, policy)[0], tmp_path / "pack")
+    assert ("<tool_response>" in (pack / "chat_template.jinja").read_text()) is wrapped
+
+
 @pytest.mark.parametrize("template", ["{{ messages }} with tools", "{{ raise_exception('no') }}"])
 def test_a_template_in_another_form_is_refused_and_nothing_is_left(template, tmp_path):
     store, policy = store_policy(tmp_path / "store", template, "chat_template.jinja", ConversationConfig())

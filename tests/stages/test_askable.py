@@ -79,7 +79,7 @@ def sample(question: str, images: int) -> Sample:
 def test_what_is_refused_is_what_a_conversation_refuses(tiny_models, texts, images, room, family):
     limits = [f"conversation.max_tokens={room}", "conversation.max_images=4", f"model.tiny.family={family}"]
     config = load_config("tiny", limits)
-    asked = ask_settings(config).model_copy(update={"vocabulary": None, "start": str(tiny_models[0])})
+    asked = ask_settings(config).model_copy(update={"tiny": None, "start": str(tiny_models[0])})
     question = sample(" ".join(texts) or "?", images)
     reason = find_unaskable(asked, [question], {question.images[0]: PICTURE.size}).get("s")
     spec = ConversationSpec.load(config.talk(), config.view(), tiny_models[0])

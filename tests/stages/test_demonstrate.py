@@ -181,6 +181,44 @@ def test_a_demonstration_that_cannot_be_used_is_counted_and_left_out(tmp_path, c
         demonstrations(load_config("tiny", [*data, f"warmstart.demonstrations={path}"]), store)
 
 
+@pytest.mark.parametrize("form", ["qwen", "qwen_xml"])
+def test_demonstrations_in_another_protocol_than_the_models_are_refused(tmp_path, form):
+    data, store = photographs(tmp_path), Store(tmp_path / "store")
+    dataset, _ = build_stage(prepare, load_config("tiny", data), store)
+    sample = dataset.split("train")[0]
+    turns = [
+        '<think>A.</think><tool>{"name": "get_image_info", "args": {}}</tool>',
+        f"<think>B.</think><answer>{sample.answer}</answer>",  # a turn of each protocol
+    ]
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps({"sample_id": sample.sample_id, "turns": turns}))
+    settings = [*data, f"warmstart.demonstrations={path}", "conversation.protocol=" + form]
+    with pytest.raises(UserError, match=f"breaks the protocol {form} in turn 1: .*<tool_call>.*conversation.protocol"):
+        demonstrations(load_config("tiny", settings), store)
+    _, scripted = demonstrations(load_config("tiny", [*settings, "conversation.protocol=think"]), store)
+    assert [row.answer for row in scripted.trajectories()] == [sample.answer]
+
+
+def test_calls_that_fail_in_demonstrations_are_said_with_the_unit(tmp_path, caplog):
+    data, store = photographs(tmp_path), Store(tmp_path / "store")
+    dataset, _ = build_stage(prepare, load_config("tiny", data), store)
+    lines = []
+    for sample, edge in zip(dataset.split("train")[:3], (40, 990, 900), strict=True):
+        call = {"name": "crop_image", "args": {"x": edge, "y": 0, "width": 40, "height": 40}}
+        turns = [f"<think>A.</think><tool>{json.dumps(call)}</tool>", "<think>B.</think><answer>a</answer>"]
+        lines.append({"sample_id": sample.sample_id, "turns": turns})
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for unit, failed in (("thousandths", [1]), ("pixels", [1, 2])):
+        caplog.clear()
+        settings = [*data, f"warmstart.demonstrations={path}", f"conversation.coordinates={unit}"]
+        _, scripted = demonstrations(load_config("tiny", settings), store)
+        assert len(list(scripted.trajectories())) == 3
+        (said,) = [record.getMessage() for record in caplog.records if "call fails" in record.getMessage()]
+        assert said.startswith(f"In {len(failed)} of 3 demonstrations a call fails") and f"are in {unit} " in said
+        assert f"{lines[failed[0]]['sample_id']}, turn 1: crop_image: the rectangle ends at x=1030" in said
+
+
 def test_a_users_tool_that_breaks_is_a_sentence_with_its_line(tmp_path, monkeypatch):
     (tmp_path / "magnify.py").write_text(BROKEN_TOOL)
     monkeypatch.syspath_prepend(tmp_path)

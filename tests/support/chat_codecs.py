@@ -56,7 +56,7 @@ def directory() -> Path:
 @cache
 def tiny_directory() -> Path:
     (path := directory() / "tiny").mkdir()
-    write_tokenizer(path, CORPUS, 512)
+    write_tokenizer(path, CORPUS, 512, load_family("qwen2_5_vl"))
     write_processor(path, load_family("qwen2_5_vl"))
     return path
 

@@ -13,6 +13,7 @@ from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.template import write_template
 from thinkimg.errors import UserError
 from thinkimg.images.toolbox import TOOLS, load_tools
+from thinkimg.models.family import find_family
 from thinkimg.store import files
 from thinkimg.store.artifacts import Store
 from thinkimg.store.lineage import Graph, draw_tree
@@ -85,12 +86,13 @@ def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
     slices = {str(artifact.reference): artifact.manifest["recipe"]["config"] for artifact in (*ancestors, policy)}
     save_json(pack / "config.json", {"loop": loop.config if loop else None, "stages": slices})
     conversations = [config.get("conversation", {}) for config in slices.values()]
-    conversation = next((settings for settings in reversed(conversations) if "protocol" in settings), {})
+    own = loop.config.get("conversation", {}) if loop else {}
+    conversation = next((settings for settings in reversed(conversations) if "protocol" in settings), own)
     save_json(pack / "tools.json", describe_tools(conversation.get("tools")))
     system = loop.system if loop else conversation.get("system")
     (pack / "system.txt").write_text((system or "") + "\n", encoding="utf-8")
     codec = Codec.load(vocabulary_of(pack / "policy"), thinking=conversation.get("thinking"))
-    template = write_template(codec, load_protocol(conversation.get("protocol") or ConversationConfig().form))
+    template = write_template(codec, load_protocol(conversation.get("protocol") or default_protocol(policy)))
     (pack / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     changed = replace_template(vocabulary_of(pack / "policy"), template)
     (pack / "lineage.txt").write_text("\n".join(draw_tree(graph, name)) + "\n", encoding="utf-8")
@@ -103,6 +105,11 @@ def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
         opening=json.dumps(codec.opening) if codec.opening else "nothing",
     )
     (pack / "README.md").write_text(text, encoding="utf-8")
+
+
+def default_protocol(policy: Artifact) -> str:
+    """Return the protocol of a policy that learned from no conversations, where the settings name none."""
+    return ConversationConfig().form if policy.family is None else find_family(policy.family).protocols[0]
 
 
 def find_loop(store: Store, policy: Artifact) -> LoopRecord | None:

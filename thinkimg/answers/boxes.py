@@ -1,4 +1,4 @@
-"""Boxes in answers: x, y, width, height in pixels, and the other forms that models write."""
+"""Boxes in answers: x, y, width, height, and the other forms that models write."""
 
 import re
 from collections.abc import Mapping

@@ -108,10 +108,10 @@ class Codec:
         slot, messages = SLOT.format(0), [{"role": "user", "content": [text_part(SLOT.format(1))]}]
         tail = f"{USER}{SLOT.format(1)}{END}\n{REPLY}{self.opening}"
         bare = render_markup(self._tokenizer, messages, self.thinking)
-        told = render_markup(self._tokenizer, [{"role": "system", "content": slot}, *messages], self.thinking)
-        if not bare.endswith(tail) or not told.endswith(tail) or told.count(slot) != 1:
+        system = render_markup(self._tokenizer, [{"role": "system", "content": slot}, *messages], self.thinking)
+        if not bare.endswith(tail) or not system.endswith(tail) or system.count(slot) != 1:
             raise UserError("The chat template shows the system prompt more than once or changes it.", hint=KNOWN)
-        before, _, after = told.removesuffix(tail).partition(slot)
+        before, _, after = system.removesuffix(tail).partition(slot)
         return bare.removesuffix(tail), before, after
 
     def _fill(self, markup: str, texts: list[str]) -> list[int]:

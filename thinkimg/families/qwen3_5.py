@@ -34,6 +34,7 @@ class Qwen3_5(Family):
         rule="torch_chunk_gated_delta_rule",
         convolution="causal_conv1d_fn",
     )
+    openings = ("<think>\n", "<think>\n\n</think>\n\n")
     protocols = ("qwen_xml", "qwen", "think")
 
     def attention_layers(self, text_config: "PretrainedConfig") -> tuple[int, ...]:

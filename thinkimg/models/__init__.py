@@ -1,4 +1,4 @@
-"""Models that a run starts from: the base model, the tiny Qwen2.5-VL of the demo, CLIP.
+"""Models that a run starts from: the base model, the demo's tiny one, CLIP.
 
     settings (ModelConfig) ──► base.BaseSource ──► Base.locate ──► trainer, engine
                                                      ▲ where model.tiny is set

@@ -16,6 +16,8 @@ from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError, shorten
 from thinkimg.images.settings import ViewLimits
 from thinkimg.images.view import view_size
+from thinkimg.models.family import load_family
+from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny import write_tokenizer
 from thinkimg.process import scratch
 from thinkimg.records import Sample
@@ -32,8 +34,8 @@ class AskSettings(Settings):
     conversation: ConversationConfig
     """System prompt as it is rendered, max_images, max_tokens, coordinates, thinking; others have their defaults."""
     images: ViewLimits
-    vocabulary: int | None
-    """Size of a tiny model's vocabulary, which is made from the questions; None for a model that exists."""
+    tiny: TinyModel | None
+    """Tiny model, whose vocabulary is made from the questions; None for a model that exists."""
     start: str = Field(exclude=True)
     """Directory or Hub id of the model to start from."""
     revision: str | None = Field(exclude=True)
@@ -51,7 +53,7 @@ class AskSettings(Settings):
                 mode="json", include={"system", "max_images", "max_tokens", "coordinates", "thinking"}
             ),
             "images": self.images.model_dump(mode="json"),
-            "tokenizer": self.vocabulary or tokenizer,
+            "tokenizer": tokenizer if self.tiny is None else [self.tiny.family, self.tiny.vocab_size],
         }
 
 
@@ -85,7 +87,7 @@ def find_unaskable(
             break
         reasons |= refused
         left, long = ([one for one in part if one.sample_id not in refused] for part in (left, long))
-        if settings.vocabulary is None:
+        if settings.tiny is None:
             break  # a tokenizer that exists measures the others as before
     return reasons
 
@@ -100,7 +102,7 @@ def may_exceed(settings: AskSettings, sample: Sample, views: Sequence[tuple[int,
 
 def load_codec(settings: AskSettings, asked: Sequence[tuple[Sample, list[tuple[int, int]]]]) -> Codec:
     """Return the codec of the model; that of a tiny one is made from the questions that are left, as it will be."""
-    if settings.vocabulary is None:
+    if settings.tiny is None:
         try:
             return Codec.load(settings.start, settings.revision, thinking=settings.conversation.thinking)
         except UserError:
@@ -113,7 +115,6 @@ def load_codec(settings: AskSettings, asked: Sequence[tuple[Sample, list[tuple[i
             ) from error
     texts = [render_system_prompt(settings.conversation), "system\n", "user\n", "assistant\n"]
     with scratch() as folder:
-        write_tokenizer(
-            folder, [*texts, *(state_question(*one, settings.conversation.unit) for one in asked)], settings.vocabulary
-        )
+        texts += [state_question(*one, settings.conversation.unit) for one in asked]
+        write_tokenizer(folder, texts, settings.tiny.vocab_size, load_family(settings.tiny.family))
         return Codec.load(folder, thinking=settings.conversation.thinking)

@@ -47,6 +47,9 @@ class Family(ABC):
     """Layer in which the judge `attention` measures where the settings name none; None: see `pick_attention_layer`."""
     recurrence: ClassVar[Recurrence | None] = None
     """Functions of its recurrent layers, if it has any."""
+    openings: ClassVar[tuple[str, str] | None] = None
+    """Texts with which replies with a thought and without one begin, where its chat templates have the switch
+    enable_thinking. Tiny models begin so; of others Codec reads the template."""
     protocols: ClassVar[tuple[str, ...]]
     """Protocols that suit it; the first is the one in which it was trained to call tools, `think` if it was not."""
 
@@ -132,10 +135,6 @@ class Family(ABC):
 
     def init_tiny(self, model: "PreTrainedModel") -> None:  # noqa: B027  most families need nothing
         """Draw those weights of a tiny model that need more than their fan-in (models/tiny.py), in place."""
-
-    def is_read_by(self, model: "PreTrainedModel") -> bool:
-        """Tell whether a loaded model is of this family."""
-        return model.config.model_type in self.model_types
 
 
 def find_family(model_type: str) -> Family:

@@ -27,8 +27,9 @@ CHAT_TEMPLATE = (
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nOPENING{% endif %}"
 )
+OPENING = "{% if enable_thinking is defined and not enable_thinking %}WITHOUT{% else %}WITH{% endif %}"
 
 
 def create_tiny(directory: Path, tiny: TinyModel, corpus: Iterable[str], *, seed: int) -> None:
@@ -38,12 +39,13 @@ def create_tiny(directory: Path, tiny: TinyModel, corpus: Iterable[str], *, seed
     The files are a pure function of the arguments and of the versions of torch, transformers and tokenizers.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(directory, corpus, tiny.vocab_size)
-    write_processor(directory, load_family(tiny.family))
+    family = load_family(tiny.family)
+    write_tokenizer(directory, corpus, tiny.vocab_size, family)
+    write_processor(directory, family)
     write_model(directory, tiny, seed)
 
 
-def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> None:
+def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int, family: Family) -> None:
     """Train a byte-level BPE tokenizer on the corpus and write it with its chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,6 +63,7 @@ def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> 
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(directory / "tokenizer.json"))
+    template = write_chat_template(family)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # Qwen2Tokenizer would replace SPLIT by its own
         "bos_token": None,
@@ -72,10 +75,18 @@ def write_tokenizer(directory: Path, corpus: Iterable[str], vocab_size: int) -> 
         "clean_up_tokenization_spaces": False,
         "errors": "replace",
         "add_prefix_space": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
     _write_json(directory / "tokenizer_config.json", settings)
-    _write_json(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    _write_json(directory / "chat_template.json", {"chat_template": template})
+
+
+def write_chat_template(family: Family) -> str:
+    """Return the chat template, in Jinja; its replies begin as those of the family."""
+    if family.openings is None:
+        return CHAT_TEMPLATE.replace("OPENING", "")
+    thought, none = family.openings
+    return CHAT_TEMPLATE.replace("OPENING", OPENING.replace("WITHOUT", none).replace("WITH", thought))
 
 
 def write_processor(directory: Path, family: Family) -> None:

@@ -28,7 +28,7 @@ from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny import create_tiny
 from thinkimg.puzzles.demonstrations import write_script
 from thinkimg.puzzles.settings import Flaws
-from thinkimg.records import Sample, StopReason, Trajectory, TurnKind, to_row
+from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, TurnKind, to_row
 from thinkimg.resources import Resources, locate_base
 from thinkimg.rewards.judges.attention import GENERIC
 from thinkimg.stages.known_pairs import known_pairs
@@ -117,6 +117,7 @@ def run(job: Job[DemonstrateSettings]) -> None:
     rows: list[dict[str, Any]] = []
     encoded: dict[str, tuple[bytes, int, int]] = {}  # at once: thousands of decoded pictures would not fit
     left_out: list[UserError] = []
+    failed: list[str] = []
     todo = list(read_scripts(settings, dataset, left_out))
     for number, (sample, index, turns) in enumerate(todo, 1):
         pictures = [make_picture(images.decoded(sha), settings.images) for sha in sample.images]
@@ -128,12 +129,18 @@ def run(job: Job[DemonstrateSettings]) -> None:
             left_out.append(fault)
             continue
         rows.append(to_row(trajectory))
+        failed += islice(list_failed_calls(trajectory), 1)
         images_made = episode.made_images.items()
         encoded |= {sha: (encode_lossless(image), *image.size) for sha, image in images_made if sha not in encoded}
         job.progress(number, len(todo))
     if left_out:
         warn_of_faults(left_out, len(rows))
         work.metrics["left_out"] = len(left_out)
+    if failed:
+        log.warning(
+            "In %d of %d demonstrations a call fails, which the model learns, too. The first is that for %s Positions are "
+            "in %s (conversation.coordinates).", len(failed), len(rows), failed[0], settings.conversation.unit,
+        )  # fmt: skip
     write_images(work, "images.parquet", ((sha, *encoded[sha]) for sha in sorted(encoded)))
     if "pairs" in job.inputs and not work.has("comparisons.parquet"):
         compared = [to_row(row) for row in compare_pairs(job.inputs["pairs"], spec)]
@@ -184,7 +191,7 @@ def read_scripts(
         try:
             row = Script.model_validate(record)
         except ValidationError:
-            hint = 'Each line is {"sample_id": …, "turns": ["<think>…</think><tool>…</tool>", …]}'
+            hint = 'Each line is {"sample_id": …, "turns": ["…", …]}, with the texts of the turns.'
             why = f": {record}" if isinstance(record, str) else ""
             faults.append(UserError(f"Demonstration {number} (line {line}) cannot be read{why}.", hint=hint))
             continue
@@ -198,12 +205,19 @@ def read_scripts(
 
 
 def find_fault(trajectory: Trajectory, episode: Episode, *, checks_tools: bool) -> UserError | None:
-    """Return an error for a demonstration that calls a tool that is not on offer, or that does not end with an answer.
+    """Return an error for a demonstration with a turn that breaks the protocol or calls a tool that is not on offer,
+    and for one that does not end with an answer.
 
-    The model would learn the mistake.
+    The model would learn the mistake. checks_tools: look at the tools.
     """
-    for number, turn in enumerate(trajectory.turns if checks_tools else (), 1):
-        if turn.kind is TurnKind.TOOL and turn.tool not in episode.tools:
+    for number, turn in enumerate(trajectory.turns, 1):
+        if turn.kind is TurnKind.MALFORMED and turn.observation is not None:  # else a limit has cut it off
+            return UserError(
+                f"The demonstration for {trajectory.sample_id} breaks the protocol {episode.config.form} in turn "
+                f"{number}: {turn.error}",
+                hint="Write its turns so, or set conversation.protocol to the one in which they are written.",
+            )
+        if checks_tools and turn.kind is TurnKind.TOOL and turn.tool not in episode.tools:
             offered = ", ".join(episode.tools) or "none"
             return UserError(
                 f"The demonstration for {trajectory.sample_id} calls the tool {turn.tool!a} in turn {number}, which is "
@@ -215,6 +229,13 @@ def find_fault(trajectory: Trajectory, episode: Episode, *, checks_tools: bool) 
         reason = trajectory.error or f"it ended for '{trajectory.stop}'."
         return UserError(f"The demonstration for {trajectory.sample_id} does not work: {reason}", hint=hint)
     return None
+
+
+def list_failed_calls(trajectory: Trajectory) -> Iterator[str]:
+    """Yield the sample, the turn and the error of each call that failed."""
+    for number, turn in enumerate(trajectory.turns, 1):
+        if turn.status is CallStatus.ERROR:
+            yield f"{trajectory.sample_id}, turn {number}: {turn.error}"
 
 
 def warn_of_faults(faults: Sequence[UserError], rows: int) -> None:

@@ -145,7 +145,7 @@ def ask_settings(config: Config) -> AskSettings:
             thinking=talk.thinking,
         ),
         images=config.view(),
-        vocabulary=model.tiny and model.tiny.vocab_size,
+        tiny=None if checkpoint else model.tiny,
         start=checkpoint or model.path,
         revision=None if checkpoint else model.revision,
     )

@@ -47,9 +47,10 @@ class Reader:
                 own = columns[rows == b]
                 q = query[b, :, own].float()  # (H, n, d)
                 k = key[b].float().repeat_interleave(groups, dim=0)  # (H, T, d)
-                scores = (q @ k.transpose(1, 2)) * scaling
-                scores = scores.masked_fill(positions > own[:, None], float("-inf"))
-                parts.append(scores.softmax(-1).mean(0))
+                with torch.autocast(query.device.type, enabled=False):  # within it the product would be rounded
+                    scores = (q @ k.transpose(1, 2)) * scaling
+                    scores = scores.masked_fill(positions > own[:, None], float("-inf"))
+                    parts.append(scores.softmax(-1).mean(0))
         self.attention[layer] = torch.cat(parts)
         if self.stop and self.layers <= self.attention.keys():
             raise StopForward
