@@ -12,7 +12,7 @@ from thinkimg import hub
 from thinkimg.cli.main import app
 from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
-from thinkimg.models.family import list_families
+from thinkimg.models.family import list_families, load_family
 
 COMMANDS = (["run", "--dry-run"], ["run"], ["prepare", "--dry-run"], ["prepare"], ["rollout", "--policy", "0123"])
 UNKNOWN, UNREADABLE, UNSTATED = "There is no model family for the model_type", "can't be read", "states no model_type"
@@ -122,6 +122,24 @@ def test_what_the_files_say_counts_for_more_than_the_name(server):
 
     hf_hub_download(name, "config.json", revision=commit)
     assert load_config("balanced", settings).family().name == "qwen2_5_vl"
+
+
+def test_a_family_that_states_too_little_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "halves.py").write_text(
+        """from thinkimg.families.qwen2_5_vl import FAMILY as OTHER
+from thinkimg.models.family import Family
+
+class Half(Family):
+    model_types, processor, processor_class = ("half",), OTHER.processor, OTHER.processor_class
+    make_config = None
+
+FAMILY = Half()
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="FAMILY of halves states no hub_names and no coordinates and no protocols"):
+        load_family("halves")
+    assert all(load_family(name) for name in list_families())
 
 
 def test_a_family_is_known_without_a_heavy_import_or_a_network():

@@ -76,7 +76,7 @@ class FamilyLoop:
 @contextlib.contextmanager
 def family_loop(root: Path, family: str, *overrides: str) -> Iterator[FamilyLoop]:
     """Yield a loop of a family whose first policy is trained."""
-    settings = [*SETTINGS, f"model.tiny.family={family}", *overrides]
+    settings = [*SETTINGS, f"where.store={root / 'artifacts'}", f"model.tiny.family={family}", *overrides]
     where = load_config("tiny", settings).where
     with pytest.MonkeyPatch.context() as patch, Resources(where, say=lambda line: None) as resources:
         patch.setattr(import_module("thinkimg.stages.train_clip"), "STEPS", 2)  # of 100, which take as long as the rest

@@ -56,7 +56,7 @@ class StatedBox:
         corners = self.corners
         if is_share and frame is not None:
             corners = True
-            (wide, high) = frame.view
+            wide, high = frame.view
             x, right, y, bottom = x * wide, right * wide, y * high, bottom * high
         width, height = (right - x, bottom - y) if corners else (right, bottom)
         if not (width > 0 and height > 0):

@@ -36,8 +36,8 @@ class Codec:
 
     A prompt's markup is rendered with slots in place of the texts and cut at its special tokens. Each piece is encoded
     with its texts filled in. Tokenizers cut at special tokens first, so that the result equals apply_chat_template's
-    for every text without special tokens. That includes white space and Unicode normalisation at the seams. Templates
-    that trim contents (Qwen3.5's) are no exception but for texts with white space around, which stay as they are here.
+    for every text without special tokens. That includes white space and Unicode normalisation at the seams. Where a
+    template trims contents, as Qwen3.5's does, white space around a text stays here.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", thinking: bool | None = None) -> None:

@@ -29,7 +29,7 @@ class Frame:
 
     @property
     def limits(self) -> str:
-        """The same as a clause of an error that the model reads."""
+        """Clause of an error that the model reads: the largest coordinates, and their unit."""
         if self.coordinates is Coordinates.PIXELS:
             return f"the image is {self.seen[0]}x{self.seen[1]} pixels as you see it"
         return f"coordinates are {self.coordinates} of the image's width and height, from 0 to {self.view[0]}"

@@ -155,10 +155,12 @@ def list_families() -> dict[str, Family]:
 
 
 def load_family(name: str) -> Family:
-    """Return the family of an entry's name or import path. Raises UserError where there is none."""
+    """Return the family of an entry's name or import path. Raises UserError where there is none, or a part of it."""
     family = FAMILIES.member(name, "FAMILY")
     if not isinstance(family, Family):
         raise UserError(f"The FAMILY of {name} is no Family.", hint="FAMILY = Mine(), of class Mine(Family)")
+    if missing := [attribute for attribute in Family.__annotations__ if not hasattr(family, attribute)]:
+        raise UserError(f"The FAMILY of {name} states no {' and no '.join(missing)}.", hint="Set it in its class.")
     return family
 
 

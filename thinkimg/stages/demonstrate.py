@@ -138,8 +138,8 @@ def run(job: Job[DemonstrateSettings]) -> None:
         work.metrics["left_out"] = len(left_out)
     if failed:
         log.warning(
-            "In %d of %d demonstrations a call fails, which the model learns, too. The first is that for %s Positions are "
-            "in %s (conversation.coordinates).", len(failed), len(rows), failed[0], settings.conversation.unit,
+            "In %d of %d demonstrations a call fails, which the model learns, too. The first is that for %s Positions "
+            "are in %s (conversation.coordinates).", len(failed), len(rows), failed[0], settings.conversation.unit,
         )  # fmt: skip
     write_images(work, "images.parquet", ((sha, *encoded[sha]) for sha in sorted(encoded)))
     if "pairs" in job.inputs and not work.has("comparisons.parquet"):
@@ -301,7 +301,7 @@ def collect_texts(settings: DemonstrateSettings, dataset: Dataset) -> list[str]:
 
 demonstrate = Stage(
     name="demonstrate",
-    version=3,
+    version=4,
     makes=Demonstrations,
     settings=settings_of,
     run=run,

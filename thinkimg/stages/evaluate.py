@@ -237,7 +237,7 @@ Samples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 evaluate = Stage(
     name="evaluate",
-    version=3,
+    version=4,
     makes=Evaluation,
     settings=settings_of,
     run=run,

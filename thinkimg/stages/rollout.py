@@ -391,7 +391,7 @@ Iteration = Annotated[int, Field(ge=1, le=1_000_000)]
 
 rollout = Stage(
     name="rollout",
-    version=2,
+    version=3,
     makes=Rollouts,
     settings=settings_of,
     run=run,
