@@ -15,7 +15,8 @@ from thinkimg.records import Sample, StopReason, Trajectory, TurnKind
 
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}
 """Mean |difference| of log-probabilities of engine and trainer; bfloat16 has 8 bits (docs/families.md)."""
-FAMILIES = [name for name in list_families() if name != "qwen2_5_vl"]  # whose loop is tests/system/test_loop.py
+DEFAULT = pytest.param("qwen2_5_vl", marks=pytest.mark.long)  # tests/system/test_loop.py has a loop of it
+FAMILIES = [DEFAULT, *(name for name in list_families() if name != "qwen2_5_vl")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
