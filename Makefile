@@ -7,7 +7,7 @@ CLOSURE ?=
 export PYTHON CLOSURE
 READY := .venv/ready$(addprefix -,$(CLOSURE))
 
-.PHONY: demo setup test test-all lint ui server deploy worker chaos
+.PHONY: demo setup test test-all families lint ui server deploy worker chaos
 
 demo: $(READY)
 	@$(BIN)/thinkimg run --preset tiny
@@ -26,6 +26,12 @@ test: .venv/ready-test
 test-all: .venv/ready-test
 	@bash requirements/chromium.sh
 	$(BIN)/pytest -q -m long
+
+# The table of docs/families.md, from the results of the tests that it names.
+families: .venv/ready-test
+	$(BIN)/pytest -q -n 2 --dist loadfile --junitxml=.families.xml $(addprefix tests/,families engine/test_families.py \
+	  trainer images/test_patches.py)
+	$(BIN)/python tests/support/family_table.py .families.xml --write
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

@@ -317,6 +317,11 @@ def test_a_thought_that_never_ends_is_told_so():
     for turn in ("<think>\nlong " * 1 + "and longer", "<think>\nt <answer>4</answer>"):
         result = THINK.parse(turn)
         assert isinstance(result, Malformed) and "close it with </think>" in result.reason
+    for protocol in (QWEN, XML):
+        assert isinstance(protocol.parse("<think>\nt <answer>4</answer>"), Malformed)
+        rehearsed = "<think>\nI must write <answer>5</answer> or <tool_call>.\n</think>\n\n"
+        assert protocol.parse(f"{rehearsed}<answer>4</answer>") == Answer("4")
+        assert isinstance(protocol.parse(f"{rehearsed}<answer>5</answer> <answer>4</answer>"), Malformed)
     assert "one <think>" in THINK.parse("<think>\n<think>t</think><answer>4</answer>").reason
     call = "<tool_call>\n<function=n>\n</function>\n</tool_call>"
     assert XML.parse("<think>\nt" + call) == ToolCall("n", {}), "vLLM's parser ends the thought there, too"

@@ -30,7 +30,7 @@ from thinkimg.errors import UserError
 from thinkimg.images.view import resize_to_view
 from thinkimg.models.base import Base, BaseSource
 from thinkimg.models.family import FAMILIES, family_at, family_of, find_family, list_model_types
-from thinkimg.models.family_check import check_model
+from thinkimg.models.family_check import check_files
 from thinkimg.models.settings import ModelConfig
 from thinkimg.models.tiny import create_tiny
 from thinkimg.records import Coordinates, Role, StopReason
@@ -127,7 +127,7 @@ def test_its_memory_is_forecast():
 
 
 def test_other_values_in_its_files_are_refused(base):
-    check_model(base, MODELS["full"])
+    check_files(base, MODELS["full"])
     for file, section, name, value in (
         ("preprocessor_config.json", None, "image_mean", [0.9, 0.3, 0.2]),
         ("preprocessor_config.json", None, "merge_size", 2),
@@ -139,7 +139,7 @@ def test_other_values_in_its_files_are_refused(base):
         (base / file).write_text(json.dumps(content))
         try:
             with pytest.raises(UserError, match=rf"states {name} = .*, and models of the family made_up_vl have"):
-                check_model(base, MODELS["full"])
+                check_files(base, MODELS["full"])
         finally:
             (base / file).write_text(before)
 

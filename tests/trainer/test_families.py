@@ -14,7 +14,7 @@ from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.models.base import Base
 from thinkimg.models.family import list_families
-from thinkimg.models.family_check import check_model
+from thinkimg.models.family_check import check_files
 from thinkimg.trainer import checkpoint, checksums, weight_files
 from thinkimg.trainer.checkpoint import start_from_base
 from thinkimg.trainer.forward.logprobs import Scorer
@@ -183,7 +183,7 @@ def test_files_that_state_other_values_than_the_family_are_refused(base_of, tmp_
     with pytest.raises(
         UserError, match=rf"{file} states {name} = {re.escape(json.dumps(value))}, and .* have "
     ) as caught:
-        check_model(directory, FULL)
+        check_files(directory, FULL)
     assert json.dumps(value) in caught.value.message and family in caught.value.message and caught.value.hint
     with pytest.raises(UserError, match=f"states {name}"):
         start_from_base(Base("changed", directory=str(directory)), LORA, "cpu", seed=0)
@@ -192,18 +192,18 @@ def test_files_that_state_other_values_than_the_family_are_refused(base_of, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_files_may_be_missing_and_newer_files_are_checked(base_of, tmp_path, family):
     base = Path(base_of(family).directory)
-    assert check_model(base, FULL) is FAMILIES[family]
+    assert check_files(base, FULL) is FAMILIES[family]
     directory = changed(base, tmp_path, "preprocessor_config.json", lambda content: content.clear())
-    check_model(directory, FULL)
+    check_files(directory, FULL)
     (directory / "preprocessor_config.json").unlink()
-    check_model(directory, FULL)
+    check_files(directory, FULL)
     newer = {"image_processor": {"patch_size": FAMILIES[family].processor.patch, "image_mean": [0.0, 0.5, 0.5]}}
     (directory / "processor_config.json").write_text(json.dumps(newer))
     with pytest.raises(UserError, match=r"image_mean = \[0.0, 0.5, 0.5\]"):
-        check_model(directory, FULL)
+        check_files(directory, FULL)
     (directory / "processor_config.json").write_text("[")
     with pytest.raises(UserError, match="can't be read"):
-        check_model(directory, FULL)
+        check_files(directory, FULL)
 
 
 def test_another_familys_processor_is_refused(base_of, tmp_path):
@@ -211,7 +211,7 @@ def test_another_familys_processor_is_refused(base_of, tmp_path):
     shutil.copytree(base_of("qwen3_vl").directory, tmp_path / "mixed")
     shutil.copy(Path(base_of("qwen2_5_vl").directory, "preprocessor_config.json"), tmp_path / "mixed")
     with pytest.raises(UserError, match="states patch_size = 14, and models of the family qwen3_vl have 16"):
-        check_model(tmp_path / "mixed", FULL)
+        check_files(tmp_path / "mixed", FULL)
 
 
 # Mixtures of experts

@@ -61,6 +61,9 @@ class Malformed:
     """Sentence that tells the model how to correct itself; quotes nothing of its text."""
 
 
+NO_END = Malformed("The thought never ends; close it with </think>, then write a call or an answer.")
+
+
 class Protocol(ABC):
     """Form of a turn: a thought, then exactly one call or one answer, and nothing after it."""
 
@@ -84,7 +87,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def split(self, turn: str) -> tuple[str, str] | Malformed:
-        """Return (thought, rest) of a turn without white space around."""
+        """Return (thought, rest) of a turn without white space around; the thought may hold none of the tags."""
 
     @abstractmethod
     def render_thought(self, thought: str) -> str:

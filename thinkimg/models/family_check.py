@@ -13,7 +13,7 @@ from thinkimg.models.settings import ModelConfig
 RESCALE = 1 / 255
 
 
-def check_model(directory: Path, model: ModelConfig) -> Family:
+def check_files(directory: Path, model: ModelConfig) -> Family:
     """Return the family of a model directory that can be trained as the settings say.
 
     Raises UserError for an unknown family, for a model that can't be trained so, and where the model's files state

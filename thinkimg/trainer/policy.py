@@ -12,7 +12,7 @@ from torch import Tensor
 from thinkimg.errors import UserError, shorten
 from thinkimg.models.base import Base
 from thinkimg.models.family import Family, find_family
-from thinkimg.models.family_check import check_experts, check_model
+from thinkimg.models.family_check import check_experts, check_files
 from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.fsdp import is_shard, shard_like
 from thinkimg.trainer.forward.modules import unwrap
@@ -129,7 +129,7 @@ def load_model(directory: Path, config: ModelConfig, device: torch.device | str)
     """
     from transformers import AutoConfig, GenerationConfig
 
-    family = check_model(directory, config)
+    family = check_files(directory, config)
     device = torch.device(device)
     try:
         if device.type == "meta":

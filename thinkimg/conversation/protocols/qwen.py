@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from thinkimg.conversation.protocol import IMAGE_PART, Content, Malformed, Protocol, render_json, text_part
+from thinkimg.conversation.protocol import (
+    CLOSE_THOUGHT,
+    IMAGE_PART,
+    NO_END,
+    OPEN_THOUGHT,
+    Content,
+    Malformed,
+    Protocol,
+    render_json,
+    text_part,
+)
 
 
 class Qwen(Protocol):
@@ -17,6 +27,11 @@ class Qwen(Protocol):
     turn_form = "your thoughts\n"
 
     def split(self, turn: str) -> tuple[str, str] | Malformed:
+        if turn.startswith(OPEN_THOUGHT):
+            if CLOSE_THOUGHT in turn:  # what it holds may quote the tags: models rehearse their answers
+                _, _, turn = turn.partition(CLOSE_THOUGHT)
+            elif self.open_call not in turn:  # a call ends a thought, as for vLLM's parser
+                return NO_END
         starts = [start for tag in (self.open_call, "<answer>") if (start := turn.find(tag)) >= 0]
         start = min(starts, default=len(turn))
         return turn[:start], turn[start:]

@@ -5,6 +5,7 @@ from typing import Any
 from thinkimg.conversation.protocol import (
     CLOSE_THOUGHT,
     IMAGE_PART,
+    NO_END,
     OPEN_THOUGHT,
     Content,
     Malformed,
@@ -29,7 +30,7 @@ class Think(Protocol):
         if not turn.startswith(OPEN_THOUGHT) or OPEN_THOUGHT in thought:
             return Malformed("Begin with one <think>…</think>.")
         if not end:
-            return Malformed("The thought never ends; close it with </think>, then write a call or an answer.")
+            return NO_END
         return thought, rest.lstrip()
 
     def render_thought(self, thought: str) -> str:
