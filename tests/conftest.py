@@ -151,10 +151,10 @@ def engine(tiny_models, media_dir, tmp_path_factory):
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def family_engines(tmp_path_factory):
     """A vLLM server for each family but the default, by name (served_families.py), with the first of two tiny models,
-    version "v0"; who loads other weights loads these again.
+    version "v0"; who loads other weights loads these again. They end with the module: each takes 3 GB.
     """
     from served_families import serve
 

@@ -205,7 +205,7 @@ def test_a_server_that_waits_keeps_no_core_busy(engine, tokenizer, picture, samp
 
 def test_sleep_and_wake_up_leave_the_answers_as_they_were(engine, tokenizer, picture, sampling):
     """As far as a CPU tells: its server takes both requests and keeps its memory."""
-    server = Server("owner/name", log_path=Path("never"), version="v0", settings=replace(SETTINGS, sleeps=True))
+    server = Server("owner/qwen2.5-vl-x", log_path=Path("never"), version="v0", settings=replace(SETTINGS, sleeps=True))
     server.url, server._child = engine.url, SimpleNamespace(alive=True)
 
     async def answer():
@@ -216,7 +216,7 @@ def test_sleep_and_wake_up_leave_the_answers_as_they_were(engine, tokenizer, pic
     server.sleep()
     server.wake()
     assert asyncio.run(answer()) == before
-    assert "--enable-sleep-mode" in server_module.server_command("owner/name", 1, server.settings)
+    assert "--enable-sleep-mode" in server_module.server_command("owner/qwen2.5-vl-x", 1, server.settings)
 
 
 def test_failed_reload_does_not_go_by_the_old_name(engine, tiny_models, tmp_path):

@@ -72,8 +72,8 @@ EXCEPTIONS = {
     | dict.fromkeys(("conversation.*", "warmstart.flaws.*", "warmstart.pairs", "warmstart.demonstrations"), SCRIPTS)
     | dict.fromkeys(("model.lora_rank", "model.lora_alpha"), "of an adapter, where it is in")
     | {"train.gradient_checkpointing": "changes memory and time alone", "model.dtype": FAMILYS},
-    "rollout": {"model.path": BASE, "model.revision": BASE, "model.adaptation": BASE},
-    "evaluate": {"model.path": BASE, "model.revision": BASE, "model.adaptation": BASE},
+    "rollout": {"model.path": BASE, "model.revision": BASE},
+    "evaluate": {"model.path": BASE, "model.revision": BASE},
     "score": {"model.path": BASE, "model.revision": BASE, "model.trust_remote_code": CODE}
     | dict.fromkeys(("model.tiny.*", "model.lora_*", "model.adaptation", "model.train_vision"), WEIGHTS)
     | {"image.only_if_right": "applied with the mix", "image.weights": "applied with the mix", "model.dtype": FAMILYS},

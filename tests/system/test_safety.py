@@ -77,7 +77,7 @@ def test_only_the_file_layer_replaces_files_of_a_store():
 
 def test_servers_bind_to_localhost():
     limits = EngineSettings(dtype="float32", max_tokens=1024, max_images=1, max_pixels=10**6)
-    engine = server_command("model", 1234, ServerSettings(limits))
+    engine = server_command("Qwen/Qwen2.5-VL-7B-Instruct", 1234, ServerSettings(limits))
     assert engine[engine.index("--host") + 1] == "127.0.0.1"
     assert "trust-remote-code" not in " ".join(engine)
     assert "--host 127.0.0.1" in ui_command("artifacts", TrackingConfig())

@@ -129,7 +129,7 @@ def run(job: Job[DemonstrateSettings]) -> None:
             left_out.append(fault)
             continue
         rows.append(to_row(trajectory))
-        failed += islice(list_failed_calls(trajectory), 1)
+        failed += [sentence] if (sentence := find_failed_call(trajectory)) else []
         images_made = episode.made_images.items()
         encoded |= {sha: (encode_lossless(image), *image.size) for sha, image in images_made if sha not in encoded}
         job.progress(number, len(todo))
@@ -231,11 +231,12 @@ def find_fault(trajectory: Trajectory, episode: Episode, *, checks_tools: bool) 
     return None
 
 
-def list_failed_calls(trajectory: Trajectory) -> Iterator[str]:
-    """Yield the sample, the turn and the error of each call that failed."""
+def find_failed_call(trajectory: Trajectory) -> str | None:
+    """Return the sample, the turn and the error of the first call that failed; None for none."""
     for number, turn in enumerate(trajectory.turns, 1):
         if turn.status is CallStatus.ERROR:
-            yield f"{trajectory.sample_id}, turn {number}: {turn.error}"
+            return f"{trajectory.sample_id}, turn {number}: {turn.error}"
+    return None
 
 
 def warn_of_faults(faults: Sequence[UserError], rows: int) -> None:
