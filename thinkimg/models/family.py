@@ -142,10 +142,10 @@ def find_family(model_type: str) -> Family:
     for family in list_families().values():
         if model_type in family.model_types:
             return family
-    known = ", ".join(list_model_types())
+    names = ", ".join(list_model_types())
     raise UserError(
         f"There is no model family for the model_type '{shorten(model_type)}'.",
-        hint=f"Known are {known}. One of your own is an entry point of the group thinkimg.families.",
+        hint=f"Known are {names}. One of your own is an entry point of the group thinkimg.families.",
     )
 
 
