@@ -1,13 +1,15 @@
 """Table of docs/families.md: what each family of models can, from the results of the tests that show it.
 
     pytest tests/families tests/engine/test_families.py tests/trainer tests/images/test_patches.py --junitxml=FILE
-    python tests/support/family_table.py FILE --write
+    python tests/support/family_table.py FILE … --write
 
 `make families` does both, with the long tests among them.
 """
 
 import re
 import sys
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -72,10 +74,10 @@ ROWS = {
 """What is shown -> the tests that show it, "folder/file::function"."""
 
 
-def read_results(path: Path) -> dict[tuple[str, str], bool]:
-    """Return (test, family) -> True where all of its cases of the family have passed, from a JUnit file."""
+def read_results(paths: Iterable[Path]) -> dict[tuple[str, str], bool]:
+    """Return (test, family) -> True where all of its cases of the family have passed, from JUnit files."""
     results: dict[tuple[str, str], bool] = {}
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in chain.from_iterable(ElementTree.parse(path).iter("testcase") for path in paths):
         if case.find("skipped") is not None:
             continue
         file = case.get("classname", "").removeprefix("tests.").replace(".", "/")
@@ -107,7 +109,8 @@ def replace_table(text: str, table: str) -> str:
 
 
 if __name__ == "__main__":
-    table = render(read_results(Path(sys.argv[1])))
+    files = [Path(argument) for argument in sys.argv[1:] if argument != "--write"]
+    table = render(read_results(files))
     if "--write" in sys.argv:
         DOCS.write_text(replace_table(DOCS.read_text(encoding="utf-8"), table), encoding="utf-8")
     print(table)
