@@ -160,3 +160,18 @@ def family_engines(tmp_path_factory):
 
     with serve(tmp_path_factory.mktemp("families")) as engines:
         yield engines
+
+
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """A local Hub (hub_server.py) that this process asks, with an empty cache."""
+    from hub_server import HubServer, ask_locally
+
+    from thinkimg import hub
+
+    started = HubServer()
+    ask_locally(monkeypatch, started, tmp_path / "cache")
+    hub._resolve.cache_clear()
+    yield started
+    started.close()
+    hub._resolve.cache_clear()

@@ -5,10 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer, ask_locally
 
 from flows import _server
-from thinkimg import hub
 from thinkimg.cli.main import app
 from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
@@ -66,16 +64,6 @@ def refuse(tmp_path, monkeypatch):
     return refuse
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    started = HubServer()
-    ask_locally(monkeypatch, started, tmp_path / "cache")
-    hub._resolve.cache_clear()
-    yield started
-    started.close()
-    hub._resolve.cache_clear()
-
-
 @pytest.mark.parametrize("setting", ["model.path", "warmstart.checkpoint"])
 @pytest.mark.parametrize("content", FILES, ids=lambda content: ascii(content[:24]))
 def test_a_directory_whose_family_is_not_known_is_refused(refuse, tmp_path, content, setting):
@@ -97,25 +85,25 @@ def test_a_directory_that_is_no_model_is_refused_as_such(refuse, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_tells_the_family_needs_no_network(server, name):
-    server.down = True
+def test_a_name_that_tells_the_family_needs_no_network(hub_server, name):
+    hub_server.down = True
     assert load_config("balanced", [f"model.path={name}"]).family().name == NAMES[name]
-    assert server.asked == []
+    assert hub_server.asked == []
 
 
 @pytest.mark.parametrize("name", TELLING_NOTHING)
-def test_a_name_that_tells_nothing_is_looked_up_or_refused(server, refuse, name):
-    server.down = True
+def test_a_name_that_tells_nothing_is_looked_up_or_refused(hub_server, refuse, name):
+    hub_server.down = True
     sentence = refuse("model.tiny=null", f"model.path={name}")
     assert name in sentence and "that the Hub can be reached" in sentence
-    server.down = False
-    server.commit("models", name, {"config.json": b'{"model_type": "llama"}'})
+    hub_server.down = False
+    hub_server.commit("models", name, {"config.json": b'{"model_type": "llama"}'})
     assert f"{UNKNOWN} 'llama'" in refuse("model.tiny=null", f"model.path={name}")
 
 
-def test_what_the_files_say_counts_for_more_than_the_name(server):
+def test_what_the_files_say_counts_for_more_than_the_name(hub_server):
     name = "someone/Qwen3-VL-like"
-    commit = server.commit("models", name, {"config.json": b'{"model_type": "qwen2_5_vl"}'})
+    commit = hub_server.commit("models", name, {"config.json": b'{"model_type": "qwen2_5_vl"}'})
     settings = [f"model.path={name}", f"model.revision={commit}"]
     assert load_config("balanced", settings).family().name == "qwen3_vl"
     from huggingface_hub import hf_hub_download

@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer, ask_locally
 from PIL import Image
 
 from thinkimg import hub
@@ -34,47 +33,37 @@ print(json.dumps([source.name, source.digest, [row.answers for row in source.row
 """
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    started = HubServer()
-    ask_locally(monkeypatch, started, tmp_path / "cache")
-    hub._resolve.cache_clear()
-    yield started
-    started.close()
-    hub._resolve.cache_clear()
-
-
 def source(path: str = MODEL, revision: str | None = None) -> BaseSource:
     hub._resolve.cache_clear()  # as in another process
     return BaseSource.of(ModelConfig(path=path, revision=revision))
 
 
-def test_a_model_without_a_revision_is_the_commit_that_its_branch_is_now(server):
-    first = server.commit("models", MODEL, CONFIG)
+def test_a_model_without_a_revision_is_the_commit_that_its_branch_is_now(hub_server):
+    first = hub_server.commit("models", MODEL, CONFIG)
     assert source().reference().digest == f"{MODEL}@{first}"
-    asked = len(server.asked)
+    asked = len(hub_server.asked)
     kept = source()
     assert kept.entry() == {"name": MODEL, "revision": first, "directory": None}
     assert Base(**kept.entry()).locate().name == first
-    assert len([path for path in server.asked[asked:] if path.startswith(f"/api/models/{MODEL}/revision")]) <= 1
-    second = server.commit("models", MODEL, CONFIG | {"chat_template.jinja": b"another"})
+    assert len([path for path in hub_server.asked[asked:] if path.startswith(f"/api/models/{MODEL}/revision")]) <= 1
+    second = hub_server.commit("models", MODEL, CONFIG | {"chat_template.jinja": b"another"})
     assert BaseSource.of(ModelConfig(path=MODEL)).reference().digest == f"{MODEL}@{first}", "a process keeps to one"
     assert source().reference().digest == f"{MODEL}@{second}"
     assert source(revision=first).reference().digest == f"{MODEL}@{first}", "a commit is asked of nobody"
     assert Base(**source(revision=first).entry()).locate().name == first
 
 
-def test_offline_it_is_the_commit_of_the_cache(server, monkeypatch):
-    commit = server.commit("models", MODEL, CONFIG)
+def test_offline_it_is_the_commit_of_the_cache(hub_server, monkeypatch):
+    commit = hub_server.commit("models", MODEL, CONFIG)
     Base(**source().entry()).locate()
-    server.close()
+    hub_server.close()
     assert source().reference().digest == f"{MODEL}@{commit}"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert source().reference().digest == f"{MODEL}@{commit}"
     assert Base(**source().entry()).locate().name == commit
 
 
-def test_a_cache_made_by_another_program_is_enough(server, tmp_path, monkeypatch):
+def test_a_cache_made_by_another_program_is_enough(hub_server, tmp_path, monkeypatch):
     """As transformers or `hf download` leave it: a branch's file with the commit, and the snapshot's folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = tmp_path / "cache" / f"models--{MODEL.replace('/', '--')}"
@@ -88,10 +77,10 @@ def test_a_cache_made_by_another_program_is_enough(server, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("path", "revision"), [("someone/nothing", None), (MODEL, "nothing")])
 @pytest.mark.parametrize("reachable", [True, False])
-def test_where_no_commit_can_be_known_it_may_be_planned_and_not_run(server, path, revision, reachable):
-    server.commit("models", MODEL, CONFIG)
+def test_where_no_commit_can_be_known_it_may_be_planned_and_not_run(hub_server, path, revision, reachable):
+    hub_server.commit("models", MODEL, CONFIG)
     if not reachable:
-        server.close()
+        hub_server.close()
     assert source(path, revision).reference().digest == f"{path}@{revision or 'main'}"
     with pytest.raises(UserError, match=f"The commit of {path} on the Hub can't be found: ") as error:
         Base(**source(path, revision).entry()).locate()
@@ -109,8 +98,8 @@ class Trained:
         return {"base": self.base}
 
 
-def test_a_policy_keeps_the_commit_that_it_was_trained_on(server):
-    first, second = (server.commit("models", MODEL, CONFIG | {"x": text}) for text in (b"1", b"2"))
+def test_a_policy_keeps_the_commit_that_it_was_trained_on(hub_server):
+    first, second = (hub_server.commit("models", MODEL, CONFIG | {"x": text}) for text in (b"1", b"2"))
     policy = Trained(MODEL, first)
     base = Base(**source().entry(policy)).checked({"base": policy.base})
     assert base.locate().name == first
@@ -122,32 +111,32 @@ def test_a_policy_keeps_the_commit_that_it_was_trained_on(server):
 
 
 @pytest.mark.parametrize("recorded", ["c" * 40, None])
-def test_an_unknown_commit_is_not_that_of_a_policy(server, recorded):
+def test_an_unknown_commit_is_not_that_of_a_policy(hub_server, recorded):
     """The settings ask for a tag, and the Hub does not answer: the policy's commit may be another."""
-    server.close()
+    hub_server.close()
     base = Base(**source(revision="v2").entry(Trained(MODEL, recorded)))
     assert base.revision == "v2"
     with pytest.raises(UserError, match=f"trained on {MODEL}.*, not on {MODEL}@v2"):
         base.checked({"base": {"name": MODEL, "revision": recorded}})
 
 
-def test_a_failure_is_asked_again_in_the_same_process(server):
+def test_a_failure_is_asked_again_in_the_same_process(hub_server):
     assert hub.find_commit(MODEL) is None
-    commit = server.commit("models", MODEL, CONFIG)
+    commit = hub_server.commit("models", MODEL, CONFIG)
     assert hub.find_commit(MODEL) == commit == hub.require_commit(MODEL)
 
 
 @pytest.mark.parametrize("missing", [MODEL, CLIP])
-def test_no_loop_is_opened_under_a_name_without_its_commit(server, missing):
+def test_no_loop_is_opened_under_a_name_without_its_commit(hub_server, missing):
     """Until then a loop's identity would be `name@main`, and another one as soon as the Hub answers."""
     embedding = ["image.types=[embedding]", "mix={embedding: 1.0}"]
     embedding += ["image.embedding={model: ViT-B-32, pretrained: laion2b_s34b_b79k}"]
     pixels = ["images.min_pixels=784", "images.max_pixels=12544"]
     config = load_config("development", [f"model.path={MODEL}", *pixels, *embedding])
-    commits = {name: server.commit("models", name, CONFIG) for name in (MODEL, CLIP) if name != missing}
+    commits = {name: hub_server.commit("models", name, CONFIG) for name in (MODEL, CLIP) if name != missing}
     with pytest.raises(UserError, match=f"The commit of {missing} on the Hub can't be found: "):
         outside_inputs(config)
-    commits[missing] = server.commit("models", missing, CONFIG)
+    commits[missing] = hub_server.commit("models", missing, CONFIG)
     outside = outside_inputs(config)
     assert outside["base"].endswith(commits[MODEL]) and outside["clip"].endswith(commits[CLIP])
 
@@ -170,7 +159,7 @@ class Weights:
         ("warmstart", None, None),
     ],
 )
-def test_a_clip_of_the_hub_has_a_commit(server, model, pretrained, repository):
+def test_a_clip_of_the_hub_has_a_commit(hub_server, model, pretrained, repository):
     hub._resolve.cache_clear()
     assert hub_repository(model, pretrained) == repository
     if repository is None:
@@ -179,14 +168,14 @@ def test_a_clip_of_the_hub_has_a_commit(server, model, pretrained, repository):
         return
     for text in (b"1", b"2"):
         hub._resolve.cache_clear()
-        commit = server.commit("models", repository, {"open_clip_config.json": text})
+        commit = hub_server.commit("models", repository, {"open_clip_config.json": text})
         assert weights_digest(Weights(model, pretrained), None) == f"{model}/{pretrained}@{commit}"
-    server.close()
+    hub_server.close()
     hub._resolve.cache_clear()
     assert weights_digest(Weights(model, pretrained), None) == f"{model}/{pretrained}@{commit}"
 
 
-def test_a_clip_that_changes_between_the_plan_and_the_run_is_refused(server, tmp_path):
+def test_a_clip_that_changes_between_the_plan_and_the_run_is_refused(hub_server, tmp_path):
     from thinkimg.models.clip import CONFIG as NAME
     from thinkimg.models.clip import WEIGHTS, train_tiny
 
@@ -197,9 +186,9 @@ def test_a_clip_that_changes_between_the_plan_and_the_run_is_refused(server, tmp
     with pytest.raises(UserError, match="The commit of someone/clip on the Hub can't be found"):
         load_encoder(name, None)
     hub._resolve.cache_clear()
-    server.commit("models", "someone/clip", files)
+    hub_server.commit("models", "someone/clip", files)
     planned = weights_digest(Weights(name, None), None)
-    server.commit("models", "someone/clip", files | {"README.md": b"new"})
+    hub_server.commit("models", "someone/clip", files | {"README.md": b"new"})
     with pytest.raises(UserError, match=f"The CLIP model {name} has changed on the Hub"):
         load_encoder(name, None)
     hub._resolve.cache_clear()
@@ -215,9 +204,9 @@ def parquet(answer: str) -> bytes:
     return table.getvalue()
 
 
-def test_a_data_set_is_its_commit_online_and_off(server, tmp_path):
+def test_a_data_set_is_its_commit_online_and_off(hub_server, tmp_path):
     def read(**offline) -> list:
-        own = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **offline}
+        own = {"HF_ENDPOINT": hub_server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **offline}
         done = subprocess.run(
             [sys.executable, "-c", READ_DATA, DATA], env=os.environ | own, capture_output=True, text=True
         )
@@ -225,7 +214,7 @@ def test_a_data_set_is_its_commit_online_and_off(server, tmp_path):
         return json.loads(done.stdout)
 
     for answer in ("yes", "no"):
-        commit = server.commit("datasets", DATA, {"data/train-00000-of-00001.parquet": parquet(answer)})
+        commit = hub_server.commit("datasets", DATA, {"data/train-00000-of-00001.parquet": parquet(answer)})
         assert read() == [DATA, commit, [[answer]]]
     assert read(HF_HUB_OFFLINE="1") == [DATA, commit, [["no"]]]
     assert Path(tmp_path / "home").is_dir()
