@@ -7,6 +7,7 @@ from thinkimg.images.patches import TEMPORAL, ImageProcessor
 from thinkimg.models.family import Family
 from thinkimg.models.importing import importing
 from thinkimg.models.settings import TinyModel
+from thinkimg.models.tiny_config import text_shape, token_ids
 from thinkimg.records import Coordinates
 
 if TYPE_CHECKING:
@@ -44,18 +45,8 @@ class Qwen2_5_VL(Family):
         temporal = head_dim // 8  # as in Qwen2.5-VL's [16, 24, 24] of 64
         height = (head_dim // 2 - temporal) // 2
         return Qwen2_5_VLConfig(
-            text_config={
-                "vocab_size": max(ids.values()) + 1,
-                "hidden_size": tiny.hidden_size,
-                "intermediate_size": 2 * tiny.hidden_size,
-                "num_hidden_layers": tiny.layers,
-                "num_attention_heads": tiny.heads,
-                "num_key_value_heads": tiny.heads,
-                "max_position_embeddings": 8192,
-                "tie_word_embeddings": True,
-                "bos_token_id": None,
-                "eos_token_id": ids["<|im_end|>"],
-                "pad_token_id": ids["<|endoftext|>"],
+            text_config=text_shape(tiny, ids, key_heads=tiny.heads)
+            | {
                 # Qwen's theta of 1e6 gives the width axis frequencies below 2e-4: with four tokens per row a tiny model
                 # cannot distinguish columns. With a small theta it can read an absolute position.
                 "rope_parameters": {
@@ -77,10 +68,7 @@ class Qwen2_5_VL(Family):
                 "fullatt_block_indexes": [tiny.vision_layers - 1],
             },
             tie_word_embeddings=True,
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
+            **token_ids(ids),
         )
 
 

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from thinkimg.families.qwen3_vl import interpolation_inputs, spread_vectors, text_config, token_ids, vision_config
+from thinkimg.families.qwen3_vl import interpolation_inputs, spread_vectors, text_config, vision_config
 from thinkimg.images.patches import ImageProcessor
 from thinkimg.models.family import Family, Recurrence
 from thinkimg.models.importing import importing
 from thinkimg.models.settings import Precision, TinyModel
+from thinkimg.models.tiny_config import token_ids
 from thinkimg.records import Coordinates
 
 if TYPE_CHECKING:

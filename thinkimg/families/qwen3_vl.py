@@ -7,6 +7,7 @@ from thinkimg.images.patches import TEMPORAL, ImageProcessor
 from thinkimg.models.family import Family
 from thinkimg.models.importing import importing
 from thinkimg.models.settings import TinyModel
+from thinkimg.models.tiny_config import text_shape, token_ids
 from thinkimg.records import Coordinates
 
 if TYPE_CHECKING:
@@ -99,18 +100,7 @@ def text_config(tiny: TinyModel, ids: Mapping[str, int], rotary_dim: int) -> dic
     rotary_dim: the part of a head that turns with positions.
     """
     width = rotary_dim // 2 // 3  # as in Qwen3-VL's [24, 20, 20] of 64; vLLM wants their sum to be half of rotary_dim
-    return {
-        "vocab_size": max(ids.values()) + 1,
-        "hidden_size": tiny.hidden_size,
-        "intermediate_size": 2 * tiny.hidden_size,
-        "num_hidden_layers": tiny.layers,
-        "num_attention_heads": tiny.heads,
-        "num_key_value_heads": max(1, tiny.heads // 2),
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
+    return text_shape(tiny, ids, key_heads=max(1, tiny.heads // 2)) | {
         # With Qwen's own theta a tiny model cannot distinguish columns, see qwen2_5_vl.py.
         "rope_parameters": {
             "rope_type": "default",
@@ -133,16 +123,6 @@ def vision_config(tiny: TinyModel, processor: ImageProcessor) -> dict[str, Any]:
         "spatial_merge_size": processor.merge,
         "temporal_patch_size": TEMPORAL,
         "num_position_embeddings": 64,
-    }
-
-
-def token_ids(ids: Mapping[str, int]) -> dict[str, int]:
-    """Return the ids of the tokens around and within images."""
-    return {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
     }
 
 
