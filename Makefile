@@ -7,7 +7,7 @@ CLOSURE ?=
 export PYTHON CLOSURE
 READY := .venv/ready$(addprefix -,$(CLOSURE))
 
-.PHONY: demo setup test test-all families lint ui server deploy worker chaos
+.PHONY: demo setup test test-all test-inspect families lint ui server deploy worker chaos
 
 demo: $(READY)
 	@$(BIN)/thinkimg run --preset tiny
@@ -21,11 +21,19 @@ $(READY): pyproject.toml $(wildcard requirements/*)
 	@bash requirements/setup.sh test
 
 test: .venv/ready-test
-	$(BIN)/pytest -q -n 2 --dist loadfile --durations=25 -m "not long"
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations=25 -m "not long and not extra"
 
 test-all: .venv/ready-test
 	@bash requirements/chromium.sh
 	$(BIN)/pytest -q -m long
+
+# An environment for each extra, over the packages of .venv; its tests need Chromium, too.
+.venv-%/ready: .venv/ready-test requirements/%.txt requirements/extra.sh
+	@bash requirements/extra.sh $*
+
+test-inspect: .venv-inspect/ready
+	@bash requirements/chromium.sh
+	.venv-inspect/bin/python -m pytest -q tests/extras/test_inspect.py
 
 # The table of docs/families.md, from the results of the tests that it names.
 families: .venv/ready-test

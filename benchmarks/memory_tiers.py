@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from thinkimg.analysis import forecast
 from thinkimg.analysis.engine_memory import EngineMemory, predict_engine
 from thinkimg.config.load import load_config
-from thinkimg.trainer.memory import GIB, Requirement
+from thinkimg.trainer.memory import GIB, Requirement, plan
 
 TIERS = (16, 24, 32, 48, 80)
 USABLE = 0.97  # of the GiB on the box: the driver keeps some
@@ -98,6 +98,8 @@ class Fit:
     """Forecast of one model, preset and GPU."""
 
     step: Requirement
+    layers: int
+    """Decoder layers of the model."""
     free: int
     """Bytes that the trainer may take, its weights included."""
     engine: EngineMemory
@@ -116,7 +118,10 @@ def main() -> None:
     chosen = parser.parse_args().model or list(MODELS)
     print("| model | weights | " + " | ".join(f"{tier} GB" for tier in TIERS) + " |")
     print("|---" * (2 + len(TIERS)) + "|")
-    details = ["| model | preset | trainer | engine's share | conversations |", "|---|---|---|---|---|"]
+    details = [
+        "| model | preset | trainer | layers computed again | engine's share | conversations |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in chosen:
         base = read_shape(MODELS[name])
         fits = {preset: forecast_all(name, base, preset) for preset in PRESETS}
@@ -130,7 +135,8 @@ def main() -> None:
                 taken = (fit.step.weights + fit.step.total * forecast.FRAGMENTED) / GIB
                 details.append(
                     f"| {short} | `{preset}`, {tier} GB | {taken:.1f} of {fit.free / GIB:.1f} GiB | "
-                    f"{fit.engine.share / GIB:.1f} GiB | {fit.engine.conversations} |"
+                    f"{fit.step.layers} of {fit.layers} | {fit.engine.share / GIB:.1f} GiB | "
+                    f"{fit.engine.conversations} |"
                 )
     print("\n" + "\n".join(details))
 
@@ -143,13 +149,15 @@ def read_shape(shape: dict[str, Any]) -> PretrainedConfig:
 def forecast_all(name: str, base: PretrainedConfig, preset: str) -> dict[int, Fit]:
     """Return the forecast on a GPU of each tier. The largest micro-batch is the same on all."""
     config = load_config(preset, [f"model.path={name}"])
-    forecast.gpu_memory = lambda: (80 * GIB, 80 * GIB)  # kernels and dtypes of a GPU
-    step, _ = forecast.predict_largest(config, base)
+    forecast.gpu_memory = lambda *_: (80 * GIB, 80 * GIB)  # kernels and dtypes of a GPU
+    costs, largest = forecast.measure_largest(config, base)
     fits = {}
     for tier in TIERS:
         size = int(tier * GIB * USABLE)
-        forecast.gpu_memory = lambda size=size: (size, size)
-        fits[tier] = Fit(step, forecast.free_memory(config), predict_engine(config, base, size))
+        forecast.gpu_memory = lambda *_, size=size: (size, size)
+        free = forecast.free_memory(config)
+        step = plan(costs, largest.options, free - costs.weights)
+        fits[tier] = Fit(step, costs.layers, free, predict_engine(config, base, size))
     return fits
 
 

@@ -148,7 +148,7 @@ async def warm(resources: Resources, config: Config, policy: Policy) -> None:
 
 def own_url(resources: Resources, config: Config, policy: Policy) -> str:
     """Where the server answers that was started."""
-    return resources.server(policy, None, settings_of(config).engine, BaseSource.of(config.model)).url
+    return resources.servers(policy, None, settings_of(config).engine, BaseSource.of(config.model)).urls[0]
 
 
 def quality(context: JudgeContext, rows: Sequence[dict[str, str]]) -> None:

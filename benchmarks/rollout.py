@@ -7,21 +7,26 @@
     in process  the loop with AsyncLLM in its own process: no HTTP, and images as they are
     generate    AsyncLLM alone: the prompts of all turns at once, as many tokens for each as the loop sampled
 
-Both engines have the same settings, run one after the other, and start each round with empty caches.
+Both engines have the same settings, stay awake beside each other, and start each round with empty caches. A round plays
+all ways in turn, so that what else the machine does meets them all: ratios are of one round.
 """
 
 import argparse
 import asyncio
 import os
+import tempfile
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 
 import psutil
+from barrier import Barrier
 
 from thinkimg.closure import on_cpu
 from thinkimg.config.load import load_config
@@ -64,26 +69,6 @@ def clock() -> Counter:
     return now + Counter(others=sum(whole) - whole.idle - whole.iowait - now.total(), seconds=time.perf_counter())
 
 
-class Barrier:
-    """An engine that begins no turn before all `parties` conversations wait for one; those that have ended leave."""
-
-    def __init__(self, engine, parties: int):
-        self.engine, self.parties, self.waiting = engine, parties, []
-        self.concurrency = parties
-
-    async def generate(self, *request) -> Generation:
-        self.waiting.append(turn := asyncio.Event())
-        self.leave(0)
-        await turn.wait()
-        return await self.engine.generate(*request)
-
-    def leave(self, parties: int = 1) -> None:
-        self.parties -= parties
-        if len(self.waiting) == self.parties:
-            while self.waiting:
-                self.waiting.pop(0).set()
-
-
 class InProcess:
     """AsyncLLM as an EngineClient, and its own media: an image is (uuid, image). Keeps all requests and answers."""
 
@@ -95,8 +80,9 @@ class InProcess:
     async def __aenter__(self) -> "InProcess":
         return self
 
-    def ref(self, uuid: str, image) -> tuple:
-        return uuid, image
+    @asynccontextmanager
+    async def lend(self, images: list[tuple], pool):
+        yield images
 
     async def generate(self, prompt: list[int], images: list[tuple], sampling: Sampling) -> Generation:
         from vllm import SamplingParams
@@ -161,65 +147,86 @@ async def over_http(
     specs: list[EpisodeSpec],
     rounds: int,
 ):
-    """Return measurements by name, and the server's settings; behind the barrier all conversations are in flight."""
+    """Return measurements by name, and for each turn True if "generate" sampled the loop's tokens."""
     found = defaultdict(list)
     async with open_sampler(settings, dataset, policy, resources) as sampler:
         engine = sampler.engine
         await play(sampler, specs)  # warms up
-        for way in ["loop", "barrier"] * rounds:
+        # vLLM makes engines in main threads only: this one is in that of a new process, which leaves nothing behind.
+        ours, theirs = get_context("spawn").Pipe()
+        server = resources.servers(policy, None, settings.engine, settings.base).settings
+        references = (str(resources.where.store), str(dataset.reference), str(policy.reference))
+        other = get_context("spawn").Process(
+            target=in_process, args=(theirs, resources.where, settings, server, references, specs)
+        )
+        other.start()
+        theirs.close()  # else nobody sees that it has ended
+        await asyncio.to_thread(ours.recv)  # it has warmed up, too
+        for way in ["loop", "barrier", "in process", "generate"] * rounds:
+            if way in ("in process", "generate"):
+                ours.send(way)
+                found[way].append(await asyncio.to_thread(ours.recv))
+                continue
             for cache in CACHES:
                 await engine._post(engine.urls[0], f"/reset_{cache}_cache", {})
-            sampler.media = Media(resources.media)
-            found[way].append(await play(sampler, specs, together=way == "barrier"))
-    return found, resources.server(policy, None, settings.engine, settings.base).settings
+            with tempfile.TemporaryDirectory(dir=resources.media) as scratch:
+                sampler.media = Media(Path(scratch))
+                found[way].append(await play(sampler, specs, together=way == "barrier"))
+        ours.send(None)
+        same = await asyncio.to_thread(ours.recv)
+        other.join()
+    return found, same
 
 
 def in_process(
+    pipe: Connection,
     where: ResourcesConfig,
     settings: RolloutSettings,
     server: ServerSettings,
-    store: str,
-    references: tuple[str, str],
+    references: tuple[str, str, str],
     specs: list[EpisodeSpec],
-    rounds: int,
-):
-    """Return measurements by name, and for each turn True if "generate" sampled the loop's tokens.
+) -> None:
+    """Play in the ways that the pipe names and send what each took; then, for each turn, if the tokens were the loop's.
 
-    references: data set and policy.
+    references: store, data set and policy.
     """
-    dataset, policy = (Store(store).resolve(reference) for reference in references)
+    store, *names = references
+    dataset, policy = (Store(store).resolve(name) for name in names)
 
     async def run():
-        found = defaultdict(list)
+        same: list[bool] = []
         async with open_sampler(settings, dataset, policy, resources) as sampler:
             sampler.media = engine = sampler.engine
             await play(sampler, specs)
             turns = engine.turns.copy()
             known = [(p, images, replace(how, max_tokens=len(ids), stop_token_ids=())) for p, images, how, ids in turns]
-            for way in ["in process", "generate"] * rounds:
+            pipe.send(None)
+            while (way := await asyncio.to_thread(pipe.recv)) is not None:
                 for cache in CACHES:
                     await getattr(engine.llm, f"reset_{cache}_cache")()
                 if way == "in process":
-                    found[way].append(await play(sampler, specs))
+                    pipe.send(await play(sampler, specs))
                     continue
                 before = clock()
                 made = await asyncio.gather(*(engine.generate(*request) for request in known))
                 tokens = sum(len(generation.token_ids) for generation in made)
-                found[way].append(clock() - before + Counter(tokens=tokens))
-        return found, [generation.token_ids == turn[3] for generation, turn in zip(made, turns, strict=True)]
+                pipe.send(clock() - before + Counter(tokens=tokens))
+                same = [generation.token_ids == turn[3] for generation, turn in zip(made, turns, strict=True)]
+            pipe.send(same)
 
     with Here(where, server) as resources:
-        return asyncio.run(run())
+        asyncio.run(run())
 
 
 def report(found: dict[str, list[Counter]]) -> None:
     speeds = {name: [each["tokens"] / each["seconds"] for each in rounds] for name, rounds in found.items()}
     parts = ("client", "server", "scheduler", "model", "others")
-    print(f"{'':<12}tokens/s  (range)         loop is  CPU s: {', '.join(parts)}")
+    print(f"{'':<12}tokens/s  (range)         loop is  (range)          CPU s: {', '.join(parts)}")
     for name, speed in speeds.items():
         used = " ".join(f"{median(each[part] for each in found[name]):6.1f}" for part in parts)
-        spread, ratio = f"({min(speed):.0f} to {max(speed):.0f})", median(speeds["loop"]) / median(speed)
-        print(f"{name:<12}{median(speed):8.0f}  {spread:<15}{ratio:6.2f} x  {used}")
+        ratios = [ours / theirs for ours, theirs in zip(speeds["loop"], speed, strict=True)]
+        spread, near = f"({min(speed):.0f} to {max(speed):.0f})", f"({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:<12}{median(speed):8.0f}  {spread:<15}{median(ratios):6.2f}   {near:<15}  {used}")
 
 
 def main(overrides: list[str], reference: str | None, rounds: int) -> None:
@@ -232,13 +239,9 @@ def main(overrides: list[str], reference: str | None, rounds: int) -> None:
         samples = draw_samples(dataset.split("train"), config.rollout.samples, 1, config.seed)
         group = range(config.rollout.group_size)
         specs = [EpisodeSpec(sample, index, SamplingMode(1.0)) for sample in samples for index in group]
-        found, server = asyncio.run(over_http(resources, settings, dataset, policy, specs, rounds))
-    # vLLM makes engines in main threads only: this one is in that of a new process, which leaves nothing behind.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new:
-        places = (str(store.root), (str(dataset.reference), str(policy.reference)))
-        others, same = new.submit(in_process, config.where, settings, server, *places, specs, rounds).result()
+        found, same = asyncio.run(over_http(resources, settings, dataset, policy, specs, rounds))
     print(f"{len(specs)} conversations, {len(same)} turns, {rounds} rounds, {os.cpu_count()} cores")
-    report(found | others)
+    report(found)
     print(f"generate sampled the loop's tokens in {100 * sum(same) / len(same):.1f} % of the turns")
 
 

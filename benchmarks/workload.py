@@ -12,7 +12,7 @@ from thinkimg.models.settings import ModelConfig
 from thinkimg.trainer.forward.packed_attention import use_packed_attention
 from thinkimg.trainer.forward.packing import Conversation, ImageToken
 from thinkimg.trainer.forward.vision import batch_equal_chunks
-from thinkimg.trainer.policy import PolicyModel, keep_input_dtype, match_language_linears, train_only
+from thinkimg.trainer.policy import PolicyModel, lighten_adapter, match_language_linears, train_only
 
 IMAGE, BEGIN, END, PAD = 3, 4, 5, 0  # ids of the pad of an image, what stands around it, and padding
 PROCESSOR = load_family("qwen2_5_vl").processor
@@ -124,7 +124,7 @@ def enable_fast_attention(policy: PolicyModel) -> None:
     inner = policy.model.get_base_model()
     batch_equal_chunks(inner)
     use_packed_attention(inner)
-    keep_input_dtype(policy.model, policy.config)
+    lighten_adapter(policy.model, policy.config)
 
 
 def make_groups(

@@ -26,7 +26,8 @@ from thinkimg import console
 from thinkimg.config.tree import Config
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Handle, Scheduler
-from thinkimg.stages.stage import Stage, build_artifact, complete_inputs, list_inputs
+from thinkimg.stages.build import build_artifact, complete_inputs
+from thinkimg.stages.stage import Stage, list_inputs
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.loop import log_stage
@@ -47,7 +48,12 @@ class PrefectRun(Scheduler):
     ):
         """link: page of the MLflow run that logs the stages; None: each stage has a run of its own."""
         super().__init__(
-            config, self.execute, exclusive=resources.exclusive, on_report=on_report, on_stop=resources.close
+            config,
+            self.execute,
+            execute_early=lambda handle: self.build_early(handle, store, resources),
+            turns=resources.where.turns,
+            on_report=on_report,
+            on_stop=resources.close,
         )
         self.store, self.resources, self.link = store, resources, link
         self._contexts: dict[Handle, contextvars.Context] = {}
@@ -97,6 +103,7 @@ class PrefectRun(Scheduler):
                 force=force,
                 progress=progress,
                 check=check,
+                begin=handle.begin,
                 map=run,
             )
         link = self.link

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import flows._environment  # noqa: F401
 
@@ -20,6 +21,7 @@ from prefect.artifacts import (
 
 from flows import _server
 from thinkimg import console
+from thinkimg.environment import is_loopback
 from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.records import LoopRecord, headline
 
@@ -66,7 +68,13 @@ def show_link(link: str | None) -> None:
     """Show the link to the MLflow run."""
     if link and not _server.is_embedded():
         with forgiving("a link"):
-            create_link_artifact(link, "MLflow run", key="thinkimg-mlflow", description=f"[MLflow run]({link})")
+            create_link_artifact(link, "MLflow run", key="thinkimg-mlflow", description=describe_link(link))
+
+
+def describe_link(link: str) -> str:
+    """Return the link as Markdown; one of this machine needs `thinkimg track ui`, which may not run."""
+    served = " It is there while `thinkimg track ui` runs." if is_loopback(urlsplit(link).hostname or "") else ""
+    return f"[MLflow run]({link}).{served}"
 
 
 def is_headline(name: str) -> bool:

@@ -57,6 +57,7 @@ def loop(
         def report(iteration: int, artifacts: dict[str, Artifact]) -> None:
             tracker.log_iteration(iteration, artifacts=artifacts)
             console_report.print_iteration(tracker.record, iteration)
+            console_report.print_training_command(artifacts, config, overrides)
             progress(iteration, config.iterations)
             findings = alarms.watch_iteration(tracker, store, config, iteration) if iteration else []
             console_report.print_alarms(findings, iteration)

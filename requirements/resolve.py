@@ -1,8 +1,8 @@
-"""Makes and checks the pinned closures: `python requirements/resolve.py cpu|gpu|test [--check]`, with pip 26 or newer.
+"""Makes and checks the pinned closures: `python requirements/resolve.py NAME [--check]`, with pip 26 or newer.
 
-A closure is what pip resolves for this project's own requirements, one `name==version` a line. `--check` resolves the
-file itself: pip refuses pins that contradict each other's metadata, and whatever it would add is missing. Nothing is
-installed.
+NAME: cpu, gpu, test, inspect. A closure is what pip resolves for this project's own requirements, one `name==version` a
+line. `--check` resolves the file itself: pip refuses pins that contradict each other's metadata, and whatever it would
+add is missing. Nothing is installed.
 """
 
 import datetime
@@ -20,7 +20,10 @@ LEFT_OUT = {
     "cpu": {"torchaudio", "torchcodec"},
     "gpu": set(),
     "test": {"torchaudio", "torchcodec"},
+    "inspect": {"torchaudio", "torchcodec"},
 }
+BESIDE_CPU: dict[str, set[str]] = {"test": set(), "inspect": {"fsspec"}}
+"""Closures that are installed beside cpu.txt -> its packages of which they hold another version."""
 HEADERS = {
     "cpu": "Everything that thinkimg needs on a machine without a GPU (Linux, x86-64, Python 3.11), as one "
     "resolve gave it.\n"
@@ -30,6 +33,8 @@ HEADERS = {
     "resolve gave it.\n"
     "# Resolved, but not run: no GPU machine on which it could be installed was to be had.",
     "test": "What the tests need beside cpu.txt or gpu.txt.",
+    "inspect": "What `thinkimg view` needs beside cpu.txt, in an environment over .venv (extra.sh): Inspect wants an "
+    "older fsspec.",
 }
 
 
@@ -37,13 +42,13 @@ def main() -> int:
     name = sys.argv[1]
     path = HERE / f"{name}.txt"
     if "--check" in sys.argv:
-        beside = pins(HERE / "cpu.txt") if name == "test" else {}
+        beside = pins(HERE / "cpu.txt") if name in BESIDE_CPU else {}
         return check(name, beside | pins(path))
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    if name == "test":
-        cpu = {key: version for key, version in pins(HERE / "cpu.txt").items()}
-        wanted = [f"{key}=={version}" for key, version in cpu.items()] + extras["test"]
+    if name in BESIDE_CPU:
+        cpu = {key: pin for key, pin in pins(HERE / "cpu.txt").items() if key not in BESIDE_CPU[name]}
+        wanted = [f"{key}=={version}" for key, version in cpu.items()] + extras[name]
         resolved = {key: version for key, version in resolve(wanted).items() if key not in cpu}
     else:
         resolved = resolve([*project["dependencies"], *extras[name]])

@@ -60,16 +60,37 @@ fi
 echo "$closure" >.venv/closure
 
 pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
-install=("${pip[@]}" install --no-deps)
 if [ ! -e .venv/ready ] || [ "requirements/$closure.txt" -nt .venv/ready ]; then
-  echo "Installing requirements/$closure.txt into .venv (about 4 GB; two minutes on a fast line) …"
-  if [ "$closure" = cpu ] &&
-    ! "${pip[@]}" install --no-deps --dry-run "$(grep '^torch==' requirements/cpu.txt)" >/dev/null 2>&1; then
-    # pip knows no index of torch's CPU builds; uv does.
-    "${pip[@]}" install uv
-    install=(.venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend=cpu --no-deps)
+  echo "Installing requirements/$closure.txt into .venv (about 4 GB; a minute on a fast line) …"
+  install=("${pip[@]}" install --no-deps -r "requirements/$closure.txt")
+  # uv downloads and unpacks side by side, in an eighth of pip's processor time. It does not read pip's settings: it is
+  # handed the index and the folders. Where there are others that decide, or a password, pip installs by itself.
+  settings=$(.venv/bin/python -m pip config list | grep -E '^(:env:|install|global)\.' || true) # --quiet would hide it
+  decides='\.(no-index|no-cache-dir|cache-dir|only-binary|no-binary|require-hashes|proxy|trusted-host|client-cert)=|@'
+  if ! grep -qE "$decides" <<<"$settings" && "${pip[@]}" install 'uv<1'; then
+    uv=(.venv/bin/python -m uv pip install --quiet --python .venv/bin/python --index-strategy unsafe-best-match)
+    index=
+    while IFS='=' read -r name value; do
+      value=${value#\'} value=${value%\'} value=${value//\\n/ }
+      case "$name" in
+        :env:.index-url | install.index-url) index=$value ;;
+        global.index-url) index=${index:-$value} ;;
+        *.extra-index-url) for url in $value; do uv+=(--index "$url"); done ;;
+        *.find-links) for url in $value; do uv+=(--find-links "$url"); done ;;
+      esac
+    done < <(grep -v '^:env:' <<<"$settings"; grep '^:env:' <<<"$settings") # the environment's is the last word
+    [ -z "$index" ] || uv+=(--default-index "$index")
+    # pip knows no index of torch's CPU builds, unless it is told one.
+    if [ "$closure" = cpu ] &&
+      ! "${pip[@]}" install --no-deps --dry-run "$(grep '^torch==' requirements/cpu.txt)" >/dev/null 2>&1; then
+      uv+=(--torch-backend=cpu)
+    fi
+    # Python compiles what it imports, and keeps it: 80 s of processor time less. Else nobody would.
+    [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || uv+=(--compile-bytecode)
+    "${uv[@]}" --no-deps -r "requirements/$closure.txt" || { warn "uv could not, so pip does it." && "${install[@]}"; }
+  else
+    "${install[@]}"
   fi
-  "${install[@]}" -r "requirements/$closure.txt"
 fi
 "${pip[@]}" install --no-deps --editable .
 # Lets CUDA builds of torchvision and the like lie beside a CPU torch.

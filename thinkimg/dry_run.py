@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from thinkimg.errors import UserError
 from thinkimg.scheduler import Handle, Plan
-from thinkimg.stages.stage import complete_inputs
+from thinkimg.stages.build import complete_inputs
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact
 

@@ -61,11 +61,19 @@ def pipeline(run: Run[H], config: Config) -> H:
         0, prepare=data, pairs=pairs, demonstrate=demonstrations, warmstart=first, clip=clip, evaluate=evaluation
     )
     for i in range(1, config.iterations + 1):
-        player = policies[-1]
+        player = policies[max(0, i - 1 - config.loop.lag)]
         rollouts = run(rollout, dataset=data, policy=player, iteration=i)
         scores = run(score, dataset=data, rollouts=rollouts, player=player, clip=clip, first=first)
         policies.append(
-            run(train, dataset=data, policy=policies[-1], rollouts=rollouts, scores=scores, reference=first)
+            run(
+                train,
+                dataset=data,
+                policy=policies[-1],
+                player=player,
+                rollouts=rollouts,
+                scores=scores,
+                reference=first,
+            )
         )
         last, evaluation = i == config.iterations, None
         if last or i % config.evaluate.every == 0:

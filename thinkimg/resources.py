@@ -1,6 +1,6 @@
 """Resources that a loop keeps: a vLLM engine, a second one for a teacher, and a trainer.
 
-    stages ──► Resources ─┬─► engine(policy, limits) ──► Server (own) or engine.urls ──► EngineClient
+    stages ──► Resources ─┬─► engine(policy, limits) ──► Servers (own) or engine.urls ──► EngineClient
                           ├─► teacher(first, limits) ──► a second Server
                           ├─► trainer ──► Trainer, a process of its own
                           └─► encoder(settings) ──► CLIP, in this process
@@ -18,14 +18,16 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from thinkimg import closure, process
 from thinkimg.console import note
 from thinkimg.disk import writing
 from thinkimg.engine.client import EngineClient
 from thinkimg.engine.server import Server, ServerSettings, server_command, server_environment
+from thinkimg.engine.servers import Servers
 from thinkimg.engine.settings import EngineConfig, EngineSettings
+from thinkimg.engine.users import Users
 from thinkimg.errors import UserError
 from thinkimg.models import clip
 from thinkimg.models.base import Base, BaseSource
@@ -51,10 +53,11 @@ class Resources:
     ):
         self.where, self.say, self._device = where, say, device
         self._stack = contextlib.ExitStack()
-        self._lock, self._loading = threading.RLock(), threading.Lock()
-        self._starting: Server | None = None
+        self._lock, self._users = threading.RLock(), Users()
+        self._loading = threading.Lock()
+        self._starting: Servers | None = None
         self._holds_device = self._closed = False
-        self._servers: dict[str, Server] = {}
+        self._servers: dict[str, Servers] = {}
         self._trainer: Trainer | None = None
         self._encoder: tuple[tuple[str, str | None], clip.Encoder] | None = None
         self._frozen: str | None = None  # digest of the teacher's weights
@@ -76,14 +79,10 @@ class Resources:
         finally:
             self._lock.release()
 
-    @property
-    def exclusive(self) -> bool:
-        """True where engine and trainer take turns in the memory."""
-        return not (self.where.engine.keep and self.where.trainer.keep)
-
     def _begin(self) -> None:
         self._check()
         if not self._holds_device:
+            self.where.check_devices()  # before hours are spent, not after
             self._stack.enter_context(self._device(self._check))
             self._holds_device = True
 
@@ -96,20 +95,23 @@ class Resources:
         """The trainer, started with its first use."""
         with self._lock:
             self._begin()
-            self._make_room()
+            self._make_room("trainer")
             if self._trainer is None:
                 closure.check_closure()
-                self._trainer = self._stack.enter_context(Trainer(self.where.trainer, log_path=self.log("trainer")))
+                config = self.where.trainer
+                config = config.model_copy(update={"keep": config.keep or self.where.apart})
+                self._trainer = self._stack.enter_context(Trainer(config, log_path=self.log("trainer")))
             return self._trainer
 
-    def _make_room(self, wanted: str | None = None) -> None:
-        """Put all servers but `wanted` to sleep, or end those that can't, where the memory holds one user at a time."""
+    def _make_room(self, wanted: Literal["engine", "teacher", "trainer"]) -> None:
+        """Put the servers that share a GPU with `wanted` to sleep, or end those that can't, where they take turns."""
         if not self.where.engine.keep:
-            for name, server in self._servers.items():
-                if name != wanted and server.settings.sleeps:
-                    server.sleep()
-                elif name != wanted:
-                    server.stop()
+            for name, servers in self._servers.items():
+                if name != wanted and self.where.share_device(name, wanted):
+                    if servers.settings.sleeps:
+                        servers.sleep()
+                    else:
+                        servers.stop()
 
     @property
     def _sleeps(self) -> bool:
@@ -121,17 +123,28 @@ class Resources:
 
         Starts our own server, or loads into those of `engine.urls`. The client's context is left in the same event
         loop. Adapters are served beside the base model, each version under a new name, or are merged and loaded in
-        place (where.engine.adapters).
+        place (where.engine.adapters). Waits while others of our clients use the servers with other weights, or within
+        limits that are too narrow for these settings.
         """
         where = self.where.engine
         adapter = None if policy.is_full or not await self._serves_adapters() else policy.digest
         if adapter is not None:
             Base(**base.entry(policy)).checked(policy.json("policy/state.json"))
-        with self._lock:
-            urls = where.urls or [self.server(policy, adapter, settings, base).url]
+        user = object()
+        while not self._users.join(user, "adapters" if adapter else policy.digest, lambda: self._fits(settings)):
+            self._check()
+            await asyncio.sleep(0.1)
+        leave = functools.partial(self._users.leave, user)
         # Our own server reads images from our scratch folder; others may not share the disk, or not admit the folder.
         media = "data" if where.urls else "file"
-        client = EngineClient(urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s)
+        try:
+            urls = where.urls or self.servers(policy, adapter, settings, base).urls
+            client = EngineClient(
+                urls, media=media, concurrency=where.concurrency, timeout_s=where.timeout_s, on_close=leave
+            )
+        except BaseException:
+            leave()
+            raise
         try:
             await client.leave_out_dead()
             if adapter is not None:
@@ -151,6 +164,13 @@ class Resources:
             raise
         return client
 
+    def _fits(self, settings: EngineSettings) -> bool:
+        """Tell whether the servers serve these settings as they are."""
+        servers = self._servers.get("engine")
+        return bool(self.where.engine.urls) or (
+            servers is not None and servers.alive and servers.settings.limits.covers(settings)
+        )
+
     async def _serves_adapters(self) -> bool:
         where = self.where.engine
         if where.adapters != "auto" or not where.urls:
@@ -159,8 +179,8 @@ class Resources:
             await client.leave_out_dead()
             return await client.takes_adapters()
 
-    def server(self, policy: Policy, adapter: str | None, settings: EngineSettings, base: BaseSource) -> Server:
-        """Return our own server within these limits, with the weights of its start or those loaded since."""
+    def servers(self, policy: Policy, adapter: str | None, settings: EngineSettings, base: BaseSource) -> Servers:
+        """Return our own servers within these limits, with the weights of their start or those loaded since."""
         rank = policy.adapter_rank if adapter else None
         asked = ServerSettings(settings, self.where.engine, rank, self._sleeps)
 
@@ -171,44 +191,48 @@ class Resources:
 
     def teacher(self, first: Policy, settings: EngineSettings, base: BaseSource) -> Server:
         """Return the second server, which holds the frozen first policy and judges the images of later ones."""
-        where = self.where.teacher
+        where, engine = self.where.teacher, self.where.engine
         share = {
             "max_num_seqs": where.concurrency,
             "tensor_parallel_size": 1,
+            "devices": where.devices or engine.devices and engine.devices[:1],
             "gpu_memory_utilization": where.gpu_memory_utilization,
             "cpu_kvcache_gib": 1,
             "cpu_threads_bind": where.cpu_threads_bind,
         }
-        asked = ServerSettings(settings, self.where.engine.model_copy(update=share), None, self._sleeps)
+        asked = ServerSettings(settings, engine.model_copy(update=share), None, self._sleeps)
         with self._lock:
             self._frozen = first.digest
-        return self._serve("teacher", asked, lambda: self.weights(first, base), first.digest)
+        return self._serve("teacher", asked, lambda: self.weights(first, base), first.digest).each[0]
 
-    def _serve(self, name: str, asked: ServerSettings, model: Callable[[], Path], version: str) -> Server:
-        """Return the kept server of this name, started (again) where none runs with limits as wide as these."""
+    def _serve(
+        self, name: Literal["engine", "teacher"], asked: ServerSettings, model: Callable[[], Path], version: str
+    ) -> Servers:
+        """Return the kept servers of this name, started (again) where none run with limits as wide as these."""
         with self._lock:
             self._begin()
             self._make_room(name)
-            server = self._servers.get(name)
-            if server is not None:
-                limits = server.settings.limits
-                if not limits.covers(asked.limits):
-                    server.stop()
+            servers = self._servers.get(name)
+            if servers is not None:
+                limits = servers.settings.limits
+                if not (limits.covers(asked.limits) and servers.alive):
+                    servers.stop()
                 asked = replace(asked, limits=limits.widened(asked.limits))
-            if server is None or not server.alive:
+            if servers is None or not servers.alive:
                 closure.check_closure()
                 if name == "engine":
                     asked = replace(asked, media_dir=self.media)
-                self._starting = server = Server(
-                    model(), log_path=self.log(name), version=version, settings=asked, progress=self.say, name=name
+                self._starting = servers = Servers(
+                    model(), log=self.log, version=version, settings=asked, progress=self.say, name=name
                 )
+                self._stack.callback(servers.stop)  # of servers that were stopped it does nothing
                 try:
-                    self._stack.enter_context(server)  # leaving a server that was stopped does nothing
+                    servers.start()
                 finally:
                     self._starting = None
-                self._servers[name] = server
-            server.wake()
-            return server
+                self._servers[name] = servers
+            servers.wake()
+            return servers
 
     def encoder(self, settings: clip.ClipName, own: Clip | None) -> clip.Encoder:
         """Return the CLIP of these settings, or of the artifact `own`; it is kept until another one is asked for."""
@@ -220,11 +244,12 @@ class Resources:
 
     def release_encoder(self) -> None:
         """Free the CLIP and its memory, where engine and trainer need that."""
-        if self._encoder is not None and self.exclusive:
-            import torch
+        with self._lock:
+            if self._encoder is not None and self.where.takes_turns:
+                import torch
 
-            self._encoder = None
-            torch.cuda.empty_cache()
+                self._encoder = None
+                torch.cuda.empty_cache()
 
     @functools.cached_property
     def scratch(self) -> Path:
@@ -281,6 +306,11 @@ def exec_server(server: ServerSettings, base: BaseSource, policy: Policy | None,
     adapters under names of their own, full weights in place.
     """
     closure.check_closure()
+    if len(parts := server.engine.split(cpu=closure.on_cpu())) > 1:
+        raise UserError(
+            f"`thinkimg serve` is one server, and where.engine places {len(parts)}.",
+            hint="Raise where.engine.tensor_parallel_size, or start a server for each part.",
+        )
     if policy is not None and policy.is_full:
         model = policy.model_directory
     elif base.tiny:

@@ -1,7 +1,8 @@
 """Scheduler of the pipeline: returns a handle at once, and runs stages in threads as soon as their inputs are there.
 
-    pipeline(scheduler, config) ──► handles ──► wait() ──► execute(handle), each in a thread
-                                                  └──────► on_report(iteration, artifacts), in order, in wait's thread
+    pipeline(scheduler, config) ──► handles ──► wait() ──┬──► execute(handle), each in a thread
+                                                         ├──► execute_early(handle), while an input is being made
+                                                         └──► on_report(iteration, artifacts), in order
 
 A Plan only collects the handles, for a dry run. A Builder runs the stages in this process, without Prefect.
 """
@@ -15,13 +16,15 @@ from typing import Any, Protocol, TypeVar
 
 from thinkimg.config.tree import Config
 from thinkimg.resources import Resources
-from thinkimg.stages.stage import Slice, Stage, build_artifact, complete_inputs
-from thinkimg.store.artifacts import Store
+from thinkimg.stages.build import build_artifact, build_early, complete_inputs, follow
+from thinkimg.stages.stage import Slice, Stage
+from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.manifest import Artifact
 
 log = logging.getLogger(__name__)
 
 THREADS = 8  # stages under way; more are never ready at once
+ENGINE = frozenset({"engine"})
 H = TypeVar("H")
 
 
@@ -53,6 +56,10 @@ class Handle:
     """Inputs by role."""
     iteration: int | None = None
     future: Future[Artifact] | None = None
+    early: Future[None] | None = None
+    """Early part of the stage, where it has one."""
+    work: Work | None = None
+    """Work on its artifact, once it has begun."""
 
     @property
     def done(self) -> bool:
@@ -74,9 +81,51 @@ class Handle:
         assert self.future is not None, f"{self.stage.label} has not run"
         return self.future.result()
 
-    def inputs(self) -> dict[str, Artifact]:
-        """Return the artifacts of the inputs that were handed in, by role."""
-        return {role: item.result() if isinstance(item, Handle) else item for role, item in self.given.items()}
+    def inputs(self, without: str | None = None) -> dict[str, Artifact]:
+        """Return the artifacts of the inputs that were handed in, by role; without one of them, if it is named."""
+        given = {role: item for role, item in self.given.items() if role != without}
+        return {role: item.result() if isinstance(item, Handle) else item for role, item in given.items()}
+
+    def begin(self, work: Work) -> None:
+        """Take the work on its artifact, so that others may follow it."""
+        self.work = work
+
+    @property
+    def followed(self) -> "Handle | Artifact | None":
+        """Input that the early part of the stage follows; None without such a part."""
+        return self.given.get(self.stage.early.follows) if self.stage.early else None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Stage of a pipeline, or its early part, which occupies resources while it runs."""
+
+    handle: Handle
+    early: bool
+
+    def uses(self, config: Config) -> frozenset[str]:
+        """Return the names of the resources that it occupies."""
+        stage = self.handle.stage
+        return stage.early.uses(config) if self.early and stage.early else stage.uses(config)
+
+    @property
+    def player(self) -> "Handle | Artifact | None":
+        """The policy that the engine has to hold."""
+        return self.handle.given.get(self.handle.stage.player or "")
+
+    @property
+    def waits_for(self) -> "list[Handle]":
+        """Handles that have to be complete before it starts; one that an early part follows has to be under way."""
+        if not self.early:
+            return self.handle.waits_for
+        followed = self.handle.followed
+        begun = not isinstance(followed, Handle) or followed.future is not None
+        return [handle for handle in self.handle.waits_for if handle is not followed or not begun]
+
+    @property
+    def begun(self) -> bool:
+        """True if it has been started."""
+        return (self.handle.early if self.early else self.handle.future) is not None
 
 
 class Plan:
@@ -125,7 +174,8 @@ class Scheduler(Plan):
     """Plan that runs the stages that are ready, in order; one per resource, unless both use the engine with one policy.
 
     execute: runs one stage in a thread and returns its artifact; once `stopped` is set it ends soon, with Interrupted.
-    exclusive: engine and trainer do not fit into the memory together, and count as one resource.
+    execute_early: runs its early part likewise, before it. turns: names of the resources that do not fit into the
+    memory together, and count as one.
     on_report: called in the thread of `wait`. on_stop: called once when the rest is to end early.
     """
 
@@ -134,12 +184,14 @@ class Scheduler(Plan):
         config: Config,
         execute: Callable[[Handle], Artifact],
         *,
-        exclusive: bool = False,
+        execute_early: Callable[[Handle], None] = lambda handle: None,
+        turns: frozenset[str] = frozenset(),
         on_report: Callable[[int, dict[str, Artifact]], None] = lambda iteration, artifacts: None,
         on_stop: Callable[[], None] = lambda: None,
     ):
         super().__init__(config)
-        self.execute, self.exclusive, self.on_report, self.on_stop = execute, exclusive, on_report, on_stop
+        self.execute, self.execute_early = execute, execute_early
+        self.turns, self.on_report, self.on_stop = turns, on_report, on_stop
         self.stopped = threading.Event()
 
     def add(self, stage: Stage[Any], /, **inputs_and_parameters: Any) -> Handle:
@@ -149,14 +201,13 @@ class Scheduler(Plan):
 
     def wait(self) -> None:
         """Run all stages. Raises the first failure, when all stages under way have ended."""
-        running: dict[Future[Artifact], Handle] = {}
+        running: dict[Future[Any], Task] = {}
         reports = list(self.reports)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="stage") as pool:
             try:
                 while True:
-                    for handle in self._ready(list(running.values())):
-                        handle.future = pool.submit(self.execute, handle)
-                        running[handle.future] = handle
+                    while ready := self._ready(list(running.values())):  # one that starts may let another begin
+                        running |= {self._start(task, pool): task for task in ready}
                     if not running:
                         return
                     ended, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -176,47 +227,77 @@ class Scheduler(Plan):
                     log.exception("not everything was ended")
                 raise  # once the pool is left, which waits for the stages under way
 
+    def build_early(self, handle: Handle, store: Store, resources: Resources) -> None:
+        """Run the early part of a stage."""
+        stage, followed = handle.stage, handle.followed
+        assert stage.early is not None and followed is not None
+
+        def check() -> None:
+            self.check(handle)
+
+        def complete(given: Mapping[str, Artifact]) -> dict[str, Artifact]:
+            return complete_inputs(stage, self.config, given, store)
+
+        snapshots = follow(followed, check) if isinstance(followed, Handle) else (item for item in [followed])
+        inputs = handle.inputs(without=stage.early.follows)
+        build_early(stage, handle.settings, inputs, snapshots, store, resources, complete=complete, check=check)
+
     def check(self, handle: Handle) -> None:
         """Raise Interrupted once the rest is to end."""
         if self.stopped.is_set():
             raise Interrupted(f"{self.label(handle)} was ended, as the rest ends. Complete parts are kept.")
 
-    def _ready(self, running: list[Handle]) -> list[Handle]:
-        """Return the handles that can start now."""
-        chosen: list[Handle] = []
+    def _start(self, task: Task, pool: ThreadPoolExecutor) -> Future[Any]:
+        handle = task.handle
+        if task.early:
+            handle.early = pool.submit(self.execute_early, handle)
+            return handle.early
+        handle.future = pool.submit(self.execute, handle)
+        return handle.future
+
+    def _ready(self, running: list[Task]) -> list[Task]:
+        """Return the tasks that can start now."""
+        chosen: list[Task] = []
         for handle in self.handles:
-            # A stage that ended a moment ago still counts as running, so that its resources are free when the next
-            # starts.
-            waiting = handle.waits_for or any(item in running for item in handle.given.values())
-            if (
-                handle.future is None
-                and not waiting
-                and not any(self._conflict(handle, other) for other in [*running, *chosen])
-            ):
-                chosen.append(handle)
+            for task in [Task(handle, early) for early in ([True, False] if handle.stage.early else [False])]:
+                if task.begun or self._waits(task, running):
+                    continue
+                if not any(self._conflict(task, other) for other in [*running, *chosen]):
+                    chosen.append(task)
         return chosen
 
-    def _conflict(self, handle: Handle, other: Handle) -> bool:
-        uses = [item.stage.uses(self.config) for item in (handle, other)]
-        if not all(uses):
+    @staticmethod
+    def _waits(task: Task, running: list[Task]) -> bool:
+        """Tell whether a task needs what is not complete.
+
+        What ended a moment ago still counts as running, so that its resources are free when the next starts.
+        """
+        handle = task.handle
+        if not task.early and handle.stage.early and (handle.early is None or Task(handle, early=True) in running):
+            return True
+        inputs = [item for item in handle.given.values() if not (task.early and item is handle.followed)]
+        return bool(task.waits_for) or any(other.handle in inputs for other in running if not other.early)
+
+    def _conflict(self, task: Task, other: Task) -> bool:
+        uses, others = task.uses(self.config), other.uses(self.config)
+        if not uses or not others:
             return False
-        if uses == [{"engine"}, {"engine"}]:
-            # For wider limits the engine would be started again under the other stage.
-            limits = [getattr(item.settings, "engine", None) for item in (handle, other)]
-            return _player(handle) is not _player(other) or limits[0] != limits[1]
-        return self.exclusive or bool(uses[0] & uses[1])
-
-
-def _player(handle: Handle) -> "Handle | Artifact | None":
-    """Return the policy that the engine has to hold."""
-    return handle.given.get(handle.stage.player or "")
+        if uses & self.turns and others & self.turns and not uses == others == ENGINE:
+            return True
+        shared = uses & others
+        return bool(shared) and not (shared == ENGINE and task.player is other.player)
 
 
 class Builder(Scheduler):
     """Scheduler that runs stages in this process, without Prefect; its caller closes `resources`."""
 
     def __init__(self, config: Config, store: Store, resources: Resources):
-        super().__init__(config, self.build, exclusive=resources.exclusive)
+        super().__init__(
+            config,
+            self.build,
+            execute_early=lambda handle: self.build_early(handle, store, resources),
+            turns=resources.where.turns,
+        )
         self.store, self.resources = store, resources
 
     def build(self, handle: Handle) -> Artifact:
@@ -227,7 +308,14 @@ class Builder(Scheduler):
             self.check(handle)
 
         return build_artifact(
-            handle.stage, handle.settings, inputs, self.store, self.resources, progress=check, check=check
+            handle.stage,
+            handle.settings,
+            inputs,
+            self.store,
+            self.resources,
+            progress=check,
+            check=check,
+            begin=handle.begin,
         )[0]
 
     def make(self, stage: Stage[Any], /, **inputs_and_parameters: Any) -> Artifact:

@@ -1,16 +1,24 @@
 """An exported policy: whoever loads its tokenizer renders conversations to the tokens of its training."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
+import yaml
 from chat_codecs import STOCK, qwen_directory, stock_template
+from paths import REPOSITORY
 
+from thinkimg.analysis.card import describe_base, describe_data, front_matter
 from thinkimg.analysis.export import export_policy
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.protocol import Answer, ToolCall, load_protocol, text_part
+from thinkimg.conversation.protocol import IMAGE_PART, Answer, ToolCall, load_protocol, text_part
 from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.data.hub.public_sets import public_sets
 from thinkimg.errors import UserError
+from thinkimg.images.settings import ViewLimits
+from thinkimg.images.view import view_size
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Recipe
 
@@ -119,3 +127,70 @@ def test_a_state_of_thinking_that_the_template_has_not_is_refused(tmp_path):
     store, policy = store_policy(tmp_path / "store", stock_template(STOCK[0]), "chat_template.jinja", talk)
     with pytest.raises(UserError, match="no switch"):
         export_policy(store, policy, tmp_path / "pack")
+
+
+# what a stranger reads and runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """The export of the policy of a whole loop, as an earlier version's store has it."""
+    folder = tmp_path_factory.mktemp("export")
+    shutil.copytree(REPOSITORY / "tests" / "support" / "golden" / "store_v1", folder / "store")
+    store = Store(folder / "store")
+    return export_policy(store, store.resolve("569f33", "policy"), folder / "pack")
+
+
+def test_the_card_has_the_held_out_figures_with_their_intervals_and_says_what_is_licensed_how(pack):
+    card = (pack / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-text-to-text"
+    (evaluation,) = (json.loads(path.read_bytes()) for path in (pack / "ancestors").glob("evaluation-17a8*"))
+    figures = evaluation["metrics"]
+    interval = [f"{100 * figures[name]:.4g}" for name in ("accuracy", "accuracy_low", "accuracy_high")]
+    assert "| 2 | – | {} ({} to {}) |".format(*interval) in card
+    assert "Base model: created by thinkimg" in card and "Data: a user's own." in card
+
+
+def test_the_example_shows_the_policy_the_prompt_that_it_was_trained_with(pack, tmp_path, monkeypatch, capsys):
+    import transformers
+    from PIL import Image
+
+    asked = []
+    generate = transformers.GenerationMixin.generate
+
+    def recorded(self, **inputs):
+        asked.append(inputs)
+        return generate(self, **inputs)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", recorded)
+    picture = tmp_path / "picture.png"
+    Image.linear_gradient("L").resize((300, 200)).save(picture)
+    monkeypatch.setattr(sys, "argv", ["example.py", str(picture), "What is it?"])
+    runpy.run_path(str(pack / "example.py"))
+    assert capsys.readouterr().out.strip(), "the policy says something"
+
+    (inputs,) = asked
+    limits = ViewLimits(min_pixels=3136, max_pixels=7056)
+    wide, high = view_size(300, 200, limits)
+    assert tuple(inputs["image_grid_thw"][0].tolist()) == limits.count_patches((wide, high))
+    codec = Codec.load(pack / "policy" / "model")
+    question = f"Image 0: {wide}x{high} pixels. What is it?\nAnswer with a word or a short phrase."
+    compact = codec.prompt("Use a tool or answer.", [IMAGE_PART, text_part(question)])
+    ids = inputs["input_ids"][0].tolist()
+    shown = [token for place, token in enumerate(ids) if token != codec.image or ids[place - 1] != codec.image]
+    assert shown == compact and ids.count(codec.image) == limits.count_tokens((wide, high))
+
+
+@pytest.mark.parametrize(("base", "said"), [
+    ("Qwen/Qwen2.5-VL-7B-Instruct", "The licence on its page, https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct"),
+    ("model/" + "a" * 64, "a directory of the trainer's machine"), ("", "not known"), ("tiny", "random weights"),
+])  # fmt: skip
+def test_a_base_is_named_on_the_hub_only_where_it_is_there(base, said):
+    assert said in describe_base(base, None)
+    assert ("base_model" in front_matter(base, "lora")) == base.startswith("Qwen/")
+
+
+def test_the_licence_of_a_public_set_is_that_of_the_table():
+    licensed = next(entry for entry in public_sets().values() if entry.licence is not None)
+    assert str(licensed.licence.value) in describe_data({"source": "files", "path": f"{licensed.name}@test"})
+    assert "puzzles" in describe_data({"source": "puzzles"}) and "not known" in describe_data(None)

@@ -24,7 +24,7 @@ def pretend(monkeypatch):
     """Has the machine a GPU of so many GiB, of which all is free."""
 
     def gpu(gib: float) -> None:
-        monkeypatch.setattr(forecast, "gpu_memory", lambda: (int(gib * GIB), int(gib * GIB)))
+        monkeypatch.setattr(forecast, "gpu_memory", lambda *_: (int(gib * GIB), int(gib * GIB)))
 
     return gpu
 

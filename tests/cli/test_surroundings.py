@@ -26,6 +26,7 @@ REFUSED = "--set", "iterations=0"
 COMMANDS: dict[str, tuple[tuple[str, ...], int]] = {
     "run": (REFUSED, 2),
     "serve": (("--preset", "tiny"), 2),
+    "chat": (("--policy", "no such–one", "--preset", "tiny"), 2),
     "trainer": (("--rank", "1"), 2),
     "deployments": ((), 0),
     "schema": ((), 0),

@@ -233,7 +233,7 @@ def test_a_judge_with_a_setting_of_its_own_and_its_weight():
         picture.putpixel((9, 9), (1, 2, 3))  # something can be seen
         pictures[pixel_hash(picture)] = picture
     original, processed = map(pixel_hash, shown)
-    resources = SimpleNamespace(exclusive=False, where=SimpleNamespace(workers=1))
+    resources = SimpleNamespace(where=SimpleNamespace(workers=1, takes_turns=False))
     context = JudgeContext(settings, resources, None, None, None, (), pictures)
     pair, judgements = Pair("Which colour?", original, processed), {}
     judging.run_judges(["redness"], {pair}, context, lambda *_: {}, lambda name, found: judgements.update(found))

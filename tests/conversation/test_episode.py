@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from thinkimg import records
-from thinkimg.conversation.episode import ConversationSpec, Episode, PendingCall, derive_seed, play_script
+from thinkimg.conversation.episode import ConversationSpec, Episode, derive_seed, play_script
 from thinkimg.conversation.picture import make_picture
 from thinkimg.conversation.protocol import Answer, ToolCall, load_protocol
 from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.conversation.text_core import PendingCall
 from thinkimg.conversation.tokens import ROLES
 from thinkimg.images.decode import pixel_hash
 from thinkimg.images.settings import ViewLimits

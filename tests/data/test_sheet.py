@@ -15,7 +15,8 @@ from small_sets import look, write_signs
 from thinkimg.console import escape_controls
 from thinkimg.data.report.example import SIDE, make_example, make_thumbnail
 from thinkimg.data.report.lines import crop, example_lines, refused_lines, report_lines
-from thinkimg.data.report.sheet import Section, check_page, render_sheet
+from thinkimg.data.report.page import check_page
+from thinkimg.data.report.sheet import Section, render_sheet
 from thinkimg.errors import UserError
 from thinkimg.images.settings import ViewLimits
 from thinkimg.records import AnswerType, Sample

@@ -1,5 +1,6 @@
 """A GPU's command line of the engine, through vLLM's own parser: every preset and model, every rank of an adapter."""
 
+import dataclasses
 import json
 
 import pytest
@@ -59,6 +60,21 @@ def test_vllm_reads_what_a_preset_means(parser, preset):
         else found.limit_mm_per_prompt
     )
     assert images == {"image": config.conversation.max_images, "video": 0}
+
+
+@pytest.mark.parametrize("devices, size", [("[0, 1]", 2), ("[0, 1]", 1), ("[3, 1, 2, 0]", 2), ("[GPU-a, GPU-b]", 1)])
+def test_vllm_reads_each_of_several_servers(parser, devices, size):
+    """The quick start on GPUs 0 and 1 for the engine, and one server for each GPU; none takes the other's port."""
+    config = load_config("high-quality", [f"where.engine={{devices: {devices}, tensor_parallel_size: {size}}}"])
+    asked = settings(config)
+    parts = asked.engine.split(cpu=False)
+    assert [device for part in parts for device in part.devices] == list(config.where.engine.devices)
+    for port, part in enumerate(parts, 8000):
+        argv = server_command(config.model.path, port, dataclasses.replace(asked, engine=part))[3:]
+        found = parser.parse_args(argv)
+        validate_parsed_serve_args(found)
+        assert found.tensor_parallel_size == size == len(part.devices) and found.data_parallel_size == 1
+        assert found.port == port and not found.device_ids
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -36,8 +36,10 @@ limits = EngineSettings(dtype="float32", max_tokens=1024, max_images=4, max_pixe
 base = BaseSource(path="nowhere", revision=None, tiny=True)
 
 def stage():
-    with Resources(load_config("tiny", [f"where.store={place}"]).where, say=lambda line: print(line, flush=True)) as it:
-        if sys.argv[1] == "engine":
+    cores = "0|1" if sys.argv[1] == "engines" else "0"
+    config = load_config("tiny", [f"where.store={place}", f"where.engine.cpu_threads_bind={cores}"])
+    with Resources(config.where, say=lambda line: print(line, flush=True)) as it:
+        if sys.argv[1] in ("engine", "engines"):
             asyncio.run(it.engine(policy, limits, base))
         elif sys.argv[1] == "judges":
             asyncio.run(gather(it))
@@ -86,7 +88,13 @@ def interrupt(command: list[str], place: Path, number: int, ready: str) -> str:
 
 @pytest.mark.parametrize(
     ("start", "number"),
-    [("engine", signal.SIGINT), ("engine", signal.SIGTERM), ("judges", signal.SIGINT), ("trainer", signal.SIGINT)],
+    [
+        ("engine", signal.SIGINT),
+        ("engine", signal.SIGTERM),
+        ("engines", signal.SIGINT),
+        ("judges", signal.SIGINT),
+        ("trainer", signal.SIGINT),
+    ],
 )
 def test_the_first_signal_ends_a_start_at_once_and_says_so(tmp_path, start, number):
     interrupt(["-c", COMMAND, start, str(tmp_path)], tmp_path, number, "# silent")

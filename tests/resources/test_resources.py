@@ -3,6 +3,7 @@ server can sleep.
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from thinkimg.config.load import load_config
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.settings import EngineSettings
+from thinkimg.errors import UserError
 from thinkimg.models.base import BaseSource
 from thinkimg.resources import Resources
 from thinkimg.watchdog import descendants
@@ -32,14 +34,17 @@ def notes(monkeypatch) -> list[str]:
     taken: list[str] = []
 
     class Noting:
-        url = "http://127.0.0.1:1"
+        urls = ("http://127.0.0.1:1",)
 
         def __init__(self, *_, settings=None, name="engine", **__):
-            self.settings, self.name = settings, name
+            self.settings, self.name, self.each, self.alive = settings, name, [self], False
 
-        def __enter__(self):
+        def start(self):
             taken.append(f"{self.name} starts")
             self.alive = True
+
+        def __enter__(self):
+            self.start()
             return self
 
         def __exit__(self, *_):
@@ -56,51 +61,104 @@ def notes(monkeypatch) -> list[str]:
         def wake(self):
             taken.append(f"{self.name} wakes")
 
-    monkeypatch.setattr("thinkimg.resources.Server", Noting)
-    monkeypatch.setattr("thinkimg.resources.Trainer", lambda *_, **__: Noting(name="trainer"))
+    monkeypatch.setattr("thinkimg.resources.Servers", Noting)
+    monkeypatch.setattr("thinkimg.resources.Trainer", lambda config, **_: Noting(settings=config, name="trainer"))
     return taken
 
 
-def turns(tmp_path, keep: bool) -> None:
-    with resources_of(tmp_path, f"where.engine.keep={keep}", f"where.trainer.keep={keep}") as resources:
-        resources.server(POLICY, None, SETTINGS, BASE)
-        resources.server(POLICY, None, SETTINGS, BASE)
+def turns(tmp_path, notes, *settings) -> list[str]:
+    """Return what engine, trainer and teacher did while each was asked for in turn."""
+    with resources_of(tmp_path, *settings) as resources:
+        resources.servers(POLICY, None, SETTINGS, BASE)
+        resources.servers(POLICY, None, SETTINGS, BASE)
         resources.trainer  # noqa: B018  starts with the first look
-        resources.server(POLICY, None, SETTINGS, BASE)
+        resources.servers(POLICY, None, SETTINGS, BASE)
         resources.teacher(POLICY, SETTINGS, BASE)
+        return list(notes)
 
 
-def test_on_a_gpu_who_is_not_wanted_sleeps_and_starts_once(tmp_path, notes, monkeypatch):
+def without_wakes(notes: list[str]) -> list[str]:
+    return [note for note in notes if "wakes" not in note]
+
+
+IN_TURNS = ("where.engine.keep=false", "where.trainer.keep=false")
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
     monkeypatch.setattr("thinkimg.closure.on_cpu", lambda: False)
-    monkeypatch.setattr("thinkimg.closure.visible_gpus", lambda: 1)
-    turns(tmp_path, keep=False)
-    assert notes == [
+    monkeypatch.setattr("thinkimg.closure.visible_gpus", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_on_a_gpu_who_is_not_wanted_sleeps_and_starts_once(tmp_path, notes, four_gpus):
+    assert turns(tmp_path, notes, *IN_TURNS) == [
         "engine starts", "engine wakes", "engine wakes", "engine sleeps", "trainer starts", "engine wakes",
         "engine sleeps", "teacher starts", "teacher wakes",
     ]  # fmt: skip
 
 
 def test_on_a_cpu_who_is_not_wanted_ends(tmp_path, notes):
-    turns(tmp_path, keep=False)
-    assert [note for note in notes if "wakes" not in note] == [
+    assert without_wakes(turns(tmp_path, notes, *IN_TURNS)) == [
         "engine starts", "engine stops", "trainer starts", "engine starts", "engine stops", "teacher starts",
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "settings, sleeps",
+    [
+        (["where.engine.devices=[0,1]", "where.trainer.devices=[2,3]"], ["engine sleeps"]),  # for the teacher, on GPU 0
+        (["where.engine.devices=[0,1]", "where.trainer.devices=[2]", "where.teacher.devices=[3]"], []),
+        (["where.trainer.devices=[1]"], ["engine sleeps"]),  # the engine is on GPU 0, and so is the teacher
+        (["where.teacher.devices=[1]"], ["engine sleeps"]),  # for the trainer, on GPU 0 as well
+        (["where.trainer.devices=[1]", "where.teacher.devices=[1]"], []),  # the teacher starts last
+        (["where.engine.devices=[GPU-a]", "where.trainer.devices=[1]"], ["engine sleeps"] * 2),  # nobody knows
+        (["where.trainer.processes=2", "where.engine.devices=[1]"], ["engine sleeps"] * 2),
+        (["where.engine.tensor_parallel_size=2", "where.trainer.devices=[1]"], ["engine sleeps"] * 2),
+    ],
+)
+def test_who_shares_no_gpu_stays_awake(tmp_path, notes, four_gpus, settings, sleeps):
+    done = turns(tmp_path, notes, *IN_TURNS, *settings)
+    assert [note for note in done if "sleeps" in note] == sleeps
+    assert [note for note in done if "starts" in note] == ["engine starts", "trainer starts", "teacher starts"]
+
+
+@pytest.mark.parametrize(
+    "settings, apart",
+    [
+        (["where.engine.devices=[0,1]", "where.trainer.devices=[2,3]"], True),
+        (["where.engine.devices=[0,1]", "where.trainer.devices=[2,3]", "where.teacher.devices=[3]"], False),
+        (["where.engine.devices=[0,1]", "where.trainer.devices=[1]"], False),
+        ([], False),
+    ],
+)
+def test_a_trainer_on_gpus_of_its_own_stays_and_is_no_rival_of_the_engine(tmp_path, notes, four_gpus, settings, apart):
+    with resources_of(tmp_path, *IN_TURNS, *settings) as resources:
+        assert resources.where.exclusive == (not apart) and resources.trainer.settings.keep == apart
+        assert resources.where.takes_turns, "engine and teacher may share a GPU still"
+    with resources_of(tmp_path, *settings) as resources:
+        assert not resources.where.exclusive and not resources.where.takes_turns and resources.trainer.settings.keep
+    alone = [*settings, "where.engine.keep=false"]  # an engine that sleeps beside a trainer that stays
+    if apart:
+        assert load_config("tiny", alone).where.apart
+    else:
+        with pytest.raises(UserError, match="where.trainer.keep=false"):
+            load_config("tiny", alone)
+
+
 def test_where_there_is_room_for_all_nobody_leaves(tmp_path, notes):
-    turns(tmp_path, keep=True)
-    assert [note for note in notes if "wakes" not in note] == ["engine starts", "trainer starts", "teacher starts"]
+    assert without_wakes(turns(tmp_path, notes)) == ["engine starts", "trainer starts", "teacher starts"]
 
 
 def test_a_server_that_made_room_comes_back_as_wide_as_it_was(tmp_path, notes):
     """Else the next who asks for more has it started once more."""
     with resources_of(tmp_path, "where.engine.keep=False", "where.trainer.keep=False") as resources:
-        resources.server(POLICY, None, SETTINGS, BASE)
+        resources.servers(POLICY, None, SETTINGS, BASE)
         resources.trainer  # noqa: B018
         narrow = SETTINGS.model_copy(update={"max_tokens": 512})
-        assert resources.server(POLICY, None, narrow, BASE).settings.limits.max_tokens == 1024
+        assert resources.servers(POLICY, None, narrow, BASE).settings.limits.max_tokens == 1024
         notes.clear()
-        resources.server(POLICY, None, SETTINGS, BASE)
+        resources.servers(POLICY, None, SETTINGS, BASE)
         assert notes == ["engine wakes"]
 
 
@@ -111,7 +169,7 @@ def test_a_kept_server_is_started_again_for_what_it_was_not_started_for(tmp_path
         notes.clear()
         settings = SETTINGS.model_copy(update=changes)
         arguments = (POLICY, None, settings, BASE) if server == "engine" else (POLICY, settings, BASE)
-        running = (resources.server if server == "engine" else resources.teacher)(*arguments)
+        running = (resources.servers if server == "engine" else resources.teacher)(*arguments)
         return [note.split()[1] for note in notes if "wakes" not in note], running.settings.limits
 
     with resources_of(tmp_path) as resources:
@@ -164,6 +222,58 @@ def test_two_threads_that_ask_for_one_policy_load_it_once(tmp_path, notes, monke
     assert notes.count("engine starts") == 1
 
 
+def test_a_client_that_needs_other_weights_or_wider_limits_waits_for_the_others(tmp_path, notes, monkeypatch):
+    """And who needs the same, within the limits, does not."""
+    events: list[str] = []
+
+    class Client:
+        def __init__(self, urls, *, on_close, **_):
+            self.urls, self.on_close = urls, on_close
+
+        async def leave_out_dead(self):
+            pass
+
+        async def versions(self):
+            return dict.fromkeys(self.urls, "none")
+
+        async def load_weights(self, directory, version):
+            events.append(f"load {version}")
+
+        async def __aexit__(self, *_):
+            self.on_close()
+
+    monkeypatch.setattr("thinkimg.resources.EngineClient", Client)
+    other = SimpleNamespace(**vars(POLICY) | {"digest": "other"})
+    wide = SETTINGS.model_copy(update={"max_tokens": 4 * SETTINGS.max_tokens})
+
+    def ask(policy, settings, name):
+        with contextlib.suppress(RuntimeError):  # they have been closed
+            asyncio.run(resources.engine(policy, settings, BASE))
+            events.append(name)
+
+    with resources_of(tmp_path) as resources:
+        first = asyncio.run(resources.engine(POLICY, SETTINGS, BASE))
+        beside = asyncio.run(resources.engine(POLICY, SETTINGS, BASE))
+        events.clear()
+        threads = [threading.Thread(target=ask, args=(other, SETTINGS, "other"))]
+        threads.append(threading.Thread(target=ask, args=(POLICY, wide, "wide")))
+        for thread in threads:
+            thread.start()
+            thread.join(0.5)
+        assert events == [] and all(thread.is_alive() for thread in threads)
+        asyncio.run(first.__aexit__())
+        threads[0].join(0.5)
+        assert events == [], "one is left"
+        asyncio.run(beside.__aexit__())
+        while all(thread.is_alive() for thread in threads):
+            threads[0].join(0.05)
+        assert sum(thread.is_alive() for thread in threads) == 1, "one of them has the servers, and the other waits"
+        resources.close()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive(), "who waits is told"
+
+
 @pytest.mark.parametrize("moment", ["its model is made", "it is not ready"])
 def test_closing_ends_a_server_that_is_being_started(tmp_path, monkeypatch, moment):
     """A real one, whose program never answers."""
@@ -183,7 +293,7 @@ def test_closing_ends_a_server_that_is_being_started(tmp_path, monkeypatch, mome
 
     def ask():
         try:
-            resources.server(POLICY, None, SETTINGS, BASE)
+            resources.servers(POLICY, None, SETTINGS, BASE)
         except Exception as error:
             raised.append(error)
 
@@ -199,5 +309,5 @@ def test_closing_ends_a_server_that_is_being_started(tmp_path, monkeypatch, mome
         thread.join(8)
         assert not thread.is_alive() and [type(error) for error in raised] == [EngineError], raised
         with pytest.raises(RuntimeError, match="closed"):
-            resources.server(POLICY, None, SETTINGS, BASE)
+            resources.servers(POLICY, None, SETTINGS, BASE)
     assert not [pid for pid in descendants(os.getpid()) if b"sleep\x00600" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -30,7 +30,7 @@ def run(monkeypatch):
         monkeypatch.setattr(judging, "reject_unfit", lambda pair, context: None)
         context = SimpleNamespace(
             map=lambda function, items: list(map(function, items)), expect=int, judged=int,
-            settings=SimpleNamespace(image=None), resources=SimpleNamespace(exclusive=False),
+            settings=SimpleNamespace(image=None), resources=SimpleNamespace(where=SimpleNamespace(takes_turns=False)),
         )  # fmt: skip
         closed = {}
         judging.run_judges(["own"], PAIRS, context, lambda component, keys: {}, closed.__setitem__)

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from rewards_rows import batch, call, final, sample, trajectory
 
-from thinkimg.conversation.episode import dump_args
 from thinkimg.conversation.picture import make_picture, model_view_size
+from thinkimg.conversation.text_core import dump_args
 from thinkimg.images.settings import ViewLimits
 from thinkimg.images.toolbox import run_tool
 from thinkimg.records import CallStatus, Turn, TurnKind

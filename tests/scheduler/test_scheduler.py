@@ -16,25 +16,20 @@ from hypothesis import strategies as st
 from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.resources import Resources
-from thinkimg.scheduler import Builder, Handle, Interrupted, Scheduler
+from thinkimg.scheduler import Builder, Handle, Interrupted, Scheduler, Task
 from thinkimg.stages.stage import Input, Slice, Stage
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset
 
 CONFIG = load_config("tiny")
 SOON_S = 20.0  # a test that waits for longer has found a fault
-ENGINE, TRAINER = frozenset({"engine"}), frozenset({"trainer"})
+ENGINE, TRAINER, ALL = frozenset({"engine"}), frozenset({"trainer"}), frozenset({"engine", "teacher", "trainer"})
 
 
-class Settings(Slice):
-    engine: int = 0
-    """Stands for the limits that an engine is asked for."""
-
-
-def invent(name: str, run: Callable, reads=(), uses=frozenset(), player=None, engine=0, **options) -> Stage:
+def invent(name: str, run: Callable, reads=(), uses=frozenset(), player=None, **options) -> Stage:
     """A stage; `run` is handed its handle, and returns what stands for its artifact."""
     inputs = {role: Input(Dataset) for role in reads}
-    options = {"settings": lambda config: Settings(engine=engine), "uses": lambda config: uses} | options
+    options = {"settings": lambda config: Slice(), "uses": lambda config: uses} | options
     return Stage(name=name, version=1, makes=Dataset, run=run, reads=inputs, player=player, **options)
 
 
@@ -59,8 +54,6 @@ class Node:
     inputs: frozenset[int]
     uses: frozenset[str]
     player: int | str | None
-    engine: int
-    """Stands for the limits that an engine is asked for."""
     report: int | None
 
     @property
@@ -76,15 +69,17 @@ def graphs(draw) -> list[Node]:
         inputs = draw(st.frozensets(st.integers(0, i - 1), max_size=2)) if i else frozenset()
         uses = draw(st.frozensets(st.sampled_from(["engine", "trainer", "teacher"]), max_size=2))
         player = draw(st.sampled_from(["policy", "other policy", *sorted(inputs)])) if "engine" in uses else None
-        nodes.append(Node(inputs, uses, player, draw(st.integers(0, 1)), draw(st.sampled_from([None, 0, 1, 2]))))
+        nodes.append(Node(inputs, uses, player, draw(st.sampled_from([None, 0, 1, 2]))))
     return nodes
 
 
 def compatible(one: Node, other: Node, exclusive: bool) -> bool:
     """Whether the two may run at a time."""
-    if one.uses == other.uses == ENGINE and (one.player, one.engine) == (other.player, other.engine):
+    if not one.uses or not other.uses:
         return True
-    return not one.uses or not other.uses or not (exclusive or one.uses & other.uses)
+    if exclusive and not one.uses == other.uses == ENGINE:
+        return False
+    return one.uses & other.uses <= ENGINE and (one.player == other.player or not one.uses & other.uses)
 
 
 def under_way(nodes: list[Node], done: set[int], running: list[int], exclusive: bool) -> list[int]:
@@ -110,11 +105,13 @@ class Trial:
     def __post_init__(self) -> None:
         self.starts: queue.Queue[int] = queue.Queue()
         self.ends = [threading.Event() for _ in self.nodes]
-        self.scheduler = Scheduler(CONFIG, run_stage, exclusive=self.exclusive, on_report=self.report)
+        self.scheduler = Scheduler(
+            CONFIG, run_stage, turns=ALL if self.exclusive else frozenset(), on_report=self.report
+        )
         handles: dict[int | str, Any] = {"policy": object(), "other policy": object()}
         for i, node in enumerate(self.nodes):
             player = "player" if node.uses & ENGINE else None
-            stage = invent(f"stage {i}", self.stage(i), node.roles, node.uses, player, node.engine)
+            stage = invent(f"stage {i}", self.stage(i), node.roles, node.uses, player)
             handles[i] = self.scheduler(stage, **{role: handles[key] for role, key in node.roles.items()})
         self.members = [[i for i, node in enumerate(self.nodes) if node.report == number] for number in range(3)]
         for number, members in enumerate(self.members):
@@ -181,12 +178,13 @@ def test_each_runs_once_after_its_inputs_on_resources_of_its_own_lowest_first(no
         ((frozenset(), None), (TRAINER, None), True),
         ((ENGINE, "policy"), (ENGINE, "policy"), True),
         ((ENGINE, "policy"), (TRAINER, None), False),
+        ((ENGINE, "policy"), (ENGINE | {"teacher"}, "policy"), False),
     ],
-    ids=["no resource", "one resource", "one policy", "two resources"],
+    ids=["no resource", "one resource", "one policy", "two resources", "engine and teacher"],
 )
 def test_two_that_may_run_side_by_side_do(one, other, exclusive):
     both = threading.Barrier(2, timeout=SOON_S)
-    policy, scheduler = object(), Scheduler(CONFIG, run_stage, exclusive=exclusive)
+    policy, scheduler = object(), Scheduler(CONFIG, run_stage, turns=ALL if exclusive else frozenset())
     for name, (uses, player) in (("one", one), ("other", other)):
         roles = {"policy": policy} if player else {}
         scheduler(invent(name, lambda handle: both.wait(), roles, uses, player), **roles)
@@ -199,10 +197,10 @@ def test_two_that_may_run_side_by_side_do(one, other, exclusive):
         ((ENGINE, "first"), (ENGINE, "second"), False),
         ((TRAINER, None), (TRAINER, None), False),
         ((ENGINE, "first"), (TRAINER, None), True),
-        ((ENGINE, "first"), (ENGINE | {"teacher"}, "first"), False),
-        ((ENGINE, "first"), (ENGINE, "first", 1), False),
+        ((ENGINE, "first"), (ENGINE | {"teacher"}, "first"), True),
+        ((ENGINE | {"teacher"}, "first"), (ENGINE | {"teacher"}, "first"), False),
     ],
-    ids=["two policies", "one trainer", "exclusive", "engine and teacher", "other limits"],
+    ids=["two policies", "one trainer", "exclusive", "engine and teacher in turn", "one teacher"],
 )
 def test_two_that_may_not_take_turns(one, other, exclusive):
     busy, beside = threading.Lock(), []
@@ -215,12 +213,24 @@ def test_two_that_may_not_take_turns(one, other, exclusive):
         time.sleep(0.1)
         busy.release()
 
-    scheduler = Scheduler(CONFIG, run_stage, exclusive=exclusive)
-    for name, (uses, player, *engine) in (("one", one), ("other", other)):
+    scheduler = Scheduler(CONFIG, run_stage, turns=ALL if exclusive else frozenset())
+    for name, (uses, player) in (("one", one), ("other", other)):
         roles = {player: policies[player]} if player else {}
-        scheduler(invent(name, work, roles, uses, player, *engine), **roles)
+        scheduler(invent(name, work, roles, uses, player), **roles)
     scheduler.wait()
     assert beside == []
+
+
+def test_servers_take_turns_where_the_trainer_is_apart():
+    """Where they do not fit together, a teacher does not judge while an engine plays; the trainer goes on."""
+    settings = ["where.engine.devices=[0]", "where.trainer.devices=[1]", "where.engine.keep=false"]
+    scheduler = Scheduler(CONFIG, run_stage, turns=load_config("tiny", settings).where.turns)
+    tasks = [
+        Task(scheduler.add(invent(str(uses), run_stage, uses=frozenset(uses))), early=False)
+        for uses in (["engine"], ["engine", "teacher"], ["trainer"])
+    ]
+    conflicts = [scheduler._conflict(tasks[i], tasks[j]) for i, j in ((0, 0), (0, 1), (0, 2), (1, 2))]
+    assert conflicts == [False, True, False, False]
 
 
 def test_an_iteration_that_is_ready_early_is_told_in_its_turn():

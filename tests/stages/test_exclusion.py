@@ -15,7 +15,7 @@ from thinkimg.config.load import load_config
 from thinkimg.records import StopReason
 from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.resources import Resources
-from thinkimg.stages.stage import build_artifact
+from thinkimg.stages.build import build_artifact
 from thinkimg.stages.train import train
 from thinkimg.store.manifest import Recipe
 

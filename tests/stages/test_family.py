@@ -10,8 +10,9 @@ from thinkimg.errors import UserError
 from thinkimg.models.family import load_family
 from thinkimg.puzzles.geometry import Geometry
 from thinkimg.scheduler import Plan
+from thinkimg.stages.build import complete_inputs
 from thinkimg.stages.names import stage_names
-from thinkimg.stages.stage import complete_inputs, load_stage
+from thinkimg.stages.stage import load_stage
 
 WITHOUT_A_MODEL = {"known-pairs", "train-clip"}
 ROLES = {

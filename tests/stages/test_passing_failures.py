@@ -21,7 +21,7 @@ from scripted_engine import PASSING, REFUSING, ScriptedEngine
 from single_stage import build_stage
 
 from thinkimg.config.load import load_config
-from thinkimg.conversation.episode import PendingCall
+from thinkimg.conversation.text_core import PendingCall
 from thinkimg.engine import client
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.play import EpisodeSpec, SamplingMode

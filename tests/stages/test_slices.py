@@ -33,9 +33,10 @@ from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder
 from thinkimg.stages import rollout, train_clip
+from thinkimg.stages.build import build_artifact, complete_inputs
 from thinkimg.stages.names import stage_names
 from thinkimg.stages.prepare import puzzles
-from thinkimg.stages.stage import Job, Slice, Stage, build_artifact, complete_inputs, load_stage
+from thinkimg.stages.stage import Job, Slice, Stage, load_stage
 from thinkimg.store import manifest
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Recipe, directory_digest
@@ -113,6 +114,10 @@ def values(base: str, folder: Path) -> dict[str, list[list[str]]]:
         "where.runner": [["where.runner=dask"]],
         "where.engine.keep": [["where.engine.keep=false", "where.trainer.keep=false"]],
         "where.engine.urls": [["where.engine.urls=[http://host:8000]"]],
+        "where.engine.devices": [["where.engine.devices=[1]"]],
+        "where.teacher.devices": [["where.teacher.devices=[1]"]],
+        "where.trainer.devices": [["where.trainer.devices=[1]"]],
+        "where.trainer.cpu_threads_bind": [["where.trainer.cpu_threads_bind=1"]],
         "where.teacher.url": [["where.teacher.url=http://host:1/v1", "image.teacher.model=m"]],
         "where.trainer.address": [["where.trainer.address=host:1"]],
         "where.trainer.accelerate_config": [["where.trainer.accelerate_config=ddp"]],

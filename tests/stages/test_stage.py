@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from thinkimg.errors import UserError
-from thinkimg.stages.stage import Lineage, trace
+from thinkimg.stages.build import trace
+from thinkimg.stages.stage import Lineage
 
 
 class Line:

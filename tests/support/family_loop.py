@@ -15,8 +15,9 @@ from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.engine.server import Server, ServerSettings
 from thinkimg.resources import Resources
+from thinkimg.stages.build import build_artifact, complete_inputs
 from thinkimg.stages.rollout import settings_of
-from thinkimg.stages.stage import build_artifact, complete_inputs, load_stage
+from thinkimg.stages.stage import load_stage
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact
 

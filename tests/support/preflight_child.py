@@ -67,8 +67,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int)
     for name in ("adaptation", "family"):
         parser.add_argument(f"--{name}")
-    for name in ("checkpointing", "padded", "train-vision"):
+    for name in ("padded", "train-vision"):
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--layers", type=int, default=0, help="that recompute their activations")
     parser.add_argument("--model", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,7 +101,7 @@ def main() -> None:
         scorer = Scorer(policy.model, pixels, temperature=0.9, banned=(3,), features=features)
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        with checkpoint_activations(policy.model, args.checkpointing):
+        with checkpoint_activations(policy.model, args.layers):
             logps, _ = scorer(*one_batch(rows), entropy=True)
             logps.sum().backward()
         optimizer.step()
@@ -109,8 +110,8 @@ def main() -> None:
     small = {"images": args.images, "turns": 1, "size": 1}
     step(group(image_token, **small), torch.optim.SGD(list(parameters.values()), lr=0.0))
     rows = group(image_token, **shape, seed=1)
-    options = memory.StepOptions(checkpointing=args.checkpointing, train_vision=args.train_vision, temperature=0.9)
-    predicted = memory.predict(memory.Step(geometry, config, *one_batch(rows), options))
+    options = memory.StepOptions(train_vision=args.train_vision, temperature=0.9)
+    predicted = memory.measure(memory.Step(geometry, config, *one_batch(rows), options)).require(args.layers)
     made.clear()
     for parameter in parameters.values():
         parameter.grad = None

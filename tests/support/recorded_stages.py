@@ -20,7 +20,8 @@ from thinkimg.conversation.picture import make_picture
 from thinkimg.puzzles.demonstrations import write_script
 from thinkimg.resources import Resources
 from thinkimg.stages import rollout
-from thinkimg.stages.stage import build_artifact, complete_inputs, load_stage
+from thinkimg.stages.build import build_artifact, complete_inputs
+from thinkimg.stages.stage import load_stage
 from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.manifest import Artifact

@@ -5,7 +5,8 @@ from typing import Any
 
 from thinkimg.config.tree import Config
 from thinkimg.resources import Resources
-from thinkimg.stages.stage import Mapper, Progress, Stage, build_artifact, complete_inputs
+from thinkimg.stages.build import build_artifact, complete_inputs
+from thinkimg.stages.stage import Mapper, Progress, Stage
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact, Recipe
 

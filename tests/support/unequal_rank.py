@@ -13,6 +13,7 @@ from thinkimg.trainer.passes import Passes
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import read_rows
+from thinkimg.trainer.stepper import checkpoint_activations
 
 SHARES = ((0, 1, 2), (3,))
 
@@ -46,7 +47,8 @@ def unequal_rank(rank: int, port: int, directory: str, large: int) -> None:
     passes, share = build_passes(world, policy, worker.ranks), SHARES[rank != large]
     logps, _ = passes.score(share)
     policy.model.zero_grad()
-    add_gradients(passes, share)
+    with checkpoint_activations(policy.model, 1):  # one of two layers is gathered once more
+        add_gradients(passes, share)
     norms = {}
     for name, parameter in policy.model.named_parameters():
         gradient = parameter.grad

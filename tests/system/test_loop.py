@@ -59,7 +59,7 @@ def start(place: Path, *arguments: str) -> subprocess.Popen:
 
 def run(place: Path, *arguments: str) -> str:
     process = start(place, *arguments)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-4000:]
     return output
 
@@ -68,10 +68,10 @@ def run(place: Path, *arguments: str) -> str:
 def output(place) -> str:
     """What the loop printed that was started after another had been killed in its first iteration."""
     first, store = start(place, "run"), Store(place / "artifacts")
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not list(store.list("scores")):
         assert first.poll() is None, first.communicate()[0][-4000:]
-        assert time.monotonic() < deadline, "no scores after 400 s"
+        assert time.monotonic() < deadline, "no scores after 900 s"
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
@@ -182,7 +182,7 @@ def test_with_nothing_to_learn_no_step_is_taken(place, output):
 @pytest.mark.long
 def test_an_alarm_ends_a_loop_that_asks_for_it_when_everything_is_published(place, output):
     process = start(place, "run", "--set", "mix={brevity: 0.0}", "--set", "on_alarm=stop")
-    printed, _ = process.communicate(timeout=600)
+    printed, _ = process.communicate(timeout=1200)
     assert process.returncode == 1, printed[-4000:]
     (said,) = [line for line in printed.splitlines() if line.startswith("thinkimg: ")]
     assert "Stopped after iteration 1" in said and "no_step" in said and "Traceback" not in printed
@@ -231,3 +231,24 @@ def test_the_schema_of_presets_is_json(place):
     schema = json.loads(process.stdout)
     assert schema["properties"]["iterations"]["minimum"] == 1
     assert load_config("tiny").preset == "tiny"
+
+
+def test_with_a_lag_the_same_policy_plays_on_and_the_loop_says_how_to_train_again(place, output):
+    """The first iteration is the loop's without a lag; the command that it prints finds the policy that it made."""
+    known = {kind: artifacts(place, kind) for kind in ("policy", "rollouts", "scores", "evaluation")}
+    printed = run(place, "run", "--set", "loop.lag=1")
+    made = {kind: artifacts(place, kind)[len(known[kind]) :] for kind in known}
+    assert {kind: len(new) for kind, new in made.items()} == dict.fromkeys(known, 1)
+    (policy,), (rollouts,), (scores,) = made["policy"], made["rollouts"], made["scores"]
+    first, second = known["policy"][:2]
+    assert rollouts.inputs["policy"].digest == first.digest and policy.inputs["policy"].digest == second.digest
+    assert {row["weights"] for row in rollouts.table("trajectories", ["weights"]).to_pylist()} == {first.digest}
+    assert policy.metrics["parity/mean_abs"] < 0.01, "against the policy that played"
+    command = printed[printed.rindex("thinkimg train --scores") :].splitlines()[0]
+    assert command.split()[3:6] == [scores.short, "--policy", second.short] and "--set loop.lag=1" in command
+    words = command.split()[1 : command.split().index("--preset")]
+    assert str(policy.reference) in run(place, *words, "--set", "loop.lag=1")
+    refused = start(place, *words[:3], "--set", "loop.lag=1")
+    answer, _ = refused.communicate(timeout=300)
+    assert refused.returncode == 1 and "train needs --policy" in answer
+    assert not list((place / "artifacts" / "early").glob("*/[!.]*")), "what was judged early is in the scores"

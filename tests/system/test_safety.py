@@ -112,6 +112,7 @@ CLIENTS = {
     "thinkimg/engine/client.py": {"aiohttp"},  # the engine: no proxies, no keys
     "thinkimg/rewards/endpoint.py": {"httpx", "openai"},  # keys and proxies: test_teacher_key.py
     "thinkimg/data/pictures/urls.py": {"httpx"},  # images
+    "thinkimg/serving/app.py": {"aiohttp"},  # its server alone
 }
 HTTP = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "urllib3", "openai", "websockets", "websocket"}
 

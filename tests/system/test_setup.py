@@ -15,13 +15,17 @@ from thinkimg import closure
 from thinkimg.errors import UserError
 
 # Stands for the interpreter: `-m venv` copies it, pip and uv only note their arguments. pip knows a CPU torch unless
-# $NO_TORCH, and fails where $NO_INDEX is set; `-m venv` is broken off before pip is there where $KILL is set.
+# $NO_TORCH, and no uv where $NO_UV is set; both fail where $NO_INDEX is set, and uv alone where $NO_LUCK is.
+# `-m venv` is broken off before pip is there where $KILL is set. $PIP_SETTINGS are those of pip.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; [ -z "${KILL:-}" ] || exit 1; touch "$3/pip" ;;
   "-m pip --version") [ -e "$(dirname "$0")/../pip" ] ;;
+  *" install uv<1") [ -z "${NO_UV:-}" ] ;;
+  "-m uv "*"-r requirements/"*) [ -z "${NO_INDEX:-}${NO_LUCK:-}" ] ;;
   *"-r requirements/"*) [ -z "${NO_INDEX:-}" ] ;;
+  "-m pip config list") printf '%s\n' "${PIP_SETTINGS:-}" ;;
   *"--dry-run torch=="*) [ -z "${NO_TORCH:-}" ] ;;
   *purelib*) mkdir -p .venv/lib/python3.11/site-packages && echo .venv/lib/python3.11/site-packages ;;
   *include*) echo /usr/include ;;
@@ -109,14 +113,59 @@ def test_a_venv_of_before_closures_were_recorded_is_recognised(clone):
     assert installed(clone.make("CLOSURE=cpu")[1]) == [] and clone.closure == "cpu"
 
 
-def test_where_pip_finds_no_cpu_build_of_torch_uv_is_asked(clone):
+def uv_of(calls: list[str]) -> list[str]:
+    """The words of the one call of uv that installs the closure, by nobody else."""
+    (uv,) = [call.split() for call in calls if call.startswith("-m uv ")]
+    assert uv[:4] == ["-m", "uv", "pip", "install"] and installed(calls) == ["requirements/cpu.txt"]
+    assert {"--no-deps", "requirements/cpu.txt", ".venv/bin/python"} <= set(uv)
+    return uv
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["global.no-index='true'", "install.no-cache-dir='1'", "global.index-url='https://me:secret@mirror/simple'"],
+)
+def test_pip_installs_where_its_settings_say_more_than_uv_is_told(clone, setting):
+    said, calls = clone.make(PIP_SETTINGS=setting)
+    assert clone.status == 0, said
+    assert not any(call.startswith("-m uv ") for call in calls) and installed(calls) == ["requirements/cpu.txt"]
+
+
+def test_uv_installs_from_where_pip_would(clone):
+    settings = r"""
+:env:.find-links='/wheels /more wheels'
+global.index-url='https://mirror/simple'
+global.extra-index-url='\nhttps://one/simple\nhttps://two/simple'
+install.index-url='https://other/simple?a=b'
+download.index-url='https://nobody/simple'
+global.timeout='9'
+"""
+    said, calls = clone.make(PIP_SETTINGS=settings)
+    assert clone.status == 0, said
+    uv, expected = uv_of(calls), ["/wheels", "/more", "wheels", "https://one/simple", "https://two/simple"]
+    options = ("--find-links", "--index", "--default-index")
+    assert sorted(value for name, value in zip(uv, uv[1:], strict=False) if name in options[:2]) == sorted(expected)
+    index = [value for name, value in zip(uv, uv[1:], strict=False) if name == options[2]]
+    assert index == ["https://other/simple?a=b"], "pip install's own setting is stronger than everybody's"
+    assert not any(word.startswith("--torch-backend") for word in uv)
+
+
+def test_where_pip_finds_no_cpu_build_of_torch_uv_looks_in_its_index(clone):
     said, calls = clone.make(NO_TORCH="1")
     assert clone.status == 0 and clone.closure == "cpu", said
-    assert sum("pip install uv" in call.replace("--disable-pip-version-check --quiet ", "") for call in calls) == 1
-    (uv,) = [call for call in calls if "-m uv" in call]
-    assert uv.split()[:4] == ["-m", "uv", "pip", "install"]
-    assert {"--torch-backend=cpu", "--no-deps", "requirements/cpu.txt", ".venv/bin/python"} <= set(uv.split())
-    assert installed(calls) == ["requirements/cpu.txt"]  # by nobody else
+    assert "--torch-backend=cpu" in uv_of(calls)
+
+
+@pytest.mark.parametrize(("env", "compiles"), [({}, False), ({"PYTHONDONTWRITEBYTECODE": "1"}, True)])
+def test_modules_are_compiled_where_python_would_not_keep_them(clone, env, compiles):
+    assert ("--compile-bytecode" in uv_of(clone.make(**env)[1])) == compiles
+
+
+@pytest.mark.parametrize("env", [{"NO_UV": "1"}, {"NO_LUCK": "1"}])
+def test_without_uv_pip_installs(clone, env):
+    said, calls = clone.make(**env)
+    assert clone.status == 0 and ("uv could not" in said) == ("NO_LUCK" in env), said
+    assert [call for call in calls if "-r requirements/cpu.txt" in call][-1].startswith("-m pip ")
 
 
 def test_an_interrupted_installation_goes_on(clone):
@@ -142,9 +191,7 @@ def test_a_venv_that_was_broken_off_before_it_had_pip_is_made_anew(clone):
     clone.make(KILL="1")
     assert clone.status != 0
     said, calls = clone.make()
-    assert (
-        clone.status == 0 and installed(calls) == ["requirements/cpu.txt"] and not any("uv" in call for call in calls)
-    ), said
+    assert clone.status == 0 and installed(calls) == ["requirements/cpu.txt"], said
 
 
 def test_packages_of_which_nobody_wrote_down_whose_they_are(clone):
@@ -229,6 +276,17 @@ def test_the_closures_are_names_and_versions_and_hold_what_is_declared():
         assert {re.split(r"[=<>]", one)[0] for one in declared} <= {pin.partition("==")[0] for pin in pins}
 
 
+def test_an_extras_closure_is_names_and_versions_beside_those_of_the_cpu():
+    """What it has in another version is named in resolve.py; it goes into an environment of its own."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    pins = {}
+    for name in ("cpu", "inspect"):
+        lines = (REPOSITORY / "requirements" / f"{name}.txt").read_text().splitlines()
+        pins[name] = dict(line.split("==") for line in lines if not line.startswith("#"))
+    declared = {re.split(r"[=<>]", one)[0] for one in project["optional-dependencies"]["inspect"]}
+    assert declared <= pins["inspect"].keys() and pins["cpu"].keys() & pins["inspect"].keys() == {"fsspec"}
+
+
 # at run time ----------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +346,7 @@ def test_nothing_is_started_beside_an_unused_gpu(monkeypatch, tmp_path):
     settings = EngineSettings(dtype="float32", max_tokens=1, max_images=1, max_pixels=1)
     with Resources(config.where) as resources:
         starts = [
-            lambda: resources.trainer, lambda: resources.server(policy, None, settings, base),
+            lambda: resources.trainer, lambda: resources.servers(policy, None, settings, base),
             lambda: resources.teacher(policy, settings, base),
             lambda: exec_server(ServerSettings(settings), base, None, host="127.0.0.1", port=1),
             lambda: serve_rank(config.where.trainer, 1),

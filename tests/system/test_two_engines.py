@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 from single_stage import build_stage
 
 from thinkimg.config.load import load_config
+from thinkimg.engine.client import EngineClient
 from thinkimg.engine.server import Server, ServerSettings, is_healthy
 from thinkimg.engine.settings import EngineConfig, EngineSettings
 from thinkimg.process import free_port, spawn
@@ -147,3 +149,29 @@ def test_the_next_stage_goes_on_with_those_that_answer(made, servers, caplog):
     again = play(made, servers, **{"rollout.samples": 4})
     assert len(rows(again)) == 16 and all(row["stop"] != StopReason.FAILED for row in rows(again))
     assert f"the server {servers[0].url} is left out" in caplog.text
+
+
+def test_the_loops_own_two_servers_play_as_one_does(made, whole, monkeypatch):
+    """One on each core, behind one client: the same tokens, and both play."""
+    store, dataset, policy = made
+    binds, asked, request = set(), set(), EngineClient._request
+
+    async def record(self, url, method, path, *rest):
+        if path.endswith("/generate"):
+            asked.add(url)
+        return await request(self, url, method, path, *rest)
+
+    def progress(done, total):
+        for pid in descendants(os.getpid()):
+            with suppress(OSError):  # it ended meanwhile
+                parts = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+                variables = dict(part.partition("=")[::2] for part in parts)
+                if "VLLM_SERVER_DEV_MODE" in variables:
+                    binds.add(variables.get("VLLM_CPU_OMP_THREADS_BIND"))
+
+    monkeypatch.setattr(EngineClient, "_request", record)
+    engine = "where.engine={cpu_threads_bind: '0|1', cpu_kvcache_gib: 1, max_num_seqs: 16, concurrency: 16}"
+    config = load_config("tiny", [*SETTINGS, f"where.store={store.root}", engine])
+    rollouts = build_stage(rollout, config, store, dataset=dataset, policy=policy, force=True, progress=progress)[0]
+    assert binds >= {"0", "1"} and len(asked) == 2
+    assert rollouts.digest == whole.digest

@@ -179,7 +179,7 @@ def test_chunks_attend_to_themselves_only(lengths):
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, sum(lengths), 4, generator=generator).unbind(0)
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    found, _ = attend_chunks(None, query, key, value, None, scaling=0.5, cu_seq_lens_q=bounds, is_causal=False)
+    found, _ = attend_chunks(None, query, key, value, None, scaling=0.5, cu_seq_lens_q=bounds, chunks={})
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         weights = (query[0, :, start:end] @ key[0, :, start:end].mT * 0.5).softmax(-1)
         torch.testing.assert_close(found[0, start:end], (weights @ value[0, :, start:end]).transpose(0, 1))

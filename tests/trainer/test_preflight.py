@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import itertools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ from thinkimg.errors import UserError
 from thinkimg.models.settings import FAMILIES, ModelConfig
 from thinkimg.trainer import memory, recurrence
 from thinkimg.trainer.forward.packing import ImageToken
-from thinkimg.trainer.memory import Requirement, Step, StepOptions
+from thinkimg.trainer.memory import Requirement, Step, StepCosts, StepOptions
 from thinkimg.trainer.micro_batches import count_tokens, split
 
 FULL = ModelConfig(dtype="float32", adaptation="full")
@@ -34,22 +35,27 @@ VISION = "--images 2 --turns 3 --size 8 --words 20 --train-vision"
 MOST_IMAGES = "--images 30 --turns 1 --size 4 --words 20"  # the tower's peak is the step's
 QUICK = [
     f"--family qwen2_5_vl --adaptation lora {IMAGES}",
-    f"--family qwen2_5_vl --adaptation full --checkpointing --padded {TEXT}",
-    f"--family qwen3_vl --adaptation lora {IMAGES}",
+    f"--family qwen2_5_vl --adaptation full --layers 6 --padded {TEXT}",
+    f"--family qwen3_vl --adaptation lora --layers 3 {IMAGES}",
     f"--family qwen3_5 --adaptation lora --padded {FEW_IMAGES}",
 ]
 GRID = [
-    f"--family {family} --adaptation {adaptation} {checkpointing} {padded} {shape}"
-    for family, adaptation, checkpointing, padded, shape in itertools.product(
-        FAMILIES, ("lora", "full"), ("", "--checkpointing"), ("", "--padded"), (IMAGES, TEXT)
+    f"--family {family} --adaptation {adaptation} {layers} {padded} {shape}"
+    for family, adaptation, layers, padded, shape in itertools.product(
+        FAMILIES, ("lora", "full"), ("", "--layers 3", "--layers 6"), ("", "--padded"), (IMAGES, TEXT)
     )
     if family != "qwen3_5" or padded  # its rows are never packed
 ]
 GRID += [
     f"--family {family} --adaptation {case}"
     for family in FAMILIES
-    for case in (f"full --padded {VISION}", f"lora --padded --checkpointing {MOST_IMAGES}")
+    for case in (f"full --padded {VISION}", f"lora --padded --layers 6 {MOST_IMAGES}")
 ]
+
+
+def predict(step: Step) -> Requirement:
+    """What a step takes where memory is plentiful."""
+    return memory.plan(memory.measure(step), step.options, math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +103,9 @@ def test_a_few_chunks_tell_of_a_recurrent_layer_what_all_take():
 
 def test_a_step_of_recurrent_layers_is_predicted_as_if_every_chunk_was_gone_through(base_of, monkeypatch):
     own = replace(step(AutoConfig.from_pretrained(base_of("qwen3_5").directory), LORA, checkpointing=True), units=None)
-    quick = memory.predict(own)
+    quick = predict(own)
     monkeypatch.setattr(memory, "extrapolate", lambda family: contextlib.nullcontext())
-    slow = memory.predict(own)
+    slow = predict(own)
     assert quick.activations == pytest.approx(slow.activations, rel=0.07) and quick.total != slow.total
     assert quick.weights == slow.weights
 
@@ -113,7 +119,7 @@ def test_what_a_tower_gives_is_counted(base_of, family):
     vision = own.geometry.vision_config
     assert width == vision.out_hidden_size * (3 if family == "qwen3_vl" else 1)
     more = replace(own, job_grids=own.grids | {"another": np.array(grid)})
-    difference = memory.predict(more).images - memory.predict(own).images
+    difference = predict(more).images - predict(own).images
     assert difference == patches * own.patch_bytes + patches // 4 * width * 4
 
 
@@ -122,7 +128,7 @@ def test_a_refusal_says_what_to_lower(geometry):
     needed = memory.check(large, 10**12)
     with pytest.raises(UserError, match="activations of .* tokens") as caught:
         memory.check(large, int(needed.total * 0.7))
-    assert "train.token_budget to" in caught.value.hint and "gradient_checkpointing=true" in caught.value.hint
+    assert "train.token_budget to" in caught.value.hint and "gradient_checkpointing=auto" in caught.value.hint
     with pytest.raises(UserError) as caught:  # not even a row fits
         memory.check(step(geometry, size=8, checkpointing=True), needed.optimizer + 1000)
     assert "images.max_pixels" in caught.value.hint and "token_budget" not in caught.value.hint
@@ -130,35 +136,35 @@ def test_a_refusal_says_what_to_lower(geometry):
 
 
 def test_a_larger_step_needs_more(geometry):
-    def predict(model=FULL, **options) -> Requirement:
-        return memory.predict(step(geometry, model, **options))
+    def of(model=FULL, **options) -> Requirement:
+        return predict(step(geometry, model, **options))
 
-    small = predict()
+    small = of()
     for more in ({"images": 2}, {"turns": 2}, {"size": 4}):
-        assert predict(**more).activations > small.activations
-    assert predict(checkpointing=True).activations < small.activations
-    assert predict(LORA).optimizer < small.optimizer / 10
-    trained = predict(train_vision=True)
+        assert of(**more).activations > small.activations
+    assert of(checkpointing=True).activations < small.activations
+    assert of(LORA).optimizer < small.optimizer / 10
+    trained = of(train_vision=True)
     assert trained.optimizer > small.optimizer and trained.activations > small.activations
-    assert predict(entropy_grad=True).activations > small.activations
-    halves = predict(shards=2)
+    assert of(entropy_grad=True).activations > small.activations
+    halves = of(shards=2)
     assert halves.optimizer < small.optimizer and halves.weights < small.weights and halves.unsharded
-    four = predict(LORA.model_copy(update={"load_in_4bit": True}))
-    assert four.weights < predict(LORA).weights and four.unsharded
+    four = of(LORA.model_copy(update={"load_in_4bit": True}))
+    assert four.weights < of(LORA).weights and four.unsharded
 
 
 def test_other_images_of_the_job_are_kept_too(geometry):
     own = step(geometry)
     job = replace(own, job_grids=own.grids | {f"other {key}": grid for key, grid in own.grids.items()})
-    more, alone = memory.predict(job), memory.predict(own)
+    more, alone = predict(job), predict(own)
     assert more.images > alone.images and more.activations == alone.activations
-    assert memory.predict(replace(job, options=StepOptions(on_gpu=True))).images < more.images  # patches lie elsewhere
+    assert predict(replace(job, options=StepOptions(on_gpu=True))).images < more.images  # patches lie elsewhere
 
 
 def test_a_prediction_draws_nothing_at_random(geometry):
     """Else a resumed job would not be the uninterrupted one."""
     before = torch.get_rng_state()
-    memory.predict(step(geometry, LORA, checkpointing=True))
+    predict(step(geometry, LORA, checkpointing=True))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -166,37 +172,32 @@ def test_padding_counts_and_a_shared_prompt_counts_once(geometry):
     packed = step(geometry, LORA, size=8)
     padded = replace(packed, units=None)
     assert count_tokens(packed.rows, packed.units) < count_tokens(packed.rows, None)
-    assert memory.predict(packed).activations < memory.predict(padded).activations
+    assert predict(packed).activations < predict(padded).activations
 
 
 def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
-    """In the shapes of Qwen2.5-VL-7B, by the difference of two layers and one, for all layers are equal.
+    """In the shapes of Qwen2.5-VL-7B, by the difference of three layers and two, for all but the first are equal.
 
     Each keeps as much for the backward pass, and with checkpointing its input.
     """
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     from workload import SEVEN_B, config_of
 
-    def of(layers: int, *settings: str) -> Requirement:
+    def of(layers: int) -> StepCosts:
         geometry = config_of(SEVEN_B)
         geometry.text_config.num_hidden_layers, geometry.vision_config.depth = layers, 1
-        found, tokens = forecast.predict_largest(
-            load_config("balanced", ["rollout.group_size=16", *settings]), geometry
-        )
-        assert tokens <= 8192
-        return found
+        costs, largest = forecast.measure_largest(load_config("balanced", ["rollout.group_size=16"]), geometry)
+        assert largest.tokens <= 8192 and costs.layers == layers
+        return costs
 
     hidden, middle, rank, tokens = 3584, 18944, 64, 8192
-    one, two = of(1), of(2)
+    two, three = of(2), of(3)
     layer = 2 * (2 * hidden**2 + 2 * hidden * 512 + 3 * hidden * middle)  # bytes in bfloat16
     adapters = rank * (4 * hidden + 2 * (hidden + 512) + 3 * (hidden + middle))
-    assert two.weights - one.weights == pytest.approx(layer + 4 * adapters, rel=0.01)
-    assert two.optimizer - one.optimizer == 12 * adapters
-    assert two.activations - one.activations == pytest.approx(2 * hidden * tokens, rel=0.15)
-    whole = (
-        of(2, "train.gradient_checkpointing=false").activations
-        - of(1, "train.gradient_checkpointing=false").activations
-    )
+    assert three.weights - two.weights == pytest.approx(layer + 4 * adapters, rel=0.01)
+    assert three.optimizer - two.optimizer == 12 * adapters
+    assert three.activations[3] - two.activations[2] == pytest.approx(2 * hidden * tokens, rel=0.15)
+    whole = three.activations[0] - two.activations[0]
     assert 10 * 2 * hidden * tokens < whole < 60 * 2 * hidden * tokens
 
 
@@ -204,7 +205,10 @@ def test_a_forecast_says_what_to_lower_where_a_step_does_not_fit(monkeypatch):
     config = load_config("tiny")
     assert "fits in" in forecast.forecast_memory(config)
     monkeypatch.setattr(forecast, "free_memory", lambda _: 10**7)
-    assert "lower train.token_budget" in forecast.forecast_memory(config)
+    line = forecast.forecast_memory(config)
+    assert "lower train.token_budget" in line and "set train.gradient_checkpointing=auto" in line
+    line = forecast.forecast_memory(load_config("tiny", ["train.gradient_checkpointing=auto"]))
+    assert "(4 of 4 layers computed again)" in line and "gradient_checkpointing" not in line
 
 
 def test_the_rows_of_a_forecast_keep_to_the_config():

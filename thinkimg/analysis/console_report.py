@@ -1,5 +1,6 @@
 """Console report of a loop: a line per iteration as it ends, its alarms, and the table of all iterations."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 
 from rich import box
@@ -25,6 +26,15 @@ def print_iteration(record: LoopRecord, number: int) -> None:
     accuracy = describe_accuracy({name.removeprefix("eval/"): value for name, value in metrics.items()})
     seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
     say(f"iteration {number}: {accuracy}, {', '.join([*rewards, f'{seconds:.0f} s'])}")
+
+
+def print_training_command(artifacts: Mapping[str, Artifact], config: Config, overrides: Iterable[str]) -> None:
+    """Print the command that trains on an iteration's scores again, where these do not tell the policy: with a lag."""
+    if config.loop.lag and "score" in artifacts:
+        policy = artifacts["train"].inputs["policy"]
+        words = ["thinkimg", "train", "--scores", artifacts["score"].short, "--policy", str(policy.fingerprint)[:12]]
+        words += ["--preset", config.preset, *(word for text in overrides for word in ("--set", text))]
+        say(f"its training alone: {shlex.join(words)}")
 
 
 def reward_keys(names: Iterable[str]) -> list[str]:

@@ -1,16 +1,14 @@
 """Comparison of two scores artifacts: their settings and inputs, the values that differ, and the reasons."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
-from thinkimg.analysis.explain import judgement_keys, parse_evidence
+from thinkimg.analysis.explain import judgement_keys, parse_evidence, parse_score
 from thinkimg.store.kinds import Scores
 from thinkimg.store.manifest import Artifact
 
-SCORE_FIELDS = ("value", "status", "reason", "evidence")
 JUDGEMENT_FIELDS = (
     *("judge", "model", "weights", "prompt", "question", "original", "processed"),
     *("value", "reason", "evidence", "unreachable"),
@@ -79,12 +77,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def parse_score(score: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a score with its evidence parsed."""
-    evidence = score["evidence"]
-    return {name: score[name] for name in SCORE_FIELDS} | {"evidence": json.loads(evidence) if evidence else None}
 
 
 def describe_change(

@@ -1,6 +1,7 @@
 """Explanation of one trajectory's reward: conversation, components with their judgements, totals and advantage."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import IDENTITY, Dataset, Rollouts, Scores
 
 EXAMPLES = 5  # of ids, in an error
+SCORE_FIELDS = ("value", "status", "reason", "evidence")
 
 
 def find_trajectory(store: Store, prefix: str, scores: Scores | None = None) -> tuple[Scores, str, list[Scores]]:
@@ -45,10 +47,7 @@ def find_trajectory(store: Store, prefix: str, scores: Scores | None = None) -> 
 
 
 def explain_reward(store: Store, scores: Scores, trajectory_id: str, config: Config) -> dict[str, Any]:
-    """Return the explanation as JSON. config.
-
-    Its mix is shown where no policy was trained on the scores, if it fits.
-    """
+    """Return the explanation as JSON. config: its mix is shown where no policy was trained, if the scores have it."""
     scored = open_scores(scores, store)
     dataset = store.origin(scored.rollouts, "dataset")
     row, sample = read_trajectory(scored.rollouts, dataset, trajectory_id)
@@ -74,12 +73,8 @@ def explain_reward(store: Store, scores: Scores, trajectory_id: str, config: Con
         "coordinates": str(row.coordinates),
         "turns": [asdict(turn) for turn in row.turns],
         "images": describe_images(row, sample, scored.rollouts, dataset),
-        "components": read_components(scores, trajectory_id),
-        "weighed": [
-            weigh_trajectory(scored, weighing, row, index)
-            for weighing in weighings(store, scores, config)
-            if set(scored.components).issuperset(weighing.mix.columns())
-        ],
+        "components": read_components(scores, [trajectory_id])[trajectory_id],
+        "weighed": [weighed.explain(row, index) for weighed in weigh(store, scored, config)],
     }
 
 
@@ -115,17 +110,27 @@ def describe_images(row: Trajectory, sample: Sample, rollouts: Rollouts, dataset
     return entries
 
 
-def read_components(scores: Scores, trajectory_id: str) -> dict[str, dict[str, Any]]:
-    """Return component -> value, status, reason, evidence, and the stored judgements that the evidence names."""
-    row = next(scores.rows(ids=[trajectory_id]))
-    components = {name: score for name, score in row.items() if name not in IDENTITY}
-    for score in components.values():
-        score["evidence"] = score["evidence"] and json.loads(score["evidence"])
-    keys = {name: judgement_keys(score["evidence"]) for name, score in components.items()}
-    stored = scores.judgements(key for names in keys.values() for key in names)
-    for name, score in components.items():
-        score["judgements"] = [parse_evidence(stored[key]) if key in stored else {"key": key} for key in keys[name]]
-    return components
+def read_components(scores: Scores, ids: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return trajectory id -> component -> value, status, reason, evidence, and the judgements that the evidence names.
+
+    A judgement that is not stored is its key alone.
+    """
+    rows = {
+        row["trajectory_id"]: {name: parse_score(score) for name, score in row.items() if name not in IDENTITY}
+        for row in scores.rows(ids)
+    }
+    listed = [score for components in rows.values() for score in components.values()]
+    stored = scores.judgements(key for score in listed for key in judgement_keys(score["evidence"]))
+    for score in listed:
+        keys = judgement_keys(score["evidence"])
+        score["judgements"] = [parse_evidence(stored[key]) if key in stored else {"key": key} for key in keys]
+    return rows
+
+
+def parse_score(score: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored score with its evidence parsed."""
+    evidence = score["evidence"]
+    return {name: score[name] for name in SCORE_FIELDS} | {"evidence": json.loads(evidence) if evidence else None}
 
 
 def judgement_keys(evidence: Any) -> list[str]:
@@ -140,59 +145,79 @@ def parse_evidence(judgement: dict[str, Any]) -> dict[str, Any]:
     return judgement | {"evidence": json.loads(evidence) if isinstance(evidence, str) and evidence else evidence}
 
 
-def weigh_trajectory(scored: Scored, weighing: Weighing, row: Trajectory, index: int) -> dict[str, Any]:
-    """Return the terms of a trajectory's total under one mix, and the rows of its group.
-
-    terms: name in the mix, column, weight, value (None where the column has none), group_mean (whether the value is the
-    group's mean), adds (weight x value). group: total, advantage, included and reason of every row; as stored with the
-    policy where one was trained.
-    """
-    totals, result = weighing.of(scored)
-    members = np.flatnonzero(scored.groups == scored.groups[index])
-    columns = weighing.mix.values(scored.components)
-    terms = []
-    for name, column, weight in weighing.mix.terms():
-        values = columns[name, column]
-        present = members[scored.counted[members] & ~np.isnan(values[members])]
-        missing = bool(np.isnan(values[index]))
-        counting = present if missing else [index]
-        value = float(values[counting].mean()) if len(counting) else None
-        terms.append(
-            {
-                "name": name,
-                "column": column,
-                "weight": weight,
-                "value": value,
-                "group_mean": missing,
-                "adds": weight * (value or 0.0),
-            }
-        )
-    used = weighing.policy.advantages() if weighing.policy is not None else None
-    group = [
-        {
-            "trajectory_id": scored.ids[i],
-            "total": float(totals[i]),
-            "advantage": float(result.advantages[i]),
-            "included": bool(result.included[i]),
-            "reason": str(result.reasons[i]),
-        }
-        if used is None
-        else {name: value for name, value in used[scored.ids[i]].items() if name != "group_id"}
-        for i in members
+def weigh(store: Store, scored: Scored, config: Config) -> list["Weighed"]:
+    """Return the rows under each weighing whose mix has all its columns in the scores; see `joined.weighings`."""
+    return [
+        Weighed(scored, weighing)
+        for weighing in weighings(store, scored.scores, config)
+        if set(scored.components).issuperset(weighing.mix.columns())
     ]
-    own = next(entry for entry in group if entry["trajectory_id"] == row.trajectory_id)
-    return {
-        "by": weighing.name,
-        "trained": used is not None,
-        **weighing.mix.fingerprinted(),
-        "terms": terms,
-        **{name: value for name, value in own.items() if name != "trajectory_id"},
-        "included": own["included"] and not _masked(weighing, row),
-        "why": explain_inclusion(
-            result.reasons[index], weighing, row, totals[index], totals[members[scored.counted[members]]]
-        ),
-        "group": group,
-    }
+
+
+class Weighed:
+    """Totals and advantages of all rows under one weighing; as stored with the policy where one was trained."""
+
+    def __init__(self, scored: Scored, weighing: Weighing) -> None:
+        self._scored, self.weighing = scored, weighing
+        self._totals, self._result = weighing.of(scored)
+        self._columns = weighing.mix.values(scored.components)
+        self._used = weighing.policy.advantages() if weighing.policy is not None else None
+        self._members = {group: np.flatnonzero(scored.groups == group) for group in dict.fromkeys(scored.groups)}
+
+    def explain(self, row: Trajectory, index: int) -> dict[str, Any]:
+        """Return the terms of the total of the row at `index`, and the rows of its group.
+
+        terms: name in the mix, column, weight, value (None where the column has none), group_mean (whether the value is
+        the group's mean), adds (weight x value). group: total, advantage, included and reason of every row.
+        """
+        members = self._members[self._scored.groups[index]]
+        group = [self._entry(i) for i in members]
+        own = next(entry for entry in group if entry["trajectory_id"] == row.trajectory_id)
+        counted = members[self._scored.counted[members]]
+        return {
+            "by": self.weighing.name,
+            "trained": self._used is not None,
+            **self.weighing.mix.fingerprinted(),
+            "terms": self._terms(index, members),
+            **{name: value for name, value in own.items() if name != "trajectory_id"},
+            "included": own["included"] and not _masked(self.weighing, row),
+            "why": explain_inclusion(
+                self._result.reasons[index], self.weighing, row, self._totals[index], self._totals[counted]
+            ),
+            "group": group,
+        }
+
+    def _entry(self, index: int) -> dict[str, Any]:
+        name = self._scored.ids[index]
+        if self._used is not None:
+            return {key: value for key, value in self._used[name].items() if key != "group_id"}
+        return {
+            "trajectory_id": name,
+            "total": float(self._totals[index]),
+            "advantage": float(self._result.advantages[index]),
+            "included": bool(self._result.included[index]),
+            "reason": str(self._result.reasons[index]),
+        }
+
+    def _terms(self, index: int, members: np.ndarray) -> list[dict[str, Any]]:
+        terms = []
+        for name, column, weight in self.weighing.mix.terms():
+            values = self._columns[name, column]
+            present = members[self._scored.counted[members] & ~np.isnan(values[members])]
+            missing = bool(np.isnan(values[index]))
+            counting = present if missing else [index]
+            value = float(values[counting].mean()) if len(counting) else None
+            terms.append(
+                {
+                    "name": name,
+                    "column": column,
+                    "weight": weight,
+                    "value": value,
+                    "group_mean": missing,
+                    "adds": weight * (value or 0.0),
+                }
+            )
+        return terms
 
 
 def _masked(weighing: Weighing, row: Trajectory) -> bool:

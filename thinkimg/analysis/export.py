@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from thinkimg import __version__
+from thinkimg.analysis import card
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.protocol import load_protocol
 from thinkimg.conversation.settings import ConversationConfig
@@ -14,11 +15,12 @@ from thinkimg.conversation.template import write_template
 from thinkimg.errors import UserError
 from thinkimg.images.toolbox import TOOLS, load_tools
 from thinkimg.models.family import find_family
+from thinkimg.records import Coordinates
 from thinkimg.store import files
 from thinkimg.store.artifacts import Store
 from thinkimg.store.lineage import Graph, draw_tree
 from thinkimg.store.manifest import MANIFEST, Artifact, git_revision
-from thinkimg.tracking.records import LoopRecord, load_records
+from thinkimg.tracking.records import find_loop
 
 SUMS = "SHA256SUMS"
 README = """# A policy that thinkimg {version} trained
@@ -26,6 +28,7 @@ README = """# A policy that thinkimg {version} trained
     policy/                  the weights ({adaptation}), tokenizer and processor, as Hugging Face's libraries read them
     chat_template.jinja      the template that renders a conversation to the tokens of its training, see below
     system.txt               the system prompt that it was trained with
+    example.py               asks it for its first turn about a picture, with Hugging Face's libraries alone
     tools.json               its tools: description, JSON Schema of the arguments, hash of the code
     config.json              the resolved config of its loop, and the part of it that each ancestor's stage used
     manifest.json            its own manifest: recipe, inputs, hash of every file, metrics, versions, host
@@ -47,6 +50,7 @@ its image and then its text. Pass no `tools`. A reply begins with {opening}, whi
 Texts of users that spell <|im_end|> or another token of the template are read as that token: remove them first.
 """
 TOKENIZER_CONFIG, TEMPLATE_JSON = "tokenizer_config.json", "chat_template.json"
+STATE = "state.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -97,6 +101,17 @@ def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
     changed = replace_template(vocabulary_of(pack / "policy"), template)
     (pack / "lineage.txt").write_text("\n".join(draw_tree(graph, name)) + "\n", encoding="utf-8")
     adaptation = policy.manifest["recipe"]["config"]["model"].get("adaptation", "full")
+    views = [config.get("images", {}) for config in (loop.config if loop else {}, *slices.values())]
+    if view := next((settings for settings in reversed(views) if "min_pixels" in settings), None):
+        unit = Coordinates(conversation.get("coordinates") or default_coordinates(policy))
+        example = card.write_example(vocabulary_of(pack / "policy").name, view, conversation, unit)
+        (pack / "example.py").write_text(example, encoding="utf-8")
+    base = json.loads((pack / "policy" / STATE).read_bytes())["base"] if (pack / "policy" / STATE).is_file() else {}
+    lines = [
+        *card.held_out_lines(evaluations),
+        "",
+        *card.licence_lines(base.get("name", ""), base.get("revision"), loop.config["data"] if loop else None),
+    ]
     text = README.format(
         version=__version__,
         adaptation=adaptation,
@@ -104,6 +119,7 @@ def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
         changed=", ".join(f"{path.relative_to(pack)}" for path in changed),
         opening=json.dumps(codec.opening) if codec.opening else "nothing",
     )
+    text = card.front_matter(base.get("name", ""), adaptation) + text + "\n" + "\n".join(lines) + "\n"
     (pack / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -112,12 +128,9 @@ def default_protocol(policy: Artifact) -> str:
     return ConversationConfig().form if policy.family is None else find_family(policy.family).protocols[0]
 
 
-def find_loop(store: Store, policy: Artifact) -> LoopRecord | None:
-    """Return the record of the loop that made or used the policy; None if a single stage made it."""
-    for record in load_records(store):
-        if any(reference.digest == policy.digest for _, reference in record.references("policy")):
-            return record
-    return None
+def default_coordinates(policy: Artifact) -> Coordinates:
+    """Return the unit of positions of a policy that learned from no conversations, where the settings name none."""
+    return ConversationConfig().unit if policy.family is None else find_family(policy.family).coordinates
 
 
 def vocabulary_of(policy: Path) -> Path:

@@ -1,5 +1,6 @@
 """Forecast of memory before anything runs: of a training step, for rows as long as the config allows; of the engine."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,12 +25,17 @@ LETTERS_PER_TOKEN = 3  # of the system prompt, at least
 
 
 def forecast_memory(config: Config) -> str:
-    """Return a line each for trainer and engine: what they take, what there is, and the settings to lower."""
+    """Return a line each for trainer and engine: what they take, what there is, and the settings to lower.
+
+    Raises UserError where settings name a GPU that is not there.
+    """
+    if gpu_memory() is not None:
+        config.where.check_devices()
     try:
         base = base_config(config)
     except OSError:
         return f"memory         unknown: the config.json of {config.model.path} is not available"
-    lines, gpu = [forecast_trainer(config, base)], gpu_memory()
+    lines, gpu = [forecast_trainer(config, base)], gpu_memory(config.where.engine.devices)
     if gpu is not None and not config.where.engine.urls:
         lines.append(forecast_engine(config, base, gpu[1]))
     return "\n".join(lines)
@@ -37,15 +43,18 @@ def forecast_memory(config: Config) -> str:
 
 def forecast_trainer(config: Config, base: "PretrainedConfig") -> str:
     """Return one line: the memory of a step, the free memory, and the settings to lower if it does not fit."""
-    step, tokens = predict_largest(config, base)
-    free, needed = free_memory(config), int(step.total * FRAGMENTED)
-    total, weights = (f"{size / memory.GIB:.1f} GiB" for size in (needed, step.weights))
-    line = f"memory         a step of {tokens} tokens takes up to {total} beside {weights} of weights"
+    costs, step = measure_largest(config, base)
+    free = free_memory(config)
+    plan = memory.plan(costs, step.options, free - costs.weights)
+    needed = int(plan.total * FRAGMENTED)
+    total, weights = (f"{size / memory.GIB:.1f} GiB" for size in (needed, costs.weights))
+    line = f"memory         a step of {step.tokens} tokens takes up to {total} beside {weights} of weights"
+    line += f" ({plan.layers} of {costs.layers} layers computed again)" if plan.layers else ""
     there = f"{free / memory.GIB:.1f} GiB of {'main memory' if gpu_memory() is None else 'the GPU'}"
-    if needed <= free - step.weights:
+    if needed <= free - costs.weights:
         return f"{line}: fits in {there}"
     lower = "train.token_budget, rollout.group_size, conversation.max_turns, images.max_pixels"
-    lower += "" if config.train.gradient_checkpointing else "; or set train.gradient_checkpointing=true"
+    lower += "" if config.train.gradient_checkpointing else "; or set train.gradient_checkpointing=auto"
     return f"{line}, but only {there} are free: lower {lower}"
 
 
@@ -60,8 +69,8 @@ def forecast_engine(config: Config, base: "PretrainedConfig", gpu: int) -> str:
     return f"{line} and {cache} of key-value cache: {engine.conversations} conversations of {engine.max_tokens} tokens"
 
 
-def predict_largest(config: Config, base: "PretrainedConfig") -> tuple[memory.Requirement, int]:
-    """Return the memory of the largest possible micro-batch, and its tokens."""
+def measure_largest(config: Config, base: "PretrainedConfig") -> tuple[memory.StepCosts, memory.Step]:
+    """Return the costs of the largest possible micro-batch, and the step."""
     image_token = ImageToken.of(base)
     rows, groups = longest_rows(config, image_token)
     groups = groups if config.train.shared_prompts else None
@@ -71,6 +80,7 @@ def predict_largest(config: Config, base: "PretrainedConfig") -> tuple[memory.Re
     ]
     options = memory.StepOptions(
         checkpointing=config.train.gradient_checkpointing,
+        images_again=config.train.scores_again,
         train_vision=config.model.train_vision,
         entropy_grad=config.train.loss.entropy_coef != 0,
         temperature=config.rollout.temperature,
@@ -81,7 +91,7 @@ def predict_largest(config: Config, base: "PretrainedConfig") -> tuple[memory.Re
     count = config.rollout.samples * (1 + config.rollout.group_size * tool_images)
     images = dict.fromkeys(map(str, range(count)), largest_grid(config))
     step = memory.Step(base, config.model, *max(batches, key=lambda batch: count_tokens(*batch)), options, images)
-    return memory.predict(step), step.tokens
+    return memory.measure(step), step
 
 
 def base_config(config: Config) -> "PretrainedConfig":
@@ -145,22 +155,24 @@ def count_shards(config: Config) -> int:
     return where.processes if read_accelerate_settings(where).get("distributed_type") == "FSDP" else 1
 
 
-def gpu_memory() -> tuple[int, int] | None:
-    """Return (free, total) bytes of this machine's GPU, None without one."""
+def gpu_memory(devices: Sequence[int | str] | None = None) -> tuple[int, int] | None:
+    """Return (free, total) bytes of the first of these GPUs, by default of the machine's first; None without one."""
     import torch
 
-    return torch.cuda.mem_get_info() if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.mem_get_info(devices[0] if devices and isinstance(devices[0], int) else 0)
 
 
 def free_memory(config: Config) -> int:
-    """Return the bytes that are left for a trainer: of this machine's GPU, or of its main memory.
+    """Return the bytes that are left for a trainer: of its GPU, or of this machine's main memory.
 
-    Left out are an engine that stays, what an engine leaves behind while it sleeps, and CUDA's context.
+    Left out are an engine that stays on the same GPU, what it leaves behind while it sleeps, and CUDA's context.
     """
-    engine, gpu = config.where.engine, gpu_memory()
-    kept = engine.keep and not engine.urls
+    engine, gpu = config.where.engine, gpu_memory(config.where.trainer.devices)
+    beside = not (engine.urls or config.where.apart)
     if gpu is None:
-        return psutil.virtual_memory().available - kept * engine.cpu_kvcache_gib * memory.GIB
+        return psutil.virtual_memory().available - (beside and engine.keep) * engine.cpu_kvcache_gib * memory.GIB
     free, total = gpu
-    sleeps = not (engine.keep or engine.urls)
-    return min(free, int(total * (1 - engine.gpu_memory_utilization * kept))) - CONTEXT - RESIDUE * sleeps
+    share = engine.gpu_memory_utilization if beside and engine.keep else 0
+    return min(free, int(total * (1 - share))) - CONTEXT - RESIDUE * (beside and not engine.keep)

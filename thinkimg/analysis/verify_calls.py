@@ -1,7 +1,7 @@
 """Replay of tool calls: a tool's image is a pure function of its source image and the call, so it can be verified."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,7 @@ from thinkimg.images import toolbox
 from thinkimg.images.decode import decode, pixel_hash
 from thinkimg.images.settings import ViewLimits
 from thinkimg.images.tool import Tool
-from thinkimg.records import CallStatus, Sample, Trajectory, TurnKind
+from thinkimg.records import CallStatus, Sample, Trajectory, Turn, TurnKind
 from thinkimg.store.artifacts import Problem, Store
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.manifest import Artifact
@@ -91,14 +91,9 @@ def replay_trajectory(
     tools: Mapping[str, Tool],
     replay: Replay,
 ) -> None:
-    """Run one trajectory's calls in order: each may work on images of earlier ones."""
-    pictures: list[Image.Image] = [images.decoded(sha256) for sha256 in sample.images]
-    sizes = partial(model_view_size, limits=limits)
-    for number, turn in enumerate(trajectory.turns):
-        shown = turn.image is not None or (turn.status is CallStatus.OK and turn.observation is not None)
-        if turn.kind is not TurnKind.TOOL or not shown:
-            continue  # a refused call has no result but its error text
-        result = toolbox.run_tool(turn.tool, json.loads(turn.args), pictures, sizes, tools, trajectory.coordinates)
+    """Run one trajectory's calls again, up to the first whose result is not the stored one."""
+    pictures = [images.decoded(sha256) for sha256 in sample.images]
+    for number, turn, result in replay_calls(trajectory, pictures, limits, tools):
         replay.calls += 1
         image = pixel_hash(result.image) if result.image else None
         same = image == turn.image and result.source == turn.source
@@ -113,3 +108,18 @@ def replay_trajectory(
             return  # later calls may build on this one
         if result.image is not None:
             pictures.append(result.image)
+
+
+def replay_calls(
+    trajectory: Trajectory, pictures: Sequence[Image.Image], limits: ViewLimits, tools: Mapping[str, Tool]
+) -> Iterator[tuple[int, Turn, toolbox.ToolResult]]:
+    """Run a trajectory's calls in order; yield (number of the turn, turn, result).
+
+    pictures: of the sample. The caller adds what a call made before it asks for the next: calls work on earlier images.
+    """
+    sizes = partial(model_view_size, limits=limits)
+    for number, turn in enumerate(trajectory.turns):
+        shown = turn.image is not None or (turn.status is CallStatus.OK and turn.observation is not None)
+        if turn.kind is TurnKind.TOOL and shown:  # a refused call has no result but its error text
+            args = json.loads(turn.args or "{}")
+            yield number, turn, toolbox.run_tool(turn.tool, args, pictures, sizes, tools, trajectory.coordinates)

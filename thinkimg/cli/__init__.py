@@ -5,6 +5,7 @@ main.py ─┬─► stages.py ─────► flows.<stage>     one stage: `
          ├─► dry_run.py ────► pipeline, store   `--dry-run` of both
          ├─► artifacts.py ──► store             `thinkimg artifacts …`
          ├─► data.py ───────► data.inspect      `thinkimg data …`
+         ├─► chat.py ───────► serving           `thinkimg chat`
          └─► scores.py ─────► analysis          remix, explain, diff
 flags.py: flags that several verbs have
 """

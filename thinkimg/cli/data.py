@@ -47,7 +47,8 @@ def inspect(
     from thinkimg.data.report.inspect import inspect
     from thinkimg.data.report.lines import report_lines, table_facts, table_title
     from thinkimg.data.report.overrides import add_pins, shell_command
-    from thinkimg.data.report.sheet import Section, check_page, write_sheet
+    from thinkimg.data.report.page import check_page
+    from thinkimg.data.report.sheet import Section, write_sheet
 
     given = set or []
     data, limits, coordinates = read_settings(path, given)
@@ -116,7 +117,8 @@ def show(reference: ArtifactFlag, /, *, html: SheetFlag = None, store: StoreFlag
     """Show a prepared data set: counts, what was left out and why, samples as the model reads them."""
     from thinkimg.console import say
     from thinkimg.data.report.lines import report_lines, summary_facts, summary_title
-    from thinkimg.data.report.sheet import Section, check_page, write_sheet
+    from thinkimg.data.report.page import check_page
+    from thinkimg.data.report.sheet import Section, write_sheet
     from thinkimg.data.report.summary import SHOWN
 
     if html is not None:

@@ -168,6 +168,12 @@ def ui(*, port: PortFlag = 5000, preset: PresetFlag = "tiny", set: SetFlag = Non
     os.execvpe(argv[0], argv, child_environment("mlflow", os.environ, {"MLFLOW_BACKEND_STORE_URI": database}))
 
 
+app.command(
+    "thinkimg.cli.chat:chat", name="chat", help="Serve a policy with its tools: OpenAI's chat completions at /v1."
+)
+
+app.command("thinkimg.cli.view:view", name="view", help="Write all conversations of an artifact as a log of Inspect.")
+
 app.update(ledger)
 
 calibrate = App(name="calibrate", help="Find the settings of a judge for a model.")

@@ -39,13 +39,7 @@ def print_mixes(scored: Scored, entries: list[dict[str, Any]]) -> None:
 
 def print_changes(changes: dict[str, Any]) -> None:
     """Print the settings that differ, a summary of each component, and the largest changes."""
-    if changes["recipe"]:
-        table = make_table("Settings and inputs", None, "name", "first", "second")
-        for key, (before, after) in changes["recipe"].items():
-            add_row(table, key, truncate(before), truncate(after))
-        console.print(table)
-    else:
-        say("Both have the same settings, inputs and packages.")
+    print_recipe(changes["recipe"])
     for side, only in zip(("first", "second"), changes["only_in"].values(), strict=True):
         if only["components"]:
             say(f"Components of the {side} alone: {', '.join(only['components'])}.")
@@ -68,6 +62,48 @@ def print_changes(changes: dict[str, Any]) -> None:
         ends = [format_value(row[side]["value"]) for side in ("from", "to")]
         add_row(table, row["trajectory_id"], row["component"], *ends, format_reasons(row))
     console.print(table)
+
+
+def print_recipe(recipe: dict[str, list[Any]]) -> None:
+    """Print the settings, inputs and packages that differ."""
+    if not recipe:
+        say("Both have the same settings, inputs and packages.")
+        return
+    table = make_table("Settings and inputs", None, "name", "first", "second")
+    for key, (before, after) in recipe.items():
+        add_row(table, key, truncate(before), truncate(after))
+    console.print(table)
+
+
+def print_pairs(changes: dict[str, Any]) -> None:
+    """Print the settings that differ, a summary of the greedy answers, and those that changed."""
+    print_recipe(changes["recipe"])
+    for line in pair_lines(changes):
+        say(line)
+    if not changes["rows"]:
+        return
+    caption = f"The first of {len(changes['rows'])}; --json has all." if len(changes["rows"]) > MAX_ROWS else None
+    table = make_table("Answers that changed", caption, "sample", "change", "first", "second", "calls")
+    for row in changes["rows"][:MAX_ROWS]:
+        answers = [
+            truncate(f"({row[side]['stop']})" if row[side]["answer"] is None else row[side]["answer"])
+            for side in ("from", "to")
+        ]
+        calls = " → ".join(", ".join(row[side]["calls"]) or "none" for side in ("from", "to"))
+        add_row(table, row["sample_id"], row["change"], *answers, truncate(calls))
+    console.print(table)
+
+
+def pair_lines(changes: dict[str, Any]) -> Iterator[str]:
+    """Yield the accuracies of two evaluations over the samples of both, and the number of each kind of change."""
+    before, after = ("none" if value is None else f"{100 * value:.1f} %" for value in changes["accuracy"])
+    yield f"{changes['compared']} samples in both; accuracy of the first {before}, of the second {after}."
+    counts = [f"{count} {kind}" for kind, count in changes["changes"].items()]
+    chance = "" if changes["p_value"] is None else f" Sign test of lost against gained: p = {changes['p_value']:.3g}."
+    yield f"Answers: {', '.join(counts)}.{chance}"
+    for side, only in zip(("first", "second"), changes["only_in"].values(), strict=True):
+        if only:
+            yield f"Samples of the {side} alone: {len(only)}."
 
 
 def format_reasons(row: dict[str, Any]) -> str:

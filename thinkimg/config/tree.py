@@ -36,6 +36,15 @@ class WhereConfig(ResourcesConfig):
         return tree
 
 
+class LoopConfig(Settings):
+    """Order in which a loop's stages run."""
+
+    lag: Literal[0, 1] = 0
+    """Steps by which the policy that plays is behind. 0: each iteration's rollouts are played by the policy that is
+    then trained. 1: by the policy before it, so that the next rollouts are played during the training. The loss
+    corrects for it."""
+
+
 class Config(Settings):
     """All settings of a loop."""
 
@@ -43,6 +52,7 @@ class Config(Settings):
     """Name of the preset or path of the YAML file that this came from."""
     iterations: Iterations = 10
     """Iterations of the loop: rollouts, scores, training, evaluation."""
+    loop: LoopConfig = LoopConfig()
     seed: Seed = 0
     """Seed of warm start, rollouts and training; the data have `data.seed`."""
     model: ModelConfig = ModelConfig()
@@ -66,6 +76,14 @@ class Config(Settings):
     def _consistent(self) -> Self:
         if self.warmstart.checkpoint is not None and self.model.adaptation == "lora":
             raise ValueError("warmstart.checkpoint is for full fine-tuning: with LoRA set model.path to the checkpoint")
+        if self.loop.lag and not self.train.loss.vllm_importance_sampling_correction:
+            raise ValueError("loop.lag=1 needs train.loss.vllm_importance_sampling_correction=true")
+        if self.loop.lag and self.where.exclusive and not self.where.engine.urls:
+            raise ValueError(
+                "loop.lag=1 gains nothing where engine and trainer take turns in the memory: give them devices of "
+                "their own (where.engine.devices, where.trainer.devices), or keep both (where.engine.keep, "
+                "where.trainer.keep)"
+            )
         return self
 
     def public(self) -> dict[str, Any]:

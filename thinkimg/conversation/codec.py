@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -18,6 +20,7 @@ END, PAD = "<|im_end|>", "<|image_pad|>"
 PICTURE = f"<|vision_start|>{PAD}<|vision_end|>"
 USER, REPLY = "<|im_start|>user\n", "<|im_start|>assistant\n"
 SLOT = "\ue000{}\ue001"  # placeholder of a text while markup is cut into pieces
+PIECES = 1024  # of prompts, and shapes of them, whose tokens and markup are kept
 KNOWN = "The base model must be of a known family, with its own tokenizer and chat template."
 
 
@@ -56,6 +59,9 @@ class Codec:
         if missing:
             raise UserError(f"The tokenizer has no {', '.join(sorted(missing))}.", hint=KNOWN)
         self._specials = re.compile("(" + "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) + ")")
+        # Conversations repeat all but their question: the markup, the system prompt, what stands before an image.
+        self._encode_again = lru_cache(PIECES)(lambda piece: tuple(self.encode(piece)))
+        self._markup = lru_cache(PIECES)(self._render_shape)
         self.end: int = self._ids[END]
         self.image: int = self._ids[PAD]
         self.banned = banned_tokens(tokenizer)
@@ -77,22 +83,31 @@ class Codec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of sampled ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return cast(str, self._tokenizer.decode(list(ids), **options))
+        # Not transformers' own: that looks at the type of every id first.
+        return self._plain.decode(list(ids), skip_special_tokens=False)
 
-    def prompt(self, system: str, content: Content, *, speaks: bool = False) -> list[int]:
+    def prompt(
+        self, system: str, content: Content, later: Sequence[tuple[str, Content]] = (), *, speaks: bool = False
+    ) -> list[int]:
         """Return the compact ids of the first prompt, by the chat template; an empty `system` is left out.
 
+        later: each reply to the message before, from its opening on, and the user's next message. They stand in the
+        prompt as turns and observations do (see `observation`): templates would trim replies and drop their thoughts.
         speaks: the reply goes on without a thought, whatever `thinking` is.
         """
+        assert not (speaks and later), "a comparison has one message"
         texts: list[str] = []
-        messages: list[dict[str, Any]] = [{"role": "user", "content": insert_slots(content, texts)}]
+        slots = insert_slots(content, texts)
         if system:
-            messages.insert(0, {"role": "system", "content": insert_slots([text_part(system)], texts)[0]["text"]})
-        markup = render_markup(self._tokenizer, messages, False if speaks else self.thinking)
+            texts.append(system)
+        shape = tuple(part == IMAGE_PART for part in slots)
+        markup = self._markup(shape, bool(system), False if speaks else self.thinking)
         if speaks and leaves_thought_open(markup.rpartition(REPLY)[2]):
             markup += f"\n{CLOSE_THOUGHT}\n\n"
-        return self._fill(markup, texts)
+        ids = self._fill(markup, texts)
+        for reply, message in later:
+            ids += [*self.encode(reply), self.end, *self.observation(message)]
+        return ids
 
     def observation(self, content: Content) -> list[int]:
         """Return the compact ids of a user's message between a turn that ended with `end` and the next turn."""
@@ -114,13 +129,22 @@ class Codec:
         before, _, after = system.removesuffix(tail).partition(slot)
         return bare.removesuffix(tail), before, after
 
+    def _render_shape(self, shape: tuple[bool, ...], system: bool, thinking: bool | None) -> str:
+        """Return the markup of a first prompt with slots for its texts, the system's last. shape: True for an image."""
+        slots = map(SLOT.format, count())
+        content = [IMAGE_PART if image else text_part(next(slots)) for image in shape]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system:
+            messages.insert(0, {"role": "system", "content": next(slots)})
+        return render_markup(self._tokenizer, messages, thinking)
+
     def _fill(self, markup: str, texts: list[str]) -> list[int]:
         ids: list[int] = []
         for piece in self._specials.split(markup):
             if piece in self._ids:
                 ids.append(self._ids[piece])
             else:
-                ids += self.encode(re.sub(SLOT.format(r"(\d+)"), lambda slot: texts[int(slot[1])], piece))
+                ids += self._encode_again(re.sub(SLOT.format(r"(\d+)"), lambda slot: texts[int(slot[1])], piece))
         return ids
 
 

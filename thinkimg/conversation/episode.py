@@ -2,54 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from PIL import Image
 
+from thinkimg.conversation.chat import Chat
 from thinkimg.conversation.codec import Codec
-from thinkimg.conversation.picture import Picture, make_picture, model_view_size
-from thinkimg.conversation.protocol import IMAGE_PART, Answer, Content, Malformed, ToolCall, load_protocol, text_part
-from thinkimg.conversation.question import state_question, state_size
+from thinkimg.conversation.picture import Picture
+from thinkimg.conversation.protocol import IMAGE_PART, Content, load_protocol, text_part
+from thinkimg.conversation.question import state_question
 from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.conversation.text_core import PendingCall, TextCore, dump_args
 from thinkimg.conversation.tokens import ROLES, TokenError, TokenStream, expanded_length
 from thinkimg.errors import UserError, describe_error
 from thinkimg.images import toolbox
 from thinkimg.images.settings import ViewLimits
-from thinkimg.images.tool import Tool
-from thinkimg.records import CallStatus, Coordinates, Sample, StopReason, Trajectory, Turn, TurnKind
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of a tool call, and the picture of its image if it has one."""
-
-    result: toolbox.ToolResult
-    picture: Picture | None = None
-
-
-@dataclass(frozen=True)
-class PendingCall:
-    """Tool call that waits to be run: pure CPU work, for a pool of threads."""
-
-    call: ToolCall
-    images: tuple[Image.Image, ...]
-    tools: Mapping[str, Tool]
-    limits: ViewLimits
-    coordinates: Coordinates
-
-    def run(self) -> Outcome:
-        """Run the tool. A wrong call is an outcome with an error; an exception is a bug (see Episode.fail)."""
-        if not self.tools or not self.images:
-            missing = "images" if self.tools else "tools"
-            error = f"There are no {missing} here; give an answer."
-            return Outcome(toolbox.ToolResult(len(self.images) - 1, error=error))
-        sizes = partial(model_view_size, limits=self.limits)
-        result = toolbox.run_tool(self.call.name, self.call.args, self.images, sizes, self.tools, self.coordinates)
-        return Outcome(result, make_picture(result.image, self.limits) if result.image else None)
+from thinkimg.records import Coordinates, Sample, Trajectory
 
 
 @dataclass(frozen=True)
@@ -69,8 +41,8 @@ class ConversationSpec:
         assert self.codec.thinking is self.conversation.thinking, "the codec opens replies as the settings say"
 
 
-class Episode:
-    """Conversation about one sample.
+class Episode(TextCore):
+    """Conversation about one sample, or the next answer in a chat, with its token stream.
 
     While `stop` is None: send `prompt_ids` and `view_images` for at most budget() tokens, sampled with
     derive_seed(policy, sample_id, index, len(turns)). Check the engine's prompt with stream.check, and feed() the
@@ -83,7 +55,7 @@ class Episode:
 
     def __init__(
         self,
-        sample: Sample,
+        sample: Sample | Chat,
         pictures: Sequence[Picture],
         spec: ConversationSpec,
         *,
@@ -92,21 +64,10 @@ class Episode:
         index: int,
     ) -> None:
         assert [picture.sha256 for picture in pictures] == list(sample.images), "the pictures must be the sample's"
+        super().__init__(pictures, spec.conversation, spec.view)
         self.sample, self.policy, self.group_id, self.index = sample, policy, group_id, index
-        self.config, self.view, self.codec = spec.conversation, spec.view, spec.codec
-        self.protocol = load_protocol(self.config.form)
-        self.tools = toolbox.load_tools(self.config.tools)
-        self.pictures = list(pictures)
-        self.turns: list[Turn] = []
-        self.answer: str | None = None
-        self.stop: StopReason | None = None
-        self.error: str | None = None
-        self.refused = False
-        """True if the engine or a tool failed on it, so that it is played a second time."""
-        self.passing = False
-        """True if machine or network failed (errors.is_passing), so that it never becomes a row."""
+        self.codec = spec.codec
         self._weights: list[str] = []
-        self._called: Turn | None = None  # the turn whose call is pending
         prompt = render_prompt(sample, [picture.view.size for picture in pictures], self.config, self.codec)
         self.stream = TokenStream(self.codec, prompt, [picture.slot for picture in pictures])
         if excess := find_excess(self.stream.expanded_length, len(pictures), self.config):
@@ -153,72 +114,16 @@ class Episode:
         if weights not in self._weights[-1:]:
             self._weights.append(weights)
         written = self.codec.turn_start + self.codec.decode(token_ids[:-1] if complete else token_ids)
-        turn = Turn(written, TurnKind.MALFORMED, tokens=len(token_ids), weights=weights)
-        if not complete:
-            self._end(StopReason.TRUNCATED, replace(turn, error="The turn reached its token limit."))
-            return None
-        match self.protocol.parse(written):
-            case Answer(answer):
-                self.answer = answer
-                self._end(StopReason.ANSWER, replace(turn, kind=TurnKind.ANSWER))
-                return None
-            case Malformed(reason):
-                message = f"Error: {reason}"
-                self._reply(replace(turn, error=reason, observation=message), [text_part(message)])
-                return None
-            case ToolCall(name, args) as call:
-                self._called = replace(turn, kind=TurnKind.TOOL, tool=name, args=dump_args(args))
-                images = tuple(picture.image for picture in self.pictures)
-                return PendingCall(call, images, self.tools, self.view, self.config.unit)
+        return self.read(written, complete=complete, tokens=len(token_ids), weights=weights)
 
-    def observe(self, outcome: Outcome) -> None:
-        """Append the outcome of the call that feed() returned, as an observation for the model."""
-        turn, result, new = self._called, outcome.result, outcome.picture
-        assert turn is not None, "no call is pending"
-        self._called = None
-        turn = replace(turn, source=result.source if self.pictures else None)
-        error = result.error
-        if new and len(self.pictures) >= self.config.max_images:
-            error = f"No more than {self.config.max_images} images can be shown; give an answer."
-        if error:
-            message = f"Error: {error}"
-            turn = replace(turn, status=CallStatus.ERROR, error=error, observation=message)
-            self._reply(turn, self.protocol.observation(message, image=False))
-        elif new:
-            twin = next((picture for picture in self.pictures if picture.sha256 == new.sha256), None)
-            message = state_size(len(self.pictures), new.view.size, self.config.unit)
-            status = CallStatus.DUPLICATE if twin else CallStatus.OK
-            turn = replace(turn, status=status, image=new.sha256, observation=message)
-            self._reply(turn, self.protocol.observation(message, image=True), twin or new)
-        else:
-            turn = replace(turn, status=CallStatus.OK, observation=result.text)
-            self._reply(turn, self.protocol.observation(result.text, image=False))
-
-    def _reply(self, turn: Turn, content: Content, new: Picture | None = None) -> None:
-        ids, slots = self.codec.observation(content), [new.slot] if new else []
+    def tell(self, content: Content, picture: Picture | None) -> bool:
+        """Append a message as an observation, if a token of the next turn has room as well."""
+        ids, slots = self.codec.observation(content), [picture.slot] if picture else []
         needed = expanded_length(ids, slots, self.codec.image) + 1
-        last = len(self.turns) + 1 == self.config.max_turns
         if needed > self.config.max_tokens - self.stream.expanded_length:
-            # The model does not see the result, so the row has none: a turn's image is always one of the stream's.
-            status = turn.status and CallStatus.ERROR
-            error = turn.error or "The conversation has no room for the result."
-            turn = replace(turn, status=status, error=error, image=None, observation=None)
-            return self._end(StopReason.MAX_TURNS if last else StopReason.MAX_TOKENS, turn)
+            return False
         self.stream.append_observation(ids, slots)
-        self.pictures += [new] if new else []
-        self.turns.append(turn)
-        self.stop = StopReason.MAX_TURNS if last else None
-
-    def _end(self, stop: StopReason, turn: Turn) -> None:
-        self.turns.append(turn)
-        self.stop = stop
-
-    def fail(self, error: str) -> None:
-        """End the episode as FAILED, with an error of engine, tool or tokens in its row."""
-        if self._called:
-            self.turns.append(replace(self._called, status=CallStatus.ERROR, error=error))
-            self._called = None
-        self.stop, self.error, self.answer = StopReason.FAILED, error, None
+        return super().tell(content, picture)
 
     def trajectory(self) -> Trajectory:
         """Return the row of an ended episode; its `weights` are the versions seen, joined by ">" if they changed."""
@@ -286,11 +191,20 @@ def measure_prompt(sample: Sample, sizes: Sequence[tuple[int, int]], spec: Conve
 
 
 def render_prompt(
-    sample: Sample, sizes: Sequence[tuple[int, int]], conversation: ConversationConfig, codec: Codec
+    sample: Sample | Chat, sizes: Sequence[tuple[int, int]], conversation: ConversationConfig, codec: Codec
 ) -> list[int]:
-    """Return the compact ids of the first prompt: the system's, the images, and the text of the question."""
+    """Return the compact ids of the first prompt: the system's, the images, and the text of the question.
+
+    Those of a chat go on with each reply and the user's next message.
+    """
+    system = render_system_prompt(conversation)
+    if isinstance(sample, Chat):
+        first, *rest = sample.contents(sizes, conversation.unit)
+        protocol = load_protocol(conversation.form)
+        replies = [protocol.follow(turn, codec.turn_start) for turn in sample.turns(protocol)]
+        return codec.prompt(system, first, list(zip(replies, rest, strict=True)))
     content = [IMAGE_PART] * len(sizes) + [text_part(state_question(sample, sizes, conversation.unit))]
-    return codec.prompt(render_system_prompt(conversation), content)
+    return codec.prompt(system, content)
 
 
 def render_system_prompt(conversation: ConversationConfig) -> str:
@@ -303,11 +217,6 @@ def render_system_prompt(conversation: ConversationConfig) -> str:
 @cache
 def _default_system(protocol: str, tools: tuple[str, ...] | None, coordinates: Coordinates) -> str:
     return load_protocol(protocol).system(tuple(toolbox.load_tools(tools).values()), coordinates)
-
-
-def dump_args(args: dict[str, Any]) -> str:
-    """Return the arguments as JSON, equal for equal arguments."""
-    return json.dumps(args, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def derive_seed(policy: str, sample_id: str, index: int, turn: int) -> int:

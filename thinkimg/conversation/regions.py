@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from thinkimg.images.coordinates import Box, map_to_region
+from thinkimg.images.coordinates import Box, Frame, map_to_region
 from thinkimg.images.tool import in_place
 from thinkimg.images.toolbox import load_tools
 from thinkimg.records import Trajectory, Turn
@@ -57,3 +57,17 @@ def cut_box(row: Trajectory, turn: Turn, tools: tuple[str, ...] | None = None) -
         return None
     assert turn.args is not None and turn.source is not None
     return tool.cut(json.loads(turn.args), row.extents[turn.source])
+
+
+def source_box(
+    row: Trajectory, turn: Turn, size: tuple[int, int], tools: tuple[str, ...] | None = None
+) -> tuple[int, int, int, int] | None:
+    """Return the box that a turn cut out of its source, in pixels of that image; None for none.
+
+    size: (width, height) of the source image in pixels. Right and bottom edges are exclusive.
+    """
+    cut = cut_box(row, turn, tools)
+    if cut is None:
+        return None
+    assert turn.source is not None
+    return Frame(size, row.sizes[turn.source], row.coordinates).box_to_full(cut)

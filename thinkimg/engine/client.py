@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import aiohttp
+import orjson
 
 from thinkimg.engine.errors import REFUSED, EngineError
 from thinkimg.engine.request import Generation, ImageRef, Sampling
@@ -43,7 +44,13 @@ class EngineClient:
     """
 
     def __init__(
-        self, urls: Sequence[str], *, media: Literal["file", "data"], concurrency: int = 64, timeout_s: float = 1800.0
+        self,
+        urls: Sequence[str],
+        *,
+        media: Literal["file", "data"],
+        concurrency: int = 64,
+        timeout_s: float = 1800.0,
+        on_close: Callable[[], None] = lambda: None,
     ):
         assert urls, "an engine client needs at least one url"
         self.urls = [url.rstrip("/") for url in urls]
@@ -59,13 +66,17 @@ class EngineClient:
         # httpx looks at all of its connections for every request: with 128 of them that took most of this process's
         # time.
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30.0)
+        self._on_close = on_close
         self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=concurrency + 8), timeout=timeout)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._http.close()
+        try:
+            await self._http.close()
+        finally:
+            self._on_close()
 
     async def generate(self, token_ids: Sequence[int], images: Sequence[ImageRef], sampling: Sampling) -> Generation:
         """Sample one continuation of a compact prompt, which has one image pad per entry of `images`, in order."""
@@ -233,7 +244,7 @@ class EngineClient:
         # Prompts about one image share a prefix, as do the turns of a conversation: one server's cache should see them
         # all.
         affinity = images[0].uuid if images else json.dumps(list(token_ids[:256]))
-        content = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+        content = orjson.dumps({key: value for key, value in body.items() if value is not None})
         async with self._slots:
             return await self._send(affinity, content, read)
 
@@ -320,7 +331,7 @@ class EngineClient:
                 hint=STATUS_HINTS.get(status, "read the server's log"),
             )
         # /v1/load_lora_adapter answers in plain text, /pause and others in JSON
-        return read_answer(url + path, body, json.loads) if kind == "application/json" else {}
+        return read_answer(url + path, body, orjson.loads) if kind == "application/json" else {}
 
 
 class EngineUnavailable(EngineError):

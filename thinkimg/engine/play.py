@@ -1,18 +1,27 @@
-"""Sampling of episodes: one asyncio task each, so that none waits for the slowest."""
+"""Sampling of episodes: one asyncio task each, so that none waits for the slowest.
+
+    rollout, evaluate ──► Sampler ─┐                  ┌─► sample_turn ──► EngineClient
+    serving ───────────────────────┴─► play_episode ──┴─► play_turns (tools, observations) ──► Turn, Turn, …
+    environments ─────────────────────────► play_turns, with their own sampling
+
+Whoever samples elsewhere, as an adapter to another framework, hands play_turns a function of its own.
+"""
 
 import asyncio
+import gc
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from thinkimg.conversation.episode import ConversationSpec, Episode, Outcome, PendingCall, derive_seed
+from thinkimg.conversation.episode import ConversationSpec, Episode, derive_seed
 from thinkimg.conversation.picture import Picture, make_picture
+from thinkimg.conversation.text_core import Outcome, PendingCall, TextCore
 from thinkimg.conversation.tokens import TokenMismatch
 from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.engine.errors import EngineError
@@ -20,7 +29,7 @@ from thinkimg.engine.media import Media
 from thinkimg.engine.request import Sampling
 from thinkimg.errors import is_passing
 from thinkimg.images.settings import ViewLimits
-from thinkimg.records import Sample
+from thinkimg.records import Sample, StopReason, Turn
 from thinkimg.store.image_table import ImageTable
 
 log = logging.getLogger(__name__)
@@ -33,6 +42,8 @@ class SamplingMode:
     temperature: float
     blind: bool = False
     """Replace every image that a tool makes by a grey one of the same size."""
+    max_tokens: int | None = None
+    """Tokens of all turns together, at most; None: as many as the conversation's limits admit."""
 
 
 @dataclass(frozen=True)
@@ -45,47 +56,79 @@ class EpisodeSpec:
     mode: SamplingMode
 
 
-async def play_episode(
+async def play_turns(
+    core: TextCore, take_turn: Callable[[], Awaitable[PendingCall | None]], pool: Executor, *, blind: bool = False
+) -> AsyncIterator[Turn]:
+    """Play a conversation to its end; yield each turn after its tool has run and the model was told the outcome.
+
+    take_turn: samples one turn and has the conversation read it. blind: as in SamplingMode. A tool that breaks makes
+    the conversation fail.
+    """
+    loop = asyncio.get_running_loop()
+    while core.stop is None:
+        number = len(core.turns)
+        call = await take_turn()
+        if call is not None:
+            try:
+                outcome = await loop.run_in_executor(pool, run_tool, call)
+                if blind:
+                    outcome = await loop.run_in_executor(pool, grey_out, outcome, core.view)
+            except Exception as error:  # a tool of ours or of the user's is broken: one row fails, not the run
+                log.exception("the tool %s broke", call.call.name)
+                core.fail(f"The tool {call.call.name} broke: {type(error).__name__}: {error}")
+                core.refused, core.passing = True, is_passing(error)
+            else:
+                core.observe(outcome)
+        for turn in core.turns[number:]:  # none where the engine refused it
+            yield turn
+
+
+def play_episode(
     episode: Episode, engine: EngineClient, media: Media, mode: SamplingMode, pool: Executor
-) -> Episode:
-    """Play one conversation to its end; a request that the engine refuses, or a tool that breaks, makes it fail.
+) -> AsyncIterator[Turn]:
+    """Play one conversation with an engine; yield its turns. A request that the engine refuses makes it fail.
 
     `refused` and `passing` say whether it may be played again. Raises EngineUnavailable where no server answers: the
     stage stops, and goes on later from its closed parts.
     """
-    loop = asyncio.get_running_loop()
-    codec = episode.codec
-    while episode.stop is None:
-        refs = [await loop.run_in_executor(pool, media.ref, uuid, view) for uuid, view in episode.view_images]
-        sampling = Sampling(
-            temperature=mode.temperature,
-            max_tokens=episode.budget(),
-            seed=derive_seed(episode.policy, episode.sample.sample_id, episode.index, len(episode.turns)),
-            stop_token_ids=(codec.end,),
-            banned_token_ids=codec.banned,
-        )
-        try:
+
+    async def take_turn() -> PendingCall | None:
+        return await sample_turn(episode, engine, media, mode, pool)
+
+    return play_turns(episode, take_turn, pool, blind=mode.blind)
+
+
+async def sample_turn(
+    episode: Episode, engine: EngineClient, media: Media, mode: SamplingMode, pool: Executor
+) -> PendingCall | None:
+    """Sample the next turn and feed it: the one place where tokens come from. Returns a call that is to be run.
+
+    Raises EngineUnavailable; any other error of the engine makes the episode fail.
+    """
+    budget, codec = episode.budget(), episode.codec
+    if mode.max_tokens is not None:
+        budget = min(budget, mode.max_tokens - sum(turn.tokens for turn in episode.turns))
+        if budget < 1:
+            episode.stop = StopReason.MAX_TOKENS
+            return None
+    sampling = Sampling(
+        temperature=mode.temperature,
+        max_tokens=budget,
+        seed=derive_seed(episode.policy, episode.sample.sample_id, episode.index, len(episode.turns)),
+        stop_token_ids=(codec.end,),
+        banned_token_ids=codec.banned,
+    )
+    try:
+        async with media.lend(episode.view_images, pool) as refs:
             sampled = await engine.generate(episode.prompt_ids, refs, sampling)
-            episode.stream.check(sampled.prompt_token_ids)
-        except EngineUnavailable:
-            raise
-        except (EngineError, TokenMismatch) as error:
-            episode.fail(str(error))
-            episode.refused = True
-            break
-        call = episode.feed(sampled.token_ids, sampled.logprobs, sampled.finish_reason, sampled.weight_version)
-        if call is not None:
-            try:
-                outcome = await loop.run_in_executor(pool, run_tool, call)
-                if mode.blind:
-                    outcome = await loop.run_in_executor(pool, grey_out, outcome, episode.view)
-            except Exception as error:  # a tool of ours or of the user's is broken: one row fails, not the run
-                log.exception("the tool %s broke", call.call.name)
-                episode.fail(f"The tool {call.call.name} broke: {type(error).__name__}: {error}")
-                episode.refused, episode.passing = True, is_passing(error)
-                break
-            episode.observe(outcome)
-    return episode
+        episode.stream.check(sampled.prompt_token_ids)
+    except EngineUnavailable:
+        raise
+    except (EngineError, TokenMismatch) as error:
+        episode.fail(str(error))
+        episode.refused = True
+        return None
+    return episode.feed(sampled.token_ids, sampled.logprobs, sampled.finish_reason, sampled.weight_version)
 
 
 def run_tool(call: PendingCall) -> Outcome:
@@ -134,19 +177,24 @@ class Sampler:
         """
         waiting = iter(jobs)
         running: set[asyncio.Task[tuple[EpisodeSpec, Episode]]] = set()
+        # asyncio.wait looks at all of its tasks for each that ends.
+        ended: asyncio.Queue[asyncio.Task[tuple[EpisodeSpec, Episode]]] = asyncio.Queue()
         done = 0
+        gc.freeze()  # else each full collection walks the million objects of the libraries (docs/design.md)
         try:
             while True:
                 while len(running) < self.engine.concurrency and (job := next(waiting, None)) is not None:
-                    running.add(asyncio.create_task(self._play(job)))
+                    running.add(task := asyncio.create_task(self._play(job)))
+                    task.add_done_callback(ended.put_nowait)
                 if not running:
                     return
-                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in ended:
-                    done += 1
-                    progress(done)
-                    yield task.result()
+                task = await ended.get()
+                running.remove(task)
+                done += 1
+                progress(done)
+                yield task.result()
         finally:
+            gc.unfreeze()
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -157,7 +205,9 @@ class Sampler:
         try:
             group, pictures = name_group(self.policy, sample), await self._pictures_of(job.sample)
             episode = Episode(job.sample, pictures, self.spec, policy=self.policy, group_id=group, index=job.index)
-            return job, await play_episode(episode, self.engine, self.media, job.mode, self.pool)
+            async for _ in play_episode(episode, self.engine, self.media, job.mode, self.pool):
+                pass
+            return job, episode
         finally:
             self._playing[sample] -= 1
             if not self._playing[sample]:

@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +21,22 @@ class ImageRef:
     data: bytes | None = None
     """Encoded image (media="data"); read from `path` if None."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the data, and of the URL that holds them."""
+        return 0 if self.data is None else len(self.data) + 4 * len(self.data) // 3
+
     def url(self, media: Literal["file", "data"]) -> str:
         """Return the image's URL: that of its file, or one that holds its data."""
-        if media == "file":
-            assert self.path is not None, "media='file' needs a path"
-            return self.path.absolute().as_uri()
+        return self._file_url if media == "file" else self._data_url
+
+    @cached_property  # every turn of a conversation sends it again
+    def _file_url(self) -> str:
+        assert self.path is not None, "media='file' needs a path"
+        return self.path.absolute().as_uri()
+
+    @cached_property
+    def _data_url(self) -> str:
         data = self.path.read_bytes() if self.data is None else self.data
         kind = "jpeg" if data[:2] == b"\xff\xd8" else "webp" if data[8:12] == b"WEBP" else "png"
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

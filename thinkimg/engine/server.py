@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from thinkimg import closure
+from thinkimg.devices import select_gpus
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.settings import EngineConfig, EngineSettings
 from thinkimg.environment import CONNECTION_ERRORS, child_environment, is_healthy, open_local
@@ -236,8 +237,11 @@ def round_rank(rank: int) -> int:
 
 
 def server_environment(base: Mapping[str, str], model: str, settings: ServerSettings) -> dict[str, str]:
-    """Return a server's environment, made from the caller's by the rule for engines. model: directory or Hub id."""
-    own = {}
+    """Return a server's environment, made from the caller's by the rule for engines. model: directory or Hub id.
+
+    Raises UserError where there are no such GPUs as the settings name.
+    """
+    own = select_gpus("where.engine.devices", settings.engine.devices, base)
     if Path(model).is_dir():
         own["HF_HUB_OFFLINE"] = "1"
     if settings.max_lora_rank is not None:

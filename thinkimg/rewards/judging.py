@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,13 @@ def run_judges(
     context: JudgeContext,
     lookup: Lookup,
     close: Callable[[str, Judgements], None],
+    *,
+    strict: bool = True,
 ) -> None:
     """Have judges look at pairs, side by side where the memory holds them all.
 
     close(component, judgements) is called when a judge has ended. Raises the first failure after all have ended, so
-    that the judgements of the others are kept. A judge that refused most pairs has failed.
+    that the judgements of the others are kept. strict: a judge that refused most pairs has failed.
     """
     pairs = sorted(wanted, key=sort_key)
     rejected = dict(zip(pairs, context.map(lambda pair: reject_unfit(pair, context), pairs), strict=True))
@@ -71,11 +73,11 @@ def run_judges(
         refused = [judged[pair].reason or "?" for pair in again if judged[pair].refused]
         if refused:
             log.warning("%s refused %d of %d judgements, the first: %s", name, len(refused), len(judged), refused[0])
-        if len(refused) >= FEW:
+        if strict and len(refused) >= FEW:
             check_share(refused, len(judged), f"judgements of {name}")
         return {(name, pair): rejected[pair] or judged[pair] for pair in pairs}
 
-    threads = 1 if context.resources.exclusive else len(names)
+    threads = 1 if context.resources.where.takes_turns else len(names)
     failures: list[BaseException] = []
     with ThreadPoolExecutor(threads, thread_name_prefix="judge") as pool:
         running = {pool.submit(judge_all, name): name for name in names}
@@ -151,10 +153,11 @@ def parse_judgement(row: dict[str, Any]) -> Judgement:
     return Judgement(row["value"], row["reason"], json.loads(row["evidence"]), by, row["unreachable"])
 
 
-def make_lookup(store: Store, rollouts: str) -> Lookup:
+def make_lookup(store: Store, rollouts: str, ledgers: Callable[[str], Iterable[Path]] = lambda component: ()) -> Lookup:
     """Return a lookup of judgements with a value in complete scores of the store.
 
-    It searches all scores of the rollouts with this digest, and the newest RECENT of others.
+    It searches all scores of the rollouts with this digest, and the newest RECENT of others. ledgers: function of a
+    component to further ledgers.
     """
 
     def of_rollouts(artifact: Artifact) -> bool:
@@ -168,7 +171,7 @@ def make_lookup(store: Store, rollouts: str) -> Lookup:
     def lookup(component: str, keys: set[str]) -> dict[str, Judgement]:
         wanted = pa.array(sorted(keys))
         judgements: dict[str, Judgement] = {}
-        for path in (path for artifact in searched for path in find_ledgers(artifact, component)):
+        for path in chain(ledgers(component), (p for artifact in searched for p in find_ledgers(artifact, component))):
             rows = pq.read_table(path)
             hits = rows.filter(pc.and_(pc.is_in(rows["key"], wanted), pc.is_valid(rows["value"]))).to_pylist()
             judgements |= {row["key"]: parse_judgement(row) for row in hits}

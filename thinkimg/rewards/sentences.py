@@ -148,7 +148,7 @@ def fill_ledger(work: Work, name: str, wanted: set[GivenAnswer], judge: Sentence
     """Return the verdicts on answers, and store them as the ledger `name`.
 
     Those that the ledger or an earlier one has are taken from it. Raises UserError where the endpoint gave no verdict
-    on more than half of the others: these are asked again by the next run.
+    on more than half of all: these are asked again by the next run.
     """
     verdicts: dict[GivenAnswer, Judgement] = {}
     if work.has(name):
@@ -167,8 +167,8 @@ def fill_ledger(work: Work, name: str, wanted: set[GivenAnswer], judge: Sentence
     lost = [verdicts[answer].reason or "?" for answer in new if verdicts[answer].value is None]
     if lost:
         log.warning("%s gave no verdict on %d of %d answers, the first: %s", judge.model, len(lost), len(new), lost[0])
-        if len(lost) == len(new) or len(lost) >= FEW:
-            check_share(lost, len(new), f"verdicts of {judge.model}")
+        if len(lost) == len(wanted) or len(lost) >= FEW:
+            check_share(lost, len(wanted), f"verdicts of {judge.model}")
     return verdicts
 
 

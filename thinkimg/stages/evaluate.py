@@ -15,7 +15,7 @@ from thinkimg.errors import UserError, check_share
 from thinkimg.puzzles.demonstrations import has_right_calls
 from thinkimg.records import Sample, StopReason, Trajectory
 from thinkimg.rewards import sentences
-from thinkimg.rewards.batch import Batch
+from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.mix import RIGHT
 from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.rewards.sentences import Verdicts
@@ -109,16 +109,27 @@ def judge_answers(
     images: ImageTable,
     verdicts: Verdicts | None = None,
 ) -> np.ndarray:
-    """Return the answers' rewards, (N,) float64; NaN where a conversation failed or its answer can't be judged.
+    """Return the values of `score_rows`, (N,) float64; NaN where one is missing."""
+    scores = score_rows(rows, samples, tolerance, images, verdicts)
+    return np.array([np.nan if score.value is None else score.value for score in scores], dtype=np.float64)
+
+
+def score_rows(
+    rows: Sequence[Trajectory],
+    samples: Mapping[str, Sample],
+    tolerance: float,
+    images: ImageTable,
+    verdicts: Verdicts | None = None,
+) -> list[Score]:
+    """Return the answers' scores; one is missing where a conversation failed or its answer can't be judged.
 
     samples: by id. tolerance: of numbers. verdicts: on answers that are compared with sentences.
     """
-    values = np.full(len(rows), np.nan)
-    played = [i for i, row in enumerate(rows) if row.stop is not StopReason.FAILED]
     config = RewardsConfig(answer={"number_tolerance": tolerance})
-    batch = Batch([rows[i] for i in played], samples, config, images, verdicts=verdicts or {})
-    values[played] = [np.nan if score.value is None else score.value for score in score_answers(batch)]
-    return values
+    played = [row for row in rows if row.stop is not StopReason.FAILED]
+    scores = iter(score_answers(Batch(played, samples, config, images, verdicts=verdicts or {})))
+    failed = Score.missing("The conversation failed.")
+    return [failed if row.stop is StopReason.FAILED else next(scores) for row in rows]
 
 
 def summarise_evaluation(

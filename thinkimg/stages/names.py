@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-OTHERS = ("names", "stage")  # modules of this folder that are no stage
+OTHERS = ("build", "names", "stage")  # modules of this folder that are no stage
 
 
 def stage_names() -> dict[str, str]:

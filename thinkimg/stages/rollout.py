@@ -6,15 +6,14 @@ import logging
 import tempfile
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Self
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from thinkimg import records
@@ -32,9 +31,10 @@ from thinkimg.records import CallStatus, Sample, StopReason, Trajectory, TurnKin
 from thinkimg.resources import Resources
 from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage, write_images
 from thinkimg.store.artifacts import Store, Work
-from thinkimg.store.image_table import ImageTable, encode_lossless
+from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Dataset, Policy, Rollouts, read_columns, read_trajectories
 from thinkimg.store.manifest import MANIFEST, Artifact, read_manifest
+from thinkimg.store.spool import ImageSpool, RowSpool
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ async def open_sampler(settings: PlaySettings, dataset: Dataset, policy: Policy,
     pool = ThreadPoolExecutor(resources.where.workers, thread_name_prefix="tools")
     async with engine:
         with tempfile.TemporaryDirectory(dir=resources.media) as scratch:
-            media = Media(Path(scratch) if engine.media == "file" else None)
+            room = resources.where.engine.image_cache_gib * 2**30
+            media = Media(Path(scratch) if engine.media == "file" else None, room)
             try:
                 yield Sampler(spec, ImageTable([dataset]), policy.digest, engine, media, pool)
             finally:
@@ -159,7 +160,7 @@ async def play_parts(
     indices = range(len(modes))
     specs = [EpisodeSpec(sample, i, modes[i]) for number in missing for sample in parts[number] for i in indices]
     total = len(samples) * len(modes)
-    ended: dict[int, dict[tuple[str, int], Episode]] = {number: {} for number in missing}
+    ended: dict[int, OpenPart] = {}
     again: dict[int, list[EpisodeSpec]] = {number: [] for number in missing}
     errors: dict[str, list[str]] = defaultdict(list)  # of those refused twice, by sample
     waiting = Waiting(specs)
@@ -170,37 +171,41 @@ async def play_parts(
 
     if specs:
         opened = open_sampler(job.settings, job.inputs["dataset"], job.inputs["policy"], job.resources)
-        async with opened as sampler, Writer() as writer:
+        async with AsyncExitStack() as stack, opened as sampler, Writer() as writer:
+            for number in missing:
+                images = ImageSpool(work.directory, sampler.pool) if keep_images else None
+                ended[number] = OpenPart(images and await stack.enter_async_context(images))
             # The packages of the recipe are this machine's; the servers of where.engine.urls have their own.
             work.where["engine_releases"] = await sampler.engine.releases()
 
             async def close(number: int) -> None:
                 nonlocal tokens
-                by_key = ended.pop(number)
-                episodes = [by_key[sample.sample_id, i] for sample in parts[number] for i in indices]
-                tokens += sum(turn.tokens for episode in episodes for turn in episode.turns)
-                await writer.write(work, number, episodes, sampler.pool if keep_images else None)
+                part, keys = ended.pop(number), [(sample.sample_id, i) for sample in parts[number] for i in indices]
+                tokens += part.tokens
+                if part.images is not None:
+                    await part.images.done()
+                await writer.write(work, number, part, keys)
 
             async for spec, episode in sampler.sample(waiting, progress):
                 number = part_of[spec.sample.sample_id]
                 if episode.refused and not waiting.is_repeated(spec):
                     again[number].append(spec)
                 else:
-                    ended[number][spec.sample.sample_id, spec.index] = episode
+                    await ended[number].add(episode)
                     if episode.refused:
                         errors[spec.sample.sample_id].append(episode.error or "?")
-                if len(ended[number]) + len(again[number]) == len(parts[number]) * len(modes):
+                if ended[number].rows + len(again[number]) == len(parts[number]) * len(modes):
                     waiting.repeat(again[number])
                     again[number] = []
-                    complete = len(ended[number]) == len(parts[number]) * len(modes)
-                    if complete and not any(other.refused for other in ended[number].values()):
+                    complete = ended[number].rows == len(parts[number]) * len(modes)
+                    if complete and not ended[number].errors:
                         await close(number)
             if len(errors) > 1 or len(specs) == total:  # a single sample of a run that goes on may be at fault
                 check_share(list(chain(*errors.values())), len(specs), "conversations")
             for number in sorted(ended):
-                if is_work(ended[number].values()):
+                if ended[number].is_work():
                     await close(number)
-        broken = [episode.error for episodes in ended.values() for episode in episodes.values() if episode.refused]
+        broken = [error for part in ended.values() for error in part.errors]
         if broken:
             raise UserError(
                 f"{len(broken)} of {total} conversations could not be played, the first with: {broken[0]}",
@@ -215,15 +220,41 @@ async def play_parts(
     return tokens
 
 
-def is_work(episodes: Collection[Episode]) -> bool:
-    """Tell whether a part may be closed: nothing failed in passing, and no more than half of its samples were refused.
+class OpenPart:
+    """Conversations of a part that have ended: rows, the images that tools made, and what engine or tool refused.
 
-    Up to FEW samples may be refused, however few there are: a picture of theirs may be the reason.
+    images: those to be stored; None where none is. Nothing of a conversation's pictures stays in memory.
     """
-    refused = {episode.sample.sample_id for episode in episodes if episode.refused}
-    samples = {episode.sample.sample_id for episode in episodes}
-    few = len(refused) <= max(FEW, len(samples) // 2)
-    return few and not any(episode.passing for episode in episodes)
+
+    def __init__(self, images: ImageSpool | None):
+        self.images, self.table = images, RowSpool(records.trajectory_schema())
+        self.rows = self.tokens = 0
+        self.errors: list[str | None] = []
+        """One of each conversation that was refused."""
+        self._samples: set[str] = set()
+        self._refused: set[str] = set()
+        self._passing = False
+
+    async def add(self, episode: Episode) -> None:
+        """Take a conversation that has ended. Raises UserError for a full disk."""
+        sample = episode.sample.sample_id
+        self.table.add((sample, episode.index), to_row(episode.trajectory()))
+        self.rows += 1
+        self.tokens += sum(turn.tokens for turn in episode.turns)
+        self._samples.add(sample)
+        self._passing |= episode.passing
+        if episode.refused:
+            self._refused.add(sample)
+            self.errors.append(episode.error)
+        if self.images is not None:
+            await self.images.add(episode.made_images)
+
+    def is_work(self) -> bool:
+        """Tell whether it may be closed: nothing failed in passing, no more than half of its samples were refused.
+
+        Up to FEW samples may be refused, however few there are: a picture of theirs may be the reason.
+        """
+        return len(self._refused) <= max(FEW, len(self._samples) // 2) and not self._passing
 
 
 class Waiting:
@@ -311,16 +342,12 @@ class Writer:
                 raise
 
 
-def write_part(work: Work, number: int, episodes: list[Episode], pool: Executor | None) -> None:
-    """Close a part: the images that tools made, each once (encoded in `pool`; none without), then the trajectories."""
-    if pool is not None:
-        images = {sha: image for episode in episodes for sha, image in episode.made_images.items()}
-        hashes = sorted(images)
-        encoded = pool.map(encode_lossless, (images[sha] for sha in hashes))
-        rows = ((sha, data, *images[sha].size) for sha, data in zip(hashes, encoded, strict=True))
-        write_images(work, f"images-{number:05}.parquet", rows)
-    trajectories = [to_row(episode.trajectory()) for episode in episodes]
-    work.table(f"trajectories-{number:05}.parquet", pa.Table.from_pylist(trajectories, records.trajectory_schema()))
+def write_part(work: Work, number: int, part: OpenPart, keys: Sequence[tuple[str, int]]) -> None:
+    """Close a part: the images that tools made, each once, then the trajectories of (sample, index) in this order."""
+    if part.images is not None:
+        write_images(work, f"images-{number:05}.parquet", part.images.rows())
+        part.images.close()
+    work.table(f"trajectories-{number:05}.parquet", part.table.table(keys))
 
 
 def read_closed(work: Work) -> Iterator[Trajectory]:

@@ -2,47 +2,45 @@
 
 For each chunk of parts the judges look at the processed images first, side by side; their judgements are the ledgers
 (judgements-<judge>-*). Then each part is scored by components that are pure functions of its rows and ledgers.
+
+While the rollouts are still being played, its early part has the judges look at what is closed of them, all but those
+that measure by the trainer, and scores it by the rules.
 """
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from thinkimg import records
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
 from thinkimg.images.toolbox import user_sources
 from thinkimg.models.base import BaseSource
 from thinkimg.models.clip import weights_digest
-from thinkimg.records import StopReason, Trajectory
 from thinkimg.rewards import judging, sentences
-from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judge import load_judges
 from thinkimg.rewards.judgement import Judgements, Pair
 from thinkimg.rewards.judges.teacher import FROZEN, check_teacher
+from thinkimg.rewards.part import PartJob, Scoring, build_table, score_part, score_rows
 from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import RewardsConfig
-from thinkimg.stages.stage import Input, Job, Lineage, Progress, Slice, Stage
+from thinkimg.stages.stage import Early, Input, Job, Lineage, Progress, Slice, Stage
 from thinkimg.stages.train_clip import train_clip
 from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.image_table import ImageTable
-from thinkimg.store.kinds import IDENTITY, Clip, Dataset, Policy, Rollouts, Scores
+from thinkimg.store.kinds import Clip, Dataset, Policy, Rollouts, Scores
 from thinkimg.store.manifest import Artifact, Reference
 
 log = logging.getLogger(__name__)
 
-FAILED = "The conversation failed."
 CHUNK_ROWS = 4096  # trajectories whose images are judged together, at least
 
 
@@ -56,6 +54,11 @@ class ScoreSettings(Slice):
     prompts: dict[str, str]
     """Judge -> hash of its question."""
     own_clip: bool = Field(exclude=True)
+
+    @property
+    def scoring(self) -> Scoring:
+        """Components and their settings."""
+        return Scoring(self.rewards, self.judges and self.judges.image, self.components)
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -99,19 +102,6 @@ def settings_of(config: Config) -> ScoreSettings:
     )
 
 
-@dataclass(frozen=True)
-class PartJob:
-    """Part of the rollouts to be scored, for any process that can read the artifacts."""
-
-    part: str
-    settings: ScoreSettings
-    dataset: Path
-    rollouts: Path
-    ledgers: tuple[Path, ...]
-    verdicts: tuple[Path, ...]
-    """Ledger of the verdicts on answers, if a model judges them."""
-
-
 def run(job: Job[ScoreSettings]) -> None:
     """Score chunk after chunk, with one part in memory, and close a part of the same number for each of the rollouts.
 
@@ -126,9 +116,10 @@ def run(job: Job[ScoreSettings]) -> None:
         )
     parts = list(rollouts.parts())
     tally = Tally(job.progress, sum(rollouts.files[part]["rows"] for part in parts))
-    lookup = judging.make_lookup(job.store, rollouts.digest) if settings.judges else None
+    early = Ahead(job.early)
+    lookup = judging.make_lookup(job.store, rollouts.digest, early.ledgers) if settings.judges else None
     judges = load_judges(settings.judges.image) if settings.judges else ()
-    sentence_judge = sentences.make_judge(settings.rewards.answer.judge, job.resources.where.teacher, job.store)
+    sentence_judge = early.extend(make_sentence_judge(job))
     for number, chunk in enumerate(group_parts(rollouts, parts)):
         verdicts = name_ledger(number)
         if reopen_ledger(work, number) or (work.has(verdicts) and not sentences.is_complete(work.path(verdicts))):
@@ -138,14 +129,15 @@ def run(job: Job[ScoreSettings]) -> None:
         tally.score(sum(rollouts.files[part]["rows"] for part in chunk if part not in missing))
         if settings.judges and missing:
             tally.begin(sum(missing.values()))
-            fill_ledgers(job, make_context(job, tally), number, chunk, lookup)
+            fill_ledgers(job, make_context(job, rollouts, tally.expect, tally.judge), number, chunk, lookup)
         if sentence_judge and missing:
-            sentences.fill_ledger(work, verdicts, collect_answers(job, chunk), sentence_judge)
+            sentences.fill_ledger(work, verdicts, collect_answers(job, rollouts, chunk), sentence_judge)
         ledgers = tuple(work.path(name) for name in (name_ledger(number, judge) for judge in judges) if work.has(name))
         judged = (work.path(verdicts),) if work.has(verdicts) else ()
-        jobs = [PartJob(part, settings, dataset.directory, rollouts.directory, ledgers, judged) for part in missing]
+        places = dataset.directory, rollouts.directory, ledgers, judged
+        jobs = [PartJob(part, settings.scoring, *places, early.rules(rollouts, part)) for part in missing]
         for part, columns in zip(missing, job.map(score_part, jobs), strict=True):
-            work.table(name_scores(part), build_table(rollouts, part, columns))
+            work.table(name_scores(part), build_table(rollouts.checked(part), columns))
             tally.score(missing[part])
     job.resources.release_encoder()
     ledgers = [name for name in (name_ledger(i, "teacher") for i in range(len(parts))) if work.has(name)]
@@ -157,14 +149,109 @@ def run(job: Job[ScoreSettings]) -> None:
     work.metrics |= summarise_scores([work.path(name_scores(part)) for part in parts], list(settings.components))
 
 
-def make_context(job: Job[ScoreSettings], tally: "Tally") -> JudgeContext:
-    """Return the judges' context."""
+class Ahead:
+    """Tables that the early part of a scoring has closed."""
+
+    def __init__(self, work: Work | None):
+        """work: of the early part; None where there was none."""
+        self._work = work
+
+    def ledgers(self, component: str) -> list[Path]:
+        """Return the ledgers of a judge."""
+        return self._tables(f"judgements-{component}")
+
+    def rules(self, rollouts: Artifact, part: str) -> Path | None:
+        """Return the scores of a part by the rules, None without."""
+        name = name_early(rollouts, part, "scores")
+        return self._work.path(name) if self._work and self._work.has(name) else None
+
+    def extend(self, judge: sentences.SentenceJudge | None) -> sentences.SentenceJudge | None:
+        """Return the judge of answers, which looks here first."""
+        if judge is None:
+            return None
+        verdicts = [v for path in self._tables(sentences.TABLE) for v in sentences.read_ledger(path).items()]
+        known = {answer.key(judge.model): verdict for answer, verdict in verdicts if verdict.value is not None}
+        return replace(judge, lookup=lambda keys: judge.lookup(keys) | {k: known[k] for k in keys if k in known})
+
+    def _tables(self, table: str) -> list[Path]:
+        if self._work is None:
+            return []
+        return [self._work.path(name) for name in self._work.closed if name.rpartition("-")[0] == table]
+
+
+def score_early(job: Job[ScoreSettings], snapshots: Iterable[Artifact]) -> None:
+    """Judge and score each part of the rollouts as it is closed, as far as that needs neither trainer nor others.
+
+    What is left out here, `run` makes up for: judgements that were refused, and rules that wait for a verdict.
+    """
+    judges = load_judges(job.settings.judges.image) if job.settings.judges else {}
+    names = [name for name, judge in judges.items() if name in job.settings.types and "trainer" not in judge.uses]
+    rules = tuple(name for name in job.settings.components if name not in judges)
+    judge, lookup = make_sentence_judge(job), judging.make_lookup(job.store, rollouts="")
+    for rollouts in snapshots:
+        for part in rollouts.parts() if rollouts.has_table("trajectories") else ():
+            job.progress(0, 0)
+            judge_early(job, rollouts, part, names, lookup)
+            apply_rules_early(job, rollouts, part, rules, judge)
+
+
+def judge_early(
+    job: Job[ScoreSettings], rollouts: Rollouts, part: str, names: Iterable[str], lookup: judging.Lookup
+) -> None:
+    """Have some judges look at a closed part, unless they have."""
+    ledgers = {name: name_early(rollouts, part, f"judgements-{name}") for name in names}
+
+    def close(name: str, judgements: Judgements) -> None:
+        job.work.table(ledgers[name], judging.build_ledger(judgements))
+
+    if missing := [name for name, ledger in ledgers.items() if not job.work.has(ledger)]:
+        rows = list(rollouts.trajectories(part))
+        pairs = judging.collect_pairs(rows, job.inputs["dataset"].samples_of(rows), rollouts.tools)
+        context = make_context(job, rollouts, judged=lambda count: job.progress(0, 0))
+        judging.run_judges(missing, pairs, context, lookup, close, strict=False)
+
+
+def apply_rules_early(
+    job: Job[ScoreSettings],
+    rollouts: Rollouts,
+    part: str,
+    rules: tuple[str, ...],
+    judge: sentences.SentenceJudge | None,
+) -> None:
+    """Score a closed part by some rules, once, unless a verdict on one of its answers is missing."""
+    verdicts, table = (name_early(rollouts, part, name) for name in (sentences.TABLE, "scores"))
+    if job.work.has(table) or job.work.has(verdicts):  # answers without a verdict are asked again by `run`
+        return
+    if judge is not None:
+        sentences.fill_ledger(job.work, verdicts, collect_answers(job, rollouts, [part]), judge)
+    ledgers = [job.work.path(verdicts)] if job.work.has(verdicts) else []
+    if all(map(sentences.is_complete, ledgers)):
+        scoring = replace(job.settings.scoring, components=rules)
+        columns = score_rows(part, scoring, job.inputs["dataset"], rollouts, verdicts=ledgers)
+        job.work.table(table, build_table(rollouts.checked(part), columns))
+
+
+def name_early(rollouts: Artifact, part: str, table: str) -> str:
+    """Return the name of an early table on a part as it is now: one that is played again has another."""
+    return f"{table}-{rollouts.files[part]['sha256'][:16]}.parquet"
+
+
+def make_sentence_judge(job: Job[ScoreSettings]) -> sentences.SentenceJudge | None:
+    """Return the judge of answers that are compared with sentences; None where none is configured."""
+    return sentences.make_judge(job.settings.rewards.answer.judge, job.resources.where.teacher, job.store)
+
+
+def make_context(
+    job: Job[ScoreSettings],
+    rollouts: Artifact,
+    expect: Callable[[int], None] = lambda count: None,
+    judged: Callable[[int], None] = lambda count: None,
+) -> JudgeContext:
+    """Return the judges' context; expect, judged: as it has them."""
     assert job.settings.judges is not None
-    tables = (job.inputs["dataset"], job.inputs["rollouts"])
+    tables = (job.inputs["dataset"], rollouts)
     policies = (job.inputs.get(role) for role in ("player", "first", "clip"))
-    return JudgeContext(
-        job.settings.judges, job.resources, *policies, tables, ImageTable(tables), tally.expect, tally.judge
-    )
+    return JudgeContext(job.settings.judges, job.resources, *policies, tables, ImageTable(tables), expect, judged)
 
 
 class Tally:
@@ -222,11 +309,11 @@ def fill_ledgers(
     judge_pairs(job.work, context, number, pairs, lookup)
 
 
-def collect_answers(job: Job[ScoreSettings], chunk: list[str]) -> set[sentences.GivenAnswer]:
+def collect_answers(job: Job[ScoreSettings], rollouts: Rollouts, chunk: list[str]) -> set[sentences.GivenAnswer]:
     """Return the answers of a chunk that a model has to compare with sentences."""
     answers: set[sentences.GivenAnswer] = set()
     for part in chunk:
-        rows = list(job.inputs["rollouts"].trajectories(part))
+        rows = list(rollouts.trajectories(part))
         answers |= sentences.collect_answers(rows, job.inputs["dataset"].samples_of(rows))
     return answers
 
@@ -264,32 +351,6 @@ def list_unreachable(ledger: Path) -> list[str]:
     return [judgement.reason or "?" for judgement in judging.read_ledger(ledger).values() if judgement.unreachable]
 
 
-def score_part(job: PartJob) -> dict[str, list[Score]]:
-    """Return component -> one score per trajectory of the part, in order; the components run in threads.
-
-    Conversations that failed are shown to none, and their scores are missing.
-    """
-    dataset, rollouts = Dataset.open(job.dataset), Rollouts.open(job.rollouts)
-    image, stored = job.settings.judges and job.settings.judges.image, list(rollouts.trajectories(job.part))
-    rows = [row for row in stored if row.stop is not StopReason.FAILED]
-    judgements = {key: judgement for path in job.ledgers for key, judgement in judging.read_ledger(path).items()}
-    images = ImageTable([dataset, rollouts])
-    verdicts = {answer: verdict for path in job.verdicts for answer, verdict in sentences.read_ledger(path).items()}
-    samples, rewards = dataset.samples_of(rows), job.settings.rewards
-    batch = Batch(rows, samples, rewards, images, image, judgements, rollouts.tools, verdicts)
-    scorers = load_components(job.settings.rewards, image)
-    with ThreadPoolExecutor(len(scorers)) as pool:
-        running = {name: pool.submit(scorers[name], batch) for name in job.settings.components}
-        scores = {name: future.result() for name, future in running.items()}
-    return {name: add_failed(stored, column) for name, column in scores.items()}
-
-
-def add_failed(rows: list[Trajectory], scores: list[Score]) -> list[Score]:
-    """Return one score per row, from those of the rows that did not fail."""
-    played = iter(scores)
-    return [Score.missing(FAILED) if row.stop is StopReason.FAILED else next(played) for row in rows]
-
-
 def name_ledger(number: int, component: str | None = None) -> str:
     """Return the name of a chunk's ledger: of a judge of images, or of the verdicts on answers."""
     table = sentences.TABLE if component is None else f"judgements-{component}"
@@ -299,15 +360,6 @@ def name_ledger(number: int, component: str | None = None) -> str:
 def name_scores(part: str) -> str:
     """Return the name of the scores of a part of the rollouts."""
     return part.replace("trajectories", "scores", 1)
-
-
-def build_table(rollouts: Artifact, part: str, columns: dict[str, list[Score]]) -> pa.Table:
-    """Return the scores of a part, in the order of its rows."""
-    table = pq.read_table(rollouts.checked(part), columns=list(IDENTITY)).to_pydict()
-    for name, scores in columns.items():
-        assert len(scores) == len(table["trajectory_id"]), f"{name} has {len(scores)} scores"
-        table[name] = [score.row() for score in scores]
-    return pa.Table.from_pydict(table, records.score_schema(list(columns)))
 
 
 def summarise_scores(parts: list[Path], names: list[str]) -> dict[str, float | None]:
@@ -352,7 +404,7 @@ def warn(settings: ScoreSettings, inputs: Mapping[str, Artifact], store: Store) 
 
 def uses(config: Config) -> frozenset[str]:
     """Return the resources that the judges occupy: the engine for `self`, the trainer for `attention`."""
-    return frozenset().union(*(judge.uses for judge in load_judges(config.image).values()))
+    return frozenset[str]().union(*(judge.uses for judge in load_judges(config.image).values()))
 
 
 score = Stage(
@@ -381,6 +433,7 @@ score = Stage(
     loads=lambda settings, inputs: user_sources(inputs["rollouts"].tools) if settings.judges else {},
     check=check,
     warn=warn,
-    uses=uses,
+    uses=lambda config: uses(config) & {"trainer"},
     player="player",
+    early=Early("rollouts", score_early, lambda config: uses(config) - {"trainer"}),
 )

@@ -7,7 +7,6 @@ Fingerprint, command, flow and form, deployment, dry run and lineage follow from
     parameters ───────────────────────────┘
 """
 
-import builtins
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,14 +18,13 @@ from typing import Any, Generic, TypeVar
 from pydantic import Field
 
 from thinkimg.config.tree import Config
-from thinkimg.errors import UserError
 from thinkimg.models.family import find_sources
 from thinkimg.records import SCHEMA_VERSION
 from thinkimg.resources import Resources
 from thinkimg.settings import Settings
 from thinkimg.store.artifacts import Store, Work
 from thinkimg.store.image_table import image_writer
-from thinkimg.store.kinds import Dataset, TypedArtifact
+from thinkimg.store.kinds import TypedArtifact
 from thinkimg.store.manifest import Artifact, Recipe, Reference, package_versions
 
 log = logging.getLogger(__name__)
@@ -92,6 +90,8 @@ class Input:
     """True if it can be named by hand though it has an origin."""
     implied: bool = False
     """True if another input's digest covers it, so that it does not enter the fingerprint itself."""
+    ambiguous: Callable[[Config], str] = lambda config: ""
+    """Reason why its origin may name another artifact under these settings, so that it has to be handed in; or ""."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,21 @@ class Job(Generic[S]):
     resources: Resources
     progress: Progress
     map: Mapper
+    early: Work | None = None
+    """Work of the stage's early part; None where it has none, and within it."""
+
+
+@dataclass(frozen=True)
+class Early(Generic[S]):
+    """Part of a stage that runs while one of its inputs is still being made, on what is closed of it."""
+
+    follows: str
+    """Role of that input."""
+    run: Callable[[Job[S], Iterable[TypedArtifact]], None]
+    """Called with a job that has a work of its own, and with the input as it is whenever more of it is closed; the last
+    time it is complete. The job's inputs are those without it."""
+    uses: Callable[[Config], frozenset[str]]
+    """Names of the resources that it occupies, the engine with the stage's own player."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,9 @@ class Stage(Generic[S]):
     """Names of the resources that it occupies: engine, teacher, trainer."""
     player: str | None = None
     """Role of the policy that the engine holds."""
+    early: Early[S] | None = None
+    """Part that a pipeline runs before `run`, which does what is left. `run` is handed its work; that is removed when
+    the artifact is complete."""
     check: Callable[[Config], None] = lambda config: None
     """Raises UserError where a run would fail, before anything runs."""
     wanted: Callable[[Config], bool] = lambda config: True
@@ -179,82 +197,6 @@ class Stage(Generic[S]):
             settings.sources() | dict(self.loads(settings, inputs)),
             package_versions(*self.packages(settings)),
         )
-
-
-def trace(lineage: Lineage, given: Mapping[str, Artifact], store: Store) -> Artifact:
-    """Return the artifact that a lineage names. Raises UserError where the store has it no more."""
-    artifact = given[lineage.input]
-    if not lineage.first:
-        return store.origin(artifact, lineage.role)
-    while lineage.role in artifact.manifest["recipe"]["inputs"]:
-        artifact = store.origin(artifact, lineage.role)
-    return artifact
-
-
-def complete_inputs(
-    stage: Stage[Any], config: Config, given: Mapping[str, Artifact], store: Store
-) -> dict[str, Artifact]:
-    """Return all inputs that are read, by role: those of `given`, and those that their lineage names.
-
-    Raises UserError for an input that is neither, and as `check_family`.
-    """
-    entries = stage.counting(config)
-    inputs = {role: given[role] for role in entries if role in given}
-    for role, entry in entries.items():
-        if role in inputs:
-            continue
-        if not isinstance(entry.origin, Lineage):
-            raise UserError(f"{stage.label} needs {role}, which is not given.")
-        inputs[role] = trace(entry.origin, inputs, store)
-    check_family(config, inputs.values())
-    return inputs
-
-
-def check_family(config: Config, inputs: Iterable[Artifact]) -> None:
-    """Raise UserError for an input of another family of models than the settings'; a data set fits every family."""
-    for artifact in inputs:
-        if artifact.kind != Dataset.KIND and artifact.family not in (None, (family := config.family()).name):
-            raise UserError(
-                f"{artifact.kind}/{artifact.short} is of the family {artifact.family}, and the model of these settings "
-                f"is a {family.name}.",
-                hint="Name the model that it was made with, by model.path or model.tiny.family.",
-            )
-
-
-def build_artifact(
-    stage: Stage[S],
-    settings: S,
-    inputs: Mapping[str, Artifact],
-    store: Store,
-    resources: Resources,
-    *,
-    force: bool = False,
-    progress: Progress = lambda done, total: None,
-    check: Callable[[], None] = lambda: None,
-    map: Mapper = builtins.map,
-) -> tuple[Artifact, bool]:
-    """Return a stage's artifact, and whether the store had it already. inputs: all that are read, by role.
-
-    progress, check: called on the way, and while another process works on the same artifact; what they raise ends the
-    stage. map: runs jobs on parts (`score`); by default here, one after the other.
-    """
-
-    def produce(work: Work) -> None:
-        work.seed, work.family = getattr(settings, "seed", None), settings.family
-        work.where = resources.where.public()
-        stage.run(Job(settings, inputs, work, store, resources, progress, map))
-
-    if warning := stage.warn(settings, inputs, store):
-        log.warning("%s", warning)
-    artifact, cached = store.build(
-        stage.makes.KIND,
-        stage.recipe(settings, inputs),
-        produce,
-        force=force,
-        waiting=check,
-    )
-    stage.tidy(store, artifact)
-    return artifact, cached
 
 
 def write_images(work: Work, name: str, images: Iterable[tuple[str, bytes, int, int]]) -> None:

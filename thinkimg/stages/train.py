@@ -52,6 +52,13 @@ class TrainSettings(Slice):
         return tree | {"model": self.model.defining()} | dict(self.mix)
 
 
+def explain_lag(config: Config) -> str:
+    """Return the reason why the policy to be trained does not follow from its rollouts; "" if it does."""
+    return (
+        "with loop.lag=1 the policy to be trained may be a later one than that which played." if config.loop.lag else ""
+    )
+
+
 def check_mix(config: Config) -> None:
     """Raise UserError where the mix names a component that is never scored."""
     Mix.from_config(config.mix, config.image).check(load_components(config.rewards, config.image))
@@ -79,9 +86,12 @@ def run(job: Job[TrainSettings]) -> None:
     train/no_step is then 1, and a warning says why.
     """
     settings, work = job.settings, job.work
-    dataset, policy, rollouts, scores = (job.inputs[role] for role in ("dataset", "policy", "rollouts", "scores"))
+    dataset, policy, player, rollouts, scores = (
+        job.inputs[role] for role in ("dataset", "policy", "player", "rollouts", "scores")
+    )
     reference = job.inputs.get("reference")
     check_optimizer(policy)
+    check_correction(policy, player, settings.train)
     joined = join(rollouts, scores)
     ids, valid = joined.ids, joined.counted
     totals, result = compute_advantages(Mix.from_tree(settings.mix), settings.train, joined)
@@ -99,7 +109,8 @@ def run(job: Job[TrainSettings]) -> None:
     codec = Codec.load(policy.vocabulary)
     order = {
         "kind": "train",
-        "policy": {"directory": str((policy.directory / "policy").resolve()), "digest": policy.digest},
+        "policy": describe_policy(policy),
+        "player": describe_policy(player),
         "base": settings.base.entry(policy),
         "model": settings.model.model_dump(mode="json"),
         "train": settings.train.model_dump(mode="json"),
@@ -161,6 +172,20 @@ def check_optimizer(policy: Artifact) -> None:
         )
 
 
+def check_correction(policy: Artifact, player: Artifact, train: TrainConfig) -> None:
+    """Raise UserError where another policy played, and the loss does not correct for it."""
+    if policy.digest != player.digest and not train.loss.vllm_importance_sampling_correction:
+        raise UserError(
+            f"These rollouts were played by policy/{player.short}, not by policy/{policy.short}.",
+            hint="Set train.loss.vllm_importance_sampling_correction=true, or train the policy that played.",
+        )
+
+
+def describe_policy(policy: Policy) -> dict[str, str]:
+    """Return a policy as the trainer's jobs name it."""
+    return {"directory": str((policy.directory / "policy").resolve()), "digest": policy.digest}
+
+
 def trim_optimizers(store: Store, newest: Artifact) -> None:
     """Remove the optimizer states of the policies before the last two: they are two thirds of a policy.
 
@@ -190,7 +215,7 @@ MixWeight = Annotated[float, Field(ge=0, le=1000)]
 
 train = Stage(
     name="train",
-    version=3,
+    version=4,
     makes=Policy,
     settings=settings_of,
     run=run,
@@ -198,7 +223,8 @@ train = Stage(
         "scores": Input(Scores),
         "rollouts": Input(Rollouts, origin=Lineage("scores", "rollouts")),
         "dataset": Input(Dataset, origin=Lineage("rollouts", "dataset")),
-        "policy": Input(Policy, origin=Lineage("rollouts", "policy")),
+        "policy": Input(Policy, origin=Lineage("rollouts", "policy"), shown=True, ambiguous=explain_lag),
+        "player": Input(Policy, origin=Lineage("rollouts", "policy"), implied=True),
         # Reference of the KL term; with LoRA it is the base model, which is no artifact.
         "reference": Input(
             Policy,

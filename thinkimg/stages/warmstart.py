@@ -12,7 +12,7 @@ from thinkimg.stages.demonstrate import DemonstrateSettings, demonstrate, demons
 from thinkimg.stages.stage import Input, Job, Lineage, Stage
 from thinkimg.store.kinds import Dataset, Demonstrations, Pairs, Policy
 from thinkimg.store.manifest import Reference
-from thinkimg.trainer.settings import WarmstartConfig
+from thinkimg.trainer.settings import Recomputation, WarmstartConfig
 
 
 class WarmstartSettings(DemonstrateSettings):
@@ -21,7 +21,7 @@ class WarmstartSettings(DemonstrateSettings):
     model: ModelConfig
     warmstart: WarmstartConfig
     token_budget: int
-    gradient_checkpointing: bool = Field(exclude=True)  # changes memory and time alone
+    gradient_checkpointing: Recomputation = Field(exclude=True)  # changes memory and time alone
 
     def fingerprinted(self) -> dict[str, Any]:
         learning: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def run(job: Job[WarmstartSettings]) -> None:
 
 warmstart = Stage(
     name="warmstart",
-    version=3,
+    version=4,
     makes=Policy,
     settings=settings_of,
     run=run,

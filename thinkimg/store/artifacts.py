@@ -10,6 +10,7 @@ artifacts/<kind>/<fingerprint>/.lock         one process at a time works on a fi
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -74,6 +75,8 @@ class Work:
         self.family: str | None = None
         self.metrics: dict[str, Any] = {}
         self.where: dict[str, Any] = {}
+        self.reading = threading.Lock()
+        """Held by who reads closed parts while others are made; who renames or removes them waits for it."""
         self._home, self._started = home, utc_now()
         self._parts: dict[str, list[dict[str, Any]]] = {}
         unfinished = [int(path.stem) for path in home.glob("*.work")]
@@ -88,6 +91,11 @@ class Work:
     def has(self, name: str) -> bool:
         """Return True if the part is closed."""
         return name in self._parts
+
+    @property
+    def closed(self) -> list[str]:
+        """Names of the closed parts."""
+        return list(self._parts)
 
     def path(self, name: str) -> Path:
         """Return the path of a closed part."""
@@ -125,16 +133,36 @@ class Work:
 
     def discard(self, name: str) -> None:
         """Remove a closed part, so that it can be made again; do nothing if there is none."""
-        if self._parts.pop(name, None) is not None:
+        if not self.has(name):
+            return
+        with self.reading:
+            del self._parts[name]
             self._write_journal()  # first: recovery removes a part that is not in the journal
             files.remove(self.directory / name)
 
     def publish(self) -> Artifact:
         """Write the manifest, sync everything and rename; return the artifact."""
-        entries = sorted((entry for part in self._parts.values() for entry in part), key=lambda entry: entry["name"])
         on_disk = [name for name in files.files_under(self.directory) if name != MANIFEST]
-        assert on_disk == [entry["name"] for entry in entries], f"not only closed parts: {on_disk}"
-        body = {
+        manifest = self._describe()
+        assert on_disk == [entry["name"] for entry in manifest["files"]], f"not only closed parts: {on_disk}"
+        body = manifest | {"host": host_facts(), "git": git_revision(), "finished": utc_now()}
+        files.write(self.directory / MANIFEST, seal(body))
+        files.sync_tree(self.directory)
+        final = self._home / self.attempt
+        with self.reading:
+            files.rename(self.directory, final)
+        files.remove(self._journal)
+        return open_artifact(final)
+
+    def snapshot(self, count: int) -> Artifact:
+        """Return the first `count` closed parts as an artifact that has no place of its own yet."""
+        return as_kind(self.directory, self._describe(count))
+
+    def _describe(self, count: int | None = None) -> dict[str, Any]:
+        """Return the manifest of the first closed parts, or of all, but for what is known when the work ends."""
+        parts = [*self._parts.values()][:count]
+        entries = sorted((entry for part in parts for entry in part), key=lambda entry: entry["name"])
+        return {
             "kind": self.kind,
             "fingerprint": self.recipe.fingerprint,
             "attempt": self.attempt,
@@ -145,17 +173,8 @@ class Work:
             "files": entries,
             "metrics": {name: json_number(value) for name, value in self.metrics.items()},
             "where": self.where,
-            "host": host_facts(),
-            "git": git_revision(),
             "started": self._started,
-            "finished": utc_now(),
         }
-        files.write(self.directory / MANIFEST, seal(body))
-        files.sync_tree(self.directory)
-        final = self._home / self.attempt
-        files.rename(self.directory, final)
-        files.remove(self._journal)
-        return open_artifact(final)
 
     def _recover(self) -> None:
         """Keep the parts of a killed run whose bytes match the journal; remove everything else."""

@@ -15,6 +15,7 @@ from thinkimg.store.kinds import KINDS
 from thinkimg.store.lineage import Graph
 from thinkimg.store.manifest import DROPPED, MANIFEST, TRIMMED, Artifact, utc_now
 
+LAST = 10**9  # beyond every iteration
 NEVER_DROPPED = {name for name, kind in KINDS.items() if kind.LASTING}
 
 
@@ -78,17 +79,34 @@ def find_last_policies(graph: Graph) -> list[str]:
 
 
 def find_next_rollouts(graph: Graph, policies: Sequence[str]) -> set[str]:
-    """Return the rollouts that these policies played, and the scores of these: the start of the next iteration."""
+    """Return the rollouts of these policies' next iterations, and their scores.
+
+    A policy plays them itself, or with loop.lag=1 the policy that it was trained from does.
+    """
+    players: dict[str, int] = {}
+    """Policy -> the last iteration whose rollouts are not asked for."""
+    for name in policies:
+        inputs = graph.inputs(name)
+        if (before := str(inputs.get("policy"))) not in policies and "rollouts" in inputs:
+            players[before] = min(find_iteration(graph, str(inputs["rollouts"])), players.get(before, LAST))
+        players[name] = 0
     rollouts = {
         name
         for name, artifact in graph.artifacts.items()
-        if artifact.kind == "rollouts" and str(artifact.inputs.get("policy")) in policies
+        if artifact.kind == "rollouts"
+        and find_iteration(graph, name) > players.get(str(artifact.inputs.get("policy")), LAST)
     }
     return rollouts | {
         name
         for name, artifact in graph.artifacts.items()
         if artifact.kind == "scores" and str(artifact.inputs.get("rollouts")) in rollouts
     }
+
+
+def find_iteration(graph: Graph, rollouts: str) -> int:
+    """Return the number of the iteration that rollouts were played in; LAST if the store has them no more."""
+    artifact = graph.artifacts.get(rollouts)
+    return LAST if artifact is None else artifact.manifest["recipe"]["config"].get("iteration", 1)
 
 
 def find_old_ancestors(graph: Graph, policies: Sequence[str], keep_last: int) -> set[str]:
@@ -100,9 +118,13 @@ def find_old_ancestors(graph: Graph, policies: Sequence[str], keep_last: int) ->
         raise UserError(f"--keep-last {keep_last} would keep no policy.", hint="Keep 1 or more.")
     needed: set[str] = set()
     for name in policies:
-        line = [name, *graph.line(name)]
-        recent = [ancestor for ancestor in line if ancestor.startswith("policy/")][:keep_last]
-        needed |= set(recent) | find_next_rollouts(graph, recent)
+        recent = [name]
+        while len(recent) < keep_last and (before := graph.inputs(recent[-1]).get("policy")) is not None:
+            recent.append(str(before))
+        following = find_next_rollouts(graph, recent)
+        needed |= set(recent) | following | {str(graph.inputs(rollouts).get("policy")) for rollouts in following}
+        if is_behind(graph, name):
+            needed.add(str(graph.inputs(name)["policy"]))
         for policy in recent:
             needed |= {str(reference) for reference in graph.inputs(policy).values() if reference.kind != "policy"}
             # A frozen teacher, which judges the next rollouts as well.
@@ -115,6 +137,16 @@ def find_old_ancestors(graph: Graph, policies: Sequence[str], keep_last: int) ->
         for name in graph.ancestors(policies) - needed
         if name in graph.artifacts and graph.artifacts[name].kind not in NEVER_DROPPED
     }
+
+
+def is_behind(graph: Graph, policy: str) -> bool:
+    """Tell whether a policy learned from rollouts of an earlier one than it was trained from (loop.lag=1).
+
+    The policy that it was trained from plays the next ones.
+    """
+    inputs = graph.inputs(policy)
+    player = graph.inputs(str(inputs.get("rollouts"))).get("policy")
+    return player is not None and str(player) != str(inputs.get("policy"))
 
 
 def collect(store: Store, garbage: Garbage) -> None:

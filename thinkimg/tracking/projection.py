@@ -13,6 +13,7 @@ from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact, canonical_json
 from thinkimg.tracking.connection import Connection
 from thinkimg.tracking.records import LoopRecord, headline, milliseconds
+from thinkimg.tracking.relocation import is_gone
 from thinkimg.tracking.sink import KEY_LENGTH, Point, encode_name, log_entries, valid_tags, valid_text
 from thinkimg.tracking.view import offer_view
 
@@ -62,7 +63,9 @@ def loop_tags(record: LoopRecord) -> dict[str, str | None]:
         "mlflow.source.name": "thinkimg",
         "mlflow.source.git.commit": record.git,
         "mlflow.note.content": f"Reward mix: {readable_mix(config['mix'])}. Step 0 is before training. "
-        "Between mixes, compare `eval/*` and single components; `reward/total` depends on the mix.",
+        "Between mixes, compare `eval/*` and single components; `reward/total` depends on the mix. "
+        "All rollouts of a step: `thinkimg view`, then its rollouts or scores in artifacts.json. "
+        "One of them: `thinkimg explain`, then the tag `trajectory` of its trace.",
     }
 
 
@@ -217,10 +220,14 @@ def model_name(record: LoopRecord) -> str:
 
 
 def project_policies(connection: Connection, store: Store, record: LoopRecord, run_id: str) -> int:
-    """Add a model version per policy, put the alias `current` on the newest of any loop, and count the added ones."""
+    """Add a model version per policy, put the alias `current` on the newest of any loop, and count the added ones.
+
+    Versions whose policies are no longer in the store are deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     client, name = connection.client, model_name(record)
+    remove_dead_versions(connection, store, record)
     policies = {
         reference.digest: (step, reference)
         for step, reference in reversed(record.references("policy"))
@@ -254,3 +261,12 @@ def project_policies(connection: Connection, store: Store, record: LoopRecord, r
     if client.get_registered_model(name).aliases.get("current") != newest.version:
         client.set_registered_model_alias(name, "current", newest.version)
     return len(missing)
+
+
+def remove_dead_versions(connection: Connection, store: Store, record: LoopRecord) -> None:
+    """Delete the loop's model versions whose policies `gc` removed: their sources lead nowhere."""
+    client = connection.client
+    for version in client.search_model_versions(f"name = '{model_name(record)}'"):
+        reference = version.tags.get("thinkimg.artifact")
+        if version.tags.get("thinkimg.loop") == record.loop_id and reference and is_gone(store.root / reference):
+            client.delete_model_version(version.name, version.version)

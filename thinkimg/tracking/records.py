@@ -242,3 +242,11 @@ def load_records(store: Store) -> Iterator[LoopRecord]:
         except UserError as error:
             log.warning("%s", error)
     yield from sorted(records, key=lambda record: (record.started, record.loop_id))
+
+
+def find_loop(store: Store, artifact: Artifact) -> LoopRecord | None:
+    """Return the record of the loop that made or used an artifact; None if a single stage made it."""
+    for record in load_records(store):
+        if any(reference.digest == artifact.digest for _, reference in record.references(artifact.kind)):
+            return record
+    return None

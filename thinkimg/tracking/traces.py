@@ -14,8 +14,7 @@ from PIL import ImageDraw
 from PIL.Image import Image
 
 from thinkimg.conversation.question import state_question
-from thinkimg.conversation.regions import cut_box
-from thinkimg.images.coordinates import Frame
+from thinkimg.conversation.regions import source_box
 from thinkimg.records import Sample, Trajectory, Turn, TurnKind
 from thinkimg.tracking.connection import Connection, load_mlflow, read_pages
 from thinkimg.tracking.sink import encode_name, valid_tags, valid_text
@@ -209,10 +208,9 @@ def tool_image_parts(
         return []
     source, result = images(row.images[turn.source]), images(turn.image)
     parts = [text_content(f"Result, {result.width}x{result.height} pixels:"), image_content(result)]
-    cut = cut_box(row, turn, tools)
-    if cut is None:
+    box = source_box(row, turn, source.size, tools)
+    if box is None:
         return parts
-    box = Frame(source.size, row.sizes[turn.source], row.coordinates).box_to_full(cut)
     where = f"Taken from image {turn.source}, {source.width}x{source.height} pixels, at {box}:"
     return [text_content(where), image_content(draw_box(source, box)), *parts]
 

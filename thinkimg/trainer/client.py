@@ -51,6 +51,7 @@ from typing import Self
 import yaml
 
 from thinkimg import closure, process
+from thinkimg.devices import bound_to_cores, select_gpus
 from thinkimg.environment import child_environment
 from thinkimg.errors import UserError
 from thinkimg.store import files
@@ -185,13 +186,18 @@ def serve_rank(config: TrainerConfig, rank: int, report: Callable[[str], None] =
 
 
 def spawn(config: TrainerConfig, spool: str, *, rank: int = 0, log_path: Path | None = None) -> process.Child:
-    """Start this node's processes."""
+    """Start this node's processes, on the GPUs and cores of the config.
+
+    Raises UserError where there are none such.
+    """
     # Spinning threads are ruinous if another process (the engine) wants the cores too: two threads on two busy cores
     # took 2 s a step when passive, and over 40 s by default.
     threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    env = child_environment("trainer", os.environ, threads)
+    gpus = select_gpus("where.trainer.devices", config.devices, os.environ)
+    env = child_environment("trainer", os.environ, threads | gpus)
     argv = [*build_launch_command(config, gpus=closure.visible_gpus(), rank=rank), spool, str(config.processes)]
-    return process.spawn(argv, name="trainer", env=env, log_path=log_path)
+    with bound_to_cores("where.trainer.cpu_threads_bind", config.cpu_threads_bind):
+        return process.spawn(argv, name="trainer", env=env, log_path=log_path)
 
 
 def build_launch_command(config: TrainerConfig, *, gpus: int, rank: int = 0) -> list[str]:

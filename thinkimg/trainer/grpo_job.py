@@ -19,7 +19,7 @@ from thinkimg.grpo.loss import Logps, Normaliser, compute_grpo_loss, compute_nor
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.models.settings import ModelConfig
 from thinkimg.store.kinds import Rollouts
-from thinkimg.trainer import checkpoint, memory, packing_check, parity, parity_diagnosis
+from thinkimg.trainer import checkpoint, compile_check, memory, packing_check, parity, parity_diagnosis, weight_files
 from thinkimg.trainer.forward.modules import get_base_model, unwrap
 from thinkimg.trainer.forward.packing import ImageToken
 from thinkimg.trainer.forward.shared_prompts import Unit
@@ -28,7 +28,7 @@ from thinkimg.trainer.passes import Passes, build_scorer
 from thinkimg.trainer.policy import PolicyModel, train_only
 from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import Patches, Row, read_advantages, read_patches, read_rows
-from thinkimg.trainer.settings import TrainConfig
+from thinkimg.trainer.settings import ParityConfig, TrainConfig
 from thinkimg.trainer.stepper import Clock, Progress, Stepper, checkpoint_activations, peak_memory_mb
 
 log = logging.getLogger(__name__)
@@ -129,23 +129,27 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
     # The file lies in the scratch folder of the loop's own machine; all else in the store.
     advantages = ranks.gather(ranks.together(lambda: None if ranks.rank else read_advantages(job["advantages"])))[0]
     rows, pixels = ranks.together(lambda: _read(job, policy, advantages))
-    with contextlib.closing(pixels):
+    with contextlib.closing(pixels), contextlib.ExitStack() as stack:
         passes, packing = _passes(job, config, policy, ranks, rows, pixels)
+        packing |= stack.enter_context(
+            compile_check.compile_layers(passes, checkpointing=bool(config.gradient_checkpointing))
+        )
         batches = deal(rows, config.steps, config.epochs, job["seed"])
         shares = [passes.share(batch) for batch in batches]
-        packing |= ranks.together(lambda: _check_memory(config, passes, shares))
+        layers, memory_metrics = _check_memory(config, passes, shares)
         checks = _check_parity(job, config, passes)
         reference = _reference(job, config, passes, shares)
         old, entropies = _old(config, passes, shares)
         objective = Objective(config.loss, job["conversation"]["max_tokens"], reference, old, entropies)
         prepared_s, steps = clock.lap(), []
-        for step in _steps(config, passes, objective, batches, shares):
+        for step in _steps(config, passes, objective, batches, shares, layers):
             steps.append(step | {"seconds": clock.lap()})
             progress(steps[-1] | {"steps": len(batches)})
     checkpoint.save(policy, job["output"], learning_rate=steps[-1]["lr"], seed=job["seed"], write=ranks.rank == 0)
     names = dict.fromkeys(name for step in steps for name in step if name != "step")
     means = {name: float(np.mean([step[name] for step in steps if name in step])) for name in names}
-    means |= checks | packing | {"peak_memory_mb": peak_memory_mb(policy.device), "prepare_seconds": prepared_s}
+    means |= checks | packing | memory_metrics
+    means |= {"peak_memory_mb": peak_memory_mb(policy.device), "prepare_seconds": prepared_s}
     return {"metrics": means | {"write_seconds": clock.lap()}, "steps": steps, "updates": policy.updates}
 
 
@@ -162,7 +166,7 @@ def _passes(
     """Return the passes, packed if config and every process's machine allow it, and metrics of the packing."""
     scorer, reason = build_scorer(job, policy, pixels, train_vision=policy.config.train_vision), None
     if config.shared_prompts:
-        trial = packing_check.Trial(scorer, pixels, config.token_budget, config.gradient_checkpointing)
+        trial = packing_check.Trial(scorer, pixels, config.token_budget, bool(config.gradient_checkpointing))
         reason = packing_check.find_obstacle(policy, ranks, rows, trial)
         if reason and ranks.rank == 0:
             log.warning("Prompts are not shared: %s.", reason)
@@ -174,24 +178,41 @@ def _passes(
     return passes, metrics | {"packing/fallback": float(reason is not None)}
 
 
-def _check_memory(config: TrainConfig, passes: Passes, shares: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Check the largest micro-batch; return metrics. Raises UserError if it needs more memory than is free."""
-    options = memory.StepOptions(config.gradient_checkpointing, entropy_grad=config.loss.entropy_coef != 0)
+def _check_memory(config: TrainConfig, passes: Passes, shares: Sequence[Sequence[int]]) -> tuple[int, dict[str, float]]:
+    """Check the largest micro-batch; return how many layers recompute, and metrics.
+
+    Raises UserError if it needs more memory than is free.
+    """
+    options = memory.StepOptions(
+        config.gradient_checkpointing,
+        images_again=config.scores_again,
+        entropy_grad=config.loss.entropy_coef != 0,
+    )
     return memory.check_job(passes, shares, options)
 
 
 def _check_parity(job: dict, config: TrainConfig, passes: Passes) -> dict[str, float]:
-    """Return metrics of the parity gate. Raises UserError if the trainer computes other numbers than the engine."""
-    gate, policy, scorer = config.parity, passes.policy, passes.scorer
-    chosen = parity.choose(passes.rows, gate.trajectories, job["seed"])
-    rows = [passes.rows[i] for i in chosen]
+    """Return metrics of the parity gate. Raises UserError if the trainer computes other numbers than the engine.
+
+    The numbers are those of the policy that played, whose weights are held meanwhile if another one is trained.
+    """
+    policy, player = passes.policy, job.get("player") or job["policy"]
+    chosen = parity.choose(passes.rows, config.parity.trajectories, job["seed"])
 
     def check() -> None:
-        parity.check_weights(passes.rows, job["policy"]["digest"])
-        parity.check_tokens(passes.rows, scorer.image_token)
-        parity.check_positions(rows, get_base_model(policy.model))
+        parity.check_weights(passes.rows, player["digest"])
+        parity.check_tokens(passes.rows, passes.scorer.image_token)
+        parity.check_positions([passes.rows[i] for i in chosen], get_base_model(policy.model))
 
     passes.ranks.together(check)
+    other = player["digest"] != job["policy"]["digest"]
+    with weight_files.hold(policy, Path(player["directory"])) if other else contextlib.nullcontext():
+        return _compare_numbers(job, config.parity, passes, chosen)
+
+
+def _compare_numbers(job: dict, gate: ParityConfig, passes: Passes, chosen: Sequence[int]) -> dict[str, float]:
+    """Return metrics of the parity of some rows. Raises UserError beyond the gate's limits."""
+    policy, scorer, rows = passes.policy, passes.scorer, [passes.rows[i] for i in chosen]
     logps = passes.score_together(chosen)
     trainer = [logps[i] for i in chosen]
     engine = np.concatenate([row.engine for row in rows])
@@ -271,13 +292,14 @@ def _steps(
     objective: Objective,
     batches: Sequence[Sequence[int]],
     shares: Sequence[Sequence[int]],
+    layers: int,
 ) -> Iterator[dict]:
-    """Train step by step, and yield the metrics of each."""
+    """Train step by step, and yield the metrics of each. layers: of those that recompute their activations."""
     policy = passes.policy
     parameters = train_only(policy.model, policy.config, vision=policy.config.train_vision)
     optimizer = policy.resume_optimizer(parameters, config.weight_decay)
     stepper = Stepper(policy, parameters, optimizer, passes.ranks, config.max_grad_norm)
-    with checkpoint_activations(policy.model, config.gradient_checkpointing):
+    with checkpoint_activations(policy.model, layers):
         for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             rate = compute_learning_rate(config, policy.updates)
             totals = objective.accumulate(passes, batch, share)

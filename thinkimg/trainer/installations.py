@@ -53,7 +53,8 @@ def compare_files(ranks: Ranks, job: Mapping) -> None:
     """
     if ranks.count > 1:
         tables = (job.get("images") or {}).get("tables", [])
-        directories = [(job.get("policy") or {}).get("directory"), job.get("reference"), job.get("rollouts"), *tables]
+        policies = [(job.get(role) or {}).get("directory") for role in ("policy", "player")]
+        directories = [*policies, job.get("reference"), job.get("rollouts"), *tables]
         files = {}
         for directory in filter(None, directories):  # of a base the weights are compared (checksums.py)
             paths = [path for path in Path(directory).rglob("*") if path.is_file()]

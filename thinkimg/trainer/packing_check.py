@@ -113,13 +113,24 @@ def try_packing(policy: PolicyModel, rows: Sequence[Row], trial: Trial, *, backw
         return f"{type(error).__name__}: {shorten(str(error), 300)}"
     finally:
         policy.model.zero_grad(set_to_none=True)
-    limit = LIMITS[policy.config.precision]
-    difference = float((packed - expected).abs().mean())
+    return find_difference("packed", policy.config.precision, (expected, norms), (packed, packed_norms))
+
+
+def find_difference(
+    kind: str, precision: str, expected: tuple[Tensor, Tensor], actual: tuple[Tensor, Tensor]
+) -> str | None:
+    """Return the difference between two results of `run_passes` if it is too much for a precision, else None.
+
+    kind: adjective for the actual result.
+    """
+    limit = LIMITS[precision]
+    difference = float((actual[0] - expected[0]).abs().mean())
     if not difference <= limit:  # NaN is not
-        return f"packed log-probabilities differ by {difference:.2g} on average, allowed are {limit}"
-    difference = float((packed_norms - norms).norm() / norms.norm()) if backward else 0.0
+        return f"{kind} log-probabilities differ by {difference:.2g} on average, allowed are {limit}"
+    computed = bool(expected[1].any() or actual[1].any())  # there are no gradients without a backward pass
+    difference = float((actual[1] - expected[1]).norm() / expected[1].norm()) if computed else 0.0
     if not difference <= limit:
-        return f"gradients of packed rows differ by {difference:.2g} of their norm, allowed are {limit}"
+        return f"gradients of {kind} rows differ by {difference:.2g} of their norm, allowed are {limit}"
     return None
 
 

@@ -48,6 +48,8 @@ class PolicyModel:
     """Tokens of the largest micro-batch that passed the memory check (memory.py)."""
     packing_obstacle: str | None = None
     """Reason why its rows can't be packed, "" if they can; None: not tried yet (packing_check.py)."""
+    compilation_obstacle: str | None = None
+    """Reason why its layers can't be compiled, "" if they can; None: not tried yet (compile_check.py)."""
     weights_directory: Path | None = None
     """Directory that the model below the adapter was read from; None: none."""
     adapter_file: Path | None = None
@@ -229,7 +231,7 @@ def add_adapter(model: "PreTrainedModel", config: ModelConfig):
         unwrap(model).tie_weights()
     else:
         model = get_peft_model(model, lora)
-    keep_input_dtype(model, config)
+    lighten_adapter(model, config)
     return model
 
 
@@ -245,15 +247,19 @@ def load_adapter(model: "PreTrainedModel", directory: Path, config: ModelConfig)
     else:
         plain = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no cpu:0
         model = PeftModel.from_pretrained(model, str(directory), is_trainable=True, torch_device=plain)
-    keep_input_dtype(model, config)
+    lighten_adapter(model, config)
     return model
 
 
-def keep_input_dtype(model: torch.nn.Module, config: ModelConfig) -> None:
-    """Stop peft from widening each adapter's input to float32, if autocast would narrow it again.
+def lighten_adapter(model: torch.nn.Module, config: ModelConfig) -> None:
+    """Let an adapter pass over the activations less often than peft does: docs/trainer.md, "LoRA's traffic".
 
-    That saves two passes over all activations: 600 MB for each linear layer of a 7B and 14,000 tokens.
+    Its scaling is folded into B (forward/lora.py). Its input is not widened to float32 if autocast would narrow it
+    again: 600 MB twice for each linear layer of a 7B and 14,000 tokens.
     """
+    from thinkimg.trainer.forward.lora import fold_scaling
+
+    fold_scaling(model)
     if config.precision == "bfloat16":
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):

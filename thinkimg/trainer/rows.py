@@ -1,5 +1,6 @@
 """Input of a training job: trajectories with their advantages, and the patches of their images."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,6 +107,7 @@ class Patches:
         self._grids: dict[str, tuple[int, ...]] = {}
         self._cache: OrderedDict[str, Future[np.ndarray]] = OrderedDict()
         self._room = cache_bytes
+        self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="patches")
 
     def prepare(self, conversations: Iterable[Conversation], unneeded: Container[str] = ()) -> None:
@@ -128,20 +130,22 @@ class Patches:
 
     def trim(self) -> None:
         """Forget the least recently used images, down to the limit."""
-        while self._room < 0:
-            key, _ = self._cache.popitem(last=False)
-            self._room += self._bytes(key)
+        with self._lock:
+            while self._room < 0:
+                key, _ = self._cache.popitem(last=False)
+                self._room += self._bytes(key)
 
     def close(self) -> None:
         """Stop the threads."""
         self._readers.shutdown(cancel_futures=True)
 
     def _request(self, key: str) -> Future[np.ndarray]:
-        if key not in self._cache:
-            self._cache[key] = self._readers.submit(self._make, key, self._grids[key])
-            self._room -= self._bytes(key)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+        with self._lock:  # micro-batches side by side ask at the same time
+            if key not in self._cache:
+                self._cache[key] = self._readers.submit(self._make, key, self._grids[key])
+                self._room -= self._bytes(key)
+            self._cache.move_to_end(key)
+            return self._cache[key]
 
     def _bytes(self, key: str) -> int:
         return int(np.prod(self._grids[key])) * self._processor.patch_values * FLOAT_BYTES

@@ -1,15 +1,19 @@
 """Settings of the training process: warm start, GRPO steps, parity gate, and where the worker runs."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from thinkimg.devices import Cores, Devices
 from thinkimg.errors import shorten
 from thinkimg.grpo.settings import LossConfig
 from thinkimg.puzzles.settings import Flaws
 from thinkimg.settings import FilePath, Positive, Settings
+
+Recomputation = Literal[False, True, "auto"]
 
 
 class WarmstartConfig(Settings):
@@ -70,16 +74,27 @@ class TrainConfig(Settings):
     """Pack micro-batches and compute the common prompt of a group once; off: padded batches. Where the model does not
     allow it (sliding windows, attention dropout, positions that depend on the length) it is off by itself, with a
     warning."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    gradient_checkpointing: Recomputation = False
+    """Compute activations again in the backward pass, which takes less memory and more time: of no decoder layer
+    (false), of all (true), or of as few as the memory check finds room for (auto). Results are the same."""
     parity: ParityConfig = ParityConfig()
+
+    @property
+    def scores_again(self) -> bool:
+        """True if rows pass the model more than once in an iteration, beside those of the parity gate."""
+        return self.steps * self.epochs > 1 or self.loss.beta > 0 or self.loss.top_entropy_quantile < 1
 
 
 class TrainerConfig(Settings):
     """Processes and machines of the trainer."""
 
     processes: Positive = 1
-    """Training processes, one per GPU, over all nodes together."""
+    """Training processes, one per GPU, over all nodes together; with `devices` it follows from these."""
+    devices: Devices | None = None
+    """GPUs of the trainer on each node, as [2, 3], with a process each; read as where.engine.devices. null: as many as
+    there are processes, from the first on."""
+    cpu_threads_bind: Cores | None = None
+    """Cores of the trainer, as 1 or 0,2-3; null: all."""
     accelerate_config: FilePath | None = None
     """Several GPUs by `accelerate launch`: ddp (each holds the model), fsdp2 (each holds a part of every layer), or the
     path of a file of your own as `accelerate config` writes it, whose number of processes `processes` replaces."""
@@ -93,8 +108,23 @@ class TrainerConfig(Settings):
     keep: bool = True
     """Keep the worker between iterations; off where memory does not hold engine and trainer both."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_process_each(cls, fields: Any) -> Any:
+        """Set the number of processes where devices say it and nothing else does."""
+        if not isinstance(fields, Mapping) or "processes" in fields:
+            return fields
+        devices, nodes = fields.get("devices"), fields.get("nodes", 1)
+        counted = isinstance(devices, list | tuple) and devices and isinstance(nodes, int)
+        return {**fields, "processes": len(devices) * nodes} if counted else fields
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.devices is not None and self.processes != len(self.devices) * self.nodes:
+            raise ValueError(
+                f"trainer.processes is {self.processes}, and trainer.devices are {len(self.devices)} "
+                f"on each of {self.nodes} nodes: leave trainer.processes out"
+            )
         if self.nodes > 1 and (self.address is None or self.processes % self.nodes):
             raise ValueError("several trainer.nodes need trainer.address, and trainer.processes in equal parts")
         if self.accelerate_file is not None and not self.accelerate_file.is_file():

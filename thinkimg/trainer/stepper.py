@@ -2,8 +2,9 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from thinkimg.trainer.forward.fsdp import clip_gradients, is_shard
 from thinkimg.trainer.forward.modules import get_base_model
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
+from thinkimg.trainer.settings import Recomputation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Progress = Callable[[dict], None]
 """Receiver of each step's metrics."""
@@ -66,19 +71,24 @@ class Stepper:
 
 
 @contextmanager
-def checkpoint_activations(model: torch.nn.Module, enabled: bool = True):
-    """Compute the language model's activations again in the backward pass, within this context.
+def checkpoint_activations(model: "PreTrainedModel", layers: int | Recomputation = True) -> Iterator[None]:
+    """Compute the activations of the first decoder layers again in the backward pass, within this context.
 
+    layers: their number, or the setting where none has been chosen: all, if it is not False.
     transformers does so in training mode only.
     """
     language_model = get_base_model(model).language_model
-    if enabled:
+    number = len(language_model.layers) if layers is True or layers == "auto" else int(layers)
+    if number:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        language_model.disable_input_require_grads()  # of the embeddings, which only a reentrant checkpoint wants
+        for layer in language_model.layers[number:]:
+            layer.gradient_checkpointing = False
         model.train()
     try:
         yield
     finally:
-        if enabled:
+        if number:
             language_model.gradient_checkpointing_disable()
             model.eval()
 

@@ -1,18 +1,22 @@
 """Warm start: supervised learning of demonstrations, with the same forward pass as GRPO; makes the first policy."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from thinkimg.errors import UserError
 from thinkimg.store.kinds import Demonstrations
 from thinkimg.trainer import checkpoint, memory
 from thinkimg.trainer.forward.modules import unwrap
 from thinkimg.trainer.forward.packing import ImageToken
+from thinkimg.trainer.gradient_pool import GradientPool
 from thinkimg.trainer.passes import Passes, build_scorer
 from thinkimg.trainer.policy import PolicyModel, build_optimizer, train_only
 from thinkimg.trainer.ranks import Ranks
@@ -55,12 +59,15 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
     """
     config = WarmstartConfig.model_validate(job["warmstart"])
     clock, steps = Clock(policy.device), []
+    checks: dict[str, float] = {}
     if config.steps:
         rows, comparisons = ranks.together(lambda: _read(job, policy))
         with contextlib.closing(read_patches(job, policy)) as pixels:
             scorer = build_scorer(job, policy, pixels, train_vision=policy.config.adaptation == "full")
             passes = Passes(policy, ranks, scorer, pixels, rows + comparisons, job["token_budget"], packed=False)
-            for step in _steps(job, config, passes, len(rows)):
+            extra = round(COMPARISONS * config.batch) if comparisons else 0
+            layers, checks = _check_memory(job, passes, config.batch + extra)
+            for step in _steps(job, config, passes, len(rows), extra, layers):
                 steps.append(step | {"seconds": clock.lap()})
                 progress(steps[-1] | {"steps": config.steps})
     rate = steps[-1]["lr"] if steps else 0.0
@@ -68,7 +75,7 @@ def run(job: dict, policy: PolicyModel, ranks: Ranks, progress: Progress) -> dic
     metrics = {"peak_memory_mb": peak_memory_mb(policy.device)}
     if steps:
         metrics |= {"loss": steps[-1]["loss"], "seconds": sum(step["seconds"] for step in steps)}
-    return {"metrics": metrics, "steps": steps, "updates": policy.updates}
+    return {"metrics": metrics | checks, "steps": steps, "updates": policy.updates}
 
 
 def _read(job: dict, policy: PolicyModel) -> tuple[list[Row], list[Row]]:
@@ -81,34 +88,49 @@ def _read(job: dict, policy: PolicyModel) -> tuple[list[Row], list[Row]]:
     return rows, read_rows(artifact, image_token, table="comparisons") if has_comparisons else []
 
 
-def _steps(job: dict, config: WarmstartConfig, passes: Passes, count: int) -> Iterator[dict]:
-    """Train step by step, and yield the metrics of each. count: of the conversations, which precede the comparisons."""
+def _check_memory(job: dict, passes: Passes, batch: int) -> tuple[int, dict[str, float]]:
+    """Check the longest rows of a batch; return how many layers recompute, and metrics.
+
+    Raises UserError if they need more memory than is free.
+    """
+    rows = sorted(range(len(passes.rows)), key=lambda i: len(passes.rows[i].conversation.tokens))
+    longest = rows[-max(batch // passes.ranks.count, 1) :]
+    options = memory.StepOptions(job.get("gradient_checkpointing", False))
+    layers, metrics = memory.check_job(passes, [longest], options)
+    passes.policy.checked_tokens = 0  # the steps that follow a warm start train other parameters
+    return layers, metrics
+
+
+def _steps(job: dict, config: WarmstartConfig, passes: Passes, count: int, extra: int, layers: int) -> Iterator[dict]:
+    """Train step by step, and yield the metrics of each.
+
+    count: of the conversations, which precede the comparisons. extra: comparisons of a step. layers: of those that
+    recompute their activations.
+    """
     policy, ranks, rows = passes.policy, passes.ranks, passes.rows
-    extra, checkpointed = round(COMPARISONS * config.batch), job.get("gradient_checkpointing", False)
-    extra = extra if len(rows) > count else 0
     parameters = train_only(policy.model, policy.config, vision=True)
     stepper = Stepper(policy, parameters, build_optimizer(parameters.values()), ranks, MAX_GRAD_NORM)
-    longest = sorted(range(len(rows)), key=lambda i: len(rows[i].conversation.tokens))
-    longest = longest[-max((config.batch + extra) // ranks.count, 1) :]
-    ranks.together(lambda: memory.check_job(passes, [longest], memory.StepOptions(checkpointed)))
-    policy.checked_tokens = 0  # the steps that follow a warm start train other parameters
     batches = draw(count, config.batch, config.steps, job["seed"])
     comparisons = draw(len(rows) - count, extra, config.steps, job["seed"]) if extra else repeat([])
-    with checkpoint_activations(policy.model, checkpointed):
+    pool = GradientPool(policy, parameters.values(), shared_features=passes.scorer.features is not None)
+    with checkpoint_activations(policy.model, layers), pool:
+        passes = replace(passes, token_budget=pool.limit(passes.token_budget))
         for number, (batch, compared) in enumerate(zip(batches, comparisons, strict=False)):
             tokens = sum(len(rows[i].engine) for i in batch)
             weights = dict.fromkeys(batch, 1 / tokens)
             weights |= {count + i: COMPARISONS / len(compared) for i in compared}
-            own, own_loss = passes.share([*batch, *(count + i for i in compared)]), 0.0
-            for micro in passes.micro_batches(own):
-                indices = [own[k] for k in micro.rows]
-                with policy.autocast():
-                    logps, _ = passes.scorer(passes.conversations(indices))
-                per_token = np.concatenate([np.full(len(rows[i].engine), weights[i]) for i in indices])
-                loss = -(logps * torch.from_numpy(per_token).to(logps)).sum()
-                loss.backward()
-                own_loss += float(loss.detach())
+            own = passes.share([*batch, *(count + i for i in compared)])
+            micro_batches = ([own[k] for k in micro.rows] for micro in passes.micro_batches(own))
+            own_loss = sum(pool.accumulate(partial(_compute_loss, passes, weights), micro_batches))
             rate = compute_learning_rate(config, number)
             norm = stepper.step(rate)
             yield {"step": number + 1, "loss": sum(ranks.gather(own_loss)), "grad_norm": norm, "lr": rate}
     stepper.release()
+
+
+def _compute_loss(passes: Passes, weights: Mapping[int, float], indices: Sequence[int]) -> Tensor:
+    """Return the loss of a micro-batch. weights: of each token of a row."""
+    with passes.policy.autocast():
+        logps, _ = passes.scorer(passes.conversations(indices))
+    per_token = np.concatenate([np.full(len(passes.rows[i].engine), weights[i]) for i in indices])
+    return -(logps * torch.from_numpy(per_token).to(logps)).sum()

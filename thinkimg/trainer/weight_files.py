@@ -4,7 +4,9 @@ checkpoint.load(device=meta) ──> fsdp.shard ──> fill: reads the rows of 
 checksums ──> locate: compares what is in memory with what is in the files
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +29,15 @@ class Source(NamedTuple):
     key: str
 
 
-def fill(policy: PolicyModel) -> None:
+def fill(policy: PolicyModel, names: Container[str] | None = None) -> None:
     """Copy from the files what this process holds of each parameter, and read no more. A new adapter is left alone.
+
+    names: of the parameters that are copied; None: all.
 
     Raises UserError if a parameter is in no file, or has another shape there.
     """
     parameters = list_floating(policy)
-    for name, source in locate(policy).items():
+    for name, source in locate(policy, names).items():
         parameter = parameters[name]
         with safe_open(source.path, framework="pt") as file, torch.no_grad():
             part = file.get_slice(source.key)
@@ -44,6 +48,28 @@ def fill(policy: PolicyModel) -> None:
                 )
             first, rows = find_rows(parameter)
             get_local(parameter).copy_(part[first : first + rows] if parameter.dim() else part[:])
+
+
+@contextmanager
+def hold(policy: PolicyModel, directory: Path) -> Iterator[None]:
+    """Hold the trained weights of another policy of the same kind within this context. All processes enter it.
+
+    directory: of the other policy. Its own weights are kept in host memory meanwhile.
+    """
+    lora = policy.config.adaptation == "lora"
+    parameters = {name: p for name, p in list_floating(policy).items() if not lora or "lora_" in name}
+    own = {name: get_local(p).detach().to("cpu", copy=True) for name, p in parameters.items()}
+    if lora:
+        other = replace(policy, adapter_file=directory / "adapter" / "adapter_model.safetensors")
+    else:
+        other = replace(policy, weights_directory=directory / "model")
+    try:
+        fill(other, parameters)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                get_local(parameter).copy_(own[name])
 
 
 def find_rows(parameter: Tensor) -> tuple[int, int]:
@@ -61,8 +87,8 @@ def list_floating(policy: PolicyModel) -> dict[str, Tensor]:
     return {name: p for name, p in unwrap(policy.model).named_parameters() if p.is_floating_point()}
 
 
-def locate(policy: PolicyModel) -> dict[str, Source]:
-    """Return the source of each parameter of `floating`, except a new adapter's.
+def locate(policy: PolicyModel, wanted: Container[str] | None = None) -> dict[str, Source]:
+    """Return the source of each parameter of `list_floating`, or of some of them, except a new adapter's.
 
     Keys are renamed as transformers does it when it loads. A tied parameter may be in the file by any of its names.
     Raises UserError if a parameter is in no file.
@@ -90,7 +116,7 @@ def locate(policy: PolicyModel) -> dict[str, Source]:
 
     located, missing = {}, []
     for name, parameter in list_floating(policy).items():
-        if "lora_" in name and policy.adapter_file is None:
+        if "lora_" in name and policy.adapter_file is None or wanted is not None and name not in wanted:
             continue
         keys = [alias.replace(".default.", ".") if "lora_" in alias else alias for alias in aliases[parameter]]
         source = next((sources[key] for key in keys if key in sources), None)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from thinkimg.models.family import Family, find_family
 from thinkimg.trainer.forward import flex
+from thinkimg.trainer.forward.free_memory import measure_free
 from thinkimg.trainer.forward.fsdp import gather
 from thinkimg.trainer.forward.modules import get_base_model, unwrap
 from thinkimg.trainer.forward.packed_attention import Layout
@@ -20,7 +21,9 @@ from thinkimg.trainer.forward.shared_prompts import Packed, Unit, pack, pad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FEATURE_BYTES = 2 * 2**30  # kept features of a frozen vision tower: 600 tokens of the 7B in bfloat16 are 4 MB
+# Share of free memory that kept features of a frozen vision tower may take: 600 tokens of the 7B in bfloat16 are 4 MB.
+GPU_SHARE = 0.5
+CPU_SHARE = 0.25  # main memory is the engine's and the files' as well
 HEAD_CHUNK = 512  # scored tokens per slice of logits: 512 x 152,064 float32 are 0.3 GB, and 0.3 TFLOP keep a GPU busy
 
 
@@ -64,7 +67,7 @@ def compute_features(
     features = {} if cache is None else cache
     missing = {key: grid for key, grid in zip(images, grids, strict=True) if key not in features}
     if missing:
-        grid = torch.as_tensor(np.stack(list(missing.values())), device=visual.device)
+        grid = torch.as_tensor(np.stack(list(missing.values())))  # on the host, where vision.py reads it
         patches = torch.cat([torch.as_tensor(pixels(key)) for key in missing]).to(visual.device, visual.dtype)
         parts = family.compute_features(visual, patches, grid).split([*map(image_token.count, missing.values())])
         features |= zip(missing, parts, strict=True)
@@ -192,6 +195,8 @@ class Scorer:
         self.head = unwrap(model).lm_head
         self.device = self.head.weight.device
         self.on_gpu = flex.is_used(self.device)
+        self.feature_limit: int | None = None
+        """Bytes of features that are kept; None: a share of what is free at the time."""
         config = unwrap(model).config
         self.family = find_family(config.model_type)
         self.image_token, self.pad_token = ImageToken.of(config), config.text_config.pad_token_id or 0
@@ -242,8 +247,11 @@ class Scorer:
             return compute_features(self.model, self.family, images, self.pixels, grids, self.features)
 
     def trim(self) -> None:
-        """Forget the oldest features beyond FEATURE_BYTES."""
+        """Forget the oldest features beyond the limit."""
         if self.features:
             size = sum(feature.nbytes for feature in self.features.values())
-            while size > FEATURE_BYTES:
+            limit = self.feature_limit
+            if limit is None:
+                limit = (GPU_SHARE if self.on_gpu else CPU_SHARE) * (size + measure_free(self.device))
+            while size > limit:
                 size -= self.features.pop(next(iter(self.features))).nbytes

@@ -1,0 +1,138 @@
+"""Model card of an exported policy: its settings for the Hub, held-out figures with intervals, licences, an example."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from thinkimg.conversation.settings import ConversationConfig
+from thinkimg.data.hub.public_sets import find_set
+from thinkimg.records import PUZZLES, Coordinates
+from thinkimg.store.manifest import Artifact
+
+HUB_ID = re.compile(r"(?!model/)[\w.-]+/[\w.-]+")
+"""Id of a model on the Hub; the name `model/<digest>` is that of a directory."""
+
+EXAMPLE = '''"""Ask the policy about a picture, for its first turn: python example.py picture.png "What is it?"."""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+pack = Path(__file__).parent
+weights = pack / "policy" / "{part}"
+processor = AutoProcessor.from_pretrained(weights, min_pixels={min_pixels}, max_pixels={max_pixels})
+model = AutoModelForImageTextToText.from_pretrained(weights, dtype="auto")
+image = Image.open(sys.argv[1]).convert("RGB")
+_, rows, columns = processor.image_processor(image, return_tensors="pt")["image_grid_thw"][0].tolist()
+patch = processor.image_processor.patch_size
+question = f"Image 0: {size}. {{sys.argv[2]}}\\nAnswer with a word or a short phrase."
+system = (pack / "system.txt").read_text(encoding="utf-8")[:-1]
+content = [{{"type": "image"}}, {{"type": "text", "text": question}}]
+messages = [{{"role": "system", "content": system}}, {{"role": "user", "content": content}}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
+tokens = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(tokens, skip_special_tokens=False))
+'''
+SIZES = {
+    Coordinates.PIXELS: "{columns * patch}x{rows * patch} pixels",
+    Coordinates.THOUSANDTHS: "1000x1000 thousandths",
+}
+"""Unit of coordinates -> size of a picture as the example states it, in the braces of an f-string."""
+
+
+def write_example(part: str, images: Mapping[str, Any], conversation: Mapping[str, Any], unit: Coordinates) -> str:
+    """Return a script that asks an exported policy for its first turn, with Hugging Face's libraries alone.
+
+    part: "model" or "adapter". images, conversation: settings of the policy's rollouts.
+    """
+    return EXAMPLE.format(
+        part=part,
+        min_pixels=images["min_pixels"],
+        max_pixels=images["max_pixels"],
+        size=SIZES[unit],
+        tokens=conversation.get("max_turn_tokens", ConversationConfig().max_turn_tokens),
+    )
+
+
+def front_matter(base: str, adaptation: str) -> str:
+    """Return the settings of a card at its beginning, as the Hub reads them. base: name of the base model."""
+    settings: dict[str, Any] = {
+        "library_name": "peft" if adaptation == "lora" else "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["thinkimg", "grpo"],
+    }
+    if HUB_ID.fullmatch(base):
+        settings["base_model"] = base
+    return f"---\n{yaml.safe_dump(settings, sort_keys=True)}---\n"
+
+
+def held_out_lines(evaluations: Sequence[Artifact]) -> Iterator[str]:
+    """Yield a table of held-out figures with their 95 % intervals; a sentence where the policy was not evaluated."""
+    yield "## Held-out figures"
+    yield ""
+    if not evaluations:
+        yield "The policy was not evaluated."
+        return
+    yield "| samples | judged | accuracy, greedy | of k sampled answers | chance | images of tools | evaluation |"
+    yield "|---|---|---|---|---|---|---|"
+    for evaluation in evaluations:
+        config, metrics = evaluation.manifest["recipe"]["config"], evaluation.metrics
+        k = f" (k = {config['k']})" if config.get("k") else ""
+        cells = [str(config.get("samples", "–")), show_figure(metrics, "judged", 1), show_interval(metrics, "accuracy")]
+        cells += [show_interval(metrics, "avg_at_k") + k, show_figure(metrics, "chance", 100)]
+        cells += ["grey" if config.get("blind") else "seen", f"{evaluation.short}"]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield "Percentages, with 95 % intervals: Wilson's for greedy answers, a bootstrap over questions for sampled ones."
+
+
+def show_figure(metrics: Mapping[str, Any], name: str, factor: int) -> str:
+    """Return a metric times a factor as text; a dash for none."""
+    value = metrics.get(name)
+    return "–" if value is None else f"{factor * value:.4g}"
+
+
+def show_interval(metrics: Mapping[str, Any], name: str) -> str:
+    """Return a share with its interval, in percent."""
+    if metrics.get(name) is None:
+        return "–"
+    value, low, high = (show_figure(metrics, key, 100) for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value} ({low} to {high})"
+
+
+def licence_lines(base: str, revision: str | None, data: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield where the licences of base model and data are stated. data: settings of the data set, None if not known."""
+    yield "## Licences"
+    yield ""
+    yield from (f"- {line}" for line in (describe_base(base, revision), describe_data(data)))
+
+
+def describe_base(base: str, revision: str | None) -> str:
+    """Return a sentence on the licence of the base model, as its own card states it; "" is not known."""
+    if not base:
+        return "Base model: not known."
+    if base == "tiny":
+        return "Base model: created by thinkimg, with random weights; no licence of others holds."
+    if HUB_ID.fullmatch(base):
+        at = f" at {revision}" if revision else ""
+        return (
+            f"Base model: {base}{at}. The licence on its page, https://huggingface.co/{base}, holds for these weights."
+        )
+    return "Base model: a directory of the trainer's machine. Ask whoever trained the policy for its licence."
+
+
+def describe_data(data: Mapping[str, Any] | None) -> str:
+    """Return a sentence on the licence of the data."""
+    if data is None:
+        return "Data: not known."
+    if data.get("source") == PUZZLES:
+        return "Data: the puzzles that thinkimg draws, on photographs of scikit-image (docs/licences.md of thinkimg)."
+    known = find_set(str(data.get("path")).partition("@")[0])
+    if known is not None and known.licence is not None:
+        return f"Data: {known.name} ({known.repository}), {known.licence.value}."
+    return "Data: a user's own. Ask whoever trained the policy for its licence."
