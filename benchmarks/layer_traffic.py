@@ -1,4 +1,4 @@
-"""How many bytes do a decoder layer's operations move beside its large products, and how long does a layer take?
+"""Bytes that a decoder layer's operations move beside its large products, and a layer's time.
 
     python benchmarks/layer_traffic.py            a layer of Qwen2.5-VL-7B with LoRA; two CPU cores, some minutes
 

@@ -5,6 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 home=.venv-$1
+[ -e "requirements/$1.txt" ] || { echo "There is no requirements/$1.txt." >&2 && exit 2; }
 rm -rf "$home"
 .venv/bin/python -m venv --without-pip "$home"
 "$home/bin/python" - <<'END'

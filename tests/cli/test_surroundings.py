@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], int]] = {
     "track ui": (("--port", "70000"), 2),
     "remix": (("069a", "--preset", "tiny", "--json"), 0),
     "explain": (("no such–one",), 2),
+    "view": (("no such–one",), 2),
     "diff": (("069a", "069a", "--json"), 0),
     "calibrate attention": (("nothing",), 2),
     **{stage.replace("_", "-"): (REFUSED, 2) for stage in stage_names()},

@@ -189,7 +189,7 @@ class Scoring:
     def finish(self) -> Artifact:
         """Return the scores, which must all have been made early."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("thinkimg.rewards.part.score_rows", unreachable)
+            patch.setattr("thinkimg.rewards.part.compute_columns", unreachable)
             artifact, cached = build_stage(score.score, config(), self.store, rollouts=self.making.result())
         assert not cached
         return artifact
@@ -198,19 +198,19 @@ class Scoring:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_scores_made_early_are_those_made_at_the_end(tmp_path, interrupted, monkeypatch):
     """Byte by byte; the rules are applied to each part once, be it interrupted or not."""
-    it, scored, score_rows = Scoring(tmp_path), [], score.score_rows
+    it, scored, compute_columns = Scoring(tmp_path), [], score.compute_columns
     parts = parts_of(it.source)
 
     def apply(part, *arguments, **options):
         scored.append(part)
         if interrupted and len(scored) == 2:
             raise UserError("killed")
-        return score_rows(part, *arguments, **options)
+        return compute_columns(part, *arguments, **options)
 
     def produce(work: Work) -> None:
         grow(it.making, work, it.source, lambda count: len(scored) >= count)
 
-    monkeypatch.setattr(score, "score_rows", apply)
+    monkeypatch.setattr(score, "compute_columns", apply)
     if interrupted:
         with pytest.raises(UserError, match="killed"):
             it.follow(produce)
@@ -220,12 +220,12 @@ def test_scores_made_early_are_those_made_at_the_end(tmp_path, interrupted, monk
 
 
 def test_a_part_that_is_played_again_is_scored_again(tmp_path, monkeypatch):
-    it, scored, score_rows = Scoring(tmp_path), [], score.score_rows
+    it, scored, compute_columns = Scoring(tmp_path), [], score.compute_columns
     first, second, *_ = parts_of(it.source)
 
     def apply(part, *arguments, **options):
         scored.append(part)
-        return score_rows(part, *arguments, **options)
+        return compute_columns(part, *arguments, **options)
 
     def produce(work: Work) -> None:
         work.table(
@@ -237,7 +237,7 @@ def test_a_part_that_is_played_again_is_scored_again(tmp_path, monkeypatch):
         work.discard(first)  # while it is being read
         grow(it.making, work, it.source, lambda count: True)
 
-    monkeypatch.setattr(score, "score_rows", apply)
+    monkeypatch.setattr(score, "compute_columns", apply)
     it.follow(produce)
     assert it.finish().digest == it.plain.digest and scored.count(first) == 2
 

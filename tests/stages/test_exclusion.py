@@ -70,7 +70,8 @@ def run(world, policy, name: str, trajectories, rewards) -> tuple:
     ]
     table = pa.Table.from_pylist(rows, records.score_schema(["answer"]))
     scores = world.build("scores", name, lambda work: work.table("scores.parquet", table))
-    inputs = {"dataset": world.store.resolve(world.images), "policy": policy, "rollouts": rollouts, "scores": scores}
+    inputs = {"dataset": world.store.resolve(world.images), "policy": policy, "player": policy}
+    inputs |= {"rollouts": rollouts, "scores": scores}
     settings = config()
     with InProcess(settings.where, world) as resources:
         trained, _ = build_artifact(train, train.settings(settings), inputs, world.store, resources, force=True)
@@ -118,4 +119,4 @@ def test_with_nothing_left_no_step_is_taken_and_an_alarm_is_raised(world, policy
 
 
 def test_the_stage_is_the_one_that_the_store_knows():
-    assert (train.name, train.version) == ("train", 3)
+    assert (train.name, train.version) == ("train", 4)

@@ -290,7 +290,7 @@ def test_a_users_own_code_is_in_the_fingerprint_of_each_stage_that_may_run_it(ov
 
 
 def test_a_stage_sees_its_slice_its_inputs_and_where_things_run_and_nothing_else():
-    fields = {"settings", "inputs", "work", "store", "resources", "progress", "map"}
+    fields = {"settings", "inputs", "work", "store", "resources", "progress", "map", "early"}
     assert {field.name for field in dataclasses.fields(Job)} == fields
     assert typing.get_type_hints(Resources.__init__)["where"] is ResourcesConfig
     config = load_config(*BASES["whole"])
@@ -463,6 +463,10 @@ KEPT = {  # these are not changed
     "score": {"where.teacher.url": "a teacher answers there, the first policy by its name as well"},
     "train_clip": {"where.trainer.threads": "on a CPU results are bit-equal at a fixed number"},
 }
+ALONE = {  # these are refused beside others
+    "where.engine.devices": "of servers of our own, and engine.urls are others'",
+    "loop.lag": "needs the correction of the loss",
+}
 REACHED = {
     "warmstart": {"trainer"}, "train": {"trainer"}, "rollout": {"engine", "generate"},
     "evaluate": {"engine", "generate"},
@@ -477,7 +481,12 @@ def test_what_is_outside_of_its_slice_reaches_neither_engine_nor_trainer(name, r
     stage, config = STAGES[name], runs.config
     outside: dict[str, tuple[str, ...]] = {}
     for change in changes("whole"):
-        if change.config is not None and change.name not in {*KEPT.get(name, ()), *CHOOSERS, "model.adaptation"}:
+        if change.config is not None and change.name not in {
+            *KEPT.get(name, ()),
+            *CHOOSERS,
+            *ALONE,
+            "model.adaptation",
+        }:
             with contextlib.suppress(UserError):
                 if stage.settings(change.config) == stage.settings(config):
                     outside.setdefault(change.name, change.overrides)

@@ -18,6 +18,7 @@ LATE = {
     "mlflow": "two seconds", "open_clip": "imports torch", "datasets": "a second", "scipy": "half a second",
     "openai": "a second", "peft": "imports torch", "safetensors.torch": "imports torch",
     "huggingface_hub": "a third of a second", "sympy": "half a second", "math_verify": "imports sympy",
+    "inspect_ai": "an extra of its own",
     "prefect_dask": "an extra of its own", "sqlalchemy": "a quarter of a second, and with MLflow only",
 }  # fmt: skip
 """Libraries that may be imported where they are used, and why."""

@@ -250,5 +250,5 @@ def test_with_a_lag_the_same_policy_plays_on_and_the_loop_says_how_to_train_agai
     assert str(policy.reference) in run(place, *words, "--set", "loop.lag=1")
     refused = start(place, *words[:3], "--set", "loop.lag=1")
     answer, _ = refused.communicate(timeout=300)
-    assert refused.returncode == 1 and "train needs --policy" in answer
+    assert refused.returncode == 2 and "train needs --policy" in answer
     assert not list((place / "artifacts" / "early").glob("*/[!.]*")), "what was judged early is in the scores"

@@ -302,8 +302,8 @@ def test_shards_four_bits_and_a_users_wish_are_reasons_without_a_trial(world, wa
 
     assert "FSDP2" in reason(sharded=True)
     assert "4 bits" in reason(config=LORA.model_copy(update={"load_in_4bit": True}))
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    assert "TORCH_COMPILE_DISABLE" in reason()
+    with torch._dynamo.config.patch(disable=True):
+        assert "TORCH_COMPILE_DISABLE" in reason()
     assert counters["stats"]["unique_graphs"] == 0
 
 

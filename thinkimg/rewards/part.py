@@ -55,11 +55,11 @@ def score_part(job: PartJob) -> Columns:
     missing = tuple(name for name in job.scoring.components if name not in made)
     scoring = Scoring(job.scoring.rewards, job.scoring.image, missing)
     artifacts = Dataset.open(job.dataset), Rollouts.open(job.rollouts)
-    columns = made | score_rows(job.part, scoring, *artifacts, ledgers=job.ledgers, verdicts=job.verdicts)
+    columns = made | compute_columns(job.part, scoring, *artifacts, ledgers=job.ledgers, verdicts=job.verdicts)
     return {name: columns[name] for name in job.scoring.components}
 
 
-def score_rows(
+def compute_columns(
     part: str,
     scoring: Scoring,
     dataset: Dataset,

@@ -17,6 +17,7 @@ from thinkimg.records import Sample, StopReason, Trajectory
 from thinkimg.rewards import sentences
 from thinkimg.rewards.batch import Batch, Score
 from thinkimg.rewards.mix import RIGHT
+from thinkimg.rewards.part import add_failed
 from thinkimg.rewards.rules.answer import score as score_answers
 from thinkimg.rewards.sentences import Verdicts
 from thinkimg.rewards.settings import RewardsConfig
@@ -127,9 +128,7 @@ def score_rows(
     """
     config = RewardsConfig(answer={"number_tolerance": tolerance})
     played = [row for row in rows if row.stop is not StopReason.FAILED]
-    scores = iter(score_answers(Batch(played, samples, config, images, verdicts=verdicts or {})))
-    failed = Score.missing("The conversation failed.")
-    return [failed if row.stop is StopReason.FAILED else next(scores) for row in rows]
+    return add_failed(rows, score_answers(Batch(played, samples, config, images, verdicts=verdicts or {})))
 
 
 def summarise_evaluation(

@@ -29,7 +29,7 @@ from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judge import load_judges
 from thinkimg.rewards.judgement import Judgements, Pair
 from thinkimg.rewards.judges.teacher import FROZEN, check_teacher
-from thinkimg.rewards.part import PartJob, Scoring, build_table, score_part, score_rows
+from thinkimg.rewards.part import PartJob, Scoring, build_table, compute_columns, score_part
 from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import RewardsConfig
 from thinkimg.stages.stage import Early, Input, Job, Lineage, Progress, Slice, Stage
@@ -227,7 +227,7 @@ def apply_rules_early(
     ledgers = [job.work.path(verdicts)] if job.work.has(verdicts) else []
     if all(map(sentences.is_complete, ledgers)):
         scoring = replace(job.settings.scoring, components=rules)
-        columns = score_rows(part, scoring, job.inputs["dataset"], rollouts, verdicts=ledgers)
+        columns = compute_columns(part, scoring, job.inputs["dataset"], rollouts, verdicts=ledgers)
         job.work.table(table, build_table(rollouts.checked(part), columns))
 
 

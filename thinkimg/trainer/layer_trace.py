@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from thinkimg.trainer.forward.lora import FoldedLinear
 from thinkimg.trainer.live_storages import LiveStorages
 
 
@@ -64,7 +65,7 @@ class LayerTrace:
         saved = [enter - enters[0] - inputs for enter, inputs in zip(enters, kept, strict=True)]
         casts = [0, *accumulate(cached * count_cast_bytes(layer) for layer in self._layers)]
         alike = [peaks["before"]]  # whatever the number
-        found = []
+        highest = []
         for number in range(count + 1):
             under_autocast = [
                 peaks[f"forward {i}"] - saved[min(i, number)] + casts[min(i, number)] for i in range(count)
@@ -73,8 +74,8 @@ class LayerTrace:
             after = [peaks["computed"] - saved[number]]
             after += [peaks[f"backward {i}"] - saved[min(i, number)] for i in range(count)]
             again = [starts[f"backward {i}"] - saved[i + 1] + peaks[f"forward {i}"] - enters[i] for i in range(number)]
-            found.append(max(alike + under_autocast + after + again))
-        return tuple(found)
+            highest.append(max(alike + under_autocast + after + again))
+        return tuple(highest)
 
     def _entering(self, number: int):
         def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], options: dict[str, object]) -> None:
@@ -94,5 +95,7 @@ class LayerTrace:
 
 
 def count_cast_bytes(layer: torch.nn.Module) -> int:
-    """Return the bytes of the casts to 16 bits that autocast caches of a layer's weights."""
-    return sum(2 * p.numel() for p in layer.parameters() if p.requires_grad and p.dtype == torch.float32)
+    """Return the bytes of the casts to 16 bits that autocast caches of a layer's weights; of folded adapters none."""
+    folded = {p for part in layer.modules() if isinstance(part, FoldedLinear) for p in part.parameters()}
+    cast = [p for p in layer.parameters() if p.requires_grad and p.dtype == torch.float32 and p not in folded]
+    return sum(2 * p.numel() for p in cast)

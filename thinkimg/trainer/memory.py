@@ -319,8 +319,8 @@ def check(step: Step, free: int) -> Requirement:
 def check_job(passes: Passes, shares: Sequence[Sequence[int]], options: StepOptions) -> tuple[int, dict[str, float]]:
     """Check the largest micro-batch of each process's shares; return how many layers recompute, and metrics.
 
-    All processes call it. Layers recompute in all as many as in the one that asks for most. Where nothing is to be
-    chosen, a policy that has passed the check with a micro-batch as large is not checked again.
+    All processes call it. Layers recompute in all as many as in the one that asks for most. On a CPU, where nothing is
+    to be chosen, a policy that has passed the check with a micro-batch as large is not checked again.
     options: checkpointing, entropy_grad and images_again. Raises UserError as `check`.
     """
     policy, ranks = passes.policy, passes.ranks
