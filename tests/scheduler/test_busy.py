@@ -35,7 +35,8 @@ class Durations:
         )
 
 
-DEMO = Durations(rollout=7.0, judges=3.0, attention=1.5, train=5.0, evaluate=4.0, rules=0.5)
+DEMO = Durations(rollout=11.0, judges=2.0, attention=1.0, train=2.0, evaluate=11.0, rules=0.5)
+"""Of `make demo` on 154db0b: its rollouts and their judges took 13 s together, which was divided by eye."""
 ESTIMATE_7B = Durations(rollout=110.0, judges=15.0, attention=12.0, train=200.0, evaluate=40.0, rules=1.0)
 """64 groups of 8 on an H100: counts of operations and published rates, not a measurement."""
 

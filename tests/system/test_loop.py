@@ -233,22 +233,34 @@ def test_the_schema_of_presets_is_json(place):
     assert load_config("tiny").preset == "tiny"
 
 
-def test_with_a_lag_the_same_policy_plays_on_and_the_loop_says_how_to_train_again(place, output):
-    """The first iteration is the loop's without a lag; the command that it prints finds the policy that it made."""
-    known = {kind: artifacts(place, kind) for kind in ("policy", "rollouts", "scores", "evaluation")}
+@pytest.fixture(scope="module")
+def lagging(place, output) -> tuple[str, dict[str, list]]:
+    """What the same loop printed with a lag, and the artifacts that it made."""
+    known = {kind: len(artifacts(place, kind)) for kind in ("policy", "rollouts", "scores", "evaluation")}
     printed = run(place, "run", "--set", "loop.lag=1")
-    made = {kind: artifacts(place, kind)[len(known[kind]) :] for kind in known}
-    assert {kind: len(new) for kind, new in made.items()} == dict.fromkeys(known, 1)
-    (policy,), (rollouts,), (scores,) = made["policy"], made["rollouts"], made["scores"]
-    first, second = known["policy"][:2]
+    return printed, {kind: artifacts(place, kind)[count:] for kind, count in known.items()}
+
+
+def test_with_a_lag_the_same_policy_plays_on(place, lagging):
+    """The first iteration is that without a lag; in the second the first policy plays, and the second is trained."""
+    _, made = lagging
+    assert {kind: len(new) for kind, new in made.items()} == dict.fromkeys(made, 1)
+    (policy,), (rollouts,) = made["policy"], made["rollouts"]
+    first, second = artifacts(place, "policy")[:2]
     assert rollouts.inputs["policy"].digest == first.digest and policy.inputs["policy"].digest == second.digest
     assert {row["weights"] for row in rollouts.table("trajectories", ["weights"]).to_pylist()} == {first.digest}
     assert policy.metrics["parity/mean_abs"] < 0.01, "against the policy that played"
+    assert not list((place / "artifacts" / "early").glob("*/[!.]*")), "what was judged early is in the scores"
+
+
+@pytest.mark.long
+def test_with_a_lag_the_loop_says_how_to_train_again(place, lagging):
+    printed, made = lagging
     command = printed[printed.rindex("thinkimg train --scores") :].splitlines()[0]
-    assert command.split()[3:6] == [scores.short, "--policy", second.short] and "--set loop.lag=1" in command
+    expected = [made["scores"][0].short, "--policy", artifacts(place, "policy")[1].short]
+    assert command.split()[3:6] == expected and "--set loop.lag=1" in command
     words = command.split()[1 : command.split().index("--preset")]
-    assert str(policy.reference) in run(place, *words, "--set", "loop.lag=1")
+    assert str(made["policy"][0].reference) in run(place, *words, "--set", "loop.lag=1")
     refused = start(place, *words[:3], "--set", "loop.lag=1")
     answer, _ = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "train needs --policy" in answer
-    assert not list((place / "artifacts" / "early").glob("*/[!.]*")), "what was judged early is in the scores"
