@@ -132,7 +132,7 @@ def describe_data(data: Mapping[str, Any] | None) -> str:
         return "Data: not known."
     if data.get("source") == PUZZLES:
         return "Data: the puzzles that thinkimg draws, on photographs of scikit-image (docs/licences.md of thinkimg)."
-    known = find_set(str(data.get("path")).partition("@")[0])
-    if known is not None and known.licence is not None:
-        return f"Data: {known.name} ({known.repository}), {known.licence.value}."
+    public_set = find_set(str(data.get("path")).partition("@")[0])
+    if public_set is not None and public_set.licence is not None:
+        return f"Data: {public_set.name} ({public_set.repository}), {public_set.licence.value}."
     return "Data: a user's own. Ask whoever trained the policy for its licence."

@@ -109,8 +109,8 @@ class View:
 def newest_scores(store: Store, rollouts: Artifact) -> Scores | None:
     """Return the newest scores of some rollouts, None if there are none."""
     inputs = ((scores, scores.inputs.get("rollouts")) for scores in store.list("scores") if not scores.dropped)
-    made = [scores for scores, source in inputs if source and source.digest == rollouts.digest]
-    return max(made, key=lambda scores: scores.manifest["finished"], default=None)
+    candidates = [scores for scores, source in inputs if source and source.digest == rollouts.digest]
+    return max(candidates, key=lambda scores: scores.manifest["finished"], default=None)
 
 
 def score_answers(

@@ -51,11 +51,11 @@ class PartJob:
 
 def score_part(job: PartJob) -> Columns:
     """Return the scores of a part by all components."""
-    made = {} if job.table is None else read_scores(job.table)
-    missing = tuple(name for name in job.scoring.components if name not in made)
+    stored = {} if job.table is None else read_scores(job.table)
+    missing = tuple(name for name in job.scoring.components if name not in stored)
     scoring = Scoring(job.scoring.rewards, job.scoring.image, missing)
     artifacts = Dataset.open(job.dataset), Rollouts.open(job.rollouts)
-    columns = made | compute_columns(job.part, scoring, *artifacts, ledgers=job.ledgers, verdicts=job.verdicts)
+    columns = stored | compute_columns(job.part, scoring, *artifacts, ledgers=job.ledgers, verdicts=job.verdicts)
     return {name: columns[name] for name in job.scoring.components}
 
 

@@ -152,11 +152,11 @@ def build_early(
     with contextlib.closing(snapshots):  # at once, whoever still refers to it: it may keep a publication waiting
         if (first := next(snapshots, None)) is None:
             return  # its stage has failed
-        known = complete({**inputs, role: first})
-        if is_complete(first) and store.find(stage.makes.KIND, stage.recipe(settings, known).fingerprint):
+        all_inputs = complete({**inputs, role: first})
+        if is_complete(first) and store.find(stage.makes.KIND, stage.recipe(settings, all_inputs).fingerprint):
             return
-        others = {name: artifact for name, artifact in known.items() if name != role}
-        with open_early(store, define_early(stage, settings, known), check) as work:
+        others = {name: artifact for name, artifact in all_inputs.items() if name != role}
+        with open_early(store, define_early(stage, settings, all_inputs), check) as work:
             assert work is not None
             job = Job(settings, others, work, store, resources, lambda done, total: check(), builtins.map)
             stage.early.run(job, itertools.chain([first], snapshots))
@@ -192,8 +192,8 @@ def define_early(stage: Stage[S], settings: S, inputs: Mapping[str, Artifact]) -
     """Return the recipe of a stage's early part; the content of what it follows may be unknown yet."""
     assert stage.early is not None
     recipe, followed = stage.recipe(settings, inputs), inputs[stage.early.follows]
-    place = Reference(followed.kind, f"{followed.fingerprint}/{followed.attempt}")
-    return replace(recipe, stage=f"{recipe.stage} early", inputs={**recipe.inputs, stage.early.follows: place})
+    reference = Reference(followed.kind, f"{followed.fingerprint}/{followed.attempt}")
+    return replace(recipe, stage=f"{recipe.stage} early", inputs={**recipe.inputs, stage.early.follows: reference})
 
 
 @contextlib.contextmanager

@@ -170,8 +170,8 @@ class Ahead:
         if judge is None:
             return None
         verdicts = [v for path in self._tables(sentences.TABLE) for v in sentences.read_ledger(path).items()]
-        known = {answer.key(judge.model): verdict for answer, verdict in verdicts if verdict.value is not None}
-        return replace(judge, lookup=lambda keys: judge.lookup(keys) | {k: known[k] for k in keys if k in known})
+        earlier = {answer.key(judge.model): verdict for answer, verdict in verdicts if verdict.value is not None}
+        return replace(judge, lookup=lambda keys: judge.lookup(keys) | {k: earlier[k] for k in keys if k in earlier})
 
     def _tables(self, table: str) -> list[Path]:
         if self._work is None:

@@ -42,7 +42,7 @@ class Member:
         """Open the file for reading. Raises RowRefused where it is encrypted or damaged."""
         try:
             return self.opened.open(self.name)
-        # What zipfile raises for a member with a password, for a compression that Python has not, and for damage.
+        # zipfile's own: a member with a password (RuntimeError), a compression that Python has not, damage.
         except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
             raise RowRefused(Reason.PATH, f"{short(self.name)} can't be unpacked: {short(str(error))}") from error
 

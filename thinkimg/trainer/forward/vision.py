@@ -27,7 +27,7 @@ class Chunks(NamedTuple):
     """Chunks of a sequence that attend to themselves, by their distinct lengths."""
 
     bounds: Tensor
-    """As transformers has them, (chunks + 1,); held so that no other tensor gets its id."""
+    """Cumulative lengths as transformers has them, (chunks + 1,); held so that no other tensor gets its id."""
     lengths: Sequence[int]
     indices: Sequence[Tensor]
     """For each length those of its chunks' tokens; none if there is one length."""
