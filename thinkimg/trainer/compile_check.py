@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from thinkimg.errors import shorten
 from thinkimg.trainer.forward.compilation import use_compiled_layers
-from thinkimg.trainer.packing_check import agree, find_difference, run_passes
+from thinkimg.trainer.packing_check import agree, find_difference, find_failure, run_passes
 from thinkimg.trainer.passes import Passes
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.stepper import checkpoint_activations
@@ -84,16 +83,13 @@ def try_compilation(passes: Passes) -> str | None:
     scorer.features = None if scorer.features is None else {}  # as in packing_check.try_packing
     batches = [batch for share in (order[:2], order[2:]) if share for batch in passes.split(share)]
     expected = run_passes(policy, scorer, batches, backward=True)
-    try:
+
+    def compare() -> str | None:
         with compiled(policy):
             actual = run_passes(policy, scorer, batches, backward=True)
             scored, _ = run_passes(policy, scorer, batches, backward=False)
         return find_difference("compiled", policy.config.precision, expected, actual) or find_difference(
             "compiled", policy.config.precision, expected, (scored, expected[1])
         )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler raises
-        return f"{type(error).__name__}: {shorten(str(error), 300)}"
-    finally:
-        policy.model.zero_grad(set_to_none=True)
+
+    return find_failure(policy, compare)

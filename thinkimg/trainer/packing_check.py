@@ -1,7 +1,7 @@
 """Trial of packing for a policy on this machine, and the tokens that packing saves."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,15 +105,27 @@ def try_packing(policy: PolicyModel, rows: Sequence[Row], trial: Trial, *, backw
     backward = backward and count_tokens(conversations, units) <= trial.token_budget
     alone = [([conversation], None) for conversation in conversations]  # as little memory as a row takes
     expected, norms = run_passes(policy, scorer, alone, backward=backward)
+
+    def compare() -> str | None:
+        packed = run_passes(policy, scorer, [(conversations, units)], backward=backward)
+        return find_difference("packed", policy.config.precision, (expected, norms), packed)
+
+    return find_failure(policy, compare)
+
+
+def find_failure(policy: PolicyModel, trial: Callable[[], str | None]) -> str | None:
+    """Return what a trial finds, or what it raises, as a compiler may raise anything; it leaves no gradients.
+
+    Raises OutOfMemoryError.
+    """
     try:
-        packed, packed_norms = run_passes(policy, scorer, [(conversations, units)], backward=backward)
+        return trial()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler raises
+    except Exception as error:
         return f"{type(error).__name__}: {shorten(str(error), 300)}"
     finally:
         policy.model.zero_grad(set_to_none=True)
-    return find_difference("packed", policy.config.precision, (expected, norms), (packed, packed_norms))
 
 
 def find_difference(
