@@ -56,8 +56,8 @@ class Handle:
     """Inputs by role."""
     iteration: int | None = None
     future: Future[Artifact] | None = None
-    early: Future[None] | None = None
-    """Early part of the stage, where it has one."""
+    early: Future[frozenset[str]] | None = None
+    """Early part of the stage, where it has one: the resources for what it has left."""
     work: Work | None = None
     """Work on its artifact, once it has begun."""
 
@@ -105,8 +105,10 @@ class Task:
 
     def uses(self, config: Config) -> frozenset[str]:
         """Return the names of the resources that it occupies."""
-        stage = self.handle.stage
-        return stage.early.uses(config) if self.early and stage.early else stage.uses(config)
+        stage, ended = self.handle.stage, self.handle.early
+        if self.early and stage.early:
+            return stage.early.uses(config)
+        return stage.uses(config) | (ended.result() if ended is not None else frozenset())
 
     @property
     def player(self) -> "Handle | Artifact | None":
@@ -184,7 +186,7 @@ class Scheduler(Plan):
         config: Config,
         execute: Callable[[Handle], Artifact],
         *,
-        execute_early: Callable[[Handle], None] = lambda handle: None,
+        execute_early: Callable[[Handle], frozenset[str]] = lambda handle: frozenset(),
         turns: frozenset[str] = frozenset(),
         on_report: Callable[[int, dict[str, Artifact]], None] = lambda iteration, artifacts: None,
         on_stop: Callable[[], None] = lambda: None,
@@ -227,8 +229,8 @@ class Scheduler(Plan):
                     log.exception("not everything was ended")
                 raise  # once the pool is left, which waits for the stages under way
 
-    def build_early(self, handle: Handle, store: Store, resources: Resources) -> None:
-        """Run the early part of a stage."""
+    def build_early(self, handle: Handle, store: Store, resources: Resources) -> frozenset[str]:
+        """Run the early part of a stage; return the names of the resources for what it has left."""
         stage, followed = handle.stage, handle.followed
         assert stage.early is not None and followed is not None
 
@@ -240,7 +242,7 @@ class Scheduler(Plan):
 
         snapshots = follow(followed, check) if isinstance(followed, Handle) else (item for item in [followed])
         inputs = handle.inputs(without=stage.early.follows)
-        build_early(stage, handle.settings, inputs, snapshots, store, resources, complete=complete, check=check)
+        return build_early(stage, handle.settings, inputs, snapshots, store, resources, complete=complete, check=check)
 
     def check(self, handle: Handle) -> None:
         """Raise Interrupted once the rest is to end."""

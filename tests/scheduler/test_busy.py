@@ -77,7 +77,7 @@ class Simulation:
             self.left[other] -= seconds * rate[other]
         self.now += seconds
         del self.left[task]
-        (task.handle.early if task.early else task.handle.future).set_result(None)
+        (task.handle.early if task.early else task.handle.future).set_result(frozenset())
         if task.handle.stage.label == "train":
             self.trained.append(self.now)
 

@@ -17,7 +17,7 @@ from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.resources import Resources
 from thinkimg.scheduler import Builder, Handle, Interrupted, Scheduler, Task
-from thinkimg.stages.stage import Input, Slice, Stage
+from thinkimg.stages.stage import Early, Input, Slice, Stage
 from thinkimg.store.artifacts import Store
 from thinkimg.store.kinds import Dataset
 
@@ -231,6 +231,27 @@ def test_servers_take_turns_where_the_trainer_is_apart():
     ]
     conflicts = [scheduler._conflict(tasks[i], tasks[j]) for i, j in ((0, 0), (0, 1), (0, 2), (1, 2))]
     assert conflicts == [False, True, False, False]
+
+
+@pytest.mark.parametrize("leaves", [frozenset(), ENGINE])
+def test_what_an_early_part_leaves_waits_for_its_resources(leaves):
+    """Only then is the engine kept from those who play another policy meanwhile."""
+    playing, beside, policies = threading.Event(), [], {"own": object(), "other": object()}
+
+    def play(handle):
+        playing.set()
+        time.sleep(0.2)
+        playing.clear()
+
+    early = Early("rows", lambda job, snapshots: frozenset(), lambda config: ENGINE)
+    rows = invent("rows", lambda handle: None)
+    last = invent("last", lambda handle: beside.append(playing.wait(0.1)), ["rows", "own"], player="own", early=early)
+    scheduler = Scheduler(CONFIG, run_stage, execute_early=lambda handle: leaves)
+    made = scheduler(rows)
+    scheduler(invent("play", play, ["rows", "other"], ENGINE, "other"), rows=made, other=policies["other"])
+    scheduler(last, rows=made, own=policies["own"])
+    scheduler.wait()
+    assert beside == [not leaves]
 
 
 def test_an_iteration_that_is_ready_early_is_told_in_its_turn():

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,9 @@ from single_stage import build_stage
 from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.resources import Resources
+from thinkimg.rewards import judging
+from thinkimg.rewards.judgement import JudgeIdentity, Judgement
+from thinkimg.rewards.judgement import Pair as ImagePair
 from thinkimg.scheduler import Builder
 from thinkimg.stages import build, score
 from thinkimg.stages.build import EARLY, build_early, complete_inputs, follow
@@ -240,6 +244,31 @@ def test_a_part_that_is_played_again_is_scored_again(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "compute_columns", apply)
     it.follow(produce)
     assert it.finish().digest == it.plain.digest and scored.count(first) == 2
+
+
+@pytest.mark.parametrize("value", [None, 0.5])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_judge_who_gave_no_value_needs_the_engine_again(tmp_path, monkeypatch, value, asked):
+    """But not for an image that nobody was asked about, as it can't be read."""
+    by = JudgeIdentity("own", "", "", "") if asked else None
+    ledger = judging.build_ledger({("own", ImagePair("?", "original", "processed")): Judgement(value, None, {}, by=by)})
+    it, judges = Scoring(tmp_path), {"own": SimpleNamespace(uses=frozenset({"engine"}))}
+
+    def judge_early(job: Job, rollouts: Artifact, part: str, names, lookup) -> None:
+        assert names == ["own"]
+        job.work.table(score.name_early(rollouts, part, "judgements-own"), ledger)
+
+    monkeypatch.setattr(score, "load_judges", lambda image: judges)
+    monkeypatch.setattr(score, "judge_early", judge_early)
+    monkeypatch.setattr(score, "apply_rules_early", lambda *arguments: None)
+    monkeypatch.setattr(score, "make_sentence_judge", lambda job: None)
+    with it.making.run(lambda work: grow(it.making, work, it.source, lambda count: True)):
+        pass
+    settings = SimpleNamespace(judges=SimpleNamespace(image=None), types=("own",), components=())
+    with it.store.create("early", Recipe("score early", 1, 1, {})) as work:
+        job = SimpleNamespace(settings=settings, work=work, store=it.store, progress=lambda done, total: None)
+        expected = {"engine"} if asked and value is None else set()
+        assert score.score_early(job, [it.making.result()]) == expected
 
 
 def source_recipe(artifact: Artifact) -> Recipe:

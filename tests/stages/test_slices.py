@@ -205,18 +205,28 @@ def fingerprint(stage: Stage, config: Config, **parameters) -> tuple[Slice, str]
         return settings, stage.recipe(settings, inputs).fingerprint
 
 
-def fingerprints(stage: Stage, changes: list[Change]):
-    """Yield each change that the stage takes with slice and fingerprint, None where the pipeline does without it."""
-    for change in changes:
-        if change.config is not None:
-            with contextlib.suppress(UserError):
-                yield change, fingerprint(stage, change.config) if stage.wanted(change.config) else None
+@pytest.fixture(scope="module")
+def fingerprints(changes):
+    """fingerprints(base, stage): each change that the stage takes with slice and fingerprint, None for the two where
+    the pipeline does without it."""
+
+    @cache
+    def of(base: str, stage: str) -> list[tuple[Change, tuple[Slice, str] | None]]:
+        taken = []
+        for change in changes(base):
+            if change.config is not None:
+                with contextlib.suppress(UserError):
+                    wanted = STAGES[stage].wanted(change.config)
+                    taken.append((change, fingerprint(STAGES[stage], change.config) if wanted else None))
+        return taken
+
+    return of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_where_a_slice_differs_the_fingerprint_does_and_only_there(changes):
+def test_where_a_slice_differs_the_fingerprint_does_and_only_there(fingerprints):
     used = set()
     for base in BASES:
         config = load_config(*BASES[base])
@@ -224,7 +234,7 @@ def test_where_a_slice_differs_the_fingerprint_does_and_only_there(changes):
             if not stage.wanted(config):
                 continue
             before = fingerprint(stage, config)
-            for change, after in fingerprints(stage, changes(base)):
+            for change, after in fingerprints(base, name):
                 if after is None:
                     continue
                 same_slice, same_fingerprint = (one == other for one, other in zip(before, after, strict=True))
@@ -238,13 +248,13 @@ def test_where_a_slice_differs_the_fingerprint_does_and_only_there(changes):
     assert listed - used == set(), "exceptions that none needs"
 
 
-def test_a_stage_takes_some_other_value_of_every_setting(changes):
+def test_a_stage_takes_some_other_value_of_every_setting(changes, fingerprints):
     configs = [load_config(*base) for base in BASES.values()]
     assert all(any(map(stage.wanted, configs)) for stage in STAGES.values())
     for base in BASES:
         loaded = {change.name for change in changes(base) if change.config is not None}
-        for name, stage in STAGES.items():
-            assert {change.name for change, _ in fingerprints(stage, changes(base))} == loaded, name
+        for name in STAGES:
+            assert {change.name for change, _ in fingerprints(base, name)} == loaded, name
 
 
 def test_every_setting_was_given_another_value(changes):

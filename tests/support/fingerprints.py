@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pydantic import BaseModel, ValidationError
 
 from thinkimg.config.load import load_config
@@ -112,15 +113,18 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 @contextlib.contextmanager
 def unopened_sources() -> Iterator[None]:
-    """A user's source is opened by nobody: what it is called and its digest are made up."""
+    """A user's source is opened by nobody: what it is called and its digest are made up. Nor is the Hub asked, whose
+    commits would change the fingerprints where it can be reached."""
+    from thinkimg import hub
     from thinkimg.stages import prepare
 
-    opened = prepare.open_source
-    prepare.open_source = lambda *_: types.SimpleNamespace(name="hub", digest="1" * 64, schemas=())
-    try:
+    def ask(repository: str, revision: str | None = None, kind: str = "model") -> str:
+        raise hub.Unknown("not asked")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "_resolve", ask)
+        patch.setattr(prepare, "open_source", lambda *_: types.SimpleNamespace(name="hub", digest="1" * 64, schemas=()))
         yield
-    finally:
-        prepare.open_source = opened
 
 
 def without_versions(recipe: Recipe) -> Recipe:

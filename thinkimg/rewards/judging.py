@@ -147,6 +147,11 @@ def read_ledger(path: Path) -> Judgements:
     }
 
 
+def has_refusals(ledger: Path) -> bool:
+    """Tell whether a judge was asked for a value and gave none."""
+    return any(judgement.by and judgement.value is None for judgement in read_ledger(ledger).values())
+
+
 def parse_judgement(row: dict[str, Any]) -> Judgement:
     """Return the judgement of a ledger's row."""
     by = JudgeIdentity(row["judge"], row["model"], row["weights"], row["prompt"]) if row["judge"] else None

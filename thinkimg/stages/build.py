@@ -141,8 +141,8 @@ def build_early(
     *,
     complete: Callable[[Mapping[str, Artifact]], dict[str, Artifact]],
     check: Callable[[], None],
-) -> None:
-    """Run the early part of a stage, unless the store has its artifact.
+) -> frozenset[str]:
+    """Run the early part of a stage, unless the store has its artifact; return what `Early.run` does.
 
     inputs: without the one that it follows. snapshots: of that, as `follow` yields them. complete: adds the inputs that
     the lineage names. check: called on the way; what it raises ends this.
@@ -151,15 +151,15 @@ def build_early(
     role = stage.early.follows
     with contextlib.closing(snapshots):  # at once, whoever still refers to it: it may keep a publication waiting
         if (first := next(snapshots, None)) is None:
-            return  # its stage has failed
+            return frozenset()  # its stage has failed
         all_inputs = complete({**inputs, role: first})
         if is_complete(first) and store.find(stage.makes.KIND, stage.recipe(settings, all_inputs).fingerprint):
-            return
+            return frozenset()
         others = {name: artifact for name, artifact in all_inputs.items() if name != role}
         with open_early(store, define_early(stage, settings, all_inputs), check) as work:
             assert work is not None
             job = Job(settings, others, work, store, resources, lambda done, total: check(), builtins.map)
-            stage.early.run(job, itertools.chain([first], snapshots))
+            return stage.early.run(job, itertools.chain([first], snapshots))
 
 
 def follow(making: Making, check: Callable[[], None]) -> Generator[Artifact]:

@@ -158,7 +158,7 @@ class Ahead:
 
     def ledgers(self, component: str) -> list[Path]:
         """Return the ledgers of a judge."""
-        return self._tables(f"judgements-{component}")
+        return list_early_tables(self._work, f"judgements-{component}") if self._work else []
 
     def rules(self, rollouts: Artifact, part: str) -> Path | None:
         """Return the scores of a part by the rules, None without."""
@@ -167,22 +167,20 @@ class Ahead:
 
     def extend(self, judge: sentences.SentenceJudge | None) -> sentences.SentenceJudge | None:
         """Return the judge of answers, which looks here first."""
-        if judge is None:
-            return None
-        verdicts = [v for path in self._tables(sentences.TABLE) for v in sentences.read_ledger(path).items()]
+        if judge is None or self._work is None:
+            return judge
+        verdicts = [
+            v for path in list_early_tables(self._work, sentences.TABLE) for v in sentences.read_ledger(path).items()
+        ]
         earlier = {answer.key(judge.model): verdict for answer, verdict in verdicts if verdict.value is not None}
         return replace(judge, lookup=lambda keys: judge.lookup(keys) | {k: earlier[k] for k in keys if k in earlier})
 
-    def _tables(self, table: str) -> list[Path]:
-        if self._work is None:
-            return []
-        return [self._work.path(name) for name in self._work.closed if name.rpartition("-")[0] == table]
 
-
-def score_early(job: Job[ScoreSettings], snapshots: Iterable[Artifact]) -> None:
+def score_early(job: Job[ScoreSettings], snapshots: Iterable[Artifact]) -> frozenset[str]:
     """Judge and score each part of the rollouts as it is closed, as far as that needs neither trainer nor others.
 
-    What is left out here, `run` makes up for: judgements that were refused, and rules that wait for a verdict.
+    What is left out here, `run` makes up for: judgements that were refused, and rules that wait for a verdict. Returns
+    the names of the resources of judges who have to be asked again.
     """
     judges = load_judges(job.settings.judges.image) if job.settings.judges else {}
     names = [name for name, judge in judges.items() if name in job.settings.types and "trainer" not in judge.uses]
@@ -193,6 +191,10 @@ def score_early(job: Job[ScoreSettings], snapshots: Iterable[Artifact]) -> None:
             job.progress(0, 0)
             judge_early(job, rollouts, part, names, lookup)
             apply_rules_early(job, rollouts, part, rules, judge)
+    again = [
+        name for name in names if any(map(judging.has_refusals, list_early_tables(job.work, f"judgements-{name}")))
+    ]
+    return frozenset[str]().union(*(judges[name].uses for name in again))
 
 
 def judge_early(
@@ -229,6 +231,11 @@ def apply_rules_early(
         scoring = replace(job.settings.scoring, components=rules)
         columns = compute_columns(part, scoring, job.inputs["dataset"], rollouts, verdicts=ledgers)
         job.work.table(table, build_table(rollouts.checked(part), columns))
+
+
+def list_early_tables(work: Work, table: str) -> list[Path]:
+    """Return the early tables of one kind that are closed."""
+    return [work.path(name) for name in work.closed if name.rpartition("-")[0] == table]
 
 
 def name_early(rollouts: Artifact, part: str, table: str) -> str:
