@@ -7,7 +7,7 @@ CLOSURE ?=
 export PYTHON CLOSURE
 READY := .venv/ready$(addprefix -,$(CLOSURE))
 
-.PHONY: demo setup test test-all test-inspect families lint ui server deploy worker chaos
+.PHONY: demo setup test test-all test-inspect test-evaluators test-verifiers families lint ui server deploy worker chaos
 
 demo: $(READY)
 	@$(BIN)/thinkimg run --preset tiny
@@ -27,13 +27,21 @@ test-all: .venv/ready-test
 	@bash requirements/chromium.sh
 	$(BIN)/pytest -q -m long
 
-# An environment for each extra, over the packages of .venv; its tests need Chromium, too.
+# An environment for each extra, over the packages of .venv; Inspect's tests need Chromium, too.
 .venv-%/ready: .venv/ready-test requirements/%.txt requirements/extra.sh
 	@bash requirements/extra.sh $*
 
 test-inspect: .venv-inspect/ready
 	@bash requirements/chromium.sh
 	.venv-inspect/bin/python -m pytest -q tests/extras/test_inspect.py
+
+test-evaluators: .venv-evaluators/ready
+	$(BIN)/pytest -q tests/extras/test_evaluators.py
+
+test-verifiers: .venv-verifiers/ready
+	$(BIN)/python -m pip --disable-pip-version-check --quiet --python .venv-verifiers/bin/python install --no-deps \
+	  -e thinkimg/environments/verifiers
+	.venv-verifiers/bin/python -m pytest -q tests/extras/test_verifiers.py
 
 # The table of docs/families.md, from the results of the tests that it names.
 families: .venv/ready-test

@@ -1,8 +1,8 @@
 """Makes and checks the pinned closures: `python requirements/resolve.py NAME [--check]`, with pip 26 or newer.
 
-NAME: cpu, gpu, test, inspect. A closure is what pip resolves for this project's own requirements, one `name==version` a
-line. `--check` resolves the file itself: pip refuses pins that contradict each other's metadata, and whatever it would
-add is missing. Nothing is installed.
+NAME: cpu, gpu, test, evaluators, inspect, verifiers. A closure is what pip resolves for this project's own
+requirements, one `name==version` a line. `--check` resolves the file itself: pip refuses pins that contradict each
+other's metadata, and whatever it would add is missing. Nothing is installed.
 """
 
 import datetime
@@ -20,9 +20,16 @@ LEFT_OUT = {
     "cpu": {"torchaudio", "torchcodec"},
     "gpu": set(),
     "test": {"torchaudio", "torchcodec"},
+    "evaluators": {"torchaudio", "torchcodec"},
     "inspect": {"torchaudio", "torchcodec"},
+    "verifiers": {"torchaudio", "torchcodec"},
 }
-BESIDE_CPU: dict[str, set[str]] = {"test": set(), "inspect": {"fsspec"}}
+BESIDE_CPU: dict[str, set[str]] = {
+    "test": set(),
+    "evaluators": {"filelock", "protobuf"},
+    "inspect": {"fsspec"},
+    "verifiers": {"mcp", "mcp-types", "openai"},
+}
 """Closures that are installed beside cpu.txt -> its packages of which they hold another version."""
 HEADERS = {
     "cpu": "Everything that thinkimg needs on a machine without a GPU (Linux, x86-64, Python 3.11), as one "
@@ -33,8 +40,12 @@ HEADERS = {
     "resolve gave it.\n"
     "# Resolved, but not run: no GPU machine on which it could be installed was to be had.",
     "test": "What the tests need beside cpu.txt or gpu.txt.",
+    "evaluators": "What lmms-eval needs beside cpu.txt, in an environment over .venv (extra.sh): it wants older "
+    "versions of filelock and protobuf.",
     "inspect": "What `thinkimg view` needs beside cpu.txt, in an environment over .venv (extra.sh): Inspect wants an "
     "older fsspec.",
+    "verifiers": "What thinkimg_env needs beside cpu.txt, in an environment over .venv (extra.sh): verifiers wants "
+    "older\n# versions of mcp and openai.",
 }
 
 

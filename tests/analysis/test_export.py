@@ -4,15 +4,17 @@ import json
 import runpy
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from chat_codecs import STOCK, qwen_directory, stock_template
 from paths import REPOSITORY
 
-from thinkimg.analysis.card import describe_base, describe_data, front_matter
+from thinkimg.analysis.card import describe_base, describe_data, front_matter, held_out_lines
 from thinkimg.analysis.export import export_policy
 from thinkimg.conversation.codec import Codec
+from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.protocol import IMAGE_PART, Answer, ToolCall, load_protocol, text_part
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.data.hub.public_sets import public_sets
@@ -20,7 +22,7 @@ from thinkimg.errors import UserError
 from thinkimg.images.settings import ViewLimits
 from thinkimg.images.view import view_size
 from thinkimg.store.artifacts import Store
-from thinkimg.store.manifest import Recipe
+from thinkimg.store.manifest import Recipe, Reference
 
 OPENED, EMPTY = "<think>\n", "<think>\n\n</think>\n\n"
 
@@ -148,14 +150,66 @@ def test_the_card_has_the_held_out_figures_with_their_intervals_and_says_what_is
     figures = evaluation["metrics"]
     interval = [f"{100 * figures[name]:.4g}" for name in ("accuracy", "accuracy_low", "accuracy_high")]
     assert "| 2 | – | {} ({} to {}) |".format(*interval) in card
+    assert f"| seen | {evaluation['recipe']['inputs']['dataset']['fingerprint'][:12]} | 17a8" in card
     assert "Base model: created by thinkimg" in card and "Data: a user's own." in card
 
 
-def test_the_example_shows_the_policy_the_prompt_that_it_was_trained_with(pack, tmp_path, monkeypatch, capsys):
-    import transformers
-    from PIL import Image
+def test_the_card_counts_the_samples_that_were_asked_and_not_those_of_the_settings():
+    """A data set may have fewer."""
+    evaluation = SimpleNamespace(
+        manifest={"recipe": {"config": {"samples": 20_000, "k": 4}}},
+        metrics={"trajectories": 12_345, "judged": 12_001, "accuracy": 0.5, "accuracy_low": 0.4912, "chance": 0.25},
+        inputs={"dataset": Reference("dataset", "d" * 64, "f" * 64, "0001")},
+        short="e" * 12,
+    )
+    *_, row, _, _ = held_out_lines([evaluation])
+    assert row == f"| 12,345 | 12,001 | 50 (49.12 to –) | – (k = 4) | 25 | seen | {'f' * 12} | {'e' * 12} |"
 
-    asked = []
+
+def test_without_a_loop_the_system_prompt_is_that_of_the_settings(tmp_path):
+    """Single stages record none; what the policy was trained with was made from its tools."""
+    talk = ConversationConfig(protocol="qwen", tools=("crop_image",))
+    store, policy = store_policy(tmp_path / "store", stock_template("qwen2_5_vl"), "chat_template.jinja", talk)
+    pack = export_policy(store, policy, tmp_path / "pack")
+    assert (pack / "system.txt").read_text() == render_system_prompt(talk) + "\n"
+
+
+def test_it_samples_as_in_the_rollouts_and_is_served_within_their_limits(pack):
+    codec = Codec.load(pack / "policy" / "model")
+    generation = json.loads((pack / "policy" / "model" / "generation_config.json").read_bytes())
+    assert generation == {
+        "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": codec.end,
+        "pad_token_id": codec.end, "suppress_tokens": list(codec.banned),
+    }  # fmt: skip
+    readme = (pack / "README.md").read_text(encoding="utf-8")
+    command = " ".join(readme.partition("    vllm serve ")[2].partition("\n\n")[0].replace("\\\n", " ").split())
+    settings = json.loads((pack / "config.json").read_bytes())["loop"]
+    talk, view = settings["conversation"], settings["images"]
+    assert command.startswith("policy/model --served-model-name policy --dtype float32 ") and "lora" not in command
+    assert f"--max-model-len {talk['max_tokens']} " in command
+    assert f"""--limit-mm-per-prompt '{{"image": {talk["max_images"]}}}' """ in command
+    edges = json.dumps({"size": {"shortest_edge": view["min_pixels"], "longest_edge": view["max_pixels"]}})
+    assert command.endswith(f"--mm-processor-kwargs '{edges}'")
+    assert "policy/model/generation_config.json differ" in readme
+
+
+def test_a_whole_model_has_nothing_to_merge(pack, tmp_path):
+    store = Store(pack.parent / "store")
+    policy = store.resolve("569f33", "policy")
+    with pytest.raises(UserError, match="complete model already.*--merge"):
+        export_policy(store, policy, tmp_path / "pack", "Qwen/Qwen2.5-VL-7B-Instruct")
+    assert not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize("system", ["Use a tool or answer.", ""])
+def test_the_example_shows_the_policy_the_prompt_that_it_was_trained_with(pack, system, tmp_path, monkeypatch, capsys):
+    """Of a photograph that lies on its side, as phones store them."""
+    import transformers
+    from PIL import ExifTags, Image
+
+    asked, own = [], shutil.copytree(pack, tmp_path / "pack")
+    assert (own / "system.txt").read_text() == "Use a tool or answer.\n"
+    (own / "system.txt").write_text(f"{system}\n")
     generate = transformers.GenerationMixin.generate
 
     def recorded(self, **inputs):
@@ -164,9 +218,11 @@ def test_the_example_shows_the_policy_the_prompt_that_it_was_trained_with(pack, 
 
     monkeypatch.setattr(transformers.GenerationMixin, "generate", recorded)
     picture = tmp_path / "picture.png"
-    Image.linear_gradient("L").resize((300, 200)).save(picture)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.linear_gradient("L").resize((200, 300)).save(picture, exif=exif)
     monkeypatch.setattr(sys, "argv", ["example.py", str(picture), "What is it?"])
-    runpy.run_path(str(pack / "example.py"))
+    runpy.run_path(str(own / "example.py"))
     assert capsys.readouterr().out.strip(), "the policy says something"
 
     (inputs,) = asked
@@ -175,7 +231,7 @@ def test_the_example_shows_the_policy_the_prompt_that_it_was_trained_with(pack, 
     assert tuple(inputs["image_grid_thw"][0].tolist()) == limits.count_patches((wide, high))
     codec = Codec.load(pack / "policy" / "model")
     question = f"Image 0: {wide}x{high} pixels. What is it?\nAnswer with a word or a short phrase."
-    compact = codec.prompt("Use a tool or answer.", [IMAGE_PART, text_part(question)])
+    compact = codec.prompt(system, [IMAGE_PART, text_part(question)])
     ids = inputs["input_ids"][0].tolist()
     shown = [token for place, token in enumerate(ids) if token != codec.image or ids[place - 1] != codec.image]
     assert shown == compact and ids.count(codec.image) == limits.count_tokens((wide, high))
@@ -192,5 +248,10 @@ def test_a_base_is_named_on_the_hub_only_where_it_is_there(base, said):
 
 def test_the_licence_of_a_public_set_is_that_of_the_table():
     licensed = next(entry for entry in public_sets().values() if entry.licence is not None)
-    assert str(licensed.licence.value) in describe_data({"source": "files", "path": f"{licensed.name}@test"})
+    said = describe_data({"source": "files", "path": f"{licensed.name}@test"})
+    assert str(licensed.licence.value) in said
+    assert describe_data({"source": "files", "path": licensed.repository}) == said, "by its id as well"
+    silent = next(entry for entry in public_sets().values() if entry.licence is None)
+    assert f"huggingface.co/datasets/{silent.repository}" in describe_data({"source": "files", "path": silent.name})
+    assert "a user's own" in describe_data({"source": "files", "path": "/data/mine.jsonl"})
     assert "puzzles" in describe_data({"source": "puzzles"}) and "not known" in describe_data(None)

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import gc
 import html
 import io
 import re
@@ -13,8 +14,8 @@ from ledger_store import make_scores, settings
 from PIL import Image
 from viewed_store import BOX, COLOURS, HOSTILE, ViewedStore, crop_of, draw
 
-from thinkimg.analysis.compare_policies import compare_evaluations, find_evaluation, sign_test
-from thinkimg.analysis.view import View
+from thinkimg.analysis.compare_policies import compare_evaluations, find_evaluation, read_pairs, sign_test
+from thinkimg.analysis.view import Entry, View, read_system_prompt
 from thinkimg.cli import main as cli
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
@@ -24,17 +25,17 @@ GREEDY = ("red", "green", "violet")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def viewed(tmp_path_factory):
     root = tmp_path_factory.mktemp("viewed") / "store"
     return ViewedStore(Store(root), settings(root))
 
 
-def view_of(made, artifact) -> View:
-    return View(made.store, artifact, settings(made.store.root))
+def view_of(viewed, artifact) -> View:
+    return View(viewed.store, artifact, settings(viewed.store.root))
 
 
-def run(made, capsys, *words) -> str:
-    overrides = [f"where.store={made.store.root}", "where.tracking.enabled=false"]
+def run(viewed, capsys, *words) -> str:
+    overrides = [f"where.store={viewed.store.root}", "where.tracking.enabled=false"]
     flags = [word for override in overrides for word in ("--set", override)]
     with pytest.raises(SystemExit) as stopped:
         cli.app([*words, "--preset", "tiny", *flags], exit_on_error=False)
@@ -45,10 +46,10 @@ def run(made, capsys, *words) -> str:
 # the conversations ----------------------------------------------------------------------------------------------------
 
 
-def test_every_rollout_comes_with_its_pictures_its_scores_and_its_advantage(made):
-    entries = list(view_of(made, made.rollouts).entries())
-    assert [entry.row for entry in entries] == made.rows
-    advantages, values = made.policy.advantages(), made.scores.values()
+def test_every_rollout_comes_with_its_pictures_its_scores_and_its_advantage(viewed):
+    entries = list(view_of(viewed, viewed.rollouts).entries())
+    assert [entry.row for entry in entries] == viewed.rows
+    advantages, values = viewed.policy.advantages(), viewed.scores.values()
     for number, entry in enumerate(entries):
         assert entry.images.keys() == set(entry.row.images)
         assert all(pixel_hash(image) == sha256 for sha256, image in entry.images.items())
@@ -58,7 +59,7 @@ def test_every_rollout_comes_with_its_pictures_its_scores_and_its_advantage(made
             assert (component["value"] is None and np.isnan(value)) or component["value"] == value
         (weighed,) = entry.weighed
         stored = advantages[entry.row.trajectory_id]
-        assert weighed["trained"] and weighed["by"] == f"policy/{made.policy.short}"
+        assert weighed["trained"] and weighed["by"] == f"policy/{viewed.policy.short}"
         assert {key: weighed[key] for key in ("total", "advantage", "reason")} == {
             key: stored[key] for key in ("total", "advantage", "reason")
         }
@@ -66,17 +67,17 @@ def test_every_rollout_comes_with_its_pictures_its_scores_and_its_advantage(made
     assert judged and all(judgement["model"] == "judge" for (judgement,) in judged)
 
 
-def test_scores_show_their_rollouts_and_some_ids_are_those_of_all(made):
-    everything = {entry.row.trajectory_id: entry for entry in view_of(made, made.scores).entries()}
-    chosen = view_of(made, made.scores).group("t-s-green")
+def test_scores_show_their_rollouts_and_some_ids_are_those_of_all(viewed):
+    everything = {entry.row.trajectory_id: entry for entry in view_of(viewed, viewed.scores).entries()}
+    chosen = view_of(viewed, viewed.scores).group("t-s-green")
     assert [entry.row.group_id for entry in chosen] == ["t-s-green"] * 5
     for entry in chosen:
         assert entry.weighed == everything[entry.row.trajectory_id].weighed
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_pictures_that_an_evaluation_did_not_keep_are_made_again(made, blind):
-    entries = list(view_of(made, made.evaluation(8 + blind, GREEDY, blind=blind)).entries())
+def test_pictures_that_an_evaluation_did_not_keep_are_made_again(viewed, blind):
+    entries = list(view_of(viewed, viewed.evaluation(8 + blind, GREEDY, blind=blind)).entries())
     for entry in entries:
         made_again = entry.images[entry.row.images[1]]
         expected = Image.new("RGB", made_again.size, (128, 128, 128)) if blind else crop_of(draw(entry.sample.answer))
@@ -84,33 +85,45 @@ def test_pictures_that_an_evaluation_did_not_keep_are_made_again(made, blind):
     assert [entry.is_right for entry in entries if entry.row.index == 0] == [True, True, False]
 
 
-def test_a_picture_that_a_call_no_longer_gives_is_a_sentence(made, monkeypatch):
+def test_a_picture_that_a_call_no_longer_gives_is_a_sentence(viewed, monkeypatch):
     monkeypatch.setattr("thinkimg.analysis.pictures.pixel_hash", lambda image: "0" * 64)
     with pytest.raises(UserError, match="crop_image of e7-s-red-0 does not give the image that it gave"):
-        list(view_of(made, made.evaluation(7, GREEDY)).entries())
+        list(view_of(viewed, viewed.evaluation(7, GREEDY)).entries())
 
 
 def test_of_several_scores_the_newest_are_shown_and_the_presets_mix_where_none_was_trained(tmp_path):
-    made = ViewedStore(Store(tmp_path), settings(tmp_path))
-    later = make_scores(made.store, made.dataset, made.rollouts, model="a later judge")
-    view = view_of(made, made.rollouts)
+    viewed = ViewedStore(Store(tmp_path), settings(tmp_path))
+    later = make_scores(viewed.store, viewed.dataset, viewed.rollouts, model="a later judge")
+    view = view_of(viewed, viewed.rollouts)
     assert view.scores.reference == later.reference
     (weighed,) = next(view.entries()).weighed
     assert not weighed["trained"] and weighed["by"] == "preset tiny"
-    assert view_of(made, made.scores).scores.reference == made.scores.reference
+    assert view_of(viewed, viewed.scores).scores.reference == viewed.scores.reference
 
 
-def test_what_holds_no_conversations_is_refused(made):
+def test_without_a_loop_the_system_prompt_is_that_of_the_settings(viewed):
+    """A single stage records none; most settings leave it to the tools' descriptions."""
+    assert view_of(viewed, viewed.rollouts).system == "Look closely."
+    for tools, part in ((["crop_image"], "- crop_image"), ([], "Answer the question"), (["nowhere.tool"], None)):
+        conversation = {"protocol": "think", "system": None, "tools": tools}
+        manifest = copy.deepcopy(viewed.rollouts.manifest)
+        manifest["recipe"]["config"]["conversation"] = conversation
+        system = read_system_prompt(viewed.store, type(viewed.rollouts)(viewed.rollouts.directory, manifest))
+        assert system is None if part is None else part in system and "- rotate" not in system
+
+
+def test_what_holds_no_conversations_is_refused(viewed):
     with pytest.raises(UserError, match="holds no conversations"):
-        view_of(made, made.dataset)
+        view_of(viewed, viewed.dataset)
 
 
-def test_without_the_extra_view_names_it_and_makes_nothing(made, tmp_path, monkeypatch):
+def test_without_the_extra_view_names_it_and_makes_nothing(viewed, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "inspect_ai", None)
-    words = ["view", made.rollouts.short, "--log-dir", str(tmp_path / "logs"), "-s", f"where.store={made.store.root}"]
+    log_dir, store = tmp_path / "logs", f"where.store={viewed.store.root}"
+    words = ["view", viewed.rollouts.short, "--log-dir", str(log_dir), "-s", store]
     with pytest.raises(UserError, match=r"needs Inspect, .* Hint: pip install 'thinkimg\[inspect\]'"):
         cli.app([*words, "--preset", "tiny"], exit_on_error=False)
-    assert not (tmp_path / "logs").exists()
+    assert not log_dir.exists()
 
 
 # pages ----------------------------------------------------------------------------------------------------------------
@@ -128,13 +141,13 @@ def check_page(text: str) -> list[Image.Image]:
 
 
 def boxes(text: str, kind: str) -> list[tuple[float, ...]]:
-    found = re.findall(rf'<rect class="{kind}" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', text)
-    return [tuple(map(float, box)) for box in found]
+    matches = re.findall(rf'<rect class="{kind}" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', text)
+    return [tuple(map(float, box)) for box in matches]
 
 
-def test_one_trajectory_is_one_page_with_its_group_boxes_reasons_and_advantage(made, tmp_path, capsys):
+def test_one_trajectory_is_one_page_with_its_group_boxes_reasons_and_advantage(viewed, tmp_path, capsys):
     path = tmp_path / "page.html"
-    printed = run(made, capsys, "explain", "t-s-green-1", "--html", str(path))
+    printed = run(viewed, capsys, "explain", "t-s-green-1", "--html", str(path))
     text = path.read_text()
     pictures = check_page(text)
     assert len(pictures) == 1 + 6 * 2, "the question's, and source and crop of its turn and of those of its group"
@@ -143,13 +156,13 @@ def test_one_trajectory_is_one_page_with_its_group_boxes_reasons_and_advantage(m
     assert boxes(text, "target") == [(140, 72, 112, 84)]
     doubled = tuple(2 * BOX[edge] for edge in ("x", "y", "width", "height"))
     assert set(boxes(text, "cut")) == {doubled}, "in pixels of the picture, not of the model's view"
-    own = made.policy.advantages()["t-s-green-1"]["advantage"]
+    own = viewed.policy.advantages()["t-s-green-1"]["advantage"]
     assert f"advantage {own:+.4f}" in text and f"advantage {own:+.4f}" in printed
     assert all(f"t-s-green-{index}" in text for index in range(5)) and "t-s-red-" not in text
     assert text.count("<article class=own>") == 1 and "The judge was away." in text and "The engine broke." in text
 
 
-def test_a_name_that_is_no_page_is_refused_before_anything_is_read(made, tmp_path):
+def test_a_name_that_is_no_page_is_refused_before_anything_is_read(viewed, tmp_path):
     for words in (["explain", "t-s-green-1"], ["diff", "none", "none"]):
         with pytest.raises(UserError, match=r"is no name of a page"):
             cli.app([*words, "--html", str(tmp_path / "page.txt"), "--preset", "tiny"], exit_on_error=False)
@@ -158,17 +171,17 @@ def test_a_name_that_is_no_page_is_refused_before_anything_is_read(made, tmp_pat
 # two policies ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_evaluations_differ_by_the_answers_that_were_lost_gained_or_changed(made):
-    first = made.evaluation(1, ("red", "violet", "violet"))
-    second = made.evaluation(2, ("blue", "green", "red"))
-    changes = compare_evaluations(made.store, first, second)
+def test_two_evaluations_differ_by_the_answers_that_were_lost_gained_or_changed(viewed):
+    first = viewed.evaluation(1, ("red", "violet", "violet"))
+    second = viewed.evaluation(2, ("blue", "green", "red"))
+    changes = compare_evaluations(viewed.store, first, second)
     listed = [(row["sample_id"], row["change"]) for row in changes["rows"]]
     assert listed == [("s-red", "lost"), ("s-green", "gained"), ("s-blue", "other answer")]
-    assert changes["accuracy"] == [made.accuracy(first), made.accuracy(second)] == pytest.approx([1 / 3, 1 / 3])
+    assert changes["accuracy"] == [viewed.accuracy(first), viewed.accuracy(second)] == pytest.approx([1 / 3, 1 / 3])
     assert changes["compared"] == 3 and changes["recipe"]["config.number"] == [1, 2]
-    again = compare_evaluations(made.store, first, first)
+    again = compare_evaluations(viewed.store, first, first)
     assert not again["rows"] and not again["recipe"] and again["p_value"] is None
-    failed = compare_evaluations(made.store, first, made.evaluation(3, ("red", None, "violet")))
+    failed = compare_evaluations(viewed.store, first, viewed.evaluation(3, ("red", None, "violet")))
     assert [row["change"] for row in failed["rows"]] == ["judged otherwise"]
 
 
@@ -177,34 +190,49 @@ def test_the_sign_test_is_exact(lost, gained, p):
     assert sign_test(lost, gained) == (None if p is None else pytest.approx(p))
 
 
-def test_the_page_of_two_policies_shows_the_pairs_that_changed_and_no_others(made, tmp_path, capsys):
+def test_the_page_of_two_policies_shows_the_pairs_that_changed_and_no_others(viewed, tmp_path, capsys):
     first, second = (
-        made.evaluation(number, answers) for number, answers in ((4, GREEDY), (5, ("red", "blue", "blue")))
+        viewed.evaluation(number, answers) for number, answers in ((4, GREEDY), (5, ("red", "blue", "blue")))
     )
     path = tmp_path / "pairs.html"
-    printed = run(made, capsys, "diff", first.short, second.short, "--html", str(path))
+    printed = run(viewed, capsys, "diff", first.short, second.short, "--html", str(path))
     text = path.read_text()
     assert "1 lost, 1 gained" in printed and "1 lost, 1 gained" in text
     assert len(check_page(text)) == 2 * (1 + 2 * 2)
     assert "lost: s-green" in text and "gained: s-blue" in text and "s-red" not in text
 
 
-def test_a_policy_stands_for_its_newest_evaluation_that_sees(made):
-    evaluations = [made.evaluation(6, answers) for answers in (GREEDY, COLOURS)]
-    made.evaluation(6, COLOURS, blind=True)
-    policy = made.policy
+def test_a_few_pairs_are_in_memory_at_a_time(viewed, monkeypatch):
+    """Pictures in full resolution are large, and policies differ in many answers."""
+    monkeypatch.setattr("thinkimg.analysis.compare_policies.PAIRS", 1)
+    evaluations = viewed.evaluation(13, GREEDY), viewed.evaluation(14, ("blue", "blue", "blue"))
+    changes = compare_evaluations(viewed.store, *evaluations)
+    pairs, headings = read_pairs(changes, *(view_of(viewed, evaluation) for evaluation in evaluations)), []
+    for heading, first, second in pairs:
+        assert heading.endswith(first.sample.sample_id) and first.row.sample_id == second.row.sample_id
+        headings.append(heading)
+        del first, second
+        gc.collect()
+        assert sum(isinstance(item, Entry) for item in gc.get_objects()) <= 2
+    assert headings == ["lost: s-red", "lost: s-green", "gained: s-blue"]
+
+
+def test_a_policy_stands_for_its_newest_evaluation_that_sees(viewed):
+    evaluations = [viewed.evaluation(6, answers) for answers in (GREEDY, COLOURS)]
+    viewed.evaluation(6, COLOURS, blind=True)
+    policy = viewed.policy
     with pytest.raises(UserError, match=r"has no evaluation\. Hint: thinkimg evaluate --policy"):
-        find_evaluation(made.store, policy)
+        find_evaluation(viewed.store, policy)
     manifest = dict(policy.manifest, digest="6" * 64)
-    found = find_evaluation(made.store, type(policy)(policy.directory, manifest))
-    assert found.reference == max(evaluations, key=lambda one: one.manifest["finished"]).reference
+    newest = find_evaluation(viewed.store, type(policy)(policy.directory, manifest))
+    assert newest.reference == max(evaluations, key=lambda entry: entry.manifest["finished"]).reference
     with pytest.raises(UserError, match="can't be compared with an evaluation"):
-        find_evaluation(made.store, made.rollouts)
+        find_evaluation(viewed.store, viewed.rollouts)
 
 
-def test_evaluations_of_other_data_are_not_compared(made):
-    first, second = made.evaluation(11, GREEDY), made.evaluation(12, GREEDY)
+def test_evaluations_of_other_data_are_not_compared(viewed):
+    first, second = viewed.evaluation(11, GREEDY), viewed.evaluation(12, GREEDY)
     manifest = copy.deepcopy(second.manifest)
     manifest["recipe"]["inputs"]["dataset"]["digest"] = "0" * 64
     with pytest.raises(UserError, match="are of different data sets"):
-        compare_evaluations(made.store, first, type(second)(second.directory, manifest))
+        compare_evaluations(viewed.store, first, type(second)(second.directory, manifest))

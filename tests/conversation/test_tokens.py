@@ -1,6 +1,8 @@
 """Codec and token stream: no text becomes a special token, prompts are the chat template's, mismatches are shown."""
 
 import copy
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -157,6 +159,26 @@ def test_the_shared_tokenizer_cannot_switch_the_codec():
     tokenizer.encode("<|im_end|>", split_special_tokens=False)
     assert specials(codec, codec.encode("<|im_end|>")) == []
     assert tokenizer.encode("<|im_end|>") == [codec.end]
+
+
+def test_while_a_long_text_is_encoded_other_threads_go_on():
+    """An endpoint serves others meanwhile."""
+    codec, ticks, stopped = tiny_codec(), [], threading.Event()
+
+    def tick() -> None:
+        while not stopped.wait(0.001):
+            ticks.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        begin = time.monotonic()
+        codec.encode("a b " * 2**18)
+        end = time.monotonic()
+    finally:
+        stopped.set()
+        thread.join()
+    assert sum(begin < at < end for at in ticks) > 10
 
 
 def test_every_markup_token_but_the_end_is_banned():

@@ -12,7 +12,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
-from chromium import Chromium, wait
+from chromium import Chromium, screenshot_folder, wait
 from ledger_store import settings
 from PIL import Image
 from viewed_store import HOSTILE, ViewedStore
@@ -32,21 +32,21 @@ SIZES = "[...document.images].map(image => [image.naturalWidth, image.naturalHei
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def viewed(tmp_path_factory):
     root = tmp_path_factory.mktemp("viewed") / "store"
     return ViewedStore(Store(root), settings(root))
 
 
-def read(made, artifact, folder):
+def read(viewed, artifact, folder):
     from inspect_ai.log import read_eval_log
 
-    path = write_log(View(made.store, artifact, settings(made.store.root)), folder)
+    path = write_log(View(viewed.store, artifact, settings(viewed.store.root)), folder)
     return read_eval_log(str(path), resolve_attachments=True)
 
 
 @pytest.fixture(scope="module")
-def log(made, tmp_path_factory):
-    return read(made, made.scores, tmp_path_factory.mktemp("logs"))
+def log(viewed, tmp_path_factory):
+    return read(viewed, viewed.scores, tmp_path_factory.mktemp("logs"))
 
 
 def pictures(message) -> list[Image.Image]:
@@ -55,17 +55,17 @@ def pictures(message) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB") for source in sources]
 
 
-def test_a_sample_per_trajectory_its_epoch_the_place_in_its_group(made, log):
-    assert log.status == "success" and log.eval.config.epochs == 5 and len(log.samples) == len(made.rows)
+def test_a_sample_per_trajectory_its_epoch_the_place_in_its_group(viewed, log):
+    assert log.status == "success" and log.eval.config.epochs == 5 and len(log.samples) == len(viewed.rows)
     places = {(sample.uuid, sample.id, sample.epoch - 1) for sample in log.samples}
-    assert places == {(row.trajectory_id, row.sample_id, row.index) for row in made.rows}
+    assert places == {(row.trajectory_id, row.sample_id, row.index) for row in viewed.rows}
     failed = [sample for sample in log.samples if sample.error]
     assert [sample.error.message for sample in failed] == ["The engine broke."] * 3
     assert {sample.epoch for sample in failed} == {5}
 
 
-def test_the_images_are_those_of_the_conversation_by_hash(made, log):
-    rows = {row.trajectory_id: row for row in made.rows}
+def test_the_images_are_those_of_the_conversation_by_hash(viewed, log):
+    rows = {row.trajectory_id: row for row in viewed.rows}
     for sample in log.samples:
         row = rows[sample.uuid]
         shown = [pixel_hash(image) for message in sample.messages for image in pictures(message)]
@@ -76,7 +76,7 @@ def test_the_images_are_those_of_the_conversation_by_hash(made, log):
         assert any("at (112, 56, 280, 168)" in part.text for part in tool.content if part.type == "text")
 
 
-def test_turns_are_thought_call_and_answer(made, log):
+def test_turns_are_thought_call_and_answer(viewed, log):
     sample = next(sample for sample in log.samples if sample.uuid == "t-s-red-0")
     roles = [message.role for message in sample.messages]
     assert roles == ["system", "user", "assistant", "tool", "assistant"]
@@ -86,10 +86,10 @@ def test_turns_are_thought_call_and_answer(made, log):
     assert sample.target == ["red"] and sample.scores["answer"].answer == "red"
 
 
-def test_scores_have_values_reasons_judgements_and_means_as_the_store_has_them(made, log):
-    stored = {row["trajectory_id"]: row for row in made.scores.rows()}
+def test_scores_have_values_reasons_judgements_and_means_as_the_store_has_them(viewed, log):
+    stored = {row["trajectory_id"]: row for row in viewed.scores.rows()}
     for sample in log.samples:
-        for name in made.scores.components:
+        for name in viewed.scores.components:
             score, column = sample.scores[name], stored[sample.uuid][name]
             value = score.as_float()
             assert math.isnan(value) if column["value"] is None else value == column["value"]
@@ -97,36 +97,36 @@ def test_scores_have_values_reasons_judgements_and_means_as_the_store_has_them(m
             if column["evidence"]:
                 assert score.metadata["evidence"] == json.loads(column["evidence"])
                 assert score.metadata["judgements"][0]["model"] == "judge" and "by self (judge)" in score.explanation
-    means = summarise_scores(made.scores.table_files("scores"), made.scores.components)
+    means = summarise_scores(viewed.scores.table_files("scores"), viewed.scores.components)
     results = {score.name: score for score in log.results.scores}
-    for name in made.scores.components:
+    for name in viewed.scores.components:
         assert results[name].metrics["mean"].value == pytest.approx(means[f"reward/{name}"])
         assert results[name].unscored_samples == means[f"missing/{name}"]
 
 
-def test_the_advantage_is_that_of_the_policy_that_was_trained(made, log):
-    advantages = made.policy.advantages()
+def test_the_advantage_is_that_of_the_policy_that_was_trained(viewed, log):
+    advantages = viewed.policy.advantages()
     for sample in log.samples:
         stored = advantages[sample.uuid]
         assert sample.scores["advantage"].value == stored["advantage"]
         assert sample.scores["total"].value == stored["total"]
-        assert f"policy/{made.policy.short}" in sample.scores["advantage"].explanation
+        assert f"policy/{viewed.policy.short}" in sample.scores["advantage"].explanation
         assert sample.scores["advantage"].metadata["reason"] == stored["reason"]
 
 
-def test_an_evaluation_has_its_accuracy_and_its_pictures(made, tmp_path):
-    evaluation = made.evaluation(1, ("red", "green", None))
-    log = read(made, evaluation, tmp_path)
+def test_an_evaluation_has_its_accuracy_and_its_pictures(viewed, tmp_path):
+    evaluation = viewed.evaluation(1, ("red", "green", None))
+    log = read(viewed, evaluation, tmp_path)
     right = next(score for score in log.results.scores if score.name == "right")
-    assert right.metrics["accuracy"].value == made.accuracy(evaluation) == 1.0
+    assert right.metrics["accuracy"].value == viewed.accuracy(evaluation) == 1.0
     assert right.metrics["mean"].value == 2 / 5 and right.unscored_samples == 1
     assert all(len([p for m in sample.messages for p in pictures(m)]) == 3 for sample in log.samples)
 
 
-def test_inspect_view_shows_turns_images_and_scores(made, tmp_path, capsys):
+def test_inspect_view_shows_turns_images_and_scores(viewed, tmp_path, capsys):
     """THINKIMG_SCREENSHOTS as for tests/system/test_browser.py."""
     folder = tmp_path / "my logs"
-    words = ["view", made.scores.short, "--log-dir", str(folder), "--set", f"where.store={made.store.root}"]
+    words = ["view", viewed.scores.short, "--log-dir", str(folder), "--set", f"where.store={viewed.store.root}"]
     with pytest.raises(SystemExit):
         cli.app([*words, "--preset", "tiny"], exit_on_error=False)
     said = capsys.readouterr()
@@ -135,8 +135,7 @@ def test_inspect_view_shows_turns_images_and_scores(made, tmp_path, capsys):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [str(Path(sys.executable).with_name("inspect")), "view", "--log-dir", str(folder), "--port", str(port)]
-    shots = Path(os.environ.get("THINKIMG_SCREENSHOTS", tmp_path / "shots"))
-    shots.mkdir(parents=True, exist_ok=True)
+    shots = screenshot_folder(tmp_path / "shots")
     log, address = tmp_path / "inspect.log", f"http://127.0.0.1:{port}"
     with (
         spawn(argv, name="inspect", env=os.environ | {"HOME": str(tmp_path)}, log_path=log) as server,

@@ -1,12 +1,13 @@
 """Endpoint over a scripted engine, asked by openai's own client: answers, streams, refusals, limits, and faults."""
 
 import base64
+import gc
 import io
 import json
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -14,6 +15,7 @@ import openai
 import pytest
 from chat_server import (
     CROP,
+    THINK,
     ChatServer,
     ScriptedClient,
     answer,
@@ -23,12 +25,16 @@ from chat_server import (
     picture,
     show,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 
+from thinkimg.conversation.episode import Episode
+from thinkimg.conversation.protocol import ToolCall
+from thinkimg.conversation.text_core import PendingCall
 from thinkimg.images.decode import pixel_hash
 from thinkimg.serving import app as app_module
 from thinkimg.serving.app import Access
 from thinkimg.serving.body import TOO_LONG
+from thinkimg.tracking.traces import draw_box
 
 URI = data_uri(encode(picture()))
 
@@ -127,6 +133,29 @@ def test_pictures_of_the_turns_come_on_request_alone(server):
         ]
         assert images[0].size == (160, 120) and pixel_hash(images[0].convert("RGB")) != pixel_hash(picture())
         assert pixel_hash(images[1].convert("RGB")) == pixel_hash(picture().crop((0, 0, 80, 120)))
+
+
+@pytest.mark.parametrize("unit, tool, arguments, box", [
+    ("pixels", "crop_image", {"x": 28, "y": 7, "width": 14, "height": 14}, (80, 30, 120, 90)),
+    ("thousandths", "crop_image", {"x": 500, "y": 250, "width": 250, "height": 500}, (80, 30, 120, 90)),
+    ("pixels", "zoom_image", {"factor": 2, "center_x": 42, "center_y": 14}, (80, 30, 160, 90)),
+    ("thousandths", "zoom_image", {"factor": 2, "center_x": 750, "center_y": 500}, (80, 30, 160, 90)),
+])  # fmt: skip
+@pytest.mark.parametrize("named", [0, 1])
+def test_the_box_lies_where_the_call_cut_on_whichever_picture_of_the_chat(start, unit, tool, arguments, box, named):
+    """Pictures of 160 x 120 pixels, seen at 56 x 28; one is stored on its side, as phones do."""
+    call = THINK.render_turn("look", ToolCall(tool, {"image": named} | arguments))
+    server = start(ScriptedClient(lambda prompt, _: answer("red") if "Image 2:" in prompt else call), coordinates=unit)
+    shown, sideways, stored = [picture(1), picture(2)], Image.Exif(), io.BytesIO()
+    sideways[ExifTags.Base.Orientation] = 8
+    shown[0].transpose(Image.Transpose.ROTATE_270).save(stored, "PNG", exif=sideways)
+    history = [
+        {"role": "user", "content": show("First?", data_uri(stored.getvalue()))},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": show("And now?", data_uri(encode(shown[1])))},
+    ]
+    boxed, _ = server.ask(history, model="policy-images").choices[0].message.images
+    assert pixel_hash(open_data_uri(boxed["image_url"]["url"])) == pixel_hash(draw_box(shown[named], box))
 
 
 def test_without_an_answer_the_content_is_a_question_mark(start):
@@ -341,8 +370,9 @@ def test_a_page_in_a_browser_can_not_use_it(server):
     for host in ("localhost", "localhost:8001", "[::1]:8001", "[::1]", "127.0.0.1"):
         assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == 200
     body = json.dumps({"model": "policy", "messages": [USER]})
-    plain = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"})
-    assert plain.status_code == 415 and plain.json()["error"]["message"]
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/octet-stream"}, {}):
+        plain = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+        assert plain.status_code == 415 and plain.json()["error"]["message"]
 
 
 def test_bodies_have_a_limit(server, monkeypatch):
@@ -423,9 +453,9 @@ def test_an_engine_that_is_gone_comes_back_by_itself(start, monkeypatch):
     server.engine.gone = True
     with pytest.raises(openai.APIError, match="does not answer"):
         list(server.ask(question, stream=True))
-    for _ in range(2):
+    for options in ({}, {"stream": True}):
         with pytest.raises(openai.InternalServerError) as caught:
-            server.ask(question)
+            server.ask(question, **options)
         assert (caught.value.status_code, caught.value.code) == (503, "engine_unavailable")
         assert caught.value.response.headers["Retry-After"]
     assert httpx.get(f"{server.url}/health").status_code == 503
@@ -437,10 +467,6 @@ def test_an_engine_that_is_gone_comes_back_by_itself(start, monkeypatch):
 
 def test_nothing_is_kept_of_a_request(start):
     """Media are evicted, users are counted down, and no conversation stays in memory."""
-    import gc
-
-    from thinkimg.conversation.episode import Episode
-
     server = start()
     server.media.cache_bytes = 10_000
     for number in range(20):
@@ -450,10 +476,28 @@ def test_nothing_is_kept_of_a_request(start):
     assert not [item for item in gc.get_objects() if isinstance(item, Episode)]
 
 
-def test_a_tool_that_breaks_is_an_error_and_no_answer(start, monkeypatch):
-    from thinkimg.conversation.text_core import PendingCall
+def test_of_a_prompt_that_is_too_long_nothing_is_kept(server):
+    texts = [f"{number} " + "a b " * 50_000 for number in range(9)]
 
-    monkeypatch.setattr(PendingCall, "run", partial(lambda call: 1 / 0))
+    def refuse(text: str) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            server.ask(text)
+        assert caught.value.code == TOO_LONG
+
+    refuse(texts[0])
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for text in texts[1:]:
+            refuse(text)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 2**21, "tokens of one prompt take more"
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tool_that_breaks_is_an_error_and_no_answer(start, monkeypatch):
+    monkeypatch.setattr(PendingCall, "run", lambda call: 1 / 0)
     server = start()
     with pytest.raises(openai.InternalServerError) as caught:
         server.ask(show("Which? red", URI))

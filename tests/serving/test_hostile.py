@@ -5,6 +5,7 @@ import json
 import os
 import random
 import string
+import time
 
 import httpx
 import pytest
@@ -134,11 +135,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
-    """Paths that the reader opens."""
+    """Paths that the reader opens, as the kernel names them."""
     paths, real = [], os.open
-    monkeypatch.setattr(
-        "thinkimg.serving.pictures.os.open", lambda path, *a: (paths.append(str(path)), real(path, *a))[1]
-    )
+
+    def record(path, *arguments, **options):
+        descriptor = real(path, *arguments, **options)
+        paths.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return descriptor
+
+    monkeypatch.setattr("thinkimg.serving.pictures.os.open", record)
     return paths
 
 
@@ -160,6 +165,17 @@ def test_bodies_are_read_or_refused(folder):
     assert outcomes == {200, 400, 404}
 
 
+@pytest.mark.parametrize("value", [b"0,", b"[],", b'{"a":0},', b"[" * 50 + b"]" * 50 + b",", b'"x",'])
+@pytest.mark.parametrize("key", [b"x", b"tools", b"messages"])
+def test_a_body_of_very_many_values_is_not_even_parsed(key, value):
+    """As objects of Python they would take a hundred times its bytes, and minutes of the only loop."""
+    begin = b'{"model": "policy", "messages": [{"role": "user", "content": "q"}], "' + key + b'": ['
+    started = time.process_time()
+    with pytest.raises(Refusal, match="too many values"):
+        read_body(begin + value * (16 * 2**20 // len(value)) + b"0]}", NAMES)
+    assert time.process_time() - started < 1
+
+
 def test_files_come_from_below_media_alone(folder, opened):
     rng, secret = random.Random(2), str(folder.parent / "secret.png")
     names = [name_file(rng, secret) for _ in range(1500)]
@@ -172,12 +188,37 @@ def test_files_come_from_below_media_alone(folder, opened):
         except Refusal as refusal:
             assert "etc" not in refusal.message and SECRET.decode() not in refusal.message
     assert read >= 4 and opened
-    assert all(os.path.realpath(path).startswith(f"{folder}{os.sep}") or path == str(folder) for path in opened)
+    assert all(path.startswith(f"{folder}{os.sep}") or path == str(folder) for path in opened)
     for name in (f"file://{folder}/pipe", f"file://{folder}/deep", f"file://{folder}/link.png", f"file://{folder}"):
+        descriptors = len(os.listdir("/proc/self/fd"))
         with pytest.raises(Refusal, match="no such picture below"):
             reader(folder).fetch(name)
+        assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(Refusal, match="--media"):
         reader(None).fetch(f"file://{folder}/good.png")
+
+
+@pytest.mark.parametrize("put", ["good.png", "deep"])
+def test_a_link_that_is_put_there_after_the_check_is_not_followed(tmp_path, monkeypatch, put):
+    """In place of the file, or of a folder on the way to it."""
+    for root, content in (("media", FILES["PNG"]), ("other", SECRET)):
+        (tmp_path / root / "deep").mkdir(parents=True)
+        for name in ("good.png", "deep/good.png"):
+            (tmp_path / root / name).write_bytes(content)
+    media, resolve = tmp_path / "media", os.path.realpath
+
+    def swap(path, *arguments):
+        resolved = resolve(path, *arguments)
+        if str(path).endswith(".png"):
+            (media / put).rename(media / "away")
+            (media / put).symlink_to(tmp_path / "other" / put)
+        return resolved
+
+    name = f"file://{media}/{put}" if put == "good.png" else f"file://{media}/{put}/good.png"
+    assert reader(media).fetch(name) == FILES["PNG"]
+    monkeypatch.setattr("thinkimg.serving.pictures.os.path.realpath", swap)
+    with pytest.raises(Refusal, match="no such picture below"):
+        reader(media).fetch(name)
 
 
 def test_a_large_file_is_not_read_whole(folder):

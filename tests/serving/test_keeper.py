@@ -44,6 +44,48 @@ def test_a_keeper_leaves_no_client_open():
     asyncio.run(run())
 
 
+def test_a_keeper_tries_again_whatever_went_wrong(monkeypatch):
+    """Else an endpoint would answer 503 for ever."""
+    monkeypatch.setattr("thinkimg.serving.keeper.RETRY_S", 0.0)
+    failures = [EngineUnavailable("gone"), RuntimeError("no memory"), KeyError("weights"), OSError("no port")]
+
+    async def run() -> None:
+        keeper, clients = await opened()
+        connect = keeper._connect
+
+        async def fail_first():
+            if failures:
+                raise failures.pop()
+            return await connect()
+
+        keeper._connect = fail_first
+        with pytest.raises(Refusal):
+            async with keeper.use():
+                raise EngineUnavailable("gone")
+        async with asyncio.timeout(5):
+            while not keeper.ready:
+                await asyncio.sleep(0.001)
+        await keeper.close()
+        assert not failures and len(clients) == 2
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_hangs_is_not_well(monkeypatch):
+    """A look at the health has an end; whether the engine is gone its requests find out."""
+    monkeypatch.setattr("thinkimg.serving.keeper.CHECK_S", 0.05)
+
+    async def run() -> None:
+        keeper, (client,) = await opened()
+        client.versions = asyncio.Event().wait
+        with pytest.raises(Refusal, match="does not answer"):
+            await asyncio.wait_for(keeper.check(), 5)
+        assert keeper.ready and not client.closed
+        await keeper.close()
+
+    asyncio.run(run())
+
+
 def test_while_one_server_of_several_is_gone_requests_go_on():
     """The client leaves it out by itself; a look at the health takes nothing away from the others."""
 

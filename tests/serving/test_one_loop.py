@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from chat_server import VIEW, ChatServer, ScriptedClient, answer, data_uri, encode, show
+from chat_server import CROP, VIEW, ChatServer, ScriptedClient, answer, data_uri, encode, show
 from chat_server import picture as draw
 
 from thinkimg.conversation.episode import ConversationSpec
@@ -44,7 +44,7 @@ def sample_all(engine: ScriptedClient, modes: list[SamplingMode]) -> list:
 
 def answers_of_all() -> list[str]:
     """The answer of a rollout, of an evaluation, and of the endpoint."""
-    script = lambda prompt, sampling: answer("red") if "Image 1:" in prompt else crop()  # noqa: E731
+    script = lambda prompt, sampling: answer("red") if "Image 1:" in prompt else CROP  # noqa: E731
     rows = sample_all(ScriptedClient(script), [SamplingMode(1.0), SamplingMode(0.0)])
     server = ChatServer(ScriptedClient(script))
     try:
@@ -54,24 +54,18 @@ def answers_of_all() -> list[str]:
     return [*(row.answer for row in rows), message.content]
 
 
-def crop() -> str:
-    from chat_server import CROP
-
-    return CROP
-
-
 def test_the_same_conversation_everywhere():
     """Text for text, observation for observation: an endpoint's is the evaluation's."""
-    engine = ScriptedClient(lambda prompt, sampling: answer("red") if "Image 1:" in prompt else crop())
+    engine = ScriptedClient(lambda prompt, sampling: answer("red") if "Image 1:" in prompt else CROP)
     (row,) = sample_all(engine, [SamplingMode(0.0)])
-    told = [prompt for prompt, _ in engine.requests]
+    prompts = [prompt for prompt, _ in engine.requests]
     server = ChatServer(engine)
     try:
         form = "Answer with as few words as possible."
         server.ask(show(f"{QUESTION}\n{form}", data_uri(encode(IMAGE))))
     finally:
         server.close()
-    assert [prompt for prompt, _ in engine.requests[len(told) :]] == told
+    assert [prompt for prompt, _ in engine.requests[len(prompts) :]] == prompts
     assert row.answer == "red" and np.all(np.array(row.logprobs) == -1.0)
 
 

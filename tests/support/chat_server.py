@@ -118,8 +118,9 @@ class Endpoint:
 
     def close(self) -> None:
         self.client.close()
-        self.loop.call_soon_threadsafe(self._stopped.set)
-        self._thread.join(30)
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._stopped.set)
+            self._thread.join(30)
 
 
 class ChatServer(Endpoint):

@@ -91,6 +91,13 @@ class Chromium:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
+def screenshot_folder(otherwise: Path) -> Path:
+    """The folder that THINKIMG_SCREENSHOTS names, or the other one; it is made."""
+    folder = Path(os.environ.get("THINKIMG_SCREENSHOTS", otherwise))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def wait(condition: Callable[[], Any], what: str, shown: Callable[[], str] = str) -> None:
     """Until the condition holds; AssertionError with what is shown instead after PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S

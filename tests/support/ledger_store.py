@@ -117,9 +117,13 @@ def judgement(row, model):
     return who | texts | images | verdict
 
 
-def make_policy(store, dataset, rollouts, scores, config):
-    """As the stage makes it, but for the training."""
+def make_policy(store, dataset, rollouts, scores, config, change=lambda row: None):
+    """As the stage makes it, but for the training. change: edits a row of its advantages."""
     settings, joined = train.settings(config), join(rollouts, scores)
     table = advantages_table(joined, *compute_advantages(Mix.from_tree(settings.mix), settings.train, joined))
+    rows = table.to_pylist()
+    for row in rows:
+        change(row)
+    table = pa.Table.from_pylist(rows, table.schema)
     recipe = train.recipe(settings, {"dataset": dataset, "policy": dataset, "rollouts": rollouts, "scores": scores})
     return store.build("policy", recipe, lambda work: work.table("advantages.parquet", table))[0]

@@ -93,7 +93,7 @@ class ViewedStore:
         ]
         self.rollouts = self._episodes("rollouts", "rollout", {"iteration": 1}, self.rows, stored=True)
         self.scores = make_scores(store, self.dataset, self.rollouts)
-        self.policy = make_policy(store, self.dataset, self.rollouts, self.scores, config)
+        self.policy = make_policy(store, self.dataset, self.rollouts, self.scores, config, alter)
 
     def _dataset(self):
         def produce(work):
@@ -134,6 +134,11 @@ class ViewedStore:
         values = [score["answer"]["value"] for score in score_answers(evaluation, self.dataset, rows).values()]
         judged = [value >= RIGHT for value in values if value is not None]
         return sum(judged) / len(judged)
+
+
+def alter(row: dict) -> None:
+    """What was stored is not what would come out today."""
+    row.update(total=row["total"] / 2, advantage=row["advantage"] - 0.125)
 
 
 def blinded(row: Trajectory) -> Trajectory:

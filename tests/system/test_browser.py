@@ -3,16 +3,14 @@
 THINKIMG_SCREENSHOTS=directory keeps the pictures.
 """
 
-import os
 import shlex
 import socket
-from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 import tracking_store
-from chromium import Chromium, wait
+from chromium import Chromium, screenshot_folder, wait
 from tracking_store import MIXES, run_loop, settings
 
 from thinkimg.process import spawn
@@ -26,9 +24,7 @@ COMPARED = ("eval/accuracy", "reward/answer", "reward/format", "reward/tool")
 
 @pytest.fixture
 def shots(tmp_path):
-    kept = Path(os.environ.get("THINKIMG_SCREENSHOTS", tmp_path / "screenshots"))
-    kept.mkdir(parents=True, exist_ok=True)
-    return kept
+    return screenshot_folder(tmp_path / "screenshots")
 
 
 @pytest.fixture

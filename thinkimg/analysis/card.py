@@ -1,13 +1,15 @@
 """Model card of an exported policy: its settings for the Hub, held-out figures with intervals, licences, an example."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from thinkimg.conversation.settings import ConversationConfig
-from thinkimg.data.hub.public_sets import find_set
+from thinkimg.data.hub.public_sets import public_sets
 from thinkimg.records import PUZZLES, Coordinates
 from thinkimg.store.manifest import Artifact
 
@@ -19,20 +21,21 @@ EXAMPLE = '''"""Ask the policy about a picture, for its first turn: python examp
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pack = Path(__file__).parent
 weights = pack / "policy" / "{part}"
 processor = AutoProcessor.from_pretrained(weights, min_pixels={min_pixels}, max_pixels={max_pixels})
 model = AutoModelForImageTextToText.from_pretrained(weights, dtype="auto")
-image = Image.open(sys.argv[1]).convert("RGB")
+image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
 _, rows, columns = processor.image_processor(image, return_tensors="pt")["image_grid_thw"][0].tolist()
 patch = processor.image_processor.patch_size
 question = f"Image 0: {size}. {{sys.argv[2]}}\\nAnswer with a word or a short phrase."
 system = (pack / "system.txt").read_text(encoding="utf-8")[:-1]
 content = [{{"type": "image"}}, {{"type": "text", "text": question}}]
-messages = [{{"role": "system", "content": system}}, {{"role": "user", "content": content}}]
+messages = [{{"role": "system", "content": system}}] if system else []
+messages += [{{"role": "user", "content": content}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
 tokens = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -59,6 +62,50 @@ def write_example(part: str, images: Mapping[str, Any], conversation: Mapping[st
     )
 
 
+SERVING = """With vLLM it is served by
+
+    vllm serve {model} --served-model-name {served} --dtype {dtype} \\
+        --chat-template chat_template.jinja --generation-config {generation} \\
+        --max-model-len {tokens} --limit-mm-per-prompt '{{"image": {images}}}' \\
+        --mm-processor-kwargs '{{"size": {{"shortest_edge": {min_pixels}, "longest_edge": {max_pixels}}}}}'{adapter}
+
+It samples as in the rollouts, and greedily with `"temperature": 0`. It does not read `suppress_tokens` of
+{generation}/generation_config.json, the tokens that the policy never writes: give each a `logit_bias` of -100.
+"""
+ADAPTER = """ \\
+        --enable-lora --max-lora-rank {rank} --lora-modules policy={directory}"""
+
+
+def write_serving(
+    weights: Path, images: Mapping[str, Any], conversation: Mapping[str, Any], model: Mapping[str, Any]
+) -> str:
+    """Return how vLLM serves an exported policy, in Markdown.
+
+    weights: folder with `model/` or `adapter/`. images, conversation: settings of the policy's rollouts. model: those
+    of its training.
+    """
+    directory = weights / "adapter"
+    part = f"policy/{'adapter' if directory.is_dir() else 'model'}"
+    base, adapter = part, ""
+    if directory.is_dir():
+        settings = json.loads((directory / "adapter_config.json").read_bytes())
+        name, revision = settings["base_model_name_or_path"], settings.get("revision")
+        base = name if HUB_ID.fullmatch(name) else "BASE"
+        base += f" --revision {revision}" if revision else ""
+        adapter = ADAPTER.format(rank=settings["r"], directory=part)
+    return SERVING.format(
+        model=base,
+        served="base" if adapter else "policy",
+        dtype=model.get("dtype", "auto"),
+        generation=part,
+        tokens=conversation.get("max_tokens", ConversationConfig().max_tokens),
+        images=conversation.get("max_images", ConversationConfig().max_images),
+        min_pixels=images["min_pixels"],
+        max_pixels=images["max_pixels"],
+        adapter=adapter,
+    )
+
+
 def front_matter(base: str, adaptation: str) -> str:
     """Return the settings of a card at its beginning, as the Hub reads them. base: name of the base model."""
     settings: dict[str, Any] = {
@@ -78,30 +125,39 @@ def held_out_lines(evaluations: Sequence[Artifact]) -> Iterator[str]:
     if not evaluations:
         yield "The policy was not evaluated."
         return
-    yield "| samples | judged | accuracy, greedy | of k sampled answers | chance | images of tools | evaluation |"
-    yield "|---|---|---|---|---|---|---|"
+    headings = "samples | judged | accuracy, greedy | of k sampled answers | chance | images of tools | data set"
+    yield f"| {headings} | evaluation |"
+    yield "|---|---|---|---|---|---|---|---|"
     for evaluation in evaluations:
         config, metrics = evaluation.manifest["recipe"]["config"], evaluation.metrics
         k = f" (k = {config['k']})" if config.get("k") else ""
-        cells = [str(config.get("samples", "–")), show_figure(metrics, "judged", 1), show_interval(metrics, "accuracy")]
-        cells += [show_interval(metrics, "avg_at_k") + k, show_figure(metrics, "chance", 100)]
-        cells += ["grey" if config.get("blind") else "seen", f"{evaluation.short}"]
+        dataset = evaluation.inputs["dataset"]
+        cells = [show_count(metrics, "trajectories"), show_count(metrics, "judged"), show_interval(metrics, "accuracy")]
+        cells += [show_interval(metrics, "avg_at_k") + k, show_percentage(metrics, "chance")]
+        cells += ["grey" if config.get("blind") else "seen", (dataset.fingerprint or dataset.digest)[:12]]
+        cells += [evaluation.short]
         yield f"| {' | '.join(cells)} |"
     yield ""
     yield "Percentages, with 95 % intervals: Wilson's for greedy answers, a bootstrap over questions for sampled ones."
 
 
-def show_figure(metrics: Mapping[str, Any], name: str, factor: int) -> str:
-    """Return a metric times a factor as text; a dash for none."""
+def show_count(metrics: Mapping[str, Any], name: str) -> str:
+    """Return a number of samples as text; a dash for none."""
     value = metrics.get(name)
-    return "–" if value is None else f"{factor * value:.4g}"
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def show_percentage(metrics: Mapping[str, Any], name: str) -> str:
+    """Return a share in percent as text; a dash for none."""
+    value = metrics.get(name)
+    return "–" if value is None else f"{100 * value:.4g}"
 
 
 def show_interval(metrics: Mapping[str, Any], name: str) -> str:
     """Return a share with its interval, in percent."""
     if metrics.get(name) is None:
         return "–"
-    value, low, high = (show_figure(metrics, key, 100) for key in (name, f"{name}_low", f"{name}_high"))
+    value, low, high = (show_percentage(metrics, key) for key in (name, f"{name}_low", f"{name}_high"))
     return f"{value} ({low} to {high})"
 
 
@@ -132,7 +188,10 @@ def describe_data(data: Mapping[str, Any] | None) -> str:
         return "Data: not known."
     if data.get("source") == PUZZLES:
         return "Data: the puzzles that thinkimg draws, on photographs of scikit-image (docs/licences.md of thinkimg)."
-    public_set = find_set(str(data.get("path")).partition("@")[0])
-    if public_set is not None and public_set.licence is not None:
-        return f"Data: {public_set.name} ({public_set.repository}), {public_set.licence.value}."
+    name = str(data.get("path")).partition("@")[0]
+    for public_set in public_sets().values():
+        if name in (public_set.name, public_set.repository):
+            page = f"see https://huggingface.co/datasets/{public_set.repository}"
+            licence = page if public_set.licence is None else public_set.licence.value
+            return f"Data: {public_set.name} ({public_set.repository}), {licence}."
     return "Data: a user's own. Ask whoever trained the policy for its licence."

@@ -1,6 +1,6 @@
 """Comparison of two policies on the samples that both were evaluated on: the greedy answers that differ."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from thinkimg.analysis.diff import compare_recipes
@@ -15,6 +15,8 @@ from thinkimg.store.manifest import Artifact
 
 CHANGES = ("lost", "gained", "judged otherwise", "other answer")
 """Kinds of changes, in the order in which they are listed: right before, right after, not judged in one, neither."""
+PAIRS = 16
+"""Pairs whose pictures are in memory at a time."""
 
 
 def find_evaluation(store: Store, artifact: Artifact) -> Evaluation:
@@ -116,12 +118,13 @@ def sign_test(lost: int, gained: int) -> float | None:
     return float(binomtest(gained, lost + gained).pvalue) if lost + gained else None
 
 
-def read_pairs(changes: Mapping[str, Any], first: View, second: View) -> list[tuple[str, Entry, Entry]]:
-    """Return (heading, first conversation, second) of each changed pair of `compare_evaluations`, with pictures."""
-    sides = [
-        {entry.row.sample_id: entry for entry in view.entries([row[side]["trajectory_id"] for row in changes["rows"]])}
-        for view, side in ((first, "from"), (second, "to"))
-    ]
-    return [
-        (f"{row['change']}: {row['sample_id']}", *(side[row["sample_id"]] for side in sides)) for row in changes["rows"]
-    ]
+def read_pairs(changes: Mapping[str, Any], first: View, second: View) -> Iterator[tuple[str, Entry, Entry]]:
+    """Yield (heading, first conversation, second) of each changed pair of `compare_evaluations`, with pictures."""
+    for start in range(0, len(changes["rows"]), PAIRS):
+        rows = changes["rows"][start : start + PAIRS]
+        sides = [
+            {entry.row.sample_id: entry for entry in view.entries([row[side]["trajectory_id"] for row in rows])}
+            for view, side in ((first, "from"), (second, "to"))
+        ]
+        for row in rows:
+            yield f"{row['change']}: {row['sample_id']}", *(side[row["sample_id"]] for side in sides)

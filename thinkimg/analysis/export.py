@@ -14,13 +14,15 @@ from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.template import write_template
 from thinkimg.errors import UserError
 from thinkimg.images.toolbox import TOOLS, load_tools
+from thinkimg.models.base import Base, BaseSource
 from thinkimg.models.family import find_family
 from thinkimg.records import Coordinates
 from thinkimg.store import files
 from thinkimg.store.artifacts import Store
+from thinkimg.store.kinds import Policy
 from thinkimg.store.lineage import Graph, draw_tree
 from thinkimg.store.manifest import MANIFEST, Artifact, git_revision
-from thinkimg.tracking.records import find_loop
+from thinkimg.tracking.records import find_loop, find_system_prompt
 
 SUMS = "SHA256SUMS"
 README = """# A policy that thinkimg {version} trained
@@ -43,6 +45,7 @@ recipe's `inputs` have the digests of the ancestors.
 The tokenizer in policy/ has chat_template.jinja, too, in place of the base model's. That would trim texts or drop
 thoughts that the policy was trained with. So {changed} differ from the manifest's.
 
+{serving}
 With this template a conversation is: the system message with the text of system.txt, the user's with the images and the
 question, then in turn a reply and the result of its call. A reply is one text, with its thought and its call, as the
 policy wrote it: switch a server's parsers of thoughts and tools off. A result is a message of the role `tool`, first
@@ -52,12 +55,15 @@ Texts of users that spell <|im_end|> or another token of the template are read a
 TOKENIZER_CONFIG, TEMPLATE_JSON = "tokenizer_config.json", "chat_template.json"
 STATE = "state.json"
 TEMPLATE_FILE = "chat_template.jinja"
+GENERATION = "generation_config.json"
 
 
-def export_policy(store: Store, policy: Artifact, target: Path) -> Path:
+def export_policy(store: Store, policy: Policy, target: Path, base: str | None = None) -> Path:
     """Write the export to the new directory `target`, in one step, and return its path.
 
-    Raises UserError if `target` exists, the policy's files are damaged or dropped, or it has no usable template.
+    base: directory or Hub id of the model into which an adapter is merged; None leaves the weights as they are.
+    Raises UserError if `target` exists, the policy's files are damaged or dropped, or it has no usable template. Also
+    where there is no adapter to merge, or it was trained on another base.
     """
     if target.exists():
         raise UserError(f"{target} exists already.", hint="Name a directory that does not exist.")
@@ -67,16 +73,32 @@ def export_policy(store: Store, policy: Artifact, target: Path) -> Path:
     files.make_directory(target.absolute().parent)
     with files.replacing(target.absolute()) as pack:
         pack.mkdir()
+        write_weights(policy, pack / "policy", base)
         write_pack(store, policy, pack)
         sums = [f"{files.sha256(pack / name)}  {name}\n" for name in files.files_under(pack)]
         (pack / SUMS).write_text("".join(sums))
     return target
 
 
-def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
-    """Write all files of an export but the checksums."""
+def write_weights(policy: Policy, target: Path, base: str | None) -> None:
+    """Write the weights with their vocabulary; with a `base` those of the adapter merged into it."""
+    if base is None:
+        shutil.copytree(policy.checked("policy"), target)
+        return
+    if policy.is_full:
+        raise UserError(f"{policy.reference} is a complete model already.", hint="Leave --merge out.")
+    from thinkimg.trainer.checkpoint import export_merged
+
+    target.mkdir()
+    source = BaseSource(path=base, revision=None, tiny=False)
+    dtype = policy.manifest["recipe"]["config"]["model"]["dtype"]
+    export_merged(policy.checked("policy"), target / "model", base=Base(**source.entry(policy)), dtype=dtype)
+    shutil.copyfile(policy.directory / "policy" / STATE, target / STATE)
+
+
+def write_pack(store: Store, policy: Policy, pack: Path) -> None:
+    """Write all files of an export but the weights and the checksums."""
     graph, name = Graph.of(store), str(policy.reference)
-    shutil.copytree(policy.checked("policy"), pack / "policy")
     shutil.copyfile(policy.directory / MANIFEST, pack / MANIFEST)
     ancestors = [
         graph.artifacts[entry] for entry in sorted(graph.ancestors([name]) - {name}) if entry in graph.artifacts
@@ -93,19 +115,28 @@ def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
     own = loop.config.get("conversation", {}) if loop else {}
     conversation = next((settings for settings in reversed(conversations) if "protocol" in settings), own)
     save_json(pack / "tools.json", describe_tools(conversation.get("tools")))
-    system = loop.system if loop else conversation.get("system")
-    (pack / "system.txt").write_text((system or "") + "\n", encoding="utf-8")
+    chosen = {name: value for name, value in conversation.items() if value is not None}
+    family = {"protocol": default_protocol(policy), "coordinates": default_coordinates(policy)}
+    system = find_system_prompt(loop, family | chosen)
+    (pack / "system.txt").write_text(system + "\n", encoding="utf-8")
     codec = Codec.load(vocabulary_of(pack / "policy"), thinking=conversation.get("thinking"))
     template = write_template(codec, load_protocol(conversation.get("protocol") or default_protocol(policy)))
     (pack / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    changed = replace_template(vocabulary_of(pack / "policy"), template)
+    temperatures = [config["rollout"]["temperature"] for config in slices.values() if "rollout" in config]
+    generation = write_generation(vocabulary_of(pack / "policy"), codec, (temperatures or [1.0])[-1])
+    changed = [*replace_template(vocabulary_of(pack / "policy"), template), generation]
     (pack / "lineage.txt").write_text("\n".join(draw_tree(graph, name)) + "\n", encoding="utf-8")
-    adaptation = policy.manifest["recipe"]["config"]["model"].get("adaptation", "full")
+    model = policy.manifest["recipe"]["config"]["model"]
+    adaptation = "lora" if (pack / "policy" / "adapter").is_dir() else "full"
+    if adaptation != model.get("adaptation", adaptation):
+        adaptation = "an adapter merged into its base model"
     views = [config.get("images", {}) for config in (loop.config if loop else {}, *slices.values())]
+    serving = ""
     if view := next((settings for settings in reversed(views) if "min_pixels" in settings), None):
         unit = Coordinates(conversation.get("coordinates") or default_coordinates(policy))
         example = card.write_example(vocabulary_of(pack / "policy").name, view, conversation, unit)
         (pack / "example.py").write_text(example, encoding="utf-8")
+        serving = card.write_serving(pack / "policy", view, conversation, model)
     base = json.loads((pack / "policy" / STATE).read_bytes())["base"] if (pack / "policy" / STATE).is_file() else {}
     lines = [
         *card.held_out_lines(evaluations),
@@ -116,6 +147,7 @@ def write_pack(store: Store, policy: Artifact, pack: Path) -> None:
         version=__version__,
         adaptation=adaptation,
         sums=SUMS,
+        serving=serving,
         changed=", ".join(f"{path.relative_to(pack)}" for path in changed),
         opening=json.dumps(codec.opening) if codec.opening else "nothing",
     )
@@ -151,6 +183,25 @@ def replace_template(directory: Path, template: str) -> list[Path]:
             save_json(path, values | {"chat_template": template})
             changed.append(path)
     return changed
+
+
+def write_generation(directory: Path, codec: Codec, temperature: float) -> Path:
+    """Write beside a tokenizer how transformers and vLLM sample unless they are told: as in the rollouts.
+
+    A base model's own file may have penalties, which the policy was not trained with. Returns the file.
+    """
+    path = directory / GENERATION
+    settings = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "eos_token_id": codec.end,
+        "pad_token_id": codec.end,
+        "suppress_tokens": list(codec.banned),
+    }
+    save_json(path, settings)
+    return path
 
 
 def describe_tools(names: list[str] | None) -> dict:

@@ -66,7 +66,7 @@ def explanation_body(explanation: Mapping[str, Any], members: Sequence[Entry]) -
     yield from side_by_side(members, own=entry.row.trajectory_id)
 
 
-def write_pairs(path: Path, title: str, facts: Iterable[str], pairs: Sequence[tuple[str, Entry, Entry]]) -> None:
+def write_pairs(path: Path, title: str, facts: Iterable[str], pairs: Iterable[tuple[str, Entry, Entry]]) -> None:
     """Write a page of pairs of conversations about the same samples. pairs: (heading, of the first, of the second)."""
 
     def body() -> Iterator[str]:

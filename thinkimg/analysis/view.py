@@ -20,7 +20,7 @@ from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Dataset, Episodes, Evaluation, Scores
 from thinkimg.store.manifest import Artifact
-from thinkimg.tracking.records import find_loop
+from thinkimg.tracking.records import find_loop, find_system_prompt
 
 ROWS = 256
 """Conversations in memory at a time."""
@@ -68,9 +68,7 @@ class View:
                 f"{artifact.reference} holds no conversations.", hint="Name rollouts, scores, or an evaluation."
             )
         self.dataset: Dataset = store.origin(self.episodes, "dataset")
-        loop = find_loop(store, self.episodes)
-        conversation = self.episodes.manifest["recipe"]["config"].get("conversation", {})
-        self.system: str | None = loop.system if loop else conversation.get("system")
+        self.system = read_system_prompt(store, self.episodes)
         self._pictures = Pictures(self.episodes, self.dataset)
         self._weighed: list[Weighed] = weigh(store, open_scores(self.scores, store), config) if self.scores else []
 
@@ -104,6 +102,15 @@ class View:
         if isinstance(self.episodes, Evaluation):
             return score_answers(self.episodes, self.dataset, rows)
         return {}
+
+
+def read_system_prompt(store: Store, episodes: Episodes) -> str | None:
+    """Return the system prompt of conversations; None where a tool of the user's own is not on this machine."""
+    conversation = episodes.manifest["recipe"]["config"].get("conversation", {})
+    try:
+        return find_system_prompt(find_loop(store, episodes), conversation)
+    except ValueError:
+        return None
 
 
 def newest_scores(store: Store, rollouts: Artifact) -> Scores | None:

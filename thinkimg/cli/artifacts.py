@@ -185,10 +185,14 @@ def export(
     policy: ArtifactFlag,
     target: Annotated[Path, Parameter(help="A new directory.", converter=read_path)],
     *,
+    merge: Annotated[
+        str | None,
+        Parameter(help="Directory or Hub id of an adapter's base model: the export has one model of both."),
+    ] = None,
     store: StoreFlag = ROOT,
 ) -> None:
     """Export a policy with its chat template, tools, config, and the manifests of its ancestors."""
     from thinkimg.analysis.export import export_policy
 
     opened_store = open_store(store)
-    print(export_policy(opened_store, opened_store.resolve(policy, "policy"), target))
+    print(export_policy(opened_store, opened_store.resolve(policy, "policy"), target, merge))

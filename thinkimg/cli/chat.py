@@ -27,6 +27,7 @@ def chat(
     api_key_env: Annotated[
         str | None, Parameter(help="Environment variable with the key that clients must send.")
     ] = None,
+    page: Annotated[bool, Parameter(help="Serve a page for people at /, too.", negative=[])] = False,
     timeout: Annotated[float, Parameter(help="Seconds for one request.", validator=Number(gt=0))] = 600.0,
     preset: PresetFlag = "development",
     set: SetFlag = None,
@@ -61,6 +62,7 @@ def chat(
         key=key,
         timeout_s=timeout,
         concurrency=config.where.engine.concurrency,
+        page=page,
     )
     with Resources(config.where) as resources:
         serve_chat(chosen, settings, resources, sources, access, (host, port))

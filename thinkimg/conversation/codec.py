@@ -21,6 +21,7 @@ PICTURE = f"<|vision_start|>{PAD}<|vision_end|>"
 USER, REPLY = "<|im_start|>user\n", "<|im_start|>assistant\n"
 SLOT = "\ue000{}\ue001"  # placeholder of a text while markup is cut into pieces
 PIECES = 1024  # of prompts, and shapes of them, whose tokens and markup are kept
+LONGEST_PIECE = 8192  # characters; longer ones, such as strangers send to an endpoint, would fill the memory
 KNOWN = "The base model must be of a known family, with its own tokenizer and chat template."
 
 
@@ -79,7 +80,9 @@ class Codec:
 
     def encode(self, value: str) -> list[int]:
         """Return the ids of a text, none of them a special token. Lone surrogates become "?"."""
-        return self._plain.encode(value.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+        text = value.encode("utf-8", "replace").decode()
+        # `encode` would hold Python's lock, for seconds where the text is long, and takes twice as long.
+        return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of sampled ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
@@ -144,7 +147,8 @@ class Codec:
             if piece in self._ids:
                 ids.append(self._ids[piece])
             else:
-                ids += self._encode_again(re.sub(SLOT.format(r"(\d+)"), lambda slot: texts[int(slot[1])], piece))
+                piece = re.sub(SLOT.format(r"(\d+)"), lambda slot: texts[int(slot[1])], piece)
+                ids += self._encode_again(piece) if len(piece) <= LONGEST_PIECE else self.encode(piece)
         return ids
 
 

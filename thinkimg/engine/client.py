@@ -223,7 +223,8 @@ class EngineClient:
                 await self._request(url, "GET", "/health")
         except (EngineError, TimeoutError) as error:
             if url not in self._dead:
-                log.warning("the server %s is left out: %s", url, str(error).split("\n")[0] or "no answer")
+                reason = str(error).split("\n")[0] or "no answer"
+                log.warning("the server %s is left out: %s", without_password(url), reason)
             self._dead.add(url)
 
     async def _on_all(self, call) -> list:
@@ -258,7 +259,7 @@ class EngineClient:
             try:
                 answer = read_answer(url, await self._watched(url, content), read)
                 if refused is not None:
-                    log.warning("%s served what another server refused: %s", url, refused)
+                    log.warning("%s served what another server refused: %s", without_password(url), refused)
                 return answer
             except EngineUnavailable as error:
                 if isinstance(error, _Unreachable) and len(self.urls) > 1:

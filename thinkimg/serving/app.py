@@ -13,7 +13,8 @@ from thinkimg.environment import is_loopback
 from thinkimg.errors import shorten
 from thinkimg.records import Turn
 from thinkimg.serving.body import Question, read_body
-from thinkimg.serving.refusal import Refusal
+from thinkimg.serving.page import PATHS, page_routes
+from thinkimg.serving.refusal import Refusal, unavailable
 from thinkimg.serving.reply import KEEP_ALIVE, Reply, event
 from thinkimg.serving.service import Service
 
@@ -25,7 +26,6 @@ BODY_S = 60.0
 """Seconds in which a body must arrive."""
 KEEP_ALIVE_S = 15.0
 """Seconds without a turn after which a stream shows that it lives."""
-JSON_TYPES = ("application/json", "application/octet-stream")  # aiohttp takes the second where a client names none
 SERVICE = web.AppKey("service", Service)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -44,11 +44,18 @@ class Access:
     """Seconds for one request, its wait for the engine included."""
     concurrency: int = 256
     """Requests that are read and played at once; others wait unread."""
+    page: bool = False
+    """Serve the page at /."""
 
     @property
     def names(self) -> tuple[str, str]:
         """Names of the model."""
         return self.name, f"{self.name}-images"
+
+    @property
+    def public(self) -> set[str]:
+        """Paths that need no key."""
+        return {"/health", *(PATHS if self.page else ())}
 
 
 def make_app(service: Service, access: Access) -> web.Application:
@@ -86,6 +93,7 @@ def make_app(service: Service, access: Access) -> web.Application:
             web.post("/v1/chat/completions", complete),
             web.get("/v1/models", models),
             web.get("/health", health),
+            *(page_routes() if access.page else ()),
         ]
     )
     return app
@@ -100,7 +108,7 @@ def run_app(service: Service, access: Access, address: tuple[str, int]) -> None:
 
 async def read_content(request: web.Request) -> bytes:
     """Return the body. Raises Refusal where it is no JSON or arrives too slowly, HTTPRequestEntityTooLarge."""
-    if request.content_type not in JSON_TYPES:  # a page in a browser can send any other without being asked
+    if request.content_type != "application/json":  # a page in a browser can send others, and none, without being asked
         raise Refusal("The body must be JSON, with Content-Type: application/json.", status=415)
     try:
         async with asyncio.timeout(BODY_S):
@@ -113,6 +121,8 @@ async def read_content(request: web.Request) -> bytes:
 
 async def answer(request: web.Request, service: Service, question: Question, deadline: float) -> web.StreamResponse:
     """Play a question and send the reply, as JSON or as a stream. deadline: by the loop's clock."""
+    if not service.keeper.ready:  # a stream has begun with status 200 before it asks
+        raise unavailable()
     loop = asyncio.get_running_loop()
     async with asyncio.timeout_at(deadline):
         reply = Reply(await service.prepare(question), question)
@@ -166,7 +176,7 @@ def guard(access: Access):
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if access.key is not None and request.path != "/health":
+        if access.key is not None and request.path not in access.public:
             given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
             if not hmac.compare_digest(given, f"Bearer {access.key}".encode()):
                 raise Refusal("The API key is missing or wrong.", status=401, code="invalid_api_key")

@@ -13,6 +13,9 @@ MAX_MESSAGES = 1000
 """Messages of a request, and parts of a message, at most."""
 MAX_TEXT = 2**20
 """Characters of all texts, at most: more is no prompt that any model takes, and costs minutes to encode."""
+MAX_VALUES = 2**18
+"""Commas and opening brackets of a body, at most: 60 MiB of empty lists would stop the endpoint for 40 s. The base64 of
+a picture has none of them."""
 TOO_LONG = "context_length_exceeded"
 """OpenAI's code for what exceeds the conversation."""
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
@@ -111,6 +114,8 @@ def read_body(content: bytes, names: Sequence[str]) -> Question:
 
     Raises Refusal.
     """
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise Refusal("The body has too many values.")
     try:
         body = Body.model_validate_json(content)
     except ValidationError as error:

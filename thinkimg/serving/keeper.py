@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 
 from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.engine.errors import EngineError
-from thinkimg.errors import UserError, shorten
+from thinkimg.errors import shorten
 from thinkimg.serving.refusal import unavailable
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 2.0  # between attempts to open the engine again
+CHECK_S = 20.0  # in which an engine answers, or is not well
 
 
 class EngineKeeper:
@@ -66,13 +67,17 @@ class EngineKeeper:
                     await client.__aexit__()
 
     async def check(self) -> None:
-        """Ask the engine for its weights. Raises Refusal (503) where it does not answer, and connects again.
+        """Ask the engine for its weights. Raises Refusal (503) where it can't be reached, and connects again.
 
         Several servers are not asked: the client leaves out those that are gone, and requests go on.
         """
         async with self.use() as client:
             if len(client.urls) == 1:
-                await client.versions()
+                try:
+                    async with asyncio.timeout(CHECK_S):
+                        await client.versions()
+                except TimeoutError:  # requests find out by themselves whether it is gone
+                    raise unavailable() from None
 
     def _lose(self, client: EngineClient, error: EngineError) -> None:
         if client is self._client:
@@ -84,8 +89,8 @@ class EngineKeeper:
         while True:
             try:
                 self._client = await self._connect()
-            except (EngineError, UserError, OSError) as error:
-                log.warning("the engine is not back yet: %s", shorten(str(error)))
+            except Exception as error:  # whatever it is, without another attempt there would be none for ever
+                log.warning("the engine is not back yet: %s: %s", type(error).__name__, shorten(str(error)))
                 await asyncio.sleep(RETRY_S)
             else:
                 log.warning("the engine is back")

@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -65,11 +66,25 @@ class PictureReader:
             path = Path(os.path.realpath(unquote(parts.path)))
             if not path.is_relative_to(self.media):
                 raise refusal
-            # A pipe would be waited for.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with open(descriptor, "rb") as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            with open(path, "rb", opener=partial(open_beneath, self.media)) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise refusal
                 return file.read(self.limits.max_bytes + 1)  # enough for the decoder to refuse it
         except (OSError, ValueError):  # no such file, no permission; a name that is none
             raise refusal from None
+
+
+def open_beneath(folder: Path, path: str, flags: int) -> int:
+    """Open a file below a folder, as `open` wants it of an opener. path: resolved; no link in it is followed.
+
+    Another process may have put a link there since. Raises OSError.
+    """
+    descriptor = os.open(folder, os.O_PATH)
+    for name in Path(path).relative_to(folder).parts:
+        parent = descriptor
+        try:
+            # A pipe would be waited for.
+            descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=parent)
+        finally:
+            os.close(parent)
+    return descriptor

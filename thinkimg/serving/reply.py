@@ -9,7 +9,7 @@ from typing import Any
 from thinkimg.conversation.episode import Episode
 from thinkimg.conversation.text_core import TextCore
 from thinkimg.images.coordinates import Frame
-from thinkimg.records import Role, Turn
+from thinkimg.records import Role, Turn, TurnKind
 from thinkimg.serving.body import Question
 from thinkimg.tracking.traces import draw_box, image_content
 
@@ -32,9 +32,10 @@ class Reply:
         """Take a turn, and return it as the delta of a stream."""
         text = ("\n\n" if self._reasoning else "") + turn_text(turn)
         images = draw_turn(self.episode, turn) if self.question.pictures else []
+        parts = {"turn": describe_turn(self.episode, turn)} if self.question.pictures else {}
         self._reasoning += text
         self._images += images
-        return say(text) | ({"images": images} if images else {})
+        return say(text) | parts | ({"images": images} if images else {})
 
     def completion(self) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
@@ -94,6 +95,19 @@ def say(text: str) -> dict[str, Any]:
 def turn_text(turn: Turn) -> str:
     """Return a turn as text: what the policy wrote, and what came back."""
     return "\n".join(filter(None, [turn.text, turn.observation]))
+
+
+def describe_turn(core: TextCore, turn: Turn) -> dict[str, Any]:
+    """Return a turn in its parts. thought: None where the turn breaks the protocol, and `text` is all there is."""
+    parts = core.protocol.split(turn.text.strip()) if turn.kind is not TurnKind.MALFORMED else None
+    return {
+        "text": turn.text,
+        "thought": parts[0].strip() if isinstance(parts, tuple) else None,
+        "tool": turn.tool,
+        "args": json.loads(turn.args) if turn.args is not None else None,
+        "observation": turn.observation,
+        "error": turn.error,
+    }
 
 
 def draw_turn(core: TextCore, turn: Turn) -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ def serve_chat(
         host, port = address
         shown = f"[{host}]" if ":" in host else host
         resources.say(f"chat: http://{shown}:{port}/v1 serves {access.name}, the policy {policy.short}")
+        if access.page:
+            resources.say(f"chat: the page is http://{shown}:{port}/")
         run_app(service, access, address)
 
 
@@ -72,7 +74,8 @@ def make_service(
     for threads in (pool, network):
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
     reader = PictureReader(settings.images, sources.limits, sources.media, sources.hosts)
-    return Service(spec, policy.digest, keeper, Media(folder), reader, pool, network)
+    media = Media(folder, resources.where.engine.image_cache_gib * 2**30)
+    return Service(spec, policy.digest, keeper, media, reader, pool, network)
 
 
 def make_connect(policy: Policy, settings: PlaySettings, resources: Resources) -> Connect:
