@@ -45,6 +45,29 @@ def test_good_rows_have_no_oddity():
     assert oddities(make(20)) == {}
 
 
+def beside_options(answer, question="Which?\nA. red\nB. blue\nC. green\nD. yellow"):
+    kind = AnswerType.INTEGER if answer.isdigit() else AnswerType.TEXT
+    return [*make(20), *make(1, id="x", question=question, answers=(answer,), answer_type=kind)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"), [("0", "a number, or"), ("4", "a number, or"), ("B", "no opt"), ("b", "no o")]
+)
+def test_a_number_or_letter_beside_options_that_were_not_read_is_refused(answer, why):
+    (refused,) = survey_of(beside_options(answer)).refused
+    assert refused.reason == "choices" and why in refused.detail
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["A: 5\nB: 3\nWhat is A - B?", "A: Hello.\nB: Hi there!\nHow many people talk?", "(a) Who is it?\n(b) How many?"],
+)
+def test_a_number_is_an_answer_beside_what_is_no_option_above_their_number_or_where_the_user_says_so(question):
+    assert set(oddities(beside_options("2", question))) == {"options_in_question"}
+    assert not survey_of(beside_options("2", question)).refused and not survey_of(beside_options("5")).refused
+    assert not survey_of(beside_options("2"), answer_type="integer").refused
+
+
 REFUSED = {
     "placeholders": {"question": "<image>\nWhat is it?"},
     "right_scores_one": {"answers": ("many",), "answer_type": AnswerType.NUMBER},
@@ -91,6 +114,14 @@ ASKED = {
         {"answers": lambda i: ("ABCD"[i % 4] if i % 2 else f"({'ABCD'[i % 4]}) red",), "answer_type": AnswerType.EXACT},
         [{"answer_type": "exact"}],
     ),
+    "letters_alone in lower case": (
+        {"answers": lambda i: ("abcd"[i % 4] if i % 2 else f"({'abcd'[i % 4]})",)},
+        [{"answer_type": "exact"}],
+    ),
+    "other_kind of bare numbers": (
+        {"answers": lambda i: (f"{i}, 2, 3{i}, 40" if i % 2 else f"x={i}, y=2, width=3, height=4",)},
+        [{"answer_type": "text"}],
+    ),
     "other_kind": (
         {"answers": lambda i: (f"({i},2),(3{i},40)" if i % 2 else f"[{{'Position': [{i}, 2, 3{i}, 40]}}]",)},
         [{"answer_type": "text"}],
@@ -113,6 +144,7 @@ def test_what_may_be_wrong_is_asked_before_a_picture_is_read_and_a_setting_answe
     with pytest.raises(UserError) as error:
         survey_of(rows)
     assert error.value.hint.startswith("Set data.") and not reads.count
+    name = name.partition(" ")[0]
     assert oddities(rows)[name].level is Level.ASK and oddities(rows)[name].count == 30
     for setting in answers:
         assert all(one.level is not Level.ASK for one in oddities(rows, **setting).values())
@@ -127,11 +159,38 @@ def test_few_letters_are_no_lost_options_and_long_texts_are_as_bad_as_sentences(
     assert oddities(make(10, answers=("word " * 60,)))["sentences"].level is Level.ASK
 
 
+def test_few_answers_of_four_numbers_are_no_boxes_of_a_set():
+    assert "other_kind" not in oddities([*make(4, answers=("1, 2, 3, 4",)), *make(16, id=lambda i: f"other {i}")])
+    assert oddities([*make(5, answers=("1, 2, 3, 4",)), *make(16, id=lambda i: f"o {i}")])["other_kind"].count == 5
+
+
+def test_several_right_options_and_a_first_one_that_is_never_right_are_told():
+    values = {"answer_type": AnswerType.CHOICE, "choices": COLOURS}
+    both = oddities(make(20, **values, answers=lambda i: (COLOURS[i % 4], COLOURS[(i + 1) % 4])))
+    assert both["several_right"].count == 20 and both["several_right"].level is Level.WARN
+    late = oddities(make(24, **values, answers=lambda i: (COLOURS[1 + i % 3],)))
+    assert set(late) == {"never_first"} and "count from 1" in late["never_first"].sentence
+    assert oddities(make(23, **values, answers=lambda i: (COLOURS[1 + i % 3],))) == {}
+    assert oddities(make(24, **values, answers=lambda i: (COLOURS[i % 4],))) == {}
+
+
 @pytest.mark.parametrize("name", ["bbox", "bboxes", "boxes", "box", "target"])
 def test_a_column_of_boxes_that_is_not_used_is_told(name):
     rows = make(10, columns={name: [1, 2, 3, 4]})
     assert f"data.columns.target={name}" in oddities(rows)["unused_column"].sentence
     assert "unused_column" not in oddities(make(10, columns={name: [1]}, targets=((1.0, 2.0, 3.0, 4.0),)))
+
+
+def test_a_column_that_lists_the_right_answer_among_others_may_be_options():
+    lists = {"columns": lambda i: {"my_options": [f"thing {i}", "other"], "tags": ["other", "more"], "n": i}}
+    found = oddities(make(10, **lists))
+    assert set(found) == {"unused_column"} and "data.columns.choices=my_options" in found["unused_column"].sentence
+    assert oddities([*make(2, **lists), *make(12)[2:]]) == {}
+    assert oddities(make(10, **lists, answer_type=AnswerType.MATHS)) == {}
+    both = oddities(make(10, columns=lambda i: {"answers": [f"thing {i}", "other"]}))
+    assert "data.columns.answers" in both["unused_column"].sentence and "choices" not in both["unused_column"].sentence
+    chosen = {"answer_type": AnswerType.CHOICE, "choices": COLOURS, "answers": lambda i: (COLOURS[i % 4],)}
+    assert oddities(make(10, **chosen, columns=lambda i: {"tags": list(COLOURS)})) == {}
 
 
 def test_one_place_is_found_in_one_of_two_tables_and_not_in_few_rows_or_shuffled_ones():

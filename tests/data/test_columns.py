@@ -108,6 +108,7 @@ def test_options_are_found_in_every_form_also_where_most_rows_have_none(tmp_path
     [
         "red|blue|green",
         "red; blue",
+        "red, blue, green",
         "As said\nA. red\nB. blue",
         {"label": ["A", "B"], "text": ["red"]},
         {"a": 1},

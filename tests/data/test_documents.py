@@ -62,6 +62,14 @@ def test_several_lists_of_records_are_asked_about(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("rows", [[ROWS[:1], ROWS[1:]], [1, 2], ["a"]])
+def test_an_array_of_other_values_is_no_table(tmp_path, rows):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="is no JSON array of objects"):
+        read(path)
+
+
 @pytest.mark.parametrize("content", ['{"a": 1,\n"b": 2}', '{"a": [],\n"b": []}', '{"a":\n[1, 2]}'])
 def test_other_documents_are_told(tmp_path, content):
     path = tmp_path / "train.json"

@@ -15,6 +15,7 @@ import pytest
 from hub_server import HubServer, ask_locally
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_rows import verl
 from small_sets import look, picture, settings_of, write_lines, write_signs
 
 from thinkimg import hub
@@ -23,7 +24,9 @@ from thinkimg.data import recognise
 from thinkimg.data.report import alike
 from thinkimg.data.report import inspect as module
 from thinkimg.data.report.alike import find_pattern, group_alike
+from thinkimg.data.report.lines import example_lines
 from thinkimg.data.report.overrides import add_pins, shell_command
+from thinkimg.data.report.sheet import Section, render_sheet
 from thinkimg.data.sources.files import open_source
 from thinkimg.data.tables import delimited
 from thinkimg.data.tables.find import fits, open_table
@@ -136,6 +139,42 @@ def test_a_form_of_boxes_that_was_found_is_named(tmp_path):
     assert [oddity.name for oddity in report.oddities if oddity.level == "ask"] == ["box_form"]
     (report,) = look(root, "data.columns.target=spot", "data.boxes=xywh")
     assert report.examples[0].sample.targets == ((10, 20, 30, 40),)
+
+
+def test_a_right_box_is_drawn_and_told_in_pixels_only_where_its_form_is_known(tmp_path):
+    root = write_signs(tmp_path / "either", 6, answer=lambda i: [10, 20, 30 + i, 40])
+    (report,) = look(root)
+    shown = "\n".join(example_lines(report.examples[0]))
+    assert "form is not known" in shown and "pixels of the picture" not in shown and "wide" not in shown
+    assert '<rect class="answer"' not in render_sheet("a", [Section("b", [], report.examples)])
+    (report,) = look(root, "data.boxes=xyxy")
+    shown = "\n".join(example_lines(report.examples[0]))
+    assert "x 10, y 20, 20 wide, 20 high [box, in pixels of the picture]" in shown
+    assert '<rect class="answer"' in render_sheet("a", [Section("b", [], report.examples)])
+
+
+def test_choices_that_the_user_names_are_chosen_from_whatever_the_schema_says_of_answers_alone(tmp_path):
+    root = write_signs(tmp_path / "signs", 8)
+    records = [
+        verl(f"<image>Find x{i}.", str(3 + i % 3), images=[f"{i}.png"])
+        | {"ability": "math", "options": ["3", "4", "5"]}
+        for i in range(8)
+    ]
+    write_lines(root / "signs.jsonl", records)
+    assert look(root)[0].types == {"maths": 8}
+    (report,) = look(root, "data.columns.choices=options")
+    assert report.types == {"choice": 8} and report.examples[0].sample.choices == ("3", "4", "5")
+
+
+def test_an_empty_answer_is_told_by_the_name_of_its_column(tmp_path):
+    root = write_signs(tmp_path / "signs", 4)
+    answers = [[], None, ["a", None], "a"]
+    write_lines(
+        root / "signs.jsonl",
+        [{"image": f"{i}.png", "question": f"Q{i}?", "solution": answer} for i, answer in enumerate(answers)],
+    )
+    (report,) = look(root)
+    assert report.refused == {"empty": 3} and "solution is" in report.details["empty"]
 
 
 def test_the_user_s_own_overrides_are_kept_but_for_those_that_are_stated_anew():

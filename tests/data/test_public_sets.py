@@ -118,6 +118,8 @@ def test_the_list_is_shown_before_anything_is_asked_of_the_hub(server, capsys):
     listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     assert listed.keys() == public_sets().keys()
     assert listed["geometry3k"]["rows"]["source"].startswith("https://huggingface.co/datasets/hiyouga/geometry3k")
+    assert listed["deepeyes"]["bad_rows"] is None and "contradict" in listed["deepeyes"]["note"]
+    assert "bad rows" in shown
     assert listed["visual-cot"]["rows"] is None and listed["deepeyes"]["rows"]["verified"] is False
 
 

@@ -44,6 +44,82 @@ def worth(answer, row):
     return score(batch([trajectory(answer=answer)], one, Images()))[0].value
 
 
+# Options in every form that people store
+
+COLOURS = ["red", "blue", "green", "yellow"]
+LETTERED = dict(zip("ABCD", COLOURS, strict=True))
+OPTIONS = {
+    "list": COLOURS, "JSON": json.dumps(COLOURS), "repr": str(COLOURS), "object": LETTERED,
+    "JSON object": json.dumps(LETTERED), "repr of an object": str(LETTERED),
+    "objects": [{"label": letter, "text": text} for letter, text in LETTERED.items()],
+    "lines": "\n".join(f"{letter}. {text}" for letter, text in LETTERED.items()),
+    "in line": " ".join(f"({letter}) {text}" for letter, text in LETTERED.items()),
+    "lettered list": [f"{letter}) {text}" for letter, text in LETTERED.items()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", OPTIONS)
+@pytest.mark.parametrize("index", range(4))
+def test_the_right_option_is_that_of_its_letter_index_or_text_or_the_row_is_refused(form, index):
+    for answer in ("ABCD"[index], "abcd"[index], f"({'ABCD'[index]})", COLOURS[index], index):
+        row = read(answer, "auto", OPTIONS[form])
+        assert (row.choices, row.answers) == (tuple(COLOURS), (COLOURS[index],)), answer
+    row = read(str(index), "auto", OPTIONS[form])
+    assert isinstance(row, Refused) or row.answers == (COLOURS[index],)
+    assert isinstance(read(str(index + 4), "auto", OPTIONS[form]), Refused)
+
+
+@pytest.mark.parametrize("answer", ["1", 1])
+def test_written_out_choices_keep_the_doubt_between_text_and_index(answer):
+    assert right(answer, "auto", '["1", "2"]') == "refused: answer"
+    assert right(answer, "auto", "1. red\n2. blue") == "refused: choices"
+    assert right(answer, "auto", '["1", "2"]', answer_is="text") == "1"
+    assert right(answer, "auto", '["1", "2"]', answer_is="index") == "2"
+
+
+@pytest.mark.parametrize("marks", [[0, 1, 0], [1.0, 0.0, 0.0], [True, False, False], [1, 1, 0], [0, 1], [0, 1, 0, 0]])
+def test_a_mark_for_each_choice_is_no_list_of_indices_until_the_user_says_so(marks):
+    row = read(marks, "auto", ["cat", "dog", "cow", "pig"][: len(marks)])
+    assert isinstance(row, Refused) and row.reason == "answer" and "set data.answer_is=index" in row.detail
+    assert read([0, 2], "auto", ["cat", "dog", "cow"]).answers == ("cat", "cow")
+    assert read([0, 1], "auto", ["cat", "dog"], answer_is="index").answers == ("cat", "dog")
+
+
+@pytest.mark.parametrize("form", ["{}. {}", "({}) {}", "{}) {}", "[{}] {}", "{}: {}"])
+@pytest.mark.parametrize("answer", [1, 2, "1", "2"])
+def test_the_own_numbers_of_choices_are_no_indices(form, answer):
+    choices = [form.format(number, colour) for number, colour in enumerate(COLOURS[:3], 1)]
+    if isinstance(answer, int):
+        assert "by own number" in read(answer, "auto", choices).detail
+        assert right(answer, "auto", choices, answer_is="index") == choices[answer]
+    for answer_is in ("any", "letter") if isinstance(answer, str) else ("letter",):
+        assert right(answer, "auto", choices, answer_is=answer_is) == choices[int(answer) - 1]
+    from_zero = [form.format(number, colour) for number, colour in enumerate(COLOURS[:3])]
+    assert right(answer, "auto", from_zero) == from_zero[int(answer)]
+
+
+@pytest.mark.parametrize(
+    "choices", [["1.5 m", "2.5 m"], ["2. red", "1. blue"], ["1. red", "blue"], ["5. red", "6. blue"]]
+)
+def test_numbers_that_do_not_count_the_choices_are_no_names_of_these(choices):
+    assert right(1, "auto", choices) == choices[1] and right("1", "auto", choices) == "refused: answer"
+
+
+def test_one_of_ten_annotators_may_say_nan():
+    assert read(["stop"] * 9 + ["nan"], "auto").answers == (*["stop"] * 9, "nan")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [("", "empty"), (" ", "empty"), (None, "empty"), ([], "empty"), (["cat", ""], "empty"), (["cat", None], "empty"),
+     ("nan", "empty"), (["cat", "NaN"], "empty"), (float("nan"), "empty"), ([["cat"], ["dog"]], "text"),
+     ({"text": "cat"}, "text"), ([{"answer": "cat"}], "text"), ([1, 2, "x", [3]], "text")],
+)  # fmt: skip
+def test_an_answer_of_nothing_or_of_no_text_is_refused_by_its_columns_name(answer, reason):
+    row = read(answer, "auto")
+    assert isinstance(row, Refused) and row.reason == reason and row.detail.startswith("answer ")
+
+
 # Numbers
 
 HANDED = ["3/4", "12 cm", "$5", "2 million", "−3", "2 2/3", r"\boxed{42}", "1_000", "1,5", "1 000", "2 5/3", "٣", "½"]

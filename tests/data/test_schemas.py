@@ -12,9 +12,9 @@ from public_rows import BASE64, CALL, IMAGE, ROWS, sharegpt, talk, verl
 from thinkimg.answers.right import read_choice
 from thinkimg.data.fields import Fields
 from thinkimg.data.recognise import SCHEMAS
-from thinkimg.data.records import values as schema_values
-from thinkimg.data.records.values import claims, read_boxes, read_literal
+from thinkimg.data.records.values import claims, read_boxes
 from thinkimg.data.refusal import Reason, RowRefused
+from thinkimg.data.texts.literals import MAX_LITERAL_LENGTH, read_literal
 from thinkimg.data.texts.tidy import tidy
 
 NAMES = sorted(ROWS)
@@ -216,6 +216,8 @@ def test_columns_that_make_a_sample_are_not_kept_as_the_users_own(name):
         ("trl", {"prompt": [*talk("What?"), *talk("Where?")]}, "2 turns"),
         ("swift grounding", {"messages": talk("<image>What is at <bbox>?", "a sign")}, "the question holds a box"),
         ("swift grounding", {"messages": talk("<image>Find all.", "<bbox><bbox>")}, "not one box"),
+        ("swift grounding", {"objects": None}, "places of objects"),
+        ("swift grounding", {"objects": None, "messages": talk("<image>Is there a <ref-object>?", "no")}, "places of"),
         ("swift grounding", {"messages": talk("<image>Find it.", "It is at <bbox>.")}, "not one box"),
         ("swift grounding", {"objects": {"ref": ["a"], "bbox": [[1, 2]]}}, "boxes of four numbers"),
         ("swift grounding", {"objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]], "bbox_type": "norm9"}}, "neither in"),
@@ -313,6 +315,18 @@ def test_what_python_and_json_write_is_read_as_it_was(value):
     assert read_literal(str([{"a": "it's", "b": [1, 2.5, None, True]}])) == [{"a": "it's", "b": [1, 2.5, None, True]}]
 
 
+@pytest.mark.parametrize(
+    ("gold", "is_maths"),
+    [("5", True), ("-0.5", True), ("3/4", True), ("1,234.5", True), ("3:4", True), ("x=3", True), ("60^\\circ", True),
+     ("$12$", True), ("12 cm", False), ("$5", False), ("50 %", False), ("2 million", False), ("1.5e3", False),
+     ("60°", False), ("B", False), ("Yes", False), ("triangle ABC", False), (5, False)],
+)  # fmt: skip
+def test_bare_numbers_and_formulas_of_mathematical_rows_are_maths_and_numbers_with_units_are_numbers(gold, is_maths):
+    record = verl("<image>\nFind it.", gold) | {"ability": "math"}
+    assert convert("verl", record).answer_type == ("maths" if is_maths else None)
+    assert convert("verl", record | {"ability": "vl_chat"}).answer_type is None
+
+
 def test_texts_of_lists_are_read_up_to_a_length_and_never_run(tmp_path):
     mark = tmp_path / "mark"
     for text in (
@@ -324,7 +338,7 @@ def test_texts_of_lists_are_read_up_to_a_length_and_never_run(tmp_path):
     ):
         assert read_literal(text) == text
     assert not mark.exists()
-    long = "[" + "1," * schema_values.MAX_LITERAL_LENGTH + "1]"
+    long = "[" + "1," * MAX_LITERAL_LENGTH + "1]"
     assert read_literal(long) == long
     assert read_literal("(see the table)") == "(see the table)"
 

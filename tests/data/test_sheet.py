@@ -90,6 +90,13 @@ def test_boxes_are_in_pixels_of_the_picture_and_the_right_option_is_marked():
     assert [float(box[0][edge]) for edge in ("x", "y", "width", "height")] == [10, 20, 30, 15.5]
 
 
+def test_votes_are_counted_by_answer():
+    votes = ("go", "stop", "go", *["halt"] * 5, "a", "b", "c")
+    line = list(example_lines(example(sample(answers=votes, kind=AnswerType.VOTES))))[-1]
+    counts = " or ".join(f"{answer} of 11)" for answer in ("halt (5", "go (2", "stop (1", "a (1", "b (1"))
+    assert line == f"    right: {counts} and 1 more [votes]"
+
+
 @pytest.mark.parametrize("size", [(1, 1), (9, 14), (480, 480), (5000, 40), (30, 3000), (1601, 1203)])
 def test_pictures_are_small_and_inside_of_the_page(size):
     page = render(example(sample(), Image.new("RGB", size, "teal")))

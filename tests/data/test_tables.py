@@ -132,13 +132,22 @@ def test_a_picture_may_be_base64_whatever_its_length(root, form):
 
 @given(st.binary(min_size=3000, max_size=20_000), st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"]))
 @settings(max_examples=50, deadline=None)
-def test_a_long_text_is_never_looked_up_as_a_path(body, head):
+def test_a_long_text_is_never_looked_up_as_a_path_and_is_read_in_all_ways_of_writing_base64(body, head):
     images = ImageFiles(Path("."), LIMITS)
     images.places = None  # any look at the file system fails
-    text = base64.b64encode(head + body).decode()
-    assert images.reader_of(text)() == head + body
+    text, of_urls = base64.b64encode(head + body).decode(), base64.urlsafe_b64encode(head + body).decode()
+    for written in (text, text.rstrip("="), of_urls, of_urls.rstrip("="), f" {text}\n", f"data:;base64,{of_urls}"):
+        assert images.reader_of(written)() == head + body
     with pytest.raises(RowRefused):
         images.reader_of("x" + "/a" * 3000)
+
+
+@pytest.mark.parametrize("more", [{}, {"path": None}, {"path": "1.png", "width": 8, "height": 6}, {"format": "PNG"}])
+def test_bytes_in_an_object_are_a_picture_whatever_stands_beside_them(root, more):
+    images = ImageFiles(root, LIMITS)
+    assert images.reader_of({"bytes": png(1), **more})() == png(1)
+    with pytest.raises(RowRefused, match="no image"):
+        images.reader_of({"bytes": None, "width": 8})
 
 
 def test_a_path_that_begins_as_a_jpeg_in_base64_does_is_a_path(root):

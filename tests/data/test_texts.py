@@ -221,16 +221,28 @@ def test_choices_whose_letters_do_not_count_from_a_keep_them(choices):
 @pytest.mark.parametrize(
     "choices",
     ['["red", "it\'s"]', """['red', "it's"]""", {"A": "red", "B": "it's"}, "(A) red (B) it's", "A. red\nB. it's",
-     {"label": ["A", "B"], "text": ["red", "it's"]}],
+     {"label": ["A", "B"], "text": ["red", "it's"]}, '{"A": "red", "B": "it\'s"}', """{'a': 'red', 'b': "it's"}""",
+     [{"label": "A", "text": "red"}, {"label": "B", "text": "it's"}], [{"v": "red", "k": "a"}, {"v": "it's", "k": "b"}],
+     '[{"key": "A", "value": "red"}, {"key": "B", "value": "it\'s"}]', {"A": "red", "B": "it's", "C": None, "D": ""},
+     '{"A": "red", "B": "it\'s", "C": null}', ["red", "it's", None, float("nan"), " "]],
 )  # fmt: skip
 def test_choices_that_are_written_out_or_mapped_become_a_list(choices):
     assert tidy(make(choices=choices)).choices == ["red", "it's"]
 
 
+def test_numbers_in_objects_are_choices_and_nan_is_an_option_s_text():
+    assert tidy(make(choices=[{"k": "A", "v": 5}, {"k": "B", "v": 0.5}])).choices == [5, 0.5]
+    assert tidy(make(choices=["1", "nan"])).choices == ["1", "nan"]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    ["1. red\n2. blue", '{"1": "red", "2": "blue"}', [{"a": "red", "b": "blue"}], [{"k": "A", "v": 1}, {"k": "B"}],
+     [{"key": "B", "text": "red"}, {"key": "A", "text": "blue"}], "red, blue", "{1, 2}", "[1, 2", "(A, B)"],
+)  # fmt: skip
 @pytest.mark.parametrize("answer", ["1", 1])
-def test_written_out_choices_keep_the_doubt_between_text_and_index(answer):
-    fields = make(answer=answer, choices='["1", "2"]')
-    assert tidy(fields) == fields
+def test_choices_whose_numbers_an_answer_may_mean_or_without_letters_stay_as_they_are(choices, answer):
+    assert tidy(make(answer=answer, choices=choices)).choices == choices
 
 
 def test_choices_of_letters_only_take_their_texts_from_the_question():

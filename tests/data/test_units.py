@@ -46,7 +46,7 @@ def test_a_prepared_data_set_is_shown_in_the_unit_in_which_it_is_asked(boxes, tm
         number = int(example.sample.sample_id.rpartition(":")[2]) - 1
         left, top, right, bottom = np.array(BOXES[number]) * (size * 2) / 1000
         assert read_box(example.sample.answer) == pytest.approx((left, top, right - left, bottom - top))
-        assert "box, in pixels of the stored image" in "\n".join(example_lines(example))
+        assert "box, in pixels of the picture" in "\n".join(example_lines(example))
 
 
 @pytest.mark.parametrize(

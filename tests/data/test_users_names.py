@@ -55,6 +55,7 @@ def test_every_column_goes_through_prepare_to_the_reward_function(tmp_path):
     assert len(samples) == 4
     expected = [{name: value for name, value in record.items() if name not in mapped} for record in own]
     assert sorted(map(json.dumps, (one.columns for one in samples))) == sorted(map(json.dumps, expected))
+    assert not any(one.metadata.keys() & set(COLUMNS) for one in samples), "evaluations group by our own metadata"
     assert {one.split for one in samples} == {"train", "held_out"} and all(one.answers == ("yes",) for one in samples)
 
     def mine(completions, **given):

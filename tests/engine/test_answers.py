@@ -43,3 +43,19 @@ def test_so_is_what_it_says_of_its_weights(engine, fault):
     engine.begin(lambda number: fault)
     with pytest.raises(EngineUnavailable, match="can't be read"):
         asyncio.run(versions())
+
+
+def test_no_message_has_the_password_of_an_address(monkeypatch, caplog):
+    """Neither what is raised, which goes into rows and logs, nor what is logged of a server that is left out."""
+    monkeypatch.setattr(client, "BACKOFF_S", 0.0)
+    urls = ["http://user:s3cret@127.0.0.1:1", "http://user:s3cret@127.0.0.1:2"]
+
+    async def ask(method):
+        async with EngineClient(urls, media="data") as asked:
+            await method(asked)
+
+    for method in (lambda asked: asked.generate([5], [], PLAIN), EngineClient.versions, EngineClient.leave_out_dead):
+        with pytest.raises(EngineUnavailable, match=r"http://user:\*\*\*@127.0.0.1:") as caught:
+            asyncio.run(ask(method))
+        assert "s3cret" not in str(caught.value) + caught.value.message
+    assert "is left out" in caplog.text and "s3cret" not in caplog.text

@@ -48,7 +48,7 @@ CHANGES = [
     ("qwen3_5", "interleaved sections", chunk_sections),
     *[
         ("qwen3_5", f"DeltaNet layer {number}", resetting(0, f"layers.{number}.linear_attn.out_proj"))
-        for number in range(3)
+        for number in (1, 2)
     ],
     ("qwen3_5", "decay", resetting(3, "A_log")),  # nothing is left of the token before
     ("qwen3_5", "convolution", resetting(0.25, "conv1d")),

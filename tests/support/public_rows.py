@@ -76,7 +76,17 @@ ROWS: dict[str, Row] = {
     "deepeyes thinklite": (
         "verl",
         verl(f"<image>\n{FIRST}\nQuestion:\nHow long is AB?", r"2\sqrt{3}", source="thinklite_eureka"),
-        {"question": "How long is AB?", "answer": r"2\sqrt{3}", "answer_type": None},
+        {"question": "How long is AB?", "answer": r"2\sqrt{3}", "answer_type": "maths"},
+    ),
+    "deepeyes thinklite, a number": (
+        "verl",
+        verl(f"<image>\n{FIRST}\nQuestion:\nHow large is it?", "60", source="thinklite_eureka"),
+        {"question": "How large is it?", "answer": "60", "answer_type": "maths"},
+    ),
+    "deepeyes thinklite, a word": (
+        "verl",
+        verl(f"<image>\n{FIRST}\nQuestion:\nIs it red?", "Yes", source="thinklite_eureka"),
+        {"question": "Is it red?", "answer": "Yes", "answer_type": None},
     ),
     "geo3k of verl": (
         "verl",

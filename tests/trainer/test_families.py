@@ -58,9 +58,9 @@ PARTS = {
     ),
     "qwen3_5": (
         "visual.pos_embed.weight",
-        "language_model.layers.0.linear_attn.conv1d.weight",
-        "language_model.layers.0.linear_attn.A_log",
-        "language_model.layers.0.linear_attn.dt_bias",
+        "language_model.layers.1.linear_attn.conv1d.weight",
+        "language_model.layers.1.linear_attn.A_log",
+        "language_model.layers.1.linear_attn.dt_bias",
         "language_model.layers.1.linear_attn.in_proj_qkv.weight",
         "language_model.layers.2.linear_attn.norm.weight",
         "language_model.layers.3.self_attn.q_norm.weight",

@@ -13,7 +13,7 @@ from thinkimg.answers.boxes import BoxXYWH, iou, read_box, read_stated_box
 from thinkimg.answers.choices import match_choice
 from thinkimg.answers.exact import match_exactly, match_strictly
 from thinkimg.answers.formulas import Verdict, compare_texts
-from thinkimg.answers.numbers import Quantity, read_number, read_plain_number
+from thinkimg.answers.numbers import Quantity, plain_latex, read_number, read_plain_number
 from thinkimg.answers.similarity import anls
 from thinkimg.answers.text import normalise
 from thinkimg.answers.votes import count_votes
@@ -128,7 +128,7 @@ def _number(answer: str, right: str, sample: Right, context: Context) -> Compari
         return _number_or_word(answer, right, sample.tolerance)
     if sample.decimals is not None and (plain := read_plain_number(right)) is not None:
         return _rounded(read_plain_number(normalise(answer)), plain, sample.decimals, sample.answer_type)
-    wanted, given = read_number(right), read_number(answer)
+    wanted, given = read_number(right), read_number(plain_latex(answer))
     if wanted is None:
         return Comparison(float(normalise(answer) == normalise(right)))
     if given is None:

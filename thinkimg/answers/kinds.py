@@ -22,6 +22,9 @@ COMMAND = re.compile(
 )
 FORMULA = re.compile(r"[\w)\]}][\^][\w({\\-]|[√π∞≤≥±²³×÷]|(?<![A-Za-z])[A-Za-z]\s*=\s*-?[\d.]|\$[^$]+\$")
 WORD_OF_TEXT = re.compile(r"[^\W\d_]{4,}")
+SIGNED = re.compile(r"[^\W\d_]|[%°$€£¥₹]")
+"""Letter or sign of a unit, a currency or a scale: "5 kg", "$5", "2 million"."""
+RATIO = re.compile(r"[0-9.]+(?:\s*:\s*[0-9.]+)+")
 MODAL = re.compile(r"\b(?:can|will|would|could|should|may|might|must|cannot) (?:not )?(?:be|have|see|find|also)\b")
 ENDED, WITH_VERB = 4, 5
 """Words of a sentence, at least: of one that ends with a full stop, and of one that has a finite verb."""
@@ -76,6 +79,15 @@ def is_sentence(text: str) -> bool:
     is_ended = text.rstrip("\"'”’)").endswith((".", "!"))
     is_short = ABBREVIATION.fullmatch(words[-1].rstrip("\"'”’).!,")) is not None
     return len(plain) >= ENDED and is_ended and not is_short
+
+
+def is_mathematical(text: str) -> bool:
+    """Tell whether a right answer of a mathematical question is a formula: a bare number, a ratio, or one with signs.
+
+    A number with a unit is none: math-verify takes 12 mm for 12 cm, and 5 is not $5 for it.
+    """
+    text = text.strip()
+    return (_is_number(text) and not SIGNED.search(text)) or _is_maths(text) or RATIO.fullmatch(text) is not None
 
 
 def _is_number(text: str) -> bool:

@@ -19,6 +19,8 @@ QUANTITY = re.compile(
 PLAIN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?)\s*(%?)\s*")
 # Signs with several forms. The micro sign and the ohm sign are the Greek letters.
 NUMBER_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "\u00b5": "\u03bc", "\u2126": "\u03a9"})
+LATEX_SIGNS = ((r"^{\circ}", "°"), (r"^\circ", "°"), (r"\%", "%"), (r"\$", "$"), ("{,}", ","), (r"\,", " "))
+UNIT_COMMAND = re.compile(r"\\(?:text|mathrm|textrm|operatorname)\s*\{([^{}\\]*)\}")
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SCALES |= {"lakh": 10**5, "crore": 10**7}
 WORDS = SCALES | {f"{word}s": factor for word, factor in SCALES.items()} | {"bn": 10**9, "mn": 10**6, "tn": 10**12}
@@ -66,6 +68,16 @@ def read_plain_number(text: str, *, percent: bool = False) -> float | None:
     if not plain or (plain[2] and not percent):
         return None
     return float(plain[1]) / (100 if plain[2] else 1)
+
+
+def plain_latex(text: str) -> str:
+    r"""Return a number of LaTeX with plain signs: 60^\circ is 60°, 12\text{ cm} is 12 cm, 1{,}234 is 1,234."""
+    if len(text) > MAX_NUMBER_LENGTH or not re.search(r"[\\{$]", text):
+        return text
+    text = UNIT_COMMAND.sub(r"\1", text.replace("$", "") if text.count("$") == 2 else text)
+    for command, sign in LATEX_SIGNS:
+        text = text.replace(command, sign)
+    return text
 
 
 def read_number(text: str) -> Quantity | None:

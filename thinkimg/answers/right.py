@@ -13,6 +13,9 @@ from thinkimg.answers.numbers import read_number
 from thinkimg.answers.text import strip_label
 from thinkimg.records import AnswerType
 
+OWN_NUMBER = re.compile(r"\s*[(\[]?([0-9]{1,2})[)\].:、]+(?:\s+\S|[^\s0-9]).*", re.DOTALL)
+"""Choice that carries its number: '(2) blue', '2. blue', but not 2.5."""
+
 
 def read_right(value: Any, text: str, answer_type: AnswerType, *, tolerance: float | None = None) -> str:
     """Return a right answer that is no choice, as it is stored. Raises ValueError where the reward could not read it.
@@ -74,6 +77,8 @@ def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, amb
         readings["text"] = by_text
     if form == "letter" or (form == "any" and not is_number):
         readings["letter"] = match_letter(text, choices)
+    if form in ("any", "letter") and (own := _own_numbers(choices)) and text.isdecimal():
+        readings["own number"] = own.index(text) if text in own else None
     if form == "index" or (form == "any" and (either or is_number)):
         readings["index"] = index
     named = {reading: choices[index] for reading, index in readings.items() if index is not None}
@@ -87,3 +92,11 @@ def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, amb
         forms = ["index from 0" if reading == "index" else reading for reading in readings]
         raise ValueError(f"is, by {' or '.join(forms)}, none of the choices")
     return next(iter(named.values()))
+
+
+def _own_numbers(choices: Sequence[str]) -> list[str]:
+    """Return the consecutive numbers, from 0 or from 1, that all choices carry; none where one carries none."""
+    matches = [OWN_NUMBER.fullmatch(choice) for choice in choices]
+    numbers = [match[1] for match in matches if match]
+    series = ([str(start + place) for place in range(len(choices))] for start in (0, 1))
+    return numbers if numbers in series else []

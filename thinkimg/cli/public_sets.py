@@ -27,14 +27,15 @@ def list_sets(*, as_json: bool) -> None:
         print_json([describe_set(entry, pins.get(entry.name)) for entry in sets])
         return
     table = Table(caption=CAPTION, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("name", "for", "rows", "size", "licence", "id", "pinned"):
+    for heading in ("name", "for", "rows", "size", "licence", "bad rows", "id", "pinned"):
         table.add_column(heading, justify="right" if heading in ("rows", "size") else "left", overflow="fold")
     for entry in sets:
         pinned = pins[entry.name]["commit"][:12] if entry.name in pins else ""
         rows = mark(entry.rows, f"{entry.rows.value:,}" if entry.rows else "")
         size = mark(entry.bytes, format_size(entry.bytes.value) if entry.bytes else "")
         licence = mark(entry.licence, str(entry.licence.value) if entry.licence else "")
-        add_row(table, entry.name, entry.role, rows, size, licence, mark(entry.id, entry.repository), pinned)
+        bad = mark(entry.bad_rows, ", ".join(entry.bad_rows.value) if entry.bad_rows else "")
+        add_row(table, entry.name, entry.role, rows, size, licence, bad, mark(entry.id, entry.repository), pinned)
     console.print(table)
     for entry in sets:
         if entry.note:

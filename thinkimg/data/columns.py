@@ -12,7 +12,7 @@ from thinkimg.data.settings import Columns
 from thinkimg.data.texts.options import read_choices
 from thinkimg.errors import UserError
 
-SEPARATED = re.compile(r"[^|;/\n]+(?:[|;/\n][^|;/\n]+)+")
+SEPARATED = re.compile(r"[^|;/,\n][|;/,\n][^|;/,\n]")
 """Texts with marks between them."""
 ROLES = ("image", "question", "answer")
 """Roles that every row needs; their columns have their names by default."""

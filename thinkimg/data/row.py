@@ -14,7 +14,7 @@ from thinkimg.answers.boxes import read_stated_box
 from thinkimg.answers.kinds import guess_type
 from thinkimg.answers.right import read_choice, read_right
 from thinkimg.data.columns import fill_in, read_columns
-from thinkimg.data.fields import BoxForm, Fields, look_up
+from thinkimg.data.fields import BoxForm, Fields, is_empty, look_up
 from thinkimg.data.pictures.image_files import ImageReader
 from thinkimg.data.recognise import Recognised
 from thinkimg.data.refusal import Reason, Refused, RowRefused, as_text, is_unicode, short
@@ -95,16 +95,17 @@ def _make_row(
     where: str,
     is_untyped: bool,
 ) -> RawRow:
-    fields = tidy(read_fields(record, schema, data.columns))
+    given = read_fields(record, schema, data.columns)
+    fields = tidy(given)
     row_id = as_text(look_up(record, data.columns.id), data.columns.id) if data.columns.id else id
     listed = _parse_list(fields.choices)
     has_choices = listed is not None or (data.columns.choices and not _states_none(record, data.columns.choices))
     choices = _choices(listed) if has_choices else ()
-    answers = _answers(fields, data)
-    answer_type = _answer_type(fields, answers, choices, data)
     names = fill_in(schema.columns)
+    answers = _answers(fields, choices, data, str(names.answer))
+    answer_type = _answer_type(fields, answers, choices, data, str(names.answer))
     # CSV has no types: its lists are texts, and its digits may be a choice's text or an index.
-    ambiguous = is_untyped or isinstance(fields.choices, str) or bool(choices and any(map(_is_plain_number, listed)))
+    ambiguous = is_untyped or isinstance(given.choices, str) or bool(choices and any(map(_is_plain_number, listed)))
     read = functools.partial(read_right, answer_type=answer_type, tolerance=fields.tolerance)
     if choices:
         read = functools.partial(read_choice, choices=choices, form=data.answer_is, ambiguous=ambiguous)
@@ -144,29 +145,48 @@ def read_fields(record: Mapping[str, Any], schema: Recognised, columns: Columns)
     return dataclasses.replace(fields, **values)
 
 
-def _answer_type(fields: Fields, answers: Sequence[Any], choices: Sequence[str], data: RowsConfig) -> AnswerType:
+def _answer_type(
+    fields: Fields, answers: Sequence[Any], choices: Sequence[str], data: RowsConfig, column: str
+) -> AnswerType:
     if data.answer_type != "auto":
         answer_type = AnswerType(data.answer_type)
+    elif choices and data.columns.choices:  # the user's own, whatever the schema says of answers without any
+        answer_type = AnswerType.CHOICE
     elif fields.answer_type is not None:
         answer_type = fields.answer_type
     else:
-        texts = [answer for answer in answers if isinstance(answer, str | int | float)]
-        answer_type = AnswerType.BOX if not texts else guess_type([as_text(text, "") for text in texts], choices)
+        is_box = all(isinstance(answer, list | tuple) and len(answer) == 4 for answer in answers)
+        answer_type = AnswerType.BOX if is_box else guess_type([as_text(text, column) for text in answers], choices)
     if answer_type is AnswerType.CHOICE and not choices:
         raise RowRefused(Reason.CHOICES, "there are no choices; data.answer_type=exact compares whole answers")
     return answer_type
 
 
-def _answers(fields: Fields, data: RowsConfig) -> list[Any]:
+def _answers(fields: Fields, choices: Sequence[str], data: RowsConfig, column: str) -> list[Any]:
     """Return the right answers, at least one. A list of four numbers is one box, a list of other values several."""
     answers = _parse_list(fields.answers)
     if answers is not None and not isinstance(answers, list | tuple):
         raise RowRefused(Reason.ANSWER, f"{data.columns.answers or 'the answers'} is no list: {short(answers)}")
     first = fields.answer
+    if data.answer_is != "index" and isinstance(first, list | tuple) and _are_marks(first, choices):
+        raise RowRefused(
+            Reason.ANSWER,
+            f"the answer {short(first)} may say of each choice whether it is right, or list the right ones from 0: "
+            "set data.answer_is=index for these",
+        )
     several = list(first) if isinstance(first, list | tuple) and not _is_box(first) else [first]
     if not several:
-        raise RowRefused(Reason.EMPTY, f"{data.columns.answer or 'answer'} is an empty list")
+        raise RowRefused(Reason.EMPTY, f"{column} is an empty list")
     return [*several, *(answers or [])]
+
+
+def _are_marks(values: Sequence[Any], choices: Sequence[str]) -> bool:
+    """Tell whether values are a 0 or 1 for each choice, such as [0, 1, 0], which may be three indices, too."""
+    return (
+        bool(choices)
+        and len(values) == len(choices)
+        and all(isinstance(value, int | float) and value in (0, 1) for value in values)
+    )
 
 
 def _choices(values: Any) -> tuple[str, ...]:
@@ -185,6 +205,8 @@ def _right(
     if answer_type is AnswerType.BOX and isinstance(value, list | tuple):
         value = ", ".join(as_text(edge, column) for edge in value)
     text = as_text(value, column)
+    if is_empty(text) and not choices and answer_type is not AnswerType.VOTES:  # "nan", as pandas writes nothing
+        raise RowRefused(Reason.EMPTY, f"{column} is empty: {short(text)}")
     if answer_type is AnswerType.BOX and (stated := read_stated_box(text)):
         text = json.dumps(list(stated.numbers))  # of `bbox_2d` or box tokens; the form is found for all rows
     try:

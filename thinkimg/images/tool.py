@@ -93,7 +93,7 @@ class Tool:
         It leaves IMAGE_ARGUMENT out.
         """
         schemas = self.Args.model_json_schema()["properties"].items()
-        arguments = ", ".join(f'"{name}": {_describe(schema)}' for name, schema in schemas if name != "image")
+        arguments = ", ".join(f'"{name}": {describe_argument(schema)}' for name, schema in schemas if name != "image")
         return f"{self.name} {{{arguments}}}"
 
     def cut(self, args: Mapping[str, Any], view: tuple[int, int]) -> Box | None:
@@ -118,7 +118,8 @@ def require_acceptable(width: int, height: int, what: str) -> None:
         raise ToolError(f"{what} can't be shown, {refused.detail}") from refused
 
 
-def _describe(schema: dict[str, Any]) -> str:
+def describe_argument(schema: dict[str, Any]) -> str:
+    """Return an argument's type, limits and default as the model reads them: 'number 0..16'. schema: JSON Schema."""
     kind = " | ".join(f'"{value}"' for value in schema["enum"]) if "enum" in schema else schema.get("type", "value")
     text = {"integer": "int", "boolean": "bool"}.get(kind, kind)
     if "minimum" in schema and "maximum" in schema:

@@ -247,7 +247,7 @@ Samples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 evaluate = Stage(
     name="evaluate",
-    version=4,
+    version=5,
     makes=Evaluation,
     settings=settings_of,
     run=run,

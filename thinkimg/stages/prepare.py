@@ -316,7 +316,7 @@ def _column(path: Path, name: str) -> list[str]:
 
 prepare = Stage(
     name="prepare",
-    version=4,
+    version=5,
     makes=Dataset,
     settings=settings_of,
     run=run,

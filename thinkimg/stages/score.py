@@ -416,7 +416,7 @@ def uses(config: Config) -> frozenset[str]:
 
 score = Stage(
     name="score",
-    version=6,
+    version=7,
     makes=Scores,
     settings=settings_of,
     run=run,

@@ -89,7 +89,7 @@ def run(job: Job[WarmstartSettings]) -> None:
 
 warmstart = Stage(
     name="warmstart",
-    version=4,
+    version=5,
     makes=Policy,
     settings=settings_of,
     run=run,

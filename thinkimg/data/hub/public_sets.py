@@ -60,6 +60,8 @@ class PublicSet:
     licence: Figure | None = None
     unpack: Figure | None = None
     """Archive of its pictures that has to be unpacked by hand."""
+    bad_rows: Figure | None = None
+    """Rows that are known to be wrong, as "table:row"; None is no claim that there are none."""
     note: str = ""
 
     @property
@@ -67,7 +69,7 @@ class PublicSet:
         return str(self.id.value)
 
 
-FIGURES = ("id", "files", "pictures", "tables", "columns", "rows", "bytes", "licence", "unpack")
+FIGURES = ("id", "files", "pictures", "tables", "columns", "rows", "bytes", "licence", "unpack", "bad_rows")
 
 
 @functools.cache

@@ -20,8 +20,10 @@ from thinkimg.store.manifest import canonical_json
 
 MAX_PATH_LENGTH = 4096
 """Characters of a path, at most: PATH_MAX of Linux."""
-BASE64_HEADS = ("/9j/", "iVBORw0KGg", "UklGR", "R0lGOD", "Qk", "SUkq", "TU0AK")
-"""First characters of JPEG, PNG, WebP, GIF, BMP and TIFF in base64."""
+BASE64_HEADS = ("/9j/", "_9j_", "iVBORw0KGg", "UklGR", "R0lGOD", "Qk", "SUkq", "TU0AK")
+"""First characters of JPEG (also as URLs have it), PNG, WebP, GIF, BMP and TIFF in base64."""
+URL_SAFE = str.maketrans("-_", "+/")
+"""Signs of base64 in URLs (RFC 4648, section 5)."""
 MIN_BASE64_LENGTH = 64
 """Characters; no picture is shorter, and few paths that begin like one are longer."""
 DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
@@ -155,7 +157,9 @@ class ImageFiles:
 
 def content_of(image: Any) -> Any:
     """Return the bytes or the name of an image as a source has it: of an object, such as the Hub's, its content."""
-    while isinstance(image, dict) and image.keys() <= {*KEYS, "type", "text"}:  # no recursion: it may be deep
+    while isinstance(image, dict):  # no recursion: it may be deep
+        if not image.keys() <= {*KEYS, "type", "text"} and not isinstance(image.get("bytes"), bytes):
+            break
         image = next((image[key] for key in KEYS if image.get(key)), None)
     return image
 
@@ -187,7 +191,9 @@ def _from_data_uri(uri: str) -> bytes:
 
 
 def _from_base64(text: str) -> bytes:
+    plain = "".join(text.split()).rstrip("=")  # MIME breaks its lines
+    plain = plain.translate(URL_SAFE) if "-" in plain or "_" in plain else plain
     try:
-        return base64.b64decode("".join(text.split()), validate=True)  # MIME breaks its lines
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)  # some writers leave the end out
     except ValueError as error:
         raise RowRefused(Reason.IMAGE, f"no valid base64: {short(text)}") from error

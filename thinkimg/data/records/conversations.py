@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from thinkimg.data.records.values import PLACEHOLDER, final_answer, read_literal, refuse
+from thinkimg.data.records.values import PLACEHOLDER, final_answer, refuse
+from thinkimg.data.texts.literals import read_literal
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",

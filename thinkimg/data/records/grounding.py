@@ -7,6 +7,9 @@ from thinkimg.data.fields import BoxForm, Fields
 from thinkimg.data.records.values import read_boxes, refuse
 from thinkimg.records import AnswerType
 
+PLACES = ("<bbox>", "<ref-object>")
+"""Marks in a text whose content is that of the objects."""
+
 
 def fill_in_objects(fields: Fields, objects: Any) -> Fields:
     """Return the fields with the names of objects in the question, and the box that is the answer: x1 y1 x2 y2.

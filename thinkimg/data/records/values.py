@@ -1,9 +1,6 @@
-"""Values of records as public data sets write them, read for schemas: literals in texts, boxes, tagged answers."""
+"""Values of records as public data sets write them, read for schemas: claims, boxes, tagged answers."""
 
-import ast
-import json
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +8,9 @@ from thinkimg.answers.numbers import read_number
 from thinkimg.data.fields import has_column, look_up
 from thinkimg.data.refusal import Reason, RowRefused
 from thinkimg.data.texts.instructions import remove_instructions
+from thinkimg.data.texts.literals import read_literal
 from thinkimg.data.texts.options import read_options
 
-MAX_LITERAL_LENGTH = 200_000
-"""Characters of a list that is stored as a text; Python's parser takes about 200 bytes of memory for each."""
 MAX_COORDINATE = 1e7
 PLACEHOLDER = "<image>"
 INSTRUCTION = "You FIRST think about the reasoning process"
@@ -76,25 +72,6 @@ def _missing(record: Mapping[str, Any], names: Collection[str], nullable: Collec
 def first_of(record: Mapping[str, Any], *columns: str) -> Any:
     """Return the value of the first of the columns that holds something; None where none does."""
     return next((record[name] for name in columns if record.get(name) is not None), None)
-
-
-def read_literal(value: Any) -> Any:
-    """Return the list or object that a text holds as JSON or as Python writes it; any other value as it is.
-
-    Nothing is evaluated. A text that is neither, or longer than MAX_LITERAL_LENGTH, stays a text.
-    """
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{", "(") or len(value) > MAX_LITERAL_LENGTH:
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes such as "\d"
-            return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return value
 
 
 def read_boxes(value: Any, column: str) -> tuple[tuple[float, ...], ...]:

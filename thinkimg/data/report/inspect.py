@@ -269,11 +269,13 @@ class _Look:
 def place_boxes(row: RawRow, form: BoxForm | None, sizes: Sequence[Size]) -> Sample:
     """Return the sample of a row whose pictures have these sizes, without their hashes.
 
-    form: of boxes, where the row states none; None where it is not known, so that the sample has no boxes to look at.
-    Raises RowRefused for a box outside of its picture.
+    form: of boxes, where the row states none; None where it is not known, so that the sample has no boxes to look at,
+    and its right answers are no boxes to be drawn. Raises RowRefused for a box outside of its picture.
     """
     pictures = tuple(Picture("", size, None, b"") for size in sizes)
     if form is not None or row.box_form is not None:
         return make_sample(LookedRow(row, pictures), form, "")
-    plain = replace(row, targets=(), answer_type=AnswerType.TEXT)
+    is_box = row.answer_type is AnswerType.BOX
+    answers = tuple(f"{answer}, whose form is not known" for answer in row.answers) if is_box else row.answers
+    plain = replace(row, targets=(), answer_type=AnswerType.TEXT, answers=answers)
     return replace(make_sample(LookedRow(plain, pictures), None, ""), answer_type=row.answer_type)

@@ -1,5 +1,6 @@
 """Reports on data as labelled texts, for a terminal and for a sheet: of tables as they are, and of a prepared set."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -165,13 +166,17 @@ def example_lines(example: Example) -> Iterator[str]:
 
 def state_right(sample: Sample) -> str:
     """Return the right answers of a sample with their type, and the boxes to look at."""
-    answers = " or ".join(clean(answer, 100) for answer in sample.answers[:5])
-    more = f" and {len(sample.answers) - 5} more" if len(sample.answers) > 5 else ""
+    given = list(sample.answers)
+    if sample.answer_type is AnswerType.VOTES:
+        votes = Counter(given)
+        given = [f"{answer} ({count} of {len(given)})" for answer, count in votes.most_common()]
+    answers = " or ".join(clean(answer, 100) for answer in given[:5])
+    more = f" and {len(given) - 5} more" if len(given) > 5 else ""
     details = [str(sample.answer_type)]
     if sample.answer_type is AnswerType.BOX:
         boxes_of = [read_box(answer) for answer in sample.answers[:5]]
-        answers = " or ".join(state_box(box) for box in boxes_of if box) or answers
-        details = ["box, in pixels of the stored image" if sample.split else "box, in the form of the data"]
+        placed = " or ".join(state_box(box) for box in boxes_of if box)
+        answers, details = (placed, ["box, in pixels of the picture"]) if placed else (answers, ["box"])
     if sample.tolerance is not None and read_number(sample.answer) is not None:
         details.append(f"within {100 * sample.tolerance:g} %")
     if sample.decimals is not None:

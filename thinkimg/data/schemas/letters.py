@@ -11,10 +11,10 @@ from thinkimg.data.records.values import (
     has_values,
     is_letter,
     read_boxes,
-    read_literal,
     refuse,
     require_schema,
 )  # fmt: skip
+from thinkimg.data.texts.literals import read_literal
 from thinkimg.records import AnswerType
 
 VERSION = 1

@@ -5,20 +5,20 @@ from typing import Any
 
 from thinkimg.data.fields import Fields
 from thinkimg.data.records.conversations import Exchange, images_of, is_conversation, read_exchange, read_turns
-from thinkimg.data.records.grounding import fill_in_objects
+from thinkimg.data.records.grounding import PLACES, fill_in_objects
 from thinkimg.data.records.values import (
     choose_question,
     claims,
     final_answer,
     first_of,
     has_values,
-    read_literal,
     refuse,
     require_schema,
 )
 from thinkimg.data.schemas import mini_o3, openthinkimg, thyme, verl, viscot
+from thinkimg.data.texts.literals import read_literal
 
-VERSION = 1
+VERSION = 2
 TITLE = "messages: TRL, ms-swift, LLaMA-Factory, LLaVA, The Cauldron, MM-Eureka"
 TURNS = ("messages", "conversations", "prompt", "texts")
 IMAGES = ("images", "image", "image_path", "image_paths", "image_urls")
@@ -54,7 +54,11 @@ def convert(record: Mapping[str, Any]) -> Fields:
     answer = exchange.answer if (column := first_of(record, *ANSWERS)) is None else column
     question, changes = choose_question(exchange.question, None)
     fields = Fields(question, images_of(exchange, first_of(record, *IMAGES)), answer, changes=changes)
-    return fields if record.get("objects") is None else fill_in_objects(fields, read_literal(record.get("objects")))
+    if record.get("objects") is not None:
+        return fill_in_objects(fields, read_literal(record.get("objects")))
+    if any(place in text for text in (question, answer) if isinstance(text, str) for place in PLACES):
+        raise refuse("the conversation has places of objects, and the record has none")
+    return fields
 
 
 def _exchange(record: Mapping[str, Any]) -> Exchange:

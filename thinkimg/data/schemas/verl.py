@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from thinkimg.answers.kinds import is_mathematical
 from thinkimg.data.fields import Fields, look_up
 from thinkimg.data.records.conversations import is_conversation, read_exchange, read_turns
 from thinkimg.data.records.values import (
@@ -15,7 +16,7 @@ from thinkimg.data.records.values import (
 )
 from thinkimg.records import AnswerType
 
-VERSION = 1
+VERSION = 2
 TITLE = "verl: DeepEyes, Chain-of-Focus, VTool-R1, geo3k"
 COLUMNS = ({"prompt", "images", "reward_model.ground_truth"}, {"prompt", "image", "reward_model.ground_truth"})
 READS = {"prompt", "images", "image", "reward_model", "extra_info"}
@@ -44,6 +45,10 @@ def convert(record: Mapping[str, Any]) -> Fields:
 
 
 def _type_of(record: Mapping[str, Any], gold: Any) -> AnswerType | None:
+    """Return the comparison of the source's own scorer; None where the answer itself tells.
+
+    Mathematics is compared by math-verify, numbers included; words and letters of such sources are no formulas.
+    """
     match record.get("data_source"):
         case "vstar" if isinstance(gold, str) and len(gold.split()) > 2:
             return AnswerType.JUDGE
@@ -51,7 +56,8 @@ def _type_of(record: Mapping[str, Any], gold: Any) -> AnswerType | None:
             return AnswerType.CHOICE
         case "hiyouga/geometry3k":
             return AnswerType.MATHS
-    return None
+    is_maths = record.get("ability") == "math" or record.get("data_source") == "thinklite_eureka"
+    return AnswerType.MATHS if is_maths and isinstance(gold, str) and is_mathematical(gold) else None
 
 
 def _local(images: Any) -> Any:

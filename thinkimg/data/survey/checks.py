@@ -9,7 +9,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from thinkimg.answers.boxes import read_stated_box
 from thinkimg.answers.choices import OWN_LETTER, is_lettered
 from thinkimg.answers.kinds import is_sentence
 from thinkimg.answers.right import can_be_right
@@ -20,6 +22,7 @@ from thinkimg.data.survey.advice import common_kind, kind_of
 from thinkimg.data.survey.box_checks import find_box_oddity, list_boxes
 from thinkimg.data.survey.box_forms import Size
 from thinkimg.data.survey.oddity import Level, Oddity
+from thinkimg.data.texts.options import MAX_OPTIONS, read_options
 from thinkimg.data.texts.placeholders import has_placeholder
 from thinkimg.records import AnswerType
 
@@ -29,6 +32,8 @@ SMALL_SIDE = 28
 """Pixels of the smallest token of all families of models: a shorter side is enlarged for each of them."""
 ONE_PLACE = 8
 """Rows with choices from which on it is no chance that the right one is always at one place."""
+NEVER_FIRST = 24
+"""Rows with choices from which on it is no chance that the first one is never right: of four choices 1 in 1,000."""
 TEST = re.compile(
     r"(?<![a-z])(?:tests?|testing|test-?mini|mini-?test|dev-?test|test-?dev|dev|val|valid|validation|eval|evaluation"
     r"|mini-?val)(?![a-z])"
@@ -48,6 +53,9 @@ BOX = re.compile(
 HEAVY = re.compile(r"column .* left out: above .*", re.DOTALL)
 """Change of a row (data/row.py) whose column is too long to be kept."""
 LETTER = re.compile(r"[(\[]?[A-Za-z][)\].:]?")
+LOWER = re.compile(r"[(\[]?[a-j][)\].:]?")
+DIGIT = re.compile(r"[0-9]")
+"""Right answer that may be the number of an option."""
 SHOWN = 3  # names in a sentence
 ROLES = {
     "answers": "answers",
@@ -60,8 +68,8 @@ ROLES = {
 """Column that a row keeps as the user's own -> the role that it may have."""
 LONG = 200
 """Characters above which a text is compared letter by letter in vain."""
-LETTERS = 0.2
-"""Share of right answers that are letters of options which nobody knows above which it is asked about."""
+SOME = 0.2
+"""Share of right answers that are letters of options which nobody knows, or four numbers, above which it is asked."""
 
 
 class Checker:
@@ -71,33 +79,45 @@ class Checker:
         self._data = data
         self._rows = 0
         self._refused: Counter[str] = Counter()
-        self._boxes = 0
-        """Right answers that are boxes, and are compared otherwise."""
+        self._boxes = self._numbers = 0
+        """Right answers that are boxes, and that are four numbers without brackets; they are compared otherwise."""
         self._texts: list[str] = []
         """Right answers that are compared as texts."""
         self._columns: Counter[str] = Counter()
+        self._listed: Counter[str] = Counter()
+        """Columns of lists that hold the right answer."""
         self._tables: Counter[str] = Counter()
         self._places: dict[str, Counter[int]] = {}
         self._options = self._letters = self._repeated = self._contradicting = self._heavy = 0
-        self._optionless = 0
-        """Right answers that are letters of options, without any options."""
+        self._optionless = self._several = 0
+        """Right answers that are letters of options, without any options; rows of which several options are right."""
+        self._lower: Counter[str] = Counter()
+        """Right answers that are small letters, without any options."""
         self._asked: dict[bytes, bytes] = {}
 
     def add(self, row: RawRow, keys: Sequence[str] = ()) -> Refused | None:
         """Check a row; return its refusal if it is surely wrong. keys: of its images, equal for equal ones."""
         self._rows += 1
         self._tables[table_of(row.where)] += 1
-        if refusal := _find_fault(row):
+        if refusal := _find_fault(row, is_guessed=self._data.answer_type == "auto"):
             name, reason, detail = refusal
             self._refused[name] += 1
             return Refused(row.where, reason, detail)
         self._columns.update(name for name in ROLES if name in row.columns and not row.targets)
+        if not row.choices and row.answer_type is not AnswerType.MATHS:  # geometry3k's choices are left out on purpose
+            others = [(name, value) for name, value in row.columns.items() if name not in ROLES]
+            self._listed.update(name for name, value in others if _lists(value, row.answers))
         # [1, 2, 3, 4] may be the solution of a system of equations, too.
-        if row.answer_type not in (AnswerType.BOX, AnswerType.MATHS) and any(map(BOX.search, row.answers)):
-            self._boxes += 1
+        if row.answer_type not in (AnswerType.BOX, AnswerType.MATHS):
+            is_box = any(map(BOX.search, row.answers))
+            self._boxes += is_box
+            self._numbers += not is_box and any(map(read_stated_box, row.answers))
         if row.answer_type is AnswerType.TEXT:
             self._texts += row.answers[:1]
         self._optionless += not row.choices and all(map(is_lettered, row.answers))
+        if not row.choices and all(map(LOWER.fullmatch, row.answers)):
+            self._lower[row.answers[0]] += 1
+        self._several += len(row.answers) > 1 and bool(row.choices)
         if not row.choices and OPTIONS.search(row.question):
             self._options += 1
         self._heavy += any(HEAVY.fullmatch(change) is not None for change in row.changes)
@@ -118,8 +138,8 @@ class Checker:
             Oddity(name, count, f"{_rows(count)} {FAULTS[name]}.", Level.REFUSE)
             for name, count in self._refused.items()
         ]
-        others = [*self._find_split(), *self._find_place(), *self._find_kinds(), *self._find_sentences()]
-        others += self._find_rest()
+        others = [*self._find_split(), *self._find_place(), *self._find_never_first(), *self._find_kinds()]
+        others += [*self._find_sentences(), *self._find_rest()]
         return refused + sorted(others, key=lambda oddity: oddity.level is not Level.ASK)
 
     def _find_split(self) -> Iterable[Oddity]:
@@ -151,18 +171,28 @@ class Checker:
             hint = "Set data.shuffle_choices=true to put the options in a random order, or false to keep theirs."
             yield Oddity("one_place", count, sentence, level, hint)
 
+    def _find_never_first(self) -> Iterable[Oddity]:
+        for table, places in self._places.items():
+            if places.total() >= NEVER_FIRST and not places[0] and len(places) > 1:
+                sentence = (
+                    f"In none of the {places.total()} rows with options of {_join([table])} option A is right: "
+                    "answers that are numbers may count from 1, and are read as if 0 were the first."
+                )
+                yield Oddity("never_first", places.total(), sentence, Level.WARN)
+
     def _find_kinds(self) -> Iterable[Oddity]:
         """Yield a warning where many answers are compared as texts by the user's own setting, and are none.
 
         Boxes that are compared otherwise are a question.
         """
-        if self._boxes:
-            sentence = f"The right answers of {_rows(self._boxes)} look like boxes and are not compared as such."
+        boxes = self._boxes + (self._numbers if self._numbers > SOME * self._rows else 0)
+        if boxes:
+            sentence = f"The right answers of {_rows(boxes)} look like boxes and are not compared as such."
             level = Level.ASK if self._data.answer_type == "auto" else Level.WARN
             hint = (
                 "Set data.answer_type=box to read them as boxes, or data.answer_type=text to compare them as they are."
             )
-            yield Oddity("other_kind", self._boxes, sentence, level, hint)
+            yield Oddity("other_kind", boxes, sentence, level, hint)
         if self._data.answer_type != "text" or not self._texts:
             return
         total = len(self._texts)
@@ -201,18 +231,29 @@ class Checker:
 
     def _find_rest(self) -> Iterable[Oddity]:
         mapped = {name for _, name in self._data.columns}
-        if self._optionless > LETTERS * self._rows and self._data.answer_type == "auto":
-            sentence = f"The right answers of {_rows(self._optionless)} are letters, and there are no options."
+        # A small letter may also be what is to be read: several different ones of many rows are options.
+        is_many = len(self._lower) > 1 and self._lower.total() >= ONE_PLACE
+        letters = self._optionless + (self._lower.total() if is_many else 0)
+        if letters > SOME * self._rows and self._data.answer_type == "auto":
+            sentence = f"The right answers of {_rows(letters)} are letters, and there are no options."
             hint = (
                 "Set data.columns.choices to the column of the options (or several: A,B,C,D), or "
                 "data.answer_type=exact to compare the letters."
             )
-            yield Oddity("letters_alone", self._optionless, sentence, Level.ASK, hint)
+            yield Oddity("letters_alone", letters, sentence, Level.ASK, hint)
         for name, count in self._columns.items():
             if name not in mapped:
                 role = ROLES[name]
                 sentence = f"There is a column '{name}' that is not used. Set data.columns.{role}={name} to use it."
                 yield Oddity("unused_column", count, sentence, Level.WARN)
+        for name, count in self._listed.items():
+            if count > SOME * self._rows:
+                sentence = f"The column {short(name)} lists the right answer of {_rows(count)} among others."
+                hint = f" Set data.columns.choices={name} if these are options."
+                yield Oddity("unused_column", count, sentence + hint, Level.WARN)
+        if self._several:
+            sentence = f"Of {_rows(self._several)} several options are right, and any one of them is paid for."
+            yield Oddity("several_right", self._several, sentence, Level.WARN)
         if self._options:
             sentence = f"{_rows(self._options)} seem to have options in the question that were not read as choices."
             yield Oddity("options_in_question", self._options, sentence, Level.WARN)
@@ -231,19 +272,28 @@ class Checker:
 FAULTS = {
     "placeholders": "hold a placeholder of an image in the question or an option",
     "right_scores_one": "have a right answer that would not be paid for",
-    "options_in_question": "name a letter whose options could not be read from the question",
+    "options_in_question": "name a letter or a number whose options could not be read from the question",
     "letters_in_options": "have options whose own letters no longer fit their shuffled order",
 }
 """Check -> what is wrong with the rows that it refuses."""
 
 
-def _find_fault(row: RawRow) -> tuple[str, str, str] | None:
-    """Return (check, reason, detail) for a row that is surely wrong."""
+def _find_fault(row: RawRow, *, is_guessed: bool) -> tuple[str, str, str] | None:
+    """Return (check, reason, detail) for a row that is surely wrong.
+
+    is_guessed: nobody has said that digits are numbers.
+    """
     if any(map(has_placeholder, (row.question, *row.choices))):
         return "placeholders", Reason.TEXT, f"a placeholder is left in the question: {short(row.question)}"
-    is_choice = row.answer_type is AnswerType.CHOICE or LETTER.fullmatch(row.answers[0])
-    if is_choice and not row.choices and OPTIONS.search(row.question):
-        return "options_in_question", Reason.CHOICES, f"the options could not be read from {short(row.question)}"
+    if not row.choices and OPTIONS.search(row.question):
+        if row.answer_type is AnswerType.CHOICE or LETTER.fullmatch(row.answers[0]):
+            detail = f"the answer {short(row.answers[0])} names no option that could be read from {short(row.question)}"
+            return "options_in_question", Reason.CHOICES, detail
+        if is_guessed and _may_number_option(row):
+            detail = (
+                f"the answer {short(row.answers[0])} may be a number, or that of an option in {short(row.question)}"
+            )
+            return "options_in_question", Reason.CHOICES, f"{detail}; data.answer_type=integer takes it for a number"
     if row.order and tuple(sorted(row.order)) != row.order and _letters_of(row.choices):
         return "letters_in_options", Reason.CHOICES, f"the options carry other letters: {short(list(row.choices))}"
     if not can_be_right(row):
@@ -292,6 +342,18 @@ def _words(name: str) -> str:
 def _cheap_keys(row: RawRow) -> list[str]:
     names = [getattr(reader, "name", None) for reader in row.images]
     return [name for name in names if name] if all(names) else []
+
+
+def _may_number_option(row: RawRow) -> bool:
+    """Tell whether the right answer may count the options at the question's end, from 0 or from 1."""
+    options = read_options(row.question) if DIGIT.fullmatch(row.answers[0]) else None
+    return options is not None and int(row.answers[0]) <= len(options.texts)
+
+
+def _lists(value: Any, answers: Sequence[str]) -> bool:
+    """Tell whether a column's value is a list of a few different texts, of which one is the right answer."""
+    is_list = isinstance(value, list) and 2 <= len(value) <= MAX_OPTIONS and all(isinstance(one, str) for one in value)
+    return is_list and len(set(value)) == len(value) and answers[0] in value
 
 
 def _letters_of(choices: Sequence[str]) -> list[str]:

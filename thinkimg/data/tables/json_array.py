@@ -22,6 +22,8 @@ SHOWN = 4  # names in a sentence
 def open_json_array(path: Path, name: str, folder: Path) -> Table:
     """Return the table of the array's objects. Raises UserError where the file is no array, or too large."""
     rows = list(_read(path))
+    if rows and not any(isinstance(record, dict) for _, record in rows):
+        raise _no_array(path)
     columns = tuple(dict.fromkeys(key for _, record in rows if isinstance(record, dict) for key in record))
     read = partial(_read, path)
     return Table(
@@ -82,9 +84,13 @@ def _read(path: Path) -> Rows:
             )
         values = values[names[0]]
     if not isinstance(values, list):
-        raise UserError(f"{path} is no JSON array of objects.", hint="Write one object a line, as JSONL.")
+        raise _no_array(path)
     for number, value in enumerate(values, 1):
         yield number, value if isinstance(value, dict) else f"no JSON object: {short(value)}"
+
+
+def _no_array(path: Path) -> UserError:
+    return UserError(f"{path} is no JSON array of objects.", hint="Write one object a line, as JSONL.")
 
 
 def _load(path: Path) -> Any:

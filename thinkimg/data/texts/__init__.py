@@ -4,6 +4,7 @@
                          ├──► placeholders   <image>
                          ├──► instructions   Answer with the option's letter …
                          └──► options        (A) red (B) blue
+                                └──► literals    '{"A": "red", "B": "blue"}'
 
 What may be read in two ways stays as it is.
 """

@@ -8,7 +8,9 @@ from typing import Any
 
 from thinkimg.answers.choices import match_letter, match_text
 from thinkimg.answers.text import normalise
+from thinkimg.data.fields import is_empty
 from thinkimg.data.texts.golds import read_list
+from thinkimg.data.texts.literals import read_literal
 
 MAX_TAIL = 20_000  # characters at a question's end in which its options stand
 MAX_OPTION = 2_000  # characters of an option
@@ -78,16 +80,20 @@ def read_options(question: str) -> Options | None:
     return None
 
 
-def read_choices(choices: Any) -> Any:
+def read_choices(choices: Any, *, numbered: bool = True) -> Any:
     """Return choices as a list, where they are one written out, or map letters to texts; others as they are.
 
-    None for an empty list.
+    None for an empty list. numbered: read "1. red" and "2. blue", too; of these an answer that is a number may be the
+    option's own.
     """
     listed = choices
     if isinstance(choices, str):
         listed = read_list(choices)
-        written = read_options(f"{STEM}{choices}") if listed is None and len(choices) <= MAX_TAIL else None
-        listed = list(written.texts) if written and written.stem == STEM.strip() else listed
+        if listed is None and len(choices) <= MAX_TAIL:
+            listed = read_literal(choices)
+            listed = listed if isinstance(listed, Mapping | list | tuple) else _read_lines(choices, numbered)
+    if isinstance(listed, list | tuple) and listed and all(isinstance(choice, Mapping) for choice in listed):
+        listed = _read_pairs(listed) or choices
     if isinstance(listed, Mapping) and {"label", "text"} == listed.keys():
         labels, texts = listed["label"], listed["text"]  # as ARC has them
         is_paired = isinstance(labels, list | tuple) and isinstance(texts, list | tuple) and are_letters(labels)
@@ -97,7 +103,35 @@ def read_choices(choices: Any) -> Any:
         listed = list(listed.values()) if letters and letters == _letters(len(letters)) else choices
     if listed is None:
         return choices
+    if isinstance(listed, list | tuple) and listed and _is_nothing(listed[-1]):  # columns of Parquet are filled up
+        listed = list(listed)
+        while listed and _is_nothing(listed[-1]):
+            listed.pop()
     return None if isinstance(listed, list | tuple) and not listed else listed
+
+
+def _is_nothing(choice: Any) -> bool:
+    return is_empty(choice) and choice != "nan"  # which may be an option
+
+
+def _read_lines(choices: str, numbered: bool) -> list[str] | None:
+    """Return the options of a text that lists them with their letters or numbers, and holds nothing else."""
+    written = read_options(f"{STEM}{choices}")
+    is_all = written is not None and written.stem == STEM.strip() and (numbered or not written.is_numbered)
+    return list(written.texts) if written and is_all else None
+
+
+def _read_pairs(choices: Sequence[Mapping[str, Any]]) -> list[Any] | None:
+    """Return the texts of objects with a letter and a text each, [{"label": "A", "text": "red"}, …]; else None."""
+    names = list(choices[0])
+    if len(names) != 2 or any(choice.keys() != choices[0].keys() for choice in choices):
+        return None
+    for letter, text in (names, names[::-1]):
+        marks, texts = ([choice[name] for choice in choices] for name in (letter, text))
+        is_marked = all(isinstance(mark, str) for mark in marks) and are_letters([mark.upper() for mark in marks])
+        if is_marked and all(isinstance(value, str | int | float) for value in texts):
+            return texts
+    return None
 
 
 def strip_letters(choices: Any) -> Any:

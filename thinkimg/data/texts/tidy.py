@@ -68,8 +68,8 @@ def _tidy_once(fields: Fields) -> Fields:
     if isinstance(answers, list | tuple):
         answers = _listed(unwrap(answers))
     fields = _change(fields, "answers unwrapped", answer=answer, answers=answers)
-    if not (_is_text(fields.choices) and any(map(_is_digits, _answers(fields)))):  # left for `read_choice` to ask
-        fields = replace(fields, choices=read_choices(fields.choices))
+    # An answer of digits may be an option's own number, and no index.
+    fields = replace(fields, choices=read_choices(fields.choices, numbered=not any(map(_is_digits, _answers(fields)))))
     fields = _change(fields, "letters of the choices removed", choices=strip_letters(fields.choices))
     if _is_text(fields.question):
         fields = _tidy_placeholders(fields, fields.question)
