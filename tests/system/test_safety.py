@@ -113,6 +113,7 @@ CLIENTS = {
     "thinkimg/rewards/endpoint.py": {"httpx", "openai"},  # keys and proxies: test_teacher_key.py
     "thinkimg/data/pictures/urls.py": {"httpx"},  # images
     "thinkimg/serving/app.py": {"aiohttp"},  # its server alone
+    "thinkimg/serving/page.py": {"aiohttp"},  # files of that server
     "thinkimg/environments/verifiers/thinkimg_env.py": {"httpx"},  # verifiers' interception: its secret, no proxies
 }
 HTTP = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "urllib3", "openai", "websockets", "websocket"}
