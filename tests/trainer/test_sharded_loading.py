@@ -69,7 +69,8 @@ def test_a_step_with_a_head_of_its_own_is_that_of_one_process(worlds, two_proces
         alone = world.train(world.job(f"{name}-one", model=model, train=train))["metrics"]
         found = two_processes.submit(world.job(f"{name}-two", model=model, train=train))["metrics"]
         for metric in ("grad_norm", "loss", "entropy", "parity/mean_abs"):
-            assert found[metric] == pytest.approx(alone[metric], rel=1e-5, abs=1e-6), (name, metric)
+            # Rounding: sums of float32 in another order; the recurrent layers' exponentials carry it on.
+            assert found[metric] == pytest.approx(alone[metric], rel=3e-5, abs=1e-6), (name, metric)
         one, two = (load_file(world.root / f"{name}-{way}" / "optimizer.safetensors") for way in ("one", "two"))
         assert one.keys() == two.keys()
         first = {key: value for key, value in one.items() if key.startswith("exp_avg.")}
