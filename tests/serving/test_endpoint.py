@@ -1,6 +1,5 @@
 """Endpoint over a scripted engine, asked by openai's own client: answers, streams, refusals, limits, and faults."""
 
-import base64
 import gc
 import io
 import json
@@ -22,6 +21,7 @@ from chat_server import (
     data_uri,
     encode,
     look_then_answer,
+    open_data_uri,
     picture,
     show,
 )
@@ -58,10 +58,6 @@ def start():
     yield make
     for server in started:
         server.close()
-
-
-def open_data_uri(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
 
 
 def until(condition) -> None:
@@ -127,10 +123,7 @@ def test_pictures_of_the_turns_come_on_request_alone(server):
     assert "images" not in plain
     for options in ({"model": "policy-images"}, {"extra_body": {"modalities": ["text", "image"]}}):
         boxed, crop = server.ask(question, **options).choices[0].message.images
-        images = [
-            Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
-            for part in (boxed, crop)
-        ]
+        images = [open_data_uri(part["image_url"]["url"]) for part in (boxed, crop)]
         assert images[0].size == (160, 120) and pixel_hash(images[0].convert("RGB")) != pixel_hash(picture())
         assert pixel_hash(images[1].convert("RGB")) == pixel_hash(picture().crop((0, 0, 80, 120)))
 

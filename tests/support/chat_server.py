@@ -35,6 +35,10 @@ THINK = load_protocol("think")
 CROP = THINK.render_turn("look", ToolCall("crop_image", {"x": 0, "y": 0, "width": 28, "height": 28}))
 
 
+def open_data_uri(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
+
+
 def answer(text: str) -> str:
     return THINK.render_turn("seen", Answer(text))
 

@@ -92,7 +92,7 @@ def test_a_tower_reads_nothing_from_its_device(family):
     """On one without data, where every read raises; the grids are on the host."""
     model, compute = tower(family, 3, "meta")
     use_attention(model.model.visual.config, "flash_alone", attend_alone)
-    with pytest.raises(RuntimeError, match="meta"):  # of which NotImplementedError is one
+    with pytest.raises(RuntimeError, match="meta"):
         compute()
     batch_equal_chunks(model)
     features, _ = compute()

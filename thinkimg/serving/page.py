@@ -14,7 +14,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-"""What the page may do, should a model's text ever become more than text: nothing but ask this endpoint."""
+"""Limits of the page, should a model's text ever become more than text: it may ask this endpoint and nothing else."""
 
 
 def page_routes() -> list[web.RouteDef]:
