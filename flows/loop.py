@@ -3,6 +3,7 @@
 Killed at any moment and started again, it continues: finished stages are in the store and read *Cached*.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import flows._environment  # noqa: F401
@@ -17,6 +18,7 @@ from flows._run import PrefectRun
 from thinkimg import console
 from thinkimg.analysis import alarms, console_report
 from thinkimg.closure import check_closure
+from thinkimg.config.tree import Config
 from thinkimg.pipeline import outside_inputs, pipeline
 from thinkimg.resources import Resources
 from thinkimg.stages.train import train
@@ -48,6 +50,7 @@ def loop(
     """Train for `iterations`, and return the reference of the final policy."""
     config, store = open_config(preset, overrides, iterations=iterations, seed=seed, mix=mix)
     check_closure()
+    announce_disk(config)
     with (
         open_loop(config, store, outside_inputs(config)) as tracker,
         _ui.show_bar("iterations") as progress,
@@ -76,6 +79,15 @@ def loop(
         _ui.show_loop(tracker.record)
         console_report.print_summary(tracker.record, last.result(), config)
     return str(last.result().reference)
+
+
+def announce_disk(config: Config) -> None:
+    """Say what whole models take on the disk, before the first is written; the small ones of a tiny preset aside."""
+    if config.model.adaptation == "full" and config.model.tiny is None:
+        from thinkimg.analysis import forecast
+
+        with suppress(OSError):  # no config.json yet: the run will say so
+            console.note(forecast.forecast_policies(config, forecast.base_config(config)))
 
 
 if __name__ == "__main__":

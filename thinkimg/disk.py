@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from thinkimg.errors import UserError
 
@@ -37,3 +39,10 @@ def disk_number(error: BaseException) -> int:
     number = error.errno if isinstance(error, OSError) else None
     text = None if number else OTHERS_TEXT.search(str(error))
     return number or (int(text[1]) if text else 0)
+
+
+def free_space(path: str | os.PathLike[str]) -> int:
+    """Return the bytes that are free on the disk of a path, which need not exist yet."""
+    path = Path(path).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free

@@ -1,7 +1,7 @@
 """Settings of the resources: machines and speed; recorded, never fingerprinted."""
 
 import os
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,10 @@ class ResourcesConfig(Settings):
 
     store: FilePath = "artifacts"
     """Root of the artifact store."""
+    keep_policies: Annotated[int, Field(ge=2)] | None = None
+    """Trained policies of a loop that keep their files: so many of the last, and the most accurate one. Manifests of
+    older ones stay, so that the loop goes on; they can no longer be served. What another loop went on from stays, as
+    does the warm start. null: all."""
     engine: EngineConfig = EngineConfig()
     teacher: TeacherEndpoint = TeacherEndpoint()
     trainer: TrainerConfig = TrainerConfig()

@@ -105,10 +105,10 @@ class Task:
 
     def uses(self, config: Config) -> frozenset[str]:
         """Return the names of the resources that it occupies."""
-        stage, ended = self.handle.stage, self.handle.early
+        stage, early = self.handle.stage, self.handle.early
         if self.early and stage.early:
             return stage.early.uses(config)
-        return stage.uses(config) | (ended.result() if ended is not None else frozenset())
+        return stage.uses(config) | (early.result() if early is not None else frozenset())
 
     @property
     def player(self) -> "Handle | Artifact | None":

@@ -6,12 +6,17 @@ import re
 import pytest
 import torch
 from paths import REPOSITORY
-from transformers import Qwen3_5Config, Qwen3VLConfig
+from transformers import AutoConfig, Qwen3_5Config, Qwen3VLConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextModel
 
-from thinkimg.analysis import engine_memory, forecast
+from thinkimg.analysis import disk_forecast, engine_memory, forecast
 from thinkimg.config.load import list_presets, load_config
+from thinkimg.config.tree import Config
+from thinkimg.models.base import Base
+from thinkimg.models.settings import ModelConfig
+from thinkimg.trainer import checkpoint
 from thinkimg.trainer.memory import GIB
+from thinkimg.trainer.policy import train_only
 
 VISIBLE = {16: 15.6, 32: 31.4, 48: 44.4, 64: 63.0, 80: 79.1}
 """GiB that CUDA shows of a card of so many GB, of the poorest of its kind: T1000, 5090, L40S, a part of an H100."""
@@ -129,10 +134,44 @@ def test_a_gpu_that_is_too_small_is_told_with_what_to_change(geometries):
 
 
 def test_the_lines_of_a_gpu_name_it_and_both_halves(pretend):
-    """Of a tiny model, as it is the same for all: a trainer's line and an engine's."""
+    """Of a tiny model, as it is the same for all: a trainer's line, an engine's, and the disk's."""
     pretend(24)
-    trainer, engine = forecast.forecast_memory(load_config("tiny")).splitlines()
+    trainer, engine, _ = forecast.forecast_needs(load_config("tiny")).splitlines()
     assert "fits in" in trainer and "GiB of the GPU" in trainer and "conversations of 512 tokens" in engine
     pretend(0.1)
-    trainer, engine = forecast.forecast_memory(load_config("tiny")).splitlines()
+    trainer, engine, _ = forecast.forecast_needs(load_config("tiny")).splitlines()
     assert "of the GPU are free: lower train.token_budget" in trainer and "no conversation" in engine
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_the_disk_of_a_tiny_policy_is_what_a_checkpoint_writes(adaptation, tiny_models, tmp_path):
+    """Weights to the byte but for headers; so are the moments, of the language model alone or of all."""
+    model = ModelConfig(dtype="float32", adaptation=adaptation, lora_rank=8)
+    policy = checkpoint.start_from_base(Base("tiny", directory=str(tiny_models[0])), model, "cpu", seed=0)
+    parameters = train_only(policy.model, model, vision=False)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    policy.resume_optimizer(parameters, 0.0).step()
+    checkpoint.save(policy, tmp_path / "policy", learning_rate=0.0, seed=0)
+    weights = sum(path.stat().st_size for path in (tmp_path / "policy").rglob("*model.safetensors"))
+    optimizer = (tmp_path / "policy" / "optimizer.safetensors").stat().st_size
+    config = Config(model=model, iterations=3)
+    sizes = disk_forecast.predict_policies(config, AutoConfig.from_pretrained(tiny_models[0]))
+    assert sizes.weights == pytest.approx(weights, rel=0.05) and sizes.weights <= weights
+    assert sizes.optimizer == pytest.approx(optimizer, rel=0.05) and sizes.optimizer <= optimizer
+    assert sizes.total(sizes.count) == 4 * sizes.weights + 3 * sizes.optimizer
+
+
+def test_a_whole_7b_that_would_fill_the_disk_is_told_how_many_to_keep(monkeypatch, geometries):
+    monkeypatch.setattr(disk_forecast, "free_space", lambda store: 500 * GIB)
+    config = load_config("development", ["model.adaptation=full", "model.dtype=null", "iterations=20"])
+    line = forecast.forecast_policies(config, geometries["7B"])
+    written = re.search(r"an iteration writes ([0-9.]+) GiB of weights and ([0-9.]+) GiB of the optimizer's", line)
+    assert float(written[1]) == pytest.approx(30.9, abs=0.1) and float(written[2]) == pytest.approx(56.9, abs=0.5)
+    assert "21 policies take" in line and "only 500.0 GiB are free" in line
+    keep = re.search(r"set where\.keep_policies=(\d+)$", line)[1]
+    assert "fits in" in forecast.forecast_policies(load_config("development", [
+        "model.adaptation=full", "model.dtype=null", "iterations=20", f"where.keep_policies={keep}"
+    ]), geometries["7B"])  # fmt: skip
+    monkeypatch.setattr(disk_forecast, "free_space", lambda store: 50 * GIB)
+    assert "free some, or set where.store" in forecast.forecast_policies(config, geometries["7B"])

@@ -6,13 +6,26 @@ import gc
 import html
 import io
 import re
+import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from chat_codecs import qwen_directory, stock_codec
 from ledger_store import make_scores, settings
 from PIL import Image
-from viewed_store import BOX, COLOURS, HOSTILE, ViewedStore, crop_of, draw
+from viewed_store import (
+    BOX,
+    COLOURS,
+    HOSTILE,
+    ViewedStore,
+    crop_of,
+    draw,
+    sample_of,
+    trajectory_of,
+    trajectory_table,
+)
 
 from thinkimg.analysis.compare_policies import compare_evaluations, find_evaluation, read_pairs, sign_test
 from thinkimg.analysis.view import Entry, View, read_system_prompt
@@ -20,6 +33,8 @@ from thinkimg.cli import main as cli
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
 from thinkimg.store.artifacts import Store
+from thinkimg.store.manifest import Recipe
+from thinkimg.store.tables import read_batches
 
 GREEDY = ("red", "green", "violet")
 
@@ -101,15 +116,46 @@ def test_of_several_scores_the_newest_are_shown_and_the_presets_mix_where_none_w
     assert view_of(viewed, viewed.scores).scores.reference == viewed.scores.reference
 
 
-def test_without_a_loop_the_system_prompt_is_that_of_the_settings(viewed):
+def test_without_a_loop_the_system_prompt_is_that_of_the_settings(viewed, caplog):
     """A single stage records none; most settings leave it to the tools' descriptions."""
     assert view_of(viewed, viewed.rollouts).system == "Look closely."
     for tools, part in ((["crop_image"], "- crop_image"), ([], "Answer the question"), (["nowhere.tool"], None)):
         conversation = {"protocol": "think", "system": None, "tools": tools}
         manifest = copy.deepcopy(viewed.rollouts.manifest)
         manifest["recipe"]["config"]["conversation"] = conversation
+        caplog.clear()
         system = read_system_prompt(viewed.store, type(viewed.rollouts)(viewed.rollouts.directory, manifest))
         assert system is None if part is None else part in system and "- rotate" not in system
+        assert ("this version of thinkimg renders it" in caplog.text) is (part is not None)
+
+
+@pytest.mark.parametrize("relation", ["played", "learned", "dropped"])
+def test_the_system_prompt_is_the_one_in_the_tokens_where_the_store_has_the_tokenizer(relation, tmp_path, caplog):
+    """Of the policy that played or of one that learned from it; a tool's docstring may have changed since."""
+    store, before = Store(tmp_path), "Tools: crop_image, as it was described then."
+    tokens = tuple(stock_codec("qwen2_5_vl").prompt(before, []))
+
+    def policy(work):
+        with work.part("policy") as path:
+            shutil.copytree(qwen_directory(), path / "model")
+
+    def played(work):
+        row = replace(trajectory_of(sample_of("red"), 0, "red"), tokens=tokens, roles=(0,) * len(tokens))
+        work.table("trajectories-00000.parquet", trajectory_table([row]))
+
+    def build(kind, inputs, produce, **settings):
+        return store.build(kind, Recipe(kind, 1, 1, settings, inputs), produce)[0]
+
+    first = build("policy", {}, policy if relation != "learned" else lambda work: work.text("weights", "w"))
+    talk = {"conversation": {"protocol": "think", "tools": ["crop_image"]}}
+    rollouts = build("rollouts", {"policy": first.reference}, played, **talk)
+    if relation == "learned":
+        build("policy", {"policy": first.reference, "rollouts": rollouts.reference}, policy)
+    if relation == "dropped":
+        first.directory.with_suffix(".dropped").touch()
+    system = read_system_prompt(store, rollouts)
+    assert (system == before) is (relation != "dropped")
+    assert ("this version of thinkimg renders it" in caplog.text) is (relation == "dropped")
 
 
 def test_what_holds_no_conversations_is_refused(viewed):
@@ -202,9 +248,8 @@ def test_the_page_of_two_policies_shows_the_pairs_that_changed_and_no_others(vie
     assert "lost: s-green" in text and "gained: s-blue" in text and "s-red" not in text
 
 
-def test_a_few_pairs_are_in_memory_at_a_time(viewed, monkeypatch):
+def test_one_pair_is_in_memory_at_a_time(viewed):
     """Pictures in full resolution are large, and policies differ in many answers."""
-    monkeypatch.setattr("thinkimg.analysis.compare_policies.PAIRS", 1)
     evaluations = viewed.evaluation(13, GREEDY), viewed.evaluation(14, ("blue", "blue", "blue"))
     changes = compare_evaluations(viewed.store, *evaluations)
     pairs, headings = read_pairs(changes, *(view_of(viewed, evaluation) for evaluation in evaluations)), []
@@ -215,6 +260,31 @@ def test_a_few_pairs_are_in_memory_at_a_time(viewed, monkeypatch):
         gc.collect()
         assert sum(isinstance(item, Entry) for item in gc.get_objects()) <= 2
     assert headings == ["lost: s-red", "lost: s-green", "gained: s-blue"]
+
+
+@pytest.mark.parametrize("times", [1, 20])
+def test_each_evaluation_is_read_once_however_many_answers_differ(viewed, times, monkeypatch):
+    evaluations = viewed.evaluation(15, GREEDY), viewed.evaluation(16, ("blue", "blue", "blue"))
+    changes = compare_evaluations(viewed.store, *evaluations)
+    views = [view_of(viewed, evaluation) for evaluation in evaluations]
+    scans = []
+
+    def recorded(paths, *arguments, **options):
+        scans.append([path.name for path in paths])
+        return read_batches(paths, *arguments, **options)
+
+    monkeypatch.setattr("thinkimg.store.kinds.read_batches", recorded)
+    pairs = list(read_pairs(changes | {"rows": changes["rows"] * times}, *views))
+    assert len(pairs) == 3 * times and scans == [["trajectories-00000.parquet"]] * 2
+    monkeypatch.undo()
+    read = [[], []]
+    for side, view in zip(read, views, strict=True):
+        side += view.entries()
+    for heading, *entries in pairs[:3]:
+        for entry, side in zip(entries, read, strict=True):
+            (same,) = [other for other in side if other.row.trajectory_id == entry.row.trajectory_id]
+            assert entry.row.turns == same.row.turns and entry.components == same.components
+            assert entry.images == same.images and entry.sample == same.sample and entry.sample.sample_id in heading
 
 
 def test_a_policy_stands_for_its_newest_evaluation_that_sees(viewed):

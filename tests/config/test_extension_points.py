@@ -4,7 +4,6 @@ import ast
 import json
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +22,14 @@ from thinkimg.config.tree import Config
 from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.protocol import PROTOCOLS, Answer, ToolCall, load_protocol
 from thinkimg.data.settings import SCHEMAS, SOURCES
+from thinkimg.dry_run import preview
 from thinkimg.errors import UserError
 from thinkimg.grpo.loss import Logps, compute_grpo_loss, compute_normaliser
 from thinkimg.grpo.settings import LOSSES
 from thinkimg.images.decode import pixel_hash
 from thinkimg.models.settings import FAMILIES
 from thinkimg.registry import source_digest
+from thinkimg.resources import Resources
 from thinkimg.rewards import judging
 from thinkimg.rewards.batch import Batch
 from thinkimg.rewards.context import JudgeContext
@@ -36,6 +37,8 @@ from thinkimg.rewards.judgement import Pair
 from thinkimg.rewards.mix import Mix
 from thinkimg.rewards.registry import load_components
 from thinkimg.rewards.settings import JUDGES, RULES
+from thinkimg.scheduler import Builder, Plan
+from thinkimg.stages.prepare import prepare
 from thinkimg.stages.score import judge_settings
 from thinkimg.store.artifacts import Store
 
@@ -190,25 +193,28 @@ def test_a_protocol():
     assert '[[{"name"' in render_system_prompt(config.conversation)
 
 
-def test_a_source_through_the_command_line(project):
-    """In a process that is started in the user's folder, which is on no path."""
+def test_a_source_with_a_setting_of_its_own(project, tmp_path):
+    """tests/cli/test_own_entries.py has one through the command line."""
     data = f"data: {{source: {SOURCE}, count: 5, train: 3, held_out: 2}}"
-    (project / "mine.yaml").write_text(f"extends: tiny\n{data}\n{TINY_IMAGES}\nwhere: {{store: made}}\n")
+    (project / "mine.yaml").write_text(f"extends: tiny\n{data}\n{TINY_IMAGES}\n")
 
-    def prepare(*more):
-        command = [sys.executable, "-m", "thinkimg", "prepare", "--preset", "mine.yaml", *more]
-        return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    def load(*more):
+        return load_config(str(project / "mine.yaml"), [f"where.store={tmp_path}", *more])
 
-    assert (done := prepare()).returncode == 0, done.stderr
-    (dataset,) = Store(project / "made").list("dataset")
+    def look(config):
+        plan = Plan(config)
+        plan.require(prepare)
+        return "\n".join(preview(plan, Store(tmp_path)))
+
+    with Resources(load().where) as resources:
+        dataset = Builder(load(), Store(tmp_path), resources).make(prepare)
     recipe = dataset.manifest["recipe"]
     assert recipe["config"]["data"]["count"] == 5 and recipe["sources"].keys() == {SOURCE}
     assert "path" not in recipe["config"]["data"] and "puzzles" not in recipe["config"]["data"]
     assert {"train": 3, "held_out": 2}.items() <= dataset.metrics.items()
-    assert "Cached" in prepare("--dry-run").stdout
-    assert "missing" in prepare("--dry-run", "--set", "data.count=6").stdout
-    refused = prepare("--set", "data.cuont=6")
-    assert "Did you mean data.count?" in refused.stderr and refused.returncode
+    assert "Cached" in look(load()) and "missing" in look(load("data.count=6"))
+    with pytest.raises(UserError, match=r"Did you mean data\.count\?"):
+        load("data.cuont=6")
 
 
 def test_a_rule_with_a_setting_of_its_own():

@@ -162,6 +162,8 @@ def test_few_letters_are_no_lost_options_and_long_texts_are_as_bad_as_sentences(
 def test_few_answers_of_four_numbers_are_no_boxes_of_a_set():
     assert "other_kind" not in oddities([*make(4, answers=("1, 2, 3, 4",)), *make(16, id=lambda i: f"other {i}")])
     assert oddities([*make(5, answers=("1, 2, 3, 4",)), *make(16, id=lambda i: f"o {i}")])["other_kind"].count == 5
+    orders = ("1, 2, 3, 4", "4, 3, 2, 1")
+    assert "other_kind" not in oddities(make(20, answers=orders[:1], choices=orders, answer_type=AnswerType.CHOICE))
 
 
 def test_several_right_options_and_a_first_one_that_is_never_right_are_told():

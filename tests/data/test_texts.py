@@ -1,5 +1,6 @@
 """Texts of records are freed of what public data sets put around them, never silently to something else."""
 
+import json
 import string
 
 import pytest
@@ -230,9 +231,16 @@ def test_choices_that_are_written_out_or_mapped_become_a_list(choices):
     assert tidy(make(choices=choices)).choices == ["red", "it's"]
 
 
-def test_numbers_in_objects_are_choices_and_nan_is_an_option_s_text():
+def test_numbers_in_objects_are_choices():
     assert tidy(make(choices=[{"k": "A", "v": 5}, {"k": "B", "v": 0.5}])).choices == [5, 0.5]
-    assert tidy(make(choices=["1", "nan"])).choices == ["1", "nan"]
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "NAN", " nan", "None", "null", "inf", "0"])
+def test_a_last_option_that_reads_like_nothing_is_an_option(text):
+    options = ["1", "2", text]
+    written = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options, strict=True))
+    for choices in (options, json.dumps(options), dict(zip("ABC", options, strict=True)), written):
+        assert [option.strip() for option in tidy(make(choices=choices)).choices] == [*options[:2], text.strip()]
 
 
 @pytest.mark.parametrize(

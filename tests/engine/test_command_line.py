@@ -49,7 +49,7 @@ def test_vllm_reads_what_a_preset_means(parser, preset):
     config, found = parse(parser, preset, "where.engine.tensor_parallel_size=2")
     assert found.model == config.model.path and found.host == "127.0.0.1" and found.port == 8000
     assert found.enable_lora and found.max_lora_rank >= config.model.lora_rank
-    assert found.enable_sleep_mode == (not config.where.engine.keep)
+    assert found.enable_sleep_mode == found.sleep_mode_offload_cudagraph == (not config.where.engine.keep)
     assert found.tensor_parallel_size == 2
     assert found.gpu_memory_utilization == config.where.engine.gpu_memory_utilization
     assert found.max_model_len == config.conversation.max_tokens and found.dtype == config.model.precision

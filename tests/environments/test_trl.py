@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +23,10 @@ from thinkimg.conversation.codec import Codec  # noqa: E402
 from thinkimg.conversation.episode import ConversationSpec, Episode, play_script  # noqa: E402
 from thinkimg.conversation.picture import make_picture  # noqa: E402
 from thinkimg.conversation.protocol import Answer, ToolCall, load_protocol  # noqa: E402
+from thinkimg.conversation.text_core import TextCore  # noqa: E402
 from thinkimg.conversation.tokens import expansion  # noqa: E402
 from thinkimg.engine import play  # noqa: E402
+from thinkimg.environments.task import Tasks  # noqa: E402
 from thinkimg.environments.trl import (  # noqa: E402
     environment,
     make_arguments,
@@ -32,8 +35,10 @@ from thinkimg.environments.trl import (  # noqa: E402
     prepare_processor,
     reward_functions,
 )
+from thinkimg.errors import UserError  # noqa: E402
 from thinkimg.images.decode import decode, pixel_hash  # noqa: E402
 from thinkimg.images.toolbox import load_tools  # noqa: E402
+from thinkimg.records import StopReason  # noqa: E402
 from thinkimg.rewards.batch import Batch  # noqa: E402
 from thinkimg.rewards.settings import RULES  # noqa: E402
 from thinkimg.stages.prepare import prepare  # noqa: E402
@@ -56,6 +61,10 @@ def puzzles(tmp_path_factory):
     return SimpleNamespace(config=config, dataset=dataset, samples=dataset.split("train"), images=ImageTable([dataset]))
 
 
+class Cut(str):
+    """A turn that a limit cut off just before its end."""
+
+
 class Scripted:
     """A trainer whose turns are written, in place of its generation; keeps what it generated and what it shows."""
 
@@ -70,7 +79,7 @@ class Scripted:
         turns = [self.scripts[i][self.round] for i in self.active]
         self.round += 1
         self.active = [i for i in self.active if self.round < len(self.scripts[i])]
-        return [[*self.codec.encode(turn), self.codec.end] for turn in turns], None
+        return [[*self.codec.encode(turn), *[self.codec.end] * (type(turn) is not Cut)] for turn in turns], None
 
     def generate(self, prompts):
         self.output = self._generate(prompts)
@@ -89,8 +98,11 @@ def scripts_of(form: str, samples) -> list[list[str]]:
     ]
 
 
-def step(puzzles, model, form, folder):
-    """One step of TRL on scripted rollouts; the parameters that it changed are in `changed`."""
+def step(puzzles, model, form, folder, scripts=None, room=None):
+    """One step of TRL on scripted rollouts; the parameters that it changed are in `changed`.
+
+    room: tokens of a completion beyond those of its first turn, CROP.
+    """
     limits = ["conversation.max_turn_tokens=300", "conversation.max_tokens=1500"]  # few words have a token of their own
     config = load_config(
         "tiny", [f"where.store={puzzles.config.where.store}", f"conversation.protocol={form}", *limits]
@@ -98,10 +110,13 @@ def step(puzzles, model, form, folder):
     processor = AutoProcessor.from_pretrained(model, padding_side="left")
     processor.image_processor.size = {"shortest_edge": 200 * 200, "longest_edge": 10**6}  # a view would be enlarged
     codec = prepare_processor(processor, config)
+    limits = make_arguments(codec, config)
+    if room is not None:
+        limits["max_completion_length"] = len(codec.encode(load_protocol(form).render_turn("I look.", CROP))) + 1 + room
     arguments = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, num_generations=2, max_steps=1, learning_rate=1e-3,
         bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, shuffle_dataset=False,
-        disable_tqdm=True, gradient_checkpointing=False, max_grad_norm=1e9, **make_arguments(codec, config),
+        disable_tqdm=True, gradient_checkpointing=False, max_grad_norm=1e9, **limits,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32),
@@ -111,7 +126,7 @@ def step(puzzles, model, form, folder):
         environment_factory=environment(config),
         processing_class=processor,
     )
-    scripts = scripts_of(form, puzzles.samples)
+    scripts = scripts or scripts_of(form, puzzles.samples)
     scripted = Scripted(trainer, codec, scripts)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     batches, prepare_inputs = [], trainer._prepare_inputs
@@ -121,7 +136,7 @@ def step(puzzles, model, form, folder):
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     return SimpleNamespace(
         config=config, codec=codec, scripts=scripts, output=scripted.output, batch=batches[0], changed=changed,
-        log=trainer.state.log_history[0],
+        log=trainer.state.log_history[0], advantages=[*trainer._logs["advantages"]],
     )  # fmt: skip
 
 
@@ -181,6 +196,17 @@ def test_a_step_is_taken_on_our_rewards(puzzles, steps, form):
     assert any("visual" in name for name in done.changed) and any("language_model" in name for name in done.changed)
 
 
+def test_nothing_is_paid_that_trl_left_out(puzzles, tiny_models, tmp_path, monkeypatch):
+    """The limit drops the first one's picture and the second one's end; the last one's tool breaks."""
+    turn, (right, other) = load_protocol("think").render_turn, [Answer(sample.answer) for sample in puzzles.samples]
+    scripts = [[turn("I look.", CROP)], [Cut(turn("", right))], [turn("", other)], [turn("", TURN)]]
+    monkeypatch.setattr(play, "run_tool", lambda call: break_tool() if call.call == TURN else call.run())
+    done = step(puzzles, tiny_models[0], "think", tmp_path, scripts, room=8)
+    means = {name: done.log[f"rewards/{name}/mean"] for name in RULES.shipped}
+    assert means == {"answer": pytest.approx(1 / 3), "format": pytest.approx(1 / 3), "tool": 0.0}
+    assert done.advantages == [0.0] * 4  # the third is alone in its group
+
+
 def test_methods_have_the_arguments_of_the_tools(puzzles):
     made, tools = environment(puzzles.config)(), load_tools()
     for name, tool in tools.items():
@@ -206,16 +232,38 @@ def begin(puzzles, *settings: str):
     return made, row, config
 
 
-def end(made, config, text: str) -> dict[str, float]:
-    """The reward of each rule for a conversation that ends with a text."""
-    completion = [{"role": "assistant", "content": text}]
-    return {rule.__name__: rule(completions=[completion], environments=[made])[0] for rule in reward_functions(config)}
+def say(text: str) -> dict:
+    return {"role": "assistant", "content": text, "finish_reason": "stop"}
+
+
+def call(made, *calls: ToolCall) -> list[dict]:
+    """The messages of calls, one in each turn, as TRL makes them."""
+    messages = []
+    for one in calls:
+        try:
+            content = asyncio.run(getattr(made, one.name)(**one.args))
+        except Exception as error:
+            content = str({"error": str(error)})
+        messages.append(say("") | {"tool_calls": [{"function": {"name": one.name, "arguments": one.args}}]})
+        messages.append({"role": "tool", "name": one.name, "content": content})
+    return messages
+
+
+def end(made, config, *messages: dict) -> dict[str, float | None]:
+    """The reward of each rule for a conversation of these messages."""
+    rules = reward_functions(config)
+    return {rule.__name__: rule(completions=[[*messages]], environments=[made])[0] for rule in rules}
+
+
+def break_tool():
+    raise MemoryError("no memory")
 
 
 def test_rows_have_the_view_and_the_bytes_of_the_original(puzzles):
     made, row, config = begin(puzzles)
     (view,), (original,), sample = row["images"], row["originals"], row["sample"]
-    assert view.size == (112, 112) and f"Image 0: {view.width}x{view.height}" in row["prompt"][-1]["content"]
+    *_, question = row["prompt"]
+    assert view.size == (112, 112) and f"Image 0: {view.width}x{view.height}" in question["content"][-1]["text"]
     full = decode(original)
     assert full.size > view.size and pixel_hash(full) == sample.images[0]
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
@@ -241,27 +289,33 @@ def test_wrong_calls_are_answered_as_in_training(puzzles):
 
 def test_nothing_is_shown_after_the_last_turn(puzzles):
     made, _, config = begin(puzzles, "conversation.max_turns=2")
-    asyncio.run(made.rotate_image(angle=90))
-    asyncio.run(made.rotate_image(angle=90))
+    messages = call(made, TURN, TURN)
     with pytest.raises(ValueError, match="ended"):
         asyncio.run(made.rotate_image(angle=90))
     assert len(made._core.turns) == 2
-    assert end(made, config, "<think></think><answer>late</answer>")["answer"] == 0.0
+    assert end(made, config, *messages, say("<think></think><answer>late</answer>"))["answer"] == 0.0
 
 
-def test_a_broken_tool_is_an_error_of_its_conversation_alone(puzzles, monkeypatch):
-    made, _, config = begin(puzzles)
-    monkeypatch.setattr(play, "run_tool", lambda call: 1 / 0)
-    with pytest.raises(ValueError, match="rotate_image broke"):
-        asyncio.run(made.rotate_image(angle=90))
-    assert end(made, config, "<think></think><answer>late</answer>")["format"] == 0.0
+@pytest.mark.parametrize("last", ["answer", "malformed", "cut", "call"])
+def test_a_broken_tool_leaves_the_scores_of_its_conversation_missing(puzzles, monkeypatch, last):
+    """As in training. The other conversation of the batch has its own."""
+    made, row, config = begin(puzzles)
+    other, _, _ = begin(puzzles)
+    right = say(f"<think></think><answer>{row['sample'].answer}</answer>")
+    seen = [*call(other, CROP), right]
+    monkeypatch.setattr(play, "run_tool", lambda call: break_tool())
+    messages = call(made, TURN)
+    assert "rotate_image broke: MemoryError" in messages[-1]["content"]
+    ends = {"answer": right, "malformed": say("?"), "cut": right | {"finish_reason": "length"}}
+    completion = [*messages, ends[last]] if last in ends else messages[:-1]
+    for rule in reward_functions(config):
+        assert rule(completions=[completion, seen], environments=[made, other]) == [None, 1.0]
 
 
 def test_an_environment_is_used_again_without_a_trace_of_before(puzzles):
     made, row, config = begin(puzzles)
-    asyncio.run(made.crop_image(**CROP.args))
-    right = f"<think></think><answer>{row['sample'].answer}</answer>"
-    assert end(made, config, right) == {"answer": 1.0, "format": 1.0, "tool": 1.0}
+    right = say(f"<think></think><answer>{row['sample'].answer}</answer>")
+    assert end(made, config, *call(made, CROP), right) == {"answer": 1.0, "format": 1.0, "tool": 1.0}
     made.reset(**row)
     assert end(made, config, right) == {"answer": 1.0, "format": 1.0, "tool": 0.0}
 
@@ -272,6 +326,84 @@ def test_a_turn_that_was_cut_off_calls_no_tool(puzzles, tiny_models):
     assert "tool_calls" not in parse_message(codec, protocol, ids)
     (call,) = parse_message(codec, protocol, [*ids, codec.end])["tool_calls"]
     assert call["function"] == {"name": CROP.name, "arguments": CROP.args}
+
+
+def test_only_a_turn_with_its_end_is_paid(puzzles, tiny_models):
+    """A limit cuts a right answer off anywhere, just before its end included."""
+    made, row, config = begin(puzzles)
+    codec, protocol = Codec.load(tiny_models[0]), load_protocol("think")
+    ids = codec.encode(protocol.render_turn("I look.", Answer(row["sample"].answer)))
+    assert end(made, config, parse_message(codec, protocol, [*ids, codec.end]))["answer"] == 1.0
+    for length in range(1, len(ids) + 1):
+        message = parse_message(codec, protocol, ids[:length])
+        assert end(made, config, message) == {"answer": 0.0, "format": 0.0, "tool": 0.0}
+        assert made._complete([message])[1].stop is StopReason.TRUNCATED
+
+
+class Full(TextCore):
+    """Conversation of ours in which only so many results have room."""
+
+    room = 0
+
+    def tell(self, content, picture):
+        self.room -= 1
+        return self.room >= 0 and super().tell(content, picture)
+
+
+def play_in_room(made, config, calls, room: int) -> TextCore:
+    tasks = Tasks.of(config)
+    core = Full(made._core.pictures[:1], tasks.conversation, tasks.view)
+    core.room = room
+    for one in calls:
+        pending = core.read(core.protocol.render_thought("") + core.protocol.render_call(one.name, one.args))
+        core.observe(pending.run())
+    return core
+
+
+KINDS = (CROP, TURN, WRONG, ToolCall("get_image_info", {}), ToolCall("rotate_image", {"angle": 0}))
+PLAYS = [calls for length in (1, 2) for calls in product(KINDS, repeat=length)]
+
+
+@pytest.mark.parametrize("dropped", ["message", "turn after it"])
+def test_a_result_without_room_is_one_that_the_model_did_not_see(puzzles, dropped):
+    """As in our loop: the turns, the pictures and the end of every conversation are the same."""
+    made, row, config = begin(puzzles, "conversation.max_turns=2")
+    unknown = [say("") | {"tool_calls": ["?"]}, {"role": "tool", "name": "no_such", "content": "Tool not found."}]
+    for calls in PLAYS:
+        made.reset(**row)
+        messages = unknown + call(made, *calls)  # TRL answers a call of an unknown tool itself
+        completion = messages[:-1] if dropped == "message" else messages
+        for _ in RULES.shipped:  # each reward function asks
+            _, core = made._complete(completion)
+        ours = play_in_room(made, config, calls, len(calls) - 1)
+        assert (core.turns, core.stop) == (ours.turns, ours.stop), calls
+        assert [picture.sha256 for picture in core.pictures] == [picture.sha256 for picture in ours.pictures]
+        _, core = made._complete([*messages, say("<think></think><answer>x</answer>")])
+        assert core.turns[: len(calls)] == play_in_room(made, config, calls, 9).turns
+    made.reset(**row)
+    assert end(made, config, *call(made, CROP)[:-1])["tool"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["reset", "get_reward", "_call", "_mine"])
+def test_a_tool_with_a_name_of_the_class_is_refused(puzzles, tmp_path, monkeypatch, name):
+    (tmp_path / f"{name}.py").write_text(
+        '"""Nothing."""\n'
+        "from thinkimg.images.tool import ToolArgs\n"
+        "class Args(ToolArgs): pass\n"
+        "def apply(image, args, frame): return image\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config("tiny", [f"where.store={puzzles.config.where.store}", f"conversation.tools=[{name}]"])
+    with pytest.raises(UserError, match=f"'{name}'") as refused:
+        environment(config)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("argument", ["self", "name", "args", "made"])
+def test_any_argument_of_a_call_is_answered_as_in_training(puzzles, argument):
+    made, _, _ = begin(puzzles)
+    messages = call(made, ToolCall("flip_image", {argument: 1}))
+    assert "takes no argument" in messages[-1]["content"][-1]["text"] and len(made._core.turns) == 1
 
 
 def test_turns_are_limited_and_no_placeholder_is_sampled(puzzles, tiny_models):
@@ -291,8 +423,7 @@ def test_rules_of_a_user_are_reward_functions(puzzles, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     made, _, config = begin(puzzles, "rewards.rules=[brevity_rule]")
-    asyncio.run(made.rotate_image(angle=90))
-    assert end(made, config, "<think></think><answer>x</answer>")["brevity_rule"] == 0.5
+    assert end(made, config, *call(made, TURN), say("<think></think><answer>x</answer>"))["brevity_rule"] == 0.5
 
 
 def test_the_loop_is_the_one_of_rollouts(puzzles, monkeypatch):
@@ -304,9 +435,9 @@ def test_the_loop_is_the_one_of_rollouts(puzzles, monkeypatch):
         yield core.turns[-1]
 
     monkeypatch.setattr(play, "play_turns", other_turns)
-    with pytest.raises(ValueError, match="ended"):
-        asyncio.run(made.rotate_image(angle=90))
-    assert end(made, config, "anything")["answer"] == 1.0
+    messages = call(made, TURN)
+    assert "ended" in messages[-1]["content"]
+    assert end(made, config, *messages, say("anything"))["answer"] == 1.0
 
 
 def test_the_template_renders_a_history_as_the_policy_wrote_it(puzzles, tiny_models):

@@ -173,8 +173,7 @@ def play_ours(puzzles, script: list[str]):
         for text in script:
             if call := core.read(text):
                 core.observe(call.run())
-        batch = tasks.batch([(sample, core)])
-        yield sample, core, {name: rule(batch)[0].value for name, rule in tasks.rules.items()}
+        yield sample, core, {rule: tasks.score(rule, [(sample, core)])[0] for rule in tasks.rules}
 
 
 def test_conversations_and_rewards_are_ours(puzzles, tmp_path, monkeypatch):
@@ -185,8 +184,9 @@ def test_conversations_and_rewards_are_ours(puzzles, tmp_path, monkeypatch):
     assert len(traces) == 2
     for trace, (sample, core, values) in zip(traces, play_ours(puzzles, script), strict=True):
         system, question, *messages = read_messages(trace)
-        assert system == ("system", [tasks.system], [])
-        assert question == ("user", [tasks.ask(sample, core.pictures[:1])], [core.pictures[0].uuid])
+        ours, asked = tasks.messages(sample, core.pictures[:1])
+        assert system == ("system", [ours["content"]], [])
+        assert question == ("user", [asked["content"][-1]["text"]], [core.pictures[0].uuid])
         assert messages[::2] == [("assistant", [text], []) for text in script]
         assert [picture.uuid for picture in core.pictures[1:]] == messages[1][2] and core.turns[0].image
         assert messages[1::2] == [
@@ -238,6 +238,24 @@ def test_a_broken_tool_is_an_error_of_its_rollouts(puzzles, tmp_path, monkeypatc
     with Endpoint([CROP]) as endpoint:
         traces = evaluate_with(monkeypatch, tmp_path, arguments(endpoint.url, puzzles.dataset, puzzles.overrides))
     assert all("crop_image broke" in trace["errors"][0]["message"] for trace in traces) and len(traces) == 2
+
+
+def test_a_tool_that_breaks_when_a_trace_is_scored_is_no_reward_of_zero(puzzles, tmp_path, monkeypatch):
+    calls, script = [], [CROP, TURN("Seen.", Answer("A"))]
+
+    def run_tool(call):
+        calls.append(call)
+        if len(calls) % 2 == 0:  # one at a time: each is played, and played again for its score
+            raise MemoryError("no memory")
+        return call.run()
+
+    monkeypatch.setattr(play, "run_tool", run_tool)
+    with Endpoint(script) as endpoint:
+        argv = arguments(endpoint.url, puzzles.dataset, puzzles.overrides, "--max-concurrent", "1")
+        traces = evaluate_with(monkeypatch, tmp_path, argv)
+    assert [trace["errors"][0]["type"] for trace in traces] == ["TaskError"] * 2
+    assert all("crop_image broke: MemoryError" in trace["errors"][0]["message"] for trace in traces)
+    assert len(endpoint.bodies) == len(calls) == 4 and not any(any(trace["rewards"].values()) for trace in traces)
 
 
 def test_the_loop_is_the_one_of_rollouts(puzzles, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from stock_forward import stock_logps
 
 from thinkimg import registry
 from thinkimg.analysis.export import export_policy
-from thinkimg.analysis.forecast import forecast_memory
+from thinkimg.analysis.forecast import forecast_needs
 from thinkimg.config.load import load_config
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.episode import render_system_prompt
@@ -123,7 +123,7 @@ def test_it_is_one_of_the_families(package, base):
 
 
 def test_its_memory_is_forecast():
-    assert "fits in" in forecast_memory(load_config("tiny", [f"model.tiny={TINY}", "train.token_budget=600"]))
+    assert "fits in" in forecast_needs(load_config("tiny", [f"model.tiny={TINY}", "train.token_budget=600"]))
 
 
 def test_other_values_in_its_files_are_refused(base):

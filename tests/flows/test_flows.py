@@ -178,7 +178,10 @@ def test_two_runs_at_once_share_a_new_prefect_home_and_do_the_work_once(place, r
     assert run_names(tmp_path) == [f"score {rollouts.short}"] * 2, "a run is named after what it scores"
 
 
-@pytest.mark.parametrize(("setting", "name"), [("seed=7", "tiny answer=0.5 format=0.5 seed=3"), ("nonsense=1", "loop")])
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [("seed=7", "tiny answer=0.5 format=0.5 seed=3"), pytest.param("nonsense=1", "loop", marks=pytest.mark.long)],
+)
 def test_a_loops_run_is_named_after_preset_mix_and_seed(tmp_path, setting, name):
     process = start(tmp_path, LOOP, "where.tracking.enabled=false", setting)
     _, errors = process.communicate(timeout=300)

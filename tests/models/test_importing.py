@@ -62,8 +62,10 @@ if "clip" in sys.argv:
     assert open_clip.hf_model.transformers is not None, "open_clip does without it"
 """
 
+OTHERS = ("tiny merged", "merged clip")
 
-@pytest.mark.parametrize("pair", ["clip tiny", "tiny merged", "merged clip"])
+
+@pytest.mark.parametrize("pair", ["clip tiny", *(pytest.param(p, marks=pytest.mark.long) for p in OTHERS)])
 def test_two_threads_that_need_transformers_first_both_get_it(pair):
     ended = subprocess.run([sys.executable, "-c", RACE, *pair.split()], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkimg.config.load import load_config
+from thinkimg.engine.errors import EngineError
 from thinkimg.redaction import without_password, without_query, without_secrets
 
 SECRETS = st.from_regex(r"zq[A-Za-z0-9/+_.!$]{6,20}", fullmatch=True)
@@ -89,3 +90,8 @@ def test_what_is_no_secret_stays(monkeypatch, tmp_path):
     ):  # fmt: skip
         assert without_secrets(text) == text
     assert without_password("http://u:p@h,http://v:q@i") == "http://u:***@h,http://v:***@i"
+
+
+def test_an_engines_error_has_no_password_in_sentence_and_hint():
+    error = EngineError("http://u:secret@h is down", hint="start http://u:secret@h, or http://secret@i")
+    assert "secret" not in f"{error} {error.message} {error.hint}" and "start http://u:***@h" in str(error)

@@ -202,6 +202,20 @@ def test_on_a_cpu_the_servers_share_the_cores(tmp_path, model, started, bind, si
     assert not any("CUDA_VISIBLE_DEVICES" in env for _, env in started.values())
 
 
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_trainers_memory_grows_in_place_unless_the_user_has_set_it(tmp_path, model, started, monkeypatch, own):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "max_split_size_mb:512")
+    start_all(tmp_path, model)
+    settings = {name: {k: v for k, v in env.items() if k.endswith("_ALLOC_CONF")} for name, (_, env) in started.items()}
+    users = {} if own is None else {own: "max_split_size_mb:512"}
+    assert settings == {
+        "engine": users, "teacher": users, "trainer": users or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+    }  # fmt: skip
+
+
 def test_the_trainer_runs_on_its_cores_and_we_keep_ours(tmp_path, monkeypatch):
     show = "import json, os; print(json.dumps(sorted(os.sched_getaffinity(0))))"
     monkeypatch.setattr(client, "build_launch_command", lambda *_, **__: [sys.executable, "-c", show])

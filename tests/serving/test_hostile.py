@@ -5,7 +5,9 @@ import json
 import os
 import random
 import string
+import tempfile
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -219,6 +221,26 @@ def test_a_link_that_is_put_there_after_the_check_is_not_followed(tmp_path, monk
     monkeypatch.setattr("thinkimg.serving.pictures.os.path.realpath", swap)
     with pytest.raises(Refusal, match="no such picture below"):
         reader(media).fetch(name)
+
+
+def test_folders_on_the_way_to_a_picture_need_not_be_readable():
+    """As for `open`: they are passed through, by a user who may not list them."""
+    with tempfile.TemporaryDirectory() as root:
+        media = Path(root).resolve()
+        (media / "deep").mkdir()
+        (media / "deep" / "good.png").write_bytes(FILES["PNG"])
+        (media / "deep").chmod(0o311)
+        media.chmod(0o711)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)
+                (media / "deep").stat()  # it is reached
+            assert not os.access(media / "deep", os.R_OK, effective_ids=True)
+            assert reader(media).fetch(f"file://{media}/deep/good.png") == FILES["PNG"]
+        finally:
+            os.seteuid(user)
+            (media / "deep").chmod(0o700)
 
 
 def test_a_large_file_is_not_read_whole(folder):

@@ -22,6 +22,16 @@ DROP = """(() => {
     document.querySelector("main").dispatchEvent(
       new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true}));
 })()"""
+DROP_AND_ASK = """(() => {
+  for (const size of [4000000, 1]) {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([new Uint8Array(size)], `${size}.png`, {type: "image/png"}));
+    document.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+  }
+  document.getElementById("text").value = "Which?";
+  document.getElementById("question").requestSubmit();
+})()"""
+"""Two files at once, of which the first takes longer to read, and the question before both are read."""
 FOCUS = "document.activeElement?.id || document.activeElement?.textContent"
 IMAGES = "[...document.querySelectorAll('#log img')].map(image => [image.naturalWidth, image.naturalHeight])"
 
@@ -168,6 +178,20 @@ def test_it_asks_for_the_key_and_sends_it(opened, browser):
         browser.run("document.getElementById('text').value = ''; document.getElementById('text').focus()")
         ask(browser, "Which? Image 1:")
         browser.wait_for(text)
+
+
+def test_pictures_that_are_being_read_are_waited_for(opened, browser):
+    """None is lost, none comes back in another conversation, and no question goes without one."""
+    shown = "document.querySelectorAll('#pictures li').length"
+    opened()
+    browser.run(DROP_AND_ASK)
+    wait(lambda: browser.run(shown) == 2, "both pictures", browser.text)
+    assert not browser.run("document.querySelectorAll('.question').length")
+    assert not browser.run("document.getElementById('ask').disabled")
+    browser.run(f"document.getElementById('restart').click(); {DROP_AND_ASK}")
+    browser.run("document.getElementById('restart').click()")
+    wait(lambda: not browser.run("document.getElementById('ask').disabled"), "both read", browser.text)
+    assert browser.run(shown) == 0
 
 
 def test_all_of_it_is_reached_by_the_keyboard(opened, browser, shots):

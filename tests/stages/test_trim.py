@@ -8,7 +8,8 @@ import torch
 from thinkimg.errors import UserError
 from thinkimg.models.base import Base
 from thinkimg.models.settings import ModelConfig
-from thinkimg.stages.train import check_optimizer, train, trim_optimizers
+from thinkimg.resource_settings import ResourcesConfig
+from thinkimg.stages.train import check_optimizer, tidy, train
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact, Recipe
 from thinkimg.trainer import checkpoint
@@ -44,7 +45,7 @@ def test_the_last_two_are_kept_and_the_others_still_serve(tmp_path, tiny_models)
     store = Store(tmp_path)
     made = chain(store, tiny_models[0], 4)
     for _ in range(2):  # again changes nothing
-        trim_optimizers(store, made[-1])
+        tidy(store, made[-1], ResourcesConfig())
         assert [(policy.directory / NAME).exists() for policy in made] == [True, False, False, True, True]
     for number, policy in enumerate(made):
         if number in (1, 2):

@@ -167,6 +167,28 @@ def test_the_policy_that_the_kl_term_is_measured_against_keeps_its_files(tmp_pat
     assert str(made["policy2"].reference) in dropped and str(made["first"].reference) not in dropped
 
 
+@pytest.mark.parametrize("keep", [2, 3])
+def test_a_loop_keeps_its_last_policies_the_best_one_and_those_that_others_go_on_from(tmp_path, keep):
+    """Accuracies rise to iteration 2, and fall; another mix was trained from iteration 4."""
+    store, accuracies = Store(tmp_path), [0.2, 0.5, 0.9, 0.4, 0.3, 0.3, 0.3, 0.3]
+    data = make(store, "dataset", "prepare", {})
+    line = [make(store, "policy", "warmstart", {"dataset": data.reference, "base": BASE})]
+    for number, accuracy in enumerate(accuracies):
+        shared = {"dataset": data.reference, "policy": line[-1].reference}
+        make(store, "evaluation", "evaluate", shared, {"blind": False}, accuracy=accuracy)
+        make(store, "evaluation", "evaluate", shared, {"blind": True}, accuracy=1.0)
+        rollouts = make(store, "rollouts", "rollout", shared, {"iteration": number + 1})
+        inputs = shared | {"rollouts": rollouts.reference}
+        if number == 4:
+            make(store, "policy", "train", inputs, {"mix": {"tool": 1.0}})
+        line.append(make(store, "policy", "train", inputs, {"mix": {"answer": 1.0}}))
+        collector.drop_old_policies(store, line[-1], keep)
+    kept = [number for number, policy in enumerate(line) if not policy.dropped]
+    assert kept == sorted({0, 2, 4, *range(len(line) - keep, len(line))})
+    assert all(store.verify(artifact) == [] for artifact in store.list())
+    assert not any(artifact.dropped for artifact in store.list() if artifact.kind != "policy")
+
+
 class StopAt:
     """A hook of the file layer that stops at its n-th event; None only counts."""
 

@@ -241,6 +241,7 @@ def lagging(place, output) -> tuple[str, dict[str, list]]:
     return printed, {kind: artifacts(place, kind)[count:] for kind, count in known.items()}
 
 
+@pytest.mark.long
 def test_with_a_lag_the_same_policy_plays_on(place, lagging):
     """The first iteration is that without a lag; in the second the first policy plays, and the second is trained."""
     _, made = lagging

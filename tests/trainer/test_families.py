@@ -241,7 +241,7 @@ def test_experts_are_refused_in_a_sentence_before_anything_is_loaded(experts, mo
     assert "dense" in caught.value.hint
     settings = [f"model.path={experts}", f"model.adaptation={model.adaptation}", "model.tiny=null"]
     with pytest.raises(UserError, match=reason):
-        forecast.forecast_memory(load_config("tiny", settings))
+        forecast.forecast_needs(load_config("tiny", settings))
 
 
 def test_an_adapter_would_leave_experts_out(experts):

@@ -35,7 +35,6 @@ VISION = "--images 2 --turns 3 --size 8 --words 20 --train-vision"
 MOST_IMAGES = "--images 30 --turns 1 --size 4 --words 20"  # the tower's peak is the step's
 QUICK = [
     f"--family qwen2_5_vl --adaptation lora {IMAGES}",
-    f"--family qwen2_5_vl --adaptation full --layers 6 --padded {TEXT}",
     f"--family qwen3_vl --adaptation lora --layers 3 {IMAGES}",
     f"--family qwen3_5 --adaptation lora --padded {FEW_IMAGES}",
 ]
@@ -203,11 +202,11 @@ def test_the_7b_is_gone_through_without_its_weights(monkeypatch):
 
 def test_a_forecast_says_what_to_lower_where_a_step_does_not_fit(monkeypatch):
     config = load_config("tiny")
-    assert "fits in" in forecast.forecast_memory(config)
+    assert "fits in" in forecast.forecast_needs(config)
     monkeypatch.setattr(forecast, "free_memory", lambda _: 10**7)
-    line = forecast.forecast_memory(config)
+    line = forecast.forecast_needs(config)
     assert "lower train.token_budget" in line and "set train.gradient_checkpointing=auto" in line
-    line = forecast.forecast_memory(load_config("tiny", ["train.gradient_checkpointing=auto"]))
+    line = forecast.forecast_needs(load_config("tiny", ["train.gradient_checkpointing=auto"]))
     assert "(4 of 4 layers computed again)" in line and "gradient_checkpointing" not in line
 
 

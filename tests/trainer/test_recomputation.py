@@ -118,7 +118,7 @@ def test_the_fewest_layers_recompute_with_which_a_step_fits(costs, on_gpu, free,
     if found.layers:
         assert costs.require(found.layers - 1, found.features).total * MARGIN > free
     assert plan(costs, auto, free + more).layers <= found.layers
-    assert plan(costs, auto, math.inf).layers == 0 and plan(costs, auto, 0).layers == costs.layers
+    assert plan(costs, auto, math.inf).layers == 0 and plan(costs, auto, -1).layers == costs.layers
     for setting, layers in ((False, 0), (True, costs.layers)):
         fixed = plan(costs, replace(auto, checkpointing=setting), free)
         assert fixed.layers == layers

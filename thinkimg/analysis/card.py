@@ -9,12 +9,15 @@ from typing import Any
 import yaml
 
 from thinkimg.conversation.settings import ConversationConfig
-from thinkimg.data.hub.public_sets import public_sets
+from thinkimg.data.hub.public_sets import PublicSet, is_id, public_sets
+from thinkimg.data.tables.find import fits
 from thinkimg.records import PUZZLES, Coordinates
 from thinkimg.store.manifest import Artifact
 
 HUB_ID = re.compile(r"(?!model/)[\w.-]+/[\w.-]+")
 """Id of a model on the Hub; the name `model/<digest>` is that of a directory."""
+FROM_THE_HUB = ("files", "hub")
+"""Sources whose recorded name is an id of the Hub, unless they read files of the trainer's machine."""
 
 EXAMPLE = '''"""Ask the policy about a picture, for its first turn: python example.py picture.png "What is it?"."""
 
@@ -67,13 +70,18 @@ SERVING = """With vLLM it is served by
     vllm serve {model} --served-model-name {served} --dtype {dtype} \\
         --chat-template chat_template.jinja --generation-config {generation} \\
         --max-model-len {tokens} --limit-mm-per-prompt '{{"image": {images}}}' \\
-        --mm-processor-kwargs '{{"size": {{"shortest_edge": {min_pixels}, "longest_edge": {max_pixels}}}}}'{adapter}
+        --mm-processor-kwargs '{{"size": {{"shortest_edge": {min_pixels}, "longest_edge": {max_pixels}}}}}'{flags}
 
-It samples as in the rollouts, and greedily with `"temperature": 0`. It does not read `suppress_tokens` of
+{base}It samples as in the rollouts, and greedily with `"temperature": 0`. It does not read `suppress_tokens` of
 {generation}/generation_config.json, the tokens that the policy never writes: give each a `logit_bias` of -100.
 """
 ADAPTER = """ \\
-        --enable-lora --max-lora-rank {rank} --lora-modules policy={directory}"""
+        {revision}--enable-lora --max-lora-rank {rank} --lora-modules policy={directory}"""
+BASE = "BASE"
+"""Placeholder of a base model that has no address: a directory of the trainer's machine."""
+BASE_NOTE = """BASE stands for a directory: that of the base model that the adapter was trained on. No other fits.
+
+"""
 
 
 def write_serving(
@@ -84,32 +92,41 @@ def write_serving(
     weights: folder with `model/` or `adapter/`. images, conversation: settings of the policy's rollouts. model: those
     of its training.
     """
-    directory = weights / "adapter"
-    part = f"policy/{'adapter' if directory.is_dir() else 'model'}"
-    base, adapter = part, ""
-    if directory.is_dir():
-        settings = json.loads((directory / "adapter_config.json").read_bytes())
-        name, revision = settings["base_model_name_or_path"], settings.get("revision")
-        base = name if HUB_ID.fullmatch(name) else "BASE"
-        base += f" --revision {revision}" if revision else ""
-        adapter = ADAPTER.format(rank=settings["r"], directory=part)
+    name, flags = name_model(weights)
     return SERVING.format(
-        model=base,
-        served="base" if adapter else "policy",
+        model=name,
+        served="base" if flags else "policy",
         dtype=model.get("dtype", "auto"),
-        generation=part,
+        generation=f"policy/{'adapter' if flags else 'model'}",
         tokens=conversation.get("max_tokens", ConversationConfig().max_tokens),
         images=conversation.get("max_images", ConversationConfig().max_images),
         min_pixels=images["min_pixels"],
         max_pixels=images["max_pixels"],
-        adapter=adapter,
+        flags=flags,
+        base=BASE_NOTE if name == BASE else "",
     )
 
 
-def front_matter(base: str, adaptation: str) -> str:
+def name_model(weights: Path) -> tuple[str, str]:
+    """Return the model that vLLM loads, and the flags that add the policy's adapter: "" where it has none.
+
+    weights: folder with `model/` or `adapter/`. The model of an adapter is its base: an id of the Hub, or BASE.
+    """
+    directory = weights / "adapter"
+    if not directory.is_dir():
+        return "policy/model", ""
+    settings = json.loads((directory / "adapter_config.json").read_bytes())
+    name, revision = settings["base_model_name_or_path"], settings.get("revision")
+    flags = ADAPTER.format(
+        revision=f"--revision {revision} " if revision else "", rank=settings["r"], directory="policy/adapter"
+    )
+    return name if HUB_ID.fullmatch(name) else BASE, flags
+
+
+def front_matter(base: str, *, is_adapter: bool) -> str:
     """Return the settings of a card at its beginning, as the Hub reads them. base: name of the base model."""
     settings: dict[str, Any] = {
-        "library_name": "peft" if adaptation == "lora" else "transformers",
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["thinkimg", "grpo"],
     }
@@ -161,11 +178,13 @@ def show_interval(metrics: Mapping[str, Any], name: str) -> str:
     return f"{value} ({low} to {high})"
 
 
-def licence_lines(base: str, revision: str | None, data: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield where the licences of base model and data are stated. data: settings of the data set, None if not known."""
+def licence_lines(base: str, revision: str | None, datasets: Sequence[Artifact]) -> Iterator[str]:
+    """Yield where the licences of base model and data are stated. datasets: all that the policy was trained on."""
     yield "## Licences"
     yield ""
-    yield from (f"- {line}" for line in (describe_base(base, revision), describe_data(data)))
+    yield f"- {describe_base(base, revision)}"
+    recorded = [dataset.manifest["recipe"]["config"].get("data", {}) for dataset in datasets]
+    yield from dict.fromkeys(f"- {describe_data(data)}" for data in recorded or [{}])
 
 
 def describe_base(base: str, revision: str | None) -> str:
@@ -182,16 +201,35 @@ def describe_base(base: str, revision: str | None) -> str:
     return "Base model: a directory of the trainer's machine. Ask whoever trained the policy for its licence."
 
 
-def describe_data(data: Mapping[str, Any] | None) -> str:
-    """Return a sentence on the licence of the data."""
-    if data is None:
+def describe_data(data: Mapping[str, Any]) -> str:
+    """Return a sentence on the licence of the data. data: as the recipe of a data set records them."""
+    if not data:
         return "Data: not known."
     if data.get("source") == PUZZLES:
         return "Data: the puzzles that thinkimg draws, on photographs of scikit-image (docs/licences.md of thinkimg)."
-    name = str(data.get("path")).partition("@")[0]
-    for public_set in public_sets().values():
-        if name in (public_set.name, public_set.repository):
-            page = f"see https://huggingface.co/datasets/{public_set.repository}"
-            licence = page if public_set.licence is None else public_set.licence.value
-            return f"Data: {public_set.name} ({public_set.repository}), {licence}."
-    return "Data: a user's own. Ask whoever trained the policy for its licence."
+    repository = str(data.get("name")).partition("@")[0]
+    if data.get("source") not in FROM_THE_HUB or not is_id(repository):
+        return "Data: a user's own. Ask whoever trained the policy for its licence."
+    page = f"see https://huggingface.co/datasets/{repository}"
+    public_set = find_public_set(repository, data.get("schemas", []))
+    if public_set is None:
+        return f"Data: {repository}, {page}."
+    licence = page if public_set.licence is None else public_set.licence.value
+    return f"Data: {public_set.name} ({repository}), {licence}."
+
+
+def find_public_set(repository: str, schemas: Sequence[Sequence[str]]) -> PublicSet | None:
+    """Return the one public data set that has all these tables; None where none has, or several.
+
+    schemas: (table, schema, version) of each table that was read.
+    """
+    sets = [
+        public_set
+        for public_set in public_sets().values()
+        if public_set.repository == repository
+        and all(
+            schema == public_set.schema and (public_set.files is None or fits(table, "|".join(public_set.files.value)))
+            for table, schema, _ in schemas
+        )
+    ]
+    return sets[0] if schemas and len(sets) == 1 else None

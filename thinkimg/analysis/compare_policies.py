@@ -1,6 +1,7 @@
 """Comparison of two policies on the samples that both were evaluated on: the greedy answers that differ."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from thinkimg.analysis.diff import compare_recipes
@@ -15,8 +16,6 @@ from thinkimg.store.manifest import Artifact
 
 CHANGES = ("lost", "gained", "judged otherwise", "other answer")
 """Kinds of changes, in the order in which they are listed: right before, right after, not judged in one, neither."""
-PAIRS = 16
-"""Pairs whose pictures are in memory at a time."""
 
 
 def find_evaluation(store: Store, artifact: Artifact) -> Evaluation:
@@ -83,9 +82,15 @@ def compare_evaluations(store: Store, first: Evaluation, second: Evaluation) -> 
 
 def read_greedy(evaluation: Evaluation, dataset: Dataset) -> dict[str, tuple[Trajectory, Mapping[str, Any]]]:
     """Return sample id -> (greedy trajectory, its score of `answer`), in the order of the evaluation."""
-    rows = [row for row in evaluation.trajectories() if row.index == GREEDY]
+    rows = [row for row in read_texts(evaluation) if row.index == GREEDY]
     scores = score_answers(evaluation, dataset, rows)
     return {row.sample_id: (row, scores[row.trajectory_id]["answer"]) for row in rows}
+
+
+def read_texts(evaluation: Evaluation, ids: Sequence[str] | None = None) -> Iterator[Trajectory]:
+    """Yield the trajectories, all or those of some ids, without their tokens, so that thousands fit into memory."""
+    for row in evaluation.trajectories(ids=ids):
+        yield replace(row, tokens=(), roles=(), logprobs=())
 
 
 def describe_pair(
@@ -119,12 +124,14 @@ def sign_test(lost: int, gained: int) -> float | None:
 
 
 def read_pairs(changes: Mapping[str, Any], first: View, second: View) -> Iterator[tuple[str, Entry, Entry]]:
-    """Yield (heading, first conversation, second) of each changed pair of `compare_evaluations`, with pictures."""
-    for start in range(0, len(changes["rows"]), PAIRS):
-        rows = changes["rows"][start : start + PAIRS]
-        sides = [
-            {entry.row.sample_id: entry for entry in view.entries([row[side]["trajectory_id"] for row in rows])}
-            for view, side in ((first, "from"), (second, "to"))
-        ]
-        for row in rows:
-            yield f"{row['change']}: {row['sample_id']}", *(side[row["sample_id"]] for side in sides)
+    """Yield (heading, first conversation, second) of each changed pair of `compare_evaluations`, with pictures.
+
+    Each evaluation is read once. The pictures of one pair are in memory at a time.
+    """
+    sides = []
+    for view, side in ((first, "from"), (second, "to")):
+        ids = [row[side]["trajectory_id"] for row in changes["rows"]]
+        texts = {row.trajectory_id: row for row in read_texts(view.episodes, ids)}
+        sides.append(view.describe([texts[name] for name in ids]))
+    for row, before, after in zip(changes["rows"], *sides, strict=True):
+        yield f"{row['change']}: {row['sample_id']}", before, after

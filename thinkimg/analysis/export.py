@@ -4,10 +4,14 @@ import hashlib
 import inspect
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from thinkimg import __version__
 from thinkimg.analysis import card
+from thinkimg.analysis.system_prompt import LEARNED, find_system_prompt
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.protocol import load_protocol
 from thinkimg.conversation.settings import ConversationConfig
@@ -19,17 +23,17 @@ from thinkimg.models.family import find_family
 from thinkimg.records import Coordinates
 from thinkimg.store import files
 from thinkimg.store.artifacts import Store
-from thinkimg.store.kinds import Policy
+from thinkimg.store.kinds import Episodes, Policy
 from thinkimg.store.lineage import Graph, draw_tree
 from thinkimg.store.manifest import MANIFEST, Artifact, git_revision
-from thinkimg.tracking.records import find_loop, find_system_prompt
+from thinkimg.tracking.records import LoopRecord, find_loop
 
 SUMS = "SHA256SUMS"
 README = """# A policy that thinkimg {version} trained
 
-    policy/                  the weights ({adaptation}), tokenizer and processor, as Hugging Face's libraries read them
+    policy/                  the weights ({weights}), tokenizer and processor, as Hugging Face's libraries read them
     chat_template.jinja      the template that renders a conversation to the tokens of its training, see below
-    system.txt               the system prompt that it was trained with
+    system.txt               the system prompt {system}
     example.py               asks it for its first turn about a picture, with Hugging Face's libraries alone
     tools.json               its tools: description, JSON Schema of the arguments, hash of the code
     config.json              the resolved config of its loop, and the part of it that each ancestor's stage used
@@ -43,7 +47,7 @@ the sha256 of the canonical JSON of its recipe. `digest` covers names, sizes and
 recipe's `inputs` have the digests of the ancestors.
 
 The tokenizer in policy/ has chat_template.jinja, too, in place of the base model's. That would trim texts or drop
-thoughts that the policy was trained with. So {changed} differ from the manifest's.
+thoughts that the policy was trained with. {difference}
 
 {serving}
 With this template a conversation is: the system message with the text of system.txt, the user's with the images and the
@@ -52,6 +56,10 @@ policy wrote it: switch a server's parsers of thoughts and tools off. A result i
 its image and then its text. Pass no `tools`. A reply begins with {opening}, which the template writes.
 Texts of users that spell <|im_end|> or another token of the template are read as that token: remove them first.
 """
+STORED_PROMPT = "that it was trained with"
+RENDERED_PROMPT = "of its settings, as this version of thinkimg writes it: the one of its training is not stored"
+MERGED = """The manifest is the adapter's, and lists policy/adapter/*. Here the adapter is
+merged into its base model, so that no file of policy/model/* is in the manifest."""
 TOKENIZER_CONFIG, TEMPLATE_JSON = "tokenizer_config.json", "chat_template.json"
 STATE = "state.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -74,7 +82,7 @@ def export_policy(store: Store, policy: Policy, target: Path, base: str | None =
     with files.replacing(target.absolute()) as pack:
         pack.mkdir()
         write_weights(policy, pack / "policy", base)
-        write_pack(store, policy, pack)
+        write_pack(Origin.of(store, policy), pack, is_merged=base is not None)
         sums = [f"{files.sha256(pack / name)}  {name}\n" for name in files.files_under(pack)]
         (pack / SUMS).write_text("".join(sums))
     return target
@@ -93,66 +101,116 @@ def write_weights(policy: Policy, target: Path, base: str | None) -> None:
     source = BaseSource(path=base, revision=None, tiny=False)
     dtype = policy.manifest["recipe"]["config"]["model"]["dtype"]
     export_merged(policy.checked("policy"), target / "model", base=Base(**source.entry(policy)), dtype=dtype)
-    shutil.copyfile(policy.directory / "policy" / STATE, target / STATE)
 
 
-def write_pack(store: Store, policy: Policy, pack: Path) -> None:
-    """Write all files of an export but the weights and the checksums."""
-    graph, name = Graph.of(store), str(policy.reference)
-    shutil.copyfile(policy.directory / MANIFEST, pack / MANIFEST)
-    ancestors = [
-        graph.artifacts[entry] for entry in sorted(graph.ancestors([name]) - {name}) if entry in graph.artifacts
-    ]
-    evaluations = [graph.artifacts[entry] for entry in graph.products.get(name, []) if entry.startswith("evaluation/")]
-    (pack / "ancestors").mkdir()
-    for artifact in (*ancestors, *evaluations):
-        target = pack / "ancestors" / f"{artifact.kind}-{artifact.fingerprint}-{artifact.attempt}.json"
-        shutil.copyfile(artifact.directory / MANIFEST, target)
-    loop = find_loop(store, policy)
-    slices = {str(artifact.reference): artifact.manifest["recipe"]["config"] for artifact in (*ancestors, policy)}
-    save_json(pack / "config.json", {"loop": loop.config if loop else None, "stages": slices})
-    conversations = [config.get("conversation", {}) for config in slices.values()]
-    own = loop.config.get("conversation", {}) if loop else {}
-    conversation = next((settings for settings in reversed(conversations) if "protocol" in settings), own)
-    save_json(pack / "tools.json", describe_tools(conversation.get("tools")))
-    chosen = {name: value for name, value in conversation.items() if value is not None}
+@dataclass(frozen=True)
+class Origin:
+    """A policy with the artifacts that it came from, and its evaluations."""
+
+    policy: Policy
+    graph: Graph
+    loop: LoopRecord | None
+    ancestors: Sequence[Artifact]
+    """By reference."""
+    evaluations: Sequence[Artifact]
+    """Oldest first."""
+
+    @classmethod
+    def of(cls, store: Store, policy: Policy) -> Self:
+        """Return the origin of a policy, as far as the store has it."""
+        graph, name = Graph.of(store), str(policy.reference)
+        above = sorted((graph.ancestors([name]) - {name}) & graph.artifacts.keys())
+        evaluations = [entry for entry in graph.products.get(name, []) if entry.startswith("evaluation/")]
+        listed = ([graph.artifacts[entry] for entry in entries] for entries in (above, evaluations))
+        return cls(policy, graph, find_loop(store, policy), *listed)
+
+    @property
+    def episodes(self) -> Episodes | None:
+        """Rollouts that the policy was trained on, or demonstrations; None where it or the store has none."""
+        inputs = self.policy.inputs
+        names = [str(inputs[role]) for role in LEARNED if role in inputs]
+        artifacts = (self.graph.artifacts.get(name) for name in names)
+        return next((artifact for artifact in artifacts if isinstance(artifact, Episodes)), None)
+
+
+def find_play_settings(origin: Origin) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """Return `conversation`, `images` and the temperature of the conversations that a policy was trained on.
+
+    Without any they are those of its recipe or its loop: `images` may then be empty, and the temperature is 1. Of
+    `conversation` null is left out, and the model's family says what it stands for.
+    """
+    policy, episodes, loop = origin.policy, origin.episodes, origin.loop
+    own = policy.manifest["recipe"]["config"]
+    played = episodes.manifest["recipe"]["config"] if episodes else {}
+    configs = [played, own, loop.config if loop else {}]
+    conversation, images = (
+        next((config[name] for config in configs if name in config), {}) for name in ("conversation", "images")
+    )
     family = {"protocol": default_protocol(policy), "coordinates": default_coordinates(policy)}
-    system = find_system_prompt(loop, family | chosen)
-    (pack / "system.txt").write_text(system + "\n", encoding="utf-8")
-    codec = Codec.load(vocabulary_of(pack / "policy"), thinking=conversation.get("thinking"))
-    template = write_template(codec, load_protocol(conversation.get("protocol") or default_protocol(policy)))
+    chosen = {name: value for name, value in conversation.items() if value is not None}
+    return family | chosen, images, played.get("rollout", own).get("temperature", 1.0)
+
+
+def write_pack(origin: Origin, pack: Path, *, is_merged: bool) -> None:
+    """Write all files of an export but the weights and the checksums."""
+    conversation, images, temperature = find_play_settings(origin)
+    vocabulary = vocabulary_of(pack / "policy")
+    write_records(origin, pack)
+    save_json(pack / "tools.json", describe_tools(conversation.get("tools")))
+    # Before the template of the tokenizer is replaced: the stored tokens are of the base model's.
+    system = find_system_prompt(origin.loop, conversation, origin.episodes, vocabulary)
+    (pack / "system.txt").write_text(system.text + "\n", encoding="utf-8")
+    codec = Codec.load(vocabulary, thinking=conversation.get("thinking"))
+    template = write_template(codec, load_protocol(conversation["protocol"]))
     (pack / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    temperatures = [config["rollout"]["temperature"] for config in slices.values() if "rollout" in config]
-    generation = write_generation(vocabulary_of(pack / "policy"), codec, (temperatures or [1.0])[-1])
-    changed = [*replace_template(vocabulary_of(pack / "policy"), template), generation]
-    (pack / "lineage.txt").write_text("\n".join(draw_tree(graph, name)) + "\n", encoding="utf-8")
-    model = policy.manifest["recipe"]["config"]["model"]
-    adaptation = "lora" if (pack / "policy" / "adapter").is_dir() else "full"
-    if adaptation != model.get("adaptation", adaptation):
-        adaptation = "an adapter merged into its base model"
-    views = [config.get("images", {}) for config in (loop.config if loop else {}, *slices.values())]
+    changed = [*replace_template(vocabulary, template), write_generation(vocabulary, codec, temperature)]
+    listed = ", ".join(f"{path.relative_to(pack)}" for path in changed)
     serving = ""
-    if view := next((settings for settings in reversed(views) if "min_pixels" in settings), None):
-        unit = Coordinates(conversation.get("coordinates") or default_coordinates(policy))
-        example = card.write_example(vocabulary_of(pack / "policy").name, view, conversation, unit)
+    if images:
+        example = card.write_example(vocabulary.name, images, conversation, Coordinates(conversation["coordinates"]))
         (pack / "example.py").write_text(example, encoding="utf-8")
-        serving = card.write_serving(pack / "policy", view, conversation, model)
-    base = json.loads((pack / "policy" / STATE).read_bytes())["base"] if (pack / "policy" / STATE).is_file() else {}
-    lines = [
-        *card.held_out_lines(evaluations),
-        "",
-        *card.licence_lines(base.get("name", ""), base.get("revision"), loop.config["data"] if loop else None),
-    ]
+        model = origin.policy.manifest["recipe"]["config"]["model"]
+        serving = card.write_serving(pack / "policy", images, conversation, model)
+    kind = "an adapter" if vocabulary.name == "adapter" else "a complete model"
     text = README.format(
         version=__version__,
-        adaptation=adaptation,
+        weights="an adapter merged into its base model" if is_merged else kind,
+        system=STORED_PROMPT if system.is_stored else RENDERED_PROMPT,
         sums=SUMS,
         serving=serving,
-        changed=", ".join(f"{path.relative_to(pack)}" for path in changed),
+        difference=MERGED if is_merged else f"So {listed} differ from the manifest's.",
         opening=json.dumps(codec.opening) if codec.opening else "nothing",
     )
-    text = card.front_matter(base.get("name", ""), adaptation) + text + "\n" + "\n".join(lines) + "\n"
-    (pack / "README.md").write_text(text, encoding="utf-8")
+    write_card(origin, text, pack / "README.md", is_adapter=vocabulary.name == "adapter")
+
+
+def write_records(origin: Origin, pack: Path) -> None:
+    """Write the manifests and settings of a policy and of its ancestors, and its lineage."""
+    shutil.copyfile(origin.policy.directory / MANIFEST, pack / MANIFEST)
+    (pack / "ancestors").mkdir()
+    for artifact in (*origin.ancestors, *origin.evaluations):
+        target = pack / "ancestors" / f"{artifact.kind}-{artifact.fingerprint}-{artifact.attempt}.json"
+        shutil.copyfile(artifact.directory / MANIFEST, target)
+    stages = (*origin.ancestors, origin.policy)
+    slices = {str(artifact.reference): artifact.manifest["recipe"]["config"] for artifact in stages}
+    save_json(pack / "config.json", {"loop": origin.loop.config if origin.loop else None, "stages": slices})
+    tree = draw_tree(origin.graph, str(origin.policy.reference))
+    (pack / "lineage.txt").write_text("\n".join(tree) + "\n", encoding="utf-8")
+
+
+def write_card(origin: Origin, text: str, path: Path, *, is_adapter: bool) -> None:
+    """Write a README as a model card: settings for the Hub before its text, held-out figures and licences after it."""
+    policy = origin.policy
+    base = policy.json(f"policy/{STATE}")["base"] if f"policy/{STATE}" in policy.files else {}
+    datasets = [artifact for artifact in origin.ancestors if artifact.kind == "dataset"]
+    name = base.get("name", "")
+    lines = [
+        *card.held_out_lines(origin.evaluations),
+        "",
+        *card.licence_lines(name, base.get("revision"), datasets),
+    ]
+    head = card.front_matter(name, is_adapter=is_adapter)
+    path.write_text(head + text + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def default_protocol(policy: Artifact) -> str:

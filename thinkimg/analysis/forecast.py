@@ -1,4 +1,5 @@
-"""Forecast of memory before anything runs: of a training step, for rows as long as the config allows; of the engine."""
+"""Forecast before anything runs: memory of a training step, for rows as long as the config allows, and of the engine;
+and the disk."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
+from thinkimg.analysis.disk_forecast import forecast_policies
 from thinkimg.analysis.engine_memory import CONTEXT, RESIDUE, predict_engine
 from thinkimg.config.tree import Config
 from thinkimg.conversation.episode import render_system_prompt
@@ -24,8 +26,8 @@ FRAGMENTED = 1.05  # what an allocator takes for what it is asked
 LETTERS_PER_TOKEN = 3  # of the system prompt, at least
 
 
-def forecast_memory(config: Config) -> str:
-    """Return a line each for trainer and engine: what they take, what there is, and the settings to lower.
+def forecast_needs(config: Config) -> str:
+    """Return a line each for trainer, engine and disk: what they take, what there is, and the settings to change.
 
     Raises UserError where settings name a GPU that is not there.
     """
@@ -38,7 +40,7 @@ def forecast_memory(config: Config) -> str:
     lines, gpu = [forecast_trainer(config, base)], gpu_memory(config.where.engine.devices)
     if gpu is not None and not config.where.engine.urls:
         lines.append(forecast_engine(config, base, gpu[1]))
-    return "\n".join(lines)
+    return "\n".join([*lines, forecast_policies(config, base)])
 
 
 def forecast_trainer(config: Config, base: "PretrainedConfig") -> str:

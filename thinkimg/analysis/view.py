@@ -1,7 +1,9 @@
 """Conversations of one artifact for a person: each with its pictures, its scores and judgements, and its advantage."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -10,6 +12,7 @@ from PIL.Image import Image
 from thinkimg.analysis.explain import Weighed, parse_score, read_components, weigh
 from thinkimg.analysis.joined import open_scores
 from thinkimg.analysis.pictures import Pictures
+from thinkimg.analysis.system_prompt import find_system_prompt, find_vocabulary
 from thinkimg.config.tree import Config
 from thinkimg.errors import UserError
 from thinkimg.records import Sample, Trajectory
@@ -20,7 +23,9 @@ from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable
 from thinkimg.store.kinds import Dataset, Episodes, Evaluation, Scores
 from thinkimg.store.manifest import Artifact
-from thinkimg.tracking.records import find_loop, find_system_prompt
+from thinkimg.tracking.records import find_loop
+
+log = logging.getLogger(__name__)
 
 ROWS = 256
 """Conversations in memory at a time."""
@@ -56,7 +61,7 @@ class View:
 
     def __init__(self, store: Store, artifact: Artifact, config: Config) -> None:
         """config: its mix is shown where no policy was trained on the scores. Raises UserError for other artifacts."""
-        self.artifact = artifact
+        self.store, self.artifact = store, artifact
         self.scores: Scores | None = None
         if isinstance(artifact, Scores):
             self.scores, self.episodes = artifact, store.origin(artifact, "rollouts")
@@ -68,35 +73,46 @@ class View:
                 f"{artifact.reference} holds no conversations.", hint="Name rollouts, scores, or an evaluation."
             )
         self.dataset: Dataset = store.origin(self.episodes, "dataset")
-        self.system = read_system_prompt(store, self.episodes)
         self._pictures = Pictures(self.episodes, self.dataset)
         self._weighed: list[Weighed] = weigh(store, open_scores(self.scores, store), config) if self.scores else []
 
+    @cached_property
+    def system(self) -> str | None:
+        """System prompt of the conversations, as `read_system_prompt` returns it."""
+        return read_system_prompt(self.store, self.episodes)
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.episodes.ids())}
+
     def entries(self, ids: Sequence[str] | None = None) -> Iterator[Entry]:
         """Yield the conversations in the order of their artifact, all or those of some ids."""
-        order = {name: index for index, name in enumerate(self.episodes.ids())}
         trajectories = self.episodes.trajectories(ids=ids)
         while rows := list(islice(trajectories, ROWS)):
-            samples, components = self.dataset.samples_of(rows), self._components(rows)
-            for row in rows:
-                sample = samples.get(row.sample_id)
-                if sample is None:
-                    raise UserError(f"{self.dataset.reference} has no sample {row.sample_id}.")
-                yield Entry(
-                    row,
-                    sample,
-                    self._pictures.of(row, sample),
-                    components.get(row.trajectory_id, {}),
-                    [weighed.explain(row, order[row.trajectory_id]) for weighed in self._weighed],
-                    self._pictures.tools,
-                )
+            yield from self.describe(rows)
+
+    def describe(self, rows: Sequence[Trajectory]) -> Iterator[Entry]:
+        """Yield the conversations of some rows in that order; samples and scores are read once, pictures one by one."""
+        samples, components = self.dataset.samples_of(rows), self._components(rows)
+        for row in rows:
+            sample = samples.get(row.sample_id)
+            if sample is None:
+                raise UserError(f"{self.dataset.reference} has no sample {row.sample_id}.")
+            yield Entry(
+                row,
+                sample,
+                self._pictures.of(row, sample),
+                components.get(row.trajectory_id, {}),
+                [weighed.explain(row, self._order[row.trajectory_id]) for weighed in self._weighed],
+                self._pictures.tools,
+            )
 
     def group(self, group_id: str) -> list[Entry]:
         """Return the conversations of a group, in their order."""
         rows = self.episodes.rows(["trajectory_id", "group_id"])
         return list(self.entries([row["trajectory_id"] for row in rows if row["group_id"] == group_id]))
 
-    def _components(self, rows: list[Trajectory]) -> dict[str, dict[str, dict[str, Any]]]:
+    def _components(self, rows: Sequence[Trajectory]) -> dict[str, dict[str, dict[str, Any]]]:
         if self.scores is not None:
             return read_components(self.scores, [row.trajectory_id for row in rows])
         if isinstance(self.episodes, Evaluation):
@@ -105,12 +121,20 @@ class View:
 
 
 def read_system_prompt(store: Store, episodes: Episodes) -> str | None:
-    """Return the system prompt of conversations; None where a tool of the user's own is not on this machine."""
+    """Return the system prompt of conversations; None where it is not stored and can't be rendered on this machine.
+
+    A warning says where it is not the stored one.
+    """
     conversation = episodes.manifest["recipe"]["config"].get("conversation", {})
     try:
-        return find_system_prompt(find_loop(store, episodes), conversation)
-    except ValueError:
+        prompt = find_system_prompt(
+            find_loop(store, episodes), conversation, episodes, find_vocabulary(store, episodes)
+        )
+    except UserError:
         return None
+    if not prompt.is_stored:
+        log.warning("The system prompt of %s is not stored: this version of thinkimg renders it.", episodes.reference)
+    return prompt.text
 
 
 def newest_scores(store: Store, rollouts: Artifact) -> Scores | None:

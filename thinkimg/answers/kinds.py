@@ -84,7 +84,7 @@ def is_sentence(text: str) -> bool:
 def is_mathematical(text: str) -> bool:
     """Tell whether a right answer of a mathematical question is a formula: a bare number, a ratio, or one with signs.
 
-    A number with a unit is none: math-verify takes 12 mm for 12 cm, and 5 is not $5 for it.
+    A number with a plain unit is none: math-verify takes 12 mm for 12 cm, and 5 is not $5 for it.
     """
     text = text.strip()
     return (_is_number(text) and not SIGNED.search(text)) or _is_maths(text) or RATIO.fullmatch(text) is not None

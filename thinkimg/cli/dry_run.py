@@ -2,7 +2,7 @@
 
 import yaml
 
-from thinkimg.analysis.forecast import forecast_memory
+from thinkimg.analysis.forecast import forecast_needs
 from thinkimg.closure import check_closure
 from thinkimg.config.tree import Config
 from thinkimg.console import takes_unicode
@@ -31,4 +31,4 @@ def print_plan(plan: Plan) -> None:
     except UserError as error:  # the plan may be for another machine
         print(f"This machine can't run it: {error}")
     if any(handle.stage.name == "train" for handle in plan.handles):
-        print(forecast_memory(config))
+        print(forecast_needs(config))

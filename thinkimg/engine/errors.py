@@ -13,6 +13,5 @@ class EngineError(RuntimeError):
     """
 
     def __init__(self, message: str, *, hint: str = ""):
-        self.message = without_password(message)
-        super().__init__(f"{self.message}\nHint: {hint}" if hint else self.message)
-        self.hint = hint
+        self.message, self.hint = without_password(message), without_password(hint)
+        super().__init__(f"{self.message}\nHint: {self.hint}" if hint else self.message)

@@ -222,7 +222,7 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
     if settings.max_lora_rank is not None:
         flags.append("enable-lora")
     if settings.sleeps:
-        flags.append("enable-sleep-mode")
+        flags += ["enable-sleep-mode", "sleep-mode-offload-cudagraph"]
     argv = [sys.executable, "-m", "thinkimg.engine.serve" if cpu else "vllm.entrypoints.openai.api_server"]
     options |= dict.fromkeys(flags, True) | dict(family.engine_options(cpu=cpu))
     for name, value in options.items():

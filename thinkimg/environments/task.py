@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from PIL import Image
 
 from thinkimg.config.tree import Config
 from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.picture import Picture, make_picture
+from thinkimg.conversation.protocol import IMAGE_PART, text_part
 from thinkimg.conversation.question import state_question
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.conversation.text_core import TextCore
@@ -16,6 +17,7 @@ from thinkimg.images.settings import ViewLimits
 from thinkimg.records import Sample, StopReason, Trajectory
 from thinkimg.registry import short_name
 from thinkimg.rewards.batch import Batch, Score
+from thinkimg.rewards.part import add_failed
 from thinkimg.rewards.settings import RULES, RewardsConfig
 
 
@@ -41,9 +43,11 @@ class Tasks:
         """Return the pictures of full-resolution RGB images."""
         return [make_picture(image, self.view) for image in images]
 
-    def ask(self, sample: Sample, pictures: Sequence[Picture]) -> str:
-        """Return the text of a question, which follows its pictures."""
-        return state_question(sample, [picture.view.size for picture in pictures], self.conversation.unit)
+    def messages(self, sample: Sample, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+        """Return the system prompt, unless it is empty, and the question: a place for each picture, then the text."""
+        text = state_question(sample, [picture.view.size for picture in pictures], self.conversation.unit)
+        question = {"role": "user", "content": [IMAGE_PART] * len(pictures) + [text_part(text)]}
+        return [{"role": "system", "content": self.system}, question] if self.system else [question]
 
     def begin(self, pictures: Sequence[Picture]) -> TextCore:
         """Return a conversation in which the model is to speak next."""
@@ -54,12 +58,17 @@ class Tasks:
         """Rules by name: those that are shipped, then `rewards.rules`."""
         return {short_name(path): RULES[path].score for path in (*RULES.shipped, *self.rewards.rules)}
 
-    def batch(self, conversations: Sequence[tuple[Sample, TextCore]]) -> Batch:
-        """Return conversations as rules take them. One without an end counts as one that ran out of turns."""
+    def score(self, rule: str, conversations: Sequence[tuple[Sample, TextCore]]) -> list[float | None]:
+        """Return a rule's value of each conversation, None where it is missing.
+
+        A conversation without an end counts as one that ran out of turns. The rule sees none that failed.
+        """
         rows = [make_row(sample, core, number) for number, (sample, core) in enumerate(conversations)]
+        played = [row for row in rows if row.stop is not StopReason.FAILED]
         samples = {sample.sample_id: sample for sample, _ in conversations}
         images = Images({picture.sha256: picture.image for _, core in conversations for picture in core.pictures})
-        return Batch(rows, samples, self.rewards, images, tools=self.conversation.tools)
+        batch = Batch(played, samples, self.rewards, images, tools=self.conversation.tools)
+        return [score.value for score in add_failed(rows, self.rules[rule](batch))]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
+from copy import copy
+from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,11 +24,11 @@ from thinkimg.conversation.template import quote, write_template
 from thinkimg.conversation.text_core import PendingCall, TextCore
 from thinkimg.engine import play
 from thinkimg.environments.task import Tasks
+from thinkimg.errors import UserError
 from thinkimg.images.decode import decode
 from thinkimg.images.tool import Tool, describe_argument
 from thinkimg.images.toolbox import load_tools
-from thinkimg.records import Sample
-from thinkimg.rewards.batch import Batch, Score
+from thinkimg.records import CallStatus, Sample, StopReason, Turn
 from thinkimg.store.image_table import STORED, ImageTable
 from thinkimg.store.kinds import Dataset
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 Reward = Callable[..., list[float | None]]
+RESERVED = ("reset", "get_reward")
+"""Methods of an environment that TRL calls itself."""
 TYPES = {"integer": int, "number": float, "boolean": bool, "string": str, "array": list, "object": dict}
 """Type of JSON Schema -> type hint, from which transformers makes the schema again."""
 
@@ -67,14 +71,14 @@ class Environment:
     _pool: ClassVar[Executor]
     _sample: Sample
     _core: TextCore
-    _is_complete: bool
+    _lock: asyncio.Lock
+    """Lock of a call: TRL runs the calls of one message side by side."""
 
     def reset(self, *, originals: Sequence[bytes], sample: Sample, **_: Any) -> None:
         """Begin the conversation about a row of make_dataset."""
         self._sample = sample
         self._core = self._tasks.begin(self._tasks.make_pictures(decode(data, STORED) for data in originals))
-        self._is_complete = False
-        self._lock = asyncio.Lock()  # TRL runs the calls of one message side by side
+        self._lock = asyncio.Lock()
 
     async def _call(self, name: str, args: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what a tool's message shows: the picture as the model sees it, and the text.
@@ -94,19 +98,43 @@ class Environment:
         return [*image, {"type": "text", "text": turn.observation}]
 
     def _complete(self, completion: Sequence[Mapping[str, Any]]) -> tuple[Sample, TextCore]:
-        """Return sample and conversation, after the turn that ended it was read. TRL's limits may leave out the end."""
-        last = completion[-1]
-        is_last_turn = last["role"] == "assistant" and not last.get("tool_calls")
-        if is_last_turn and not self._is_complete and self._core.stop is None:
-            self._core.read(last["content"])
-        self._is_complete = True
-        return self._sample, self._core
+        """Return sample and conversation as TRL has ended it; each reward function asks for them.
+
+        The turn that TRL sampled last is read. Results that no turn follows had no room: TRL runs a call before it
+        sees that, and then drops the message.
+        """
+        core = copy(self._core)
+        number = max(number for number, message in enumerate(completion) if message["role"] == "assistant")
+        last, shown = completion[number], sum(message.get("name") in core.tools for message in completion[:number])
+        withheld = core.turns[shown:]
+        core.turns = core.turns[:shown] + [withhold(turn) for turn in withheld]
+        core.pictures = core.pictures[: len(core.pictures) - sum(turn.image is not None for turn in withheld)]
+        if core.stop is None and withheld:
+            core.stop = StopReason.MAX_TOKENS
+        elif core.stop is None and not last.get("tool_calls"):
+            core.read(last["content"], complete=last.get("finish_reason") != "length")
+        return self._sample, core
+
+
+def withhold(turn: Turn) -> Turn:
+    """Return a turn whose result the model did not see, as TextCore leaves it."""
+    status, error = turn.status and CallStatus.ERROR, turn.error or "The conversation has no room for the result."
+    return replace(turn, status=status, error=error, image=None, observation=None)
 
 
 def environment(config: Config) -> type[Environment]:
-    """Return the class for GRPOTrainer's `environment_factory`, with a method for each of `conversation.tools`."""
+    """Return the class for GRPOTrainer's `environment_factory`, with a method for each of `conversation.tools`.
+
+    Raises UserError for a tool whose name has a meaning of its own there.
+    """
     tasks = Tasks.of(config)
     members = {name: make_method(tool) for name, tool in load_tools(tasks.conversation.tools).items()}
+    for name in members:
+        if name in RESERVED or name.startswith("_"):
+            raise UserError(
+                f"TRL takes no method '{name}' of an environment for a tool.",
+                hint=f"Rename its module: neither with _ at the beginning, nor {' or '.join(RESERVED)}.",
+            )
     members |= {"_tasks": tasks, "_pool": ThreadPoolExecutor(1, thread_name_prefix="tools")}
     return type("ThinkEnvironment", (Environment,), members)
 
@@ -114,7 +142,7 @@ def environment(config: Config) -> type[Environment]:
 def make_method(tool: Tool) -> Callable[..., Awaitable[list[dict[str, Any]]]]:
     """Return a tool as a method, with the signature and docstring from which transformers makes its JSON schema."""
 
-    async def method(self: Environment, **args: Any) -> list[dict[str, Any]]:
+    async def method(self: Environment, /, **args: Any) -> list[dict[str, Any]]:
         return await self._call(tool.name, args)
 
     schema = tool.Args.model_json_schema()
@@ -146,25 +174,24 @@ def reward_functions(config: Config) -> list[Reward]:
     """Return our rules as reward functions, one each. `rewards.functions` are TRL's own form: add them as they are."""
     tasks = Tasks.of(config)
 
-    def make(name: str, rule: Callable[[Batch], list[Score]]) -> Reward:
+    def make(rule: str) -> Reward:
         def reward(
             completions: list[list[dict[str, Any]]], environments: list[Environment], **_: Any
         ) -> list[float | None]:
             pairs = zip(environments, completions, strict=True)
-            batch = tasks.batch([environment._complete(completion) for environment, completion in pairs])
-            return [score.value for score in rule(batch)]
+            return tasks.score(rule, [environment._complete(completion) for environment, completion in pairs])
 
-        reward.__name__ = name
+        reward.__name__ = rule
         return reward
 
-    return [make(name, rule) for name, rule in tasks.rules.items()]
+    return [make(rule) for rule in tasks.rules]
 
 
 def make_dataset(dataset: Dataset, config: Config, split: str = "train") -> "datasets.Dataset":
     """Return the samples of "train" or "held_out" as rows for GRPOTrainer; a row is made when it is read.
 
-    Columns: `prompt`, messages without their pictures; `images`, the pictures as the model sees them, which TRL puts
-    before the question; `originals`, their bytes at full resolution; `sample`. A view in place of the original is what
+    Columns: `prompt`, messages without their pictures; `images`, the pictures as the model sees them, for which the
+    prompt has places; `originals`, their bytes at full resolution; `sample`. A view in place of the original is what
     keeps coordinates true: TRL's processor would choose a size of its own.
     """
     import datasets
@@ -173,15 +200,13 @@ def make_dataset(dataset: Dataset, config: Config, split: str = "train") -> "dat
     samples = dataset.split(split)
 
     def make_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [make_row(samples[number]) for number in batch["number"]]
+        rows = [show_sample(samples[number]) for number in batch["number"]]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def make_row(sample: Sample) -> dict[str, Any]:
+    def show_sample(sample: Sample) -> dict[str, Any]:
         pictures = tasks.make_pictures(map(table.decoded, sample.images))
-        prompt = [{"role": "system", "content": tasks.system}] if tasks.system else []
-        prompt.append({"role": "user", "content": tasks.ask(sample, pictures)})
         return {
-            "prompt": prompt,
+            "prompt": tasks.messages(sample, pictures),
             "images": [picture.view for picture in pictures],
             "originals": [table.get(sha256) for sha256 in sample.images],
             "sample": sample,
@@ -209,10 +234,13 @@ def prepare_processor(processor: "ProcessorMixin", config: Config) -> Codec:
 
 
 def parse_message(codec: Codec, protocol: Protocol, ids: Sequence[int], **_: Any) -> dict[str, Any]:
-    """Return sampled ids as a message, with its call if it is one that the protocol reads."""
+    """Return sampled ids as a message, with its call if it is one that the protocol reads.
+
+    Its `finish_reason` is "length" where a limit cut the turn off. TRL hands the message on as it is.
+    """
     is_whole = ids[-1] == codec.end
     text = codec.turn_start + codec.decode(ids[:-1] if is_whole else ids)
-    message: dict[str, Any] = {"role": "assistant", "content": text}
+    message: dict[str, Any] = {"role": "assistant", "content": text, "finish_reason": "stop" if is_whole else "length"}
     if is_whole and isinstance(action := protocol.parse(text), ToolCall):
         message["tool_calls"] = [{"type": "function", "function": {"name": action.name, "arguments": action.args}}]
     return message

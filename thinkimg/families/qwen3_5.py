@@ -111,7 +111,7 @@ def choose_layers(count: int) -> list[str]:
     (docs/results.md).
     """
     attending = {number for number in range(count) if (number + 1) % INTERVAL == 0 or number == count - 1}
-    if len(attending) == 1 and count >= INTERVAL:
+    if count == INTERVAL:
         attending.add(0)
     return [FULL if number in attending else RECURRENT for number in range(count)]
 

@@ -80,11 +80,12 @@ def open_beneath(folder: Path, path: str, flags: int) -> int:
     Another process may have put a link there since. Raises OSError.
     """
     descriptor = os.open(folder, os.O_PATH)
-    for name in Path(path).relative_to(folder).parts:
+    *folders, name = Path(path).relative_to(folder).parts or (".",)
+    # Folders need not be readable, and a pipe would be waited for.
+    for part, how in [(part, os.O_PATH) for part in folders] + [(name, flags | os.O_NONBLOCK)]:
         parent = descriptor
         try:
-            # A pipe would be waited for.
-            descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=parent)
+            descriptor = os.open(part, how | os.O_NOFOLLOW, dir_fd=parent)
         finally:
             os.close(parent)
     return descriptor

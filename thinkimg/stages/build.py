@@ -127,7 +127,7 @@ def build_artifact(
     )
     if early is not None:
         remove_early(store, early)
-    stage.tidy(store, artifact)
+    stage.tidy(store, artifact, resources.where)
     return artifact, cached
 
 

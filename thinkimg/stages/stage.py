@@ -20,6 +20,7 @@ from pydantic import Field
 from thinkimg.config.tree import Config
 from thinkimg.models.family import find_sources
 from thinkimg.records import SCHEMA_VERSION
+from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.resources import Resources
 from thinkimg.settings import Settings
 from thinkimg.store.artifacts import Store, Work
@@ -161,7 +162,7 @@ class Stage(Generic[S]):
     """Sentence about inputs that were made under other settings, for every call; "" where there is nothing to say."""
     report: Callable[[Artifact], str] = lambda artifact: ""
     """Line about its artifact for a person who runs the stage by itself, or ""."""
-    tidy: Callable[[Store, Artifact], None] = lambda store, artifact: None
+    tidy: Callable[[Store, Artifact, ResourcesConfig], None] = lambda store, artifact, where: None
     """Called when the artifact is complete, or was so before."""
     label: str = ""
     """Name for people; by default `name`."""

@@ -18,12 +18,14 @@ from thinkimg.images.settings import ViewLimits
 from thinkimg.models.base import BaseSource
 from thinkimg.models.settings import ModelConfig
 from thinkimg.records import StopReason
+from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.rewards.joined import Joined, join
 from thinkimg.rewards.mix import Mix
 from thinkimg.rewards.registry import load_components
 from thinkimg.stages.stage import Input, Job, Lineage, Parameter, Slice, Stage
 from thinkimg.store import files
 from thinkimg.store.artifacts import Store
+from thinkimg.store.gc import drop_old_policies
 from thinkimg.store.kinds import Dataset, Policy, Rollouts, Scores, open_artifact
 from thinkimg.store.manifest import MANIFEST, OPTIMIZER, TRIMMED, Artifact
 from thinkimg.trainer.settings import TrainConfig
@@ -186,6 +188,13 @@ def describe_policy(policy: Policy) -> dict[str, str]:
     return {"directory": str((policy.directory / "policy").resolve()), "digest": policy.digest}
 
 
+def tidy(store: Store, newest: Artifact, where: ResourcesConfig) -> None:
+    """Remove what a loop's older policies need no more, and drop those that the settings don't keep."""
+    trim_optimizers(store, newest)
+    if where.keep_policies is not None:
+        drop_old_policies(store, newest, where.keep_policies)
+
+
 def trim_optimizers(store: Store, newest: Artifact) -> None:
     """Remove the optimizer states of the policies before the last two: they are two thirds of a policy.
 
@@ -243,5 +252,5 @@ train = Stage(
     packages=lambda settings: ("torch", "transformers", "peft", "pillow"),
     uses=lambda config: frozenset({"trainer"}),
     check=check_mix,
-    tidy=trim_optimizers,
+    tidy=tidy,
 )

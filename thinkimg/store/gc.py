@@ -139,6 +139,25 @@ def find_old_ancestors(graph: Graph, policies: Sequence[str], keep_last: int) ->
     }
 
 
+def drop_old_policies(store: Store, newest: Artifact, keep: int) -> None:
+    """Drop the files of a line's trained policies but those of the last `keep` and of the most accurate one.
+
+    Those that another line goes on from keep theirs, and those that the next iterations read.
+    """
+    graph = Graph.of(store)
+    line = graph.ancestors([str(newest.reference)])
+    accuracy = {
+        str(artifact.inputs.get("policy")): artifact.metrics.get("accuracy") or 0.0
+        for artifact in graph.artifacts.values()
+        if artifact.kind == "evaluation" and not artifact.manifest["recipe"]["config"].get("blind")
+    }
+    best = max(line, key=lambda name: accuracy.get(name, 0.0))
+    for name in find_old_ancestors(graph, [str(newest.reference)], keep):
+        elsewhere = {graph.artifacts[product].kind for product in set(graph.products[name]) - line}
+        if "rollouts" in graph.inputs(name) and name != best and not elsewhere & {"rollouts", "policy"}:
+            drop_artifact(graph.artifacts[name])
+
+
 def is_behind(graph: Graph, policy: str) -> bool:
     """Tell whether a policy learned from rollouts of an earlier one than it was trained from (loop.lag=1).
 
@@ -166,8 +185,7 @@ def collect(store: Store, garbage: Garbage) -> None:
             files.remove(artifact.directory.with_suffix(TRIMMED))
             files.remove(removed)
     for artifact in garbage.drop:
-        with files.locked(artifact.directory.parent / ".lock"):
-            drop_files(artifact)
+        drop_artifact(artifact)
     store.sweep(remove=True)
 
 
@@ -176,10 +194,13 @@ def is_dropped(artifact: Artifact) -> bool:
     return artifact.dropped and files.files_under(artifact.directory) == [MANIFEST]
 
 
-def drop_files(artifact: Artifact) -> None:
+def drop_artifact(artifact: Artifact) -> None:
     """Remove all files but the manifest, after the mark is written: a half-dropped artifact is not a damaged one."""
     mark = {"dropped": utc_now(), "bytes": artifact.size}
-    files.write(artifact.directory.with_suffix(DROPPED), json.dumps(mark) + "\n")
-    for path in sorted(artifact.directory.iterdir()):
-        if path.name != MANIFEST:
-            files.remove(path)
+    with files.locked(artifact.directory.parent / ".lock"):
+        if is_dropped(artifact):
+            return
+        files.write(artifact.directory.with_suffix(DROPPED), json.dumps(mark) + "\n")
+        for path in sorted(artifact.directory.iterdir()):
+            if path.name != MANIFEST:
+                files.remove(path)

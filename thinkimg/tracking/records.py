@@ -9,7 +9,6 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from thinkimg.conversation.episode import render_system_prompt
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.errors import UserError
 from thinkimg.redaction import without_query
@@ -243,16 +242,6 @@ def load_records(store: Store) -> Iterator[LoopRecord]:
         except UserError as error:
             log.warning("%s", error)
     yield from sorted(records, key=lambda record: (record.started, record.loop_id))
-
-
-def find_system_prompt(loop: LoopRecord | None, conversation: Mapping[str, Any]) -> str:
-    """Return the system prompt of conversations: the one that their loop recorded, or the one of their settings.
-
-    loop: as `find_loop` returns it. Raises ValueError where a tool of the user's own is not on this machine.
-    """
-    if loop is not None and loop.system is not None:
-        return loop.system
-    return render_system_prompt(ConversationConfig(**conversation))
 
 
 def find_loop(store: Store, artifact: Artifact) -> LoopRecord | None:

@@ -195,6 +195,8 @@ def spawn(config: TrainerConfig, spool: str, *, rank: int = 0, log_path: Path | 
     threads = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     gpus = select_gpus("where.trainer.devices", config.devices, os.environ)
     env = child_environment("trainer", os.environ, threads | gpus)
+    if not env.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # rows of many lengths fragment a GPU's memory
     argv = [*build_launch_command(config, gpus=closure.visible_gpus(), rank=rank), spool, str(config.processes)]
     with bound_to_cores("where.trainer.cpu_threads_bind", config.cpu_threads_bind):
         return process.spawn(argv, name="trainer", env=env, log_path=log_path)

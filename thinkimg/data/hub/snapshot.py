@@ -5,7 +5,6 @@ hub_tables ──► Snapshot.open ──► names, sizes, card ──► downlo
 
 import contextlib
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from thinkimg.console import format_size, note
 from thinkimg.data.hub.card import MAX_CARD, Card, missing_shards, read_card
-from thinkimg.disk import NO_SPACE, disk_number
+from thinkimg.disk import NO_SPACE, disk_number, free_space
 from thinkimg.errors import UserError, shorten
 from thinkimg.hub import Unknown, resolve_commit
 from thinkimg.redaction import without_secrets
@@ -90,8 +89,7 @@ class Snapshot:
 
         size = sum(self.sizes[name] for name in names)
         cache = Path(constants.HF_HUB_CACHE)
-        existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        free = free_space(cache)
         if size > free - SPARE:
             raise UserError(
                 f"{self.id} needs {format_size(size)}, and {format_size(free)} are free at {cache}.",

@@ -47,7 +47,7 @@ def convert(record: Mapping[str, Any]) -> Fields:
 def _type_of(record: Mapping[str, Any], gold: Any) -> AnswerType | None:
     """Return the comparison of the source's own scorer; None where the answer itself tells.
 
-    Mathematics is compared by math-verify, numbers included; words and letters of such sources are no formulas.
+    Mathematics is compared by math-verify, numbers included; plain words and letters of such sources are no formulas.
     """
     match record.get("data_source"):
         case "vstar" if isinstance(gold, str) and len(gold.split()) > 2:

@@ -111,7 +111,7 @@ class Checker:
         if row.answer_type not in (AnswerType.BOX, AnswerType.MATHS):
             is_box = any(map(BOX.search, row.answers))
             self._boxes += is_box
-            self._numbers += not is_box and any(map(read_stated_box, row.answers))
+            self._numbers += not is_box and not row.choices and any(map(read_stated_box, row.answers))
         if row.answer_type is AnswerType.TEXT:
             self._texts += row.answers[:1]
         self._optionless += not row.choices and all(map(is_lettered, row.answers))

@@ -111,7 +111,8 @@ def read_choices(choices: Any, *, numbered: bool = True) -> Any:
 
 
 def _is_nothing(choice: Any) -> bool:
-    return is_empty(choice) and choice != "nan"  # which may be an option
+    # A text of "nan" may be an option.
+    return not choice.strip() if isinstance(choice, str) else is_empty(choice)
 
 
 def _read_lines(choices: str, numbered: bool) -> list[str] | None:

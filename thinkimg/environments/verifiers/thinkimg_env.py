@@ -22,7 +22,7 @@ from verifiers.v1.cli.eval.main import main as run_vf_eval
 
 from thinkimg.config.load import load_config
 from thinkimg.conversation.picture import Picture
-from thinkimg.conversation.protocol import IMAGE_PART, Content, text_part
+from thinkimg.conversation.protocol import IMAGE_PART, Content
 from thinkimg.conversation.text_core import PendingCall, TextCore
 from thinkimg.engine import play
 from thinkimg.environment import is_loopback
@@ -73,7 +73,10 @@ class ThinkTask(vf.Task[ThinkData]):
 
     @vf.reward
     async def rules(self, trace: vf.Trace) -> dict[str, float]:
-        """Return the value of each rule that has one. What the trace holds is all that they depend on."""
+        """Return the value of each rule that has one. What the trace holds is all that they depend on.
+
+        Raises RuntimeError for a tool that breaks: an error of the trace, where no value would be a reward of 0.
+        """
         tasks, core = self.data.begin()
         finished = [call for call in trace.calls if call.node is not None]
         turns = iter([(trace.nodes[call.node].message.content, call.finish_reason) for call in finished])
@@ -88,10 +91,11 @@ class ThinkTask(vf.Task[ThinkData]):
         with ThreadPoolExecutor(1) as pool:
             async for _ in play.play_turns(core, take_turn, pool):
                 pass
-            batch = tasks.batch([(self.data.sample, core)])
-            loop = asyncio.get_running_loop()
-            scores = {name: (await loop.run_in_executor(pool, rule, batch))[0] for name, rule in tasks.rules.items()}
-        return {name: score.value for name, score in scores.items() if score.value is not None}
+            if core.stop is StopReason.FAILED:
+                raise RuntimeError(core.error)
+            loop, rows = asyncio.get_running_loop(), [(self.data.sample, core)]
+            values = {rule: (await loop.run_in_executor(pool, tasks.score, rule, rows))[0] for rule in tasks.rules}
+        return {rule: value for rule, value in values.items() if value is not None}
 
 
 class ThinkTaskset(vf.Taskset[ThinkTask, ThinkConfig]):
@@ -106,10 +110,10 @@ class ThinkTaskset(vf.Taskset[ThinkTask, ThinkConfig]):
         tasks, images = open_tasks(self.config.preset, overrides, dataset.directory)
         for sample in dataset.split(self.config.split):
             pictures = tasks.make_pictures(map(images.decoded, sample.images))
-            content = [IMAGE_PART] * len(pictures) + [text_part(tasks.ask(sample, pictures))]
+            *_, question = tasks.messages(sample, pictures)
             data = ThinkData(
                 id=sample.sample_id,
-                prompt=[vf.UserMessage(content=show(content, pictures))],
+                prompt=[vf.UserMessage(content=show(question["content"], pictures))],
                 system_prompt=tasks.system or None,
                 preset=self.config.preset,
                 overrides=overrides,

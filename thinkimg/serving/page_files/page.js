@@ -9,6 +9,8 @@ const [log, form, text, files, key] = ["log", "question", "text", "files", "key"
 let messages = []; // the conversation so far, as the endpoint takes it
 let pictures = []; // of the next question, as data: URIs
 let request = null; // controller of the one under way
+let reading = 0; // files that are being read
+let conversations = 0; // that were begun
 let following = true; // the end of the log is in view, and stays there
 
 function get(id) {
@@ -104,13 +106,26 @@ async function addFiles(list) {
     reader.readAsDataURL(file);
   });
   get("error").textContent = "";
-  try {
-    pictures = pictures.concat(await Promise.all([...list].map(read)));
-  } catch (error) {
+  const own = conversations;
+  setReading(list.length);
+  const urls = await Promise.all([...list].map(read)).catch((error) => {
     get("error").textContent = error.message;
-  }
+    return [];
+  });
+  setReading(-list.length);
+  if (own !== conversations) return; // another one has begun
+  pictures = [...pictures, ...urls];
   showPictures();
   text.focus();
+}
+
+function setReading(change) {
+  reading += change;
+  showAsk();
+}
+
+function showAsk() {
+  get("ask").disabled = Boolean(request || reading);
 }
 
 async function send(path, options) {
@@ -120,7 +135,8 @@ async function send(path, options) {
   });
   if (response.ok) return response;
   get("access").hidden &&= response.status !== 401;
-  throw new Error((await response.json()).error.message);
+  const answer = await response.json().catch(() => null); // a proxy's page is none of ours
+  throw new Error(answer?.error?.message ?? `The endpoint answers ${response.status}.`);
 }
 
 async function* readEvents(response) {
@@ -162,13 +178,13 @@ async function play(content, signal) {
 function setBusy(controller) {
   request = controller;
   get("status").textContent = controller ? "The policy is at work …" : "";
-  get("ask").disabled = controller !== null;
+  showAsk();
   get("stop").hidden = controller === null;
 }
 
 async function ask() {
   const [question, urls] = [text.value.trim(), pictures];
-  if (request || (!question && !urls.length)) return;
+  if (request || reading || (!question && !urls.length)) return;
   following = true;
   const first = showQuestion(question, urls);
   const content = [...urls.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text: question }];
@@ -194,6 +210,7 @@ async function ask() {
 }
 
 function restart() {
+  conversations += 1;
   request?.abort();
   setBusy(null);
   [messages, pictures, text.value] = [[], [], ""];
@@ -215,8 +232,8 @@ text.onkeydown = (event) => {
   event.preventDefault();
   ask();
 };
-files.onchange = async () => {
-  await addFiles(files.files);
+files.onchange = () => {
+  addFiles([...files.files]);
   files.value = ""; // else the same file could not be chosen again
 };
 document.ondragover = (event) => {
