@@ -13,6 +13,7 @@ from functools import partial
 from http.client import IncompleteRead
 from subprocess import CalledProcessError
 
+import numpy as np
 import pytest
 from aiohttp import ServerDisconnectedError
 from disk import Disk
@@ -212,10 +213,10 @@ def test_what_stood_in_for_a_teacher_is_not_kept_by_a_run_that_went_no_further(w
     image = world.config.image.model_copy(update={"teacher": settings, "types": ("attention", "teacher")})
     monkeypatch.setattr(world, "config", world.config.model_copy(update={"image": image}))
     monkeypatch.setattr(world, "expected", {})
-    whole = world.expect("score", tmp_path)
+    whole, asked = world.expect("score", tmp_path), world.teacher.count
 
     world.begin()
-    world.teacher.begin(always(503, 1))
+    world.teacher.begin(always(503, 3))
     with monkeypatch.context() as patch:
         patch.setattr(Work, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -223,6 +224,19 @@ def test_what_stood_in_for_a_teacher_is_not_kept_by_a_run_that_went_no_further(w
     assert list(tmp_path.rglob("judgements-self-*"))
     world.begin()
     assert world.run("score", Store(tmp_path)).digest == whole
+    assert world.teacher.count == asked - 2, "both verdicts that it gave were kept"
+
+
+def test_an_evaluation_whose_answers_can_not_be_judged_keeps_its_conversations(world, tmp_path, monkeypatch):
+    whole = world.expect("evaluate", tmp_path)
+    world.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr("thinkimg.stages.evaluate.judge_answers", lambda rows, *_: np.full(len(rows), np.nan))
+        with pytest.raises(UserError, match="answers"):
+            world.run("evaluate", Store(tmp_path))
+    world.begin()
+    world.engine.begin(always(503, 0))  # it is not asked again
+    assert world.run("evaluate", Store(tmp_path)).digest == whole
 
 
 @pytest.mark.long

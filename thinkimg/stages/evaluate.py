@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -26,6 +27,7 @@ from thinkimg.stages.rollout import (
     PlaySettings,
     compare_settings,
     discard_parts,
+    has_failed,
     play_parts,
     play_settings,
     read_closed,
@@ -98,7 +100,7 @@ def run(job: Job[EvaluateSettings]) -> None:
         explained = sentences.explain_unjudged_of(dataset, settings.judge) or "The answer can't be judged."
         check_share([row.error or explained for row in unjudged], len(table), "answers")
     except UserError:
-        discard_parts(job.work, range(PARTS))
+        discard_parts(job.work, filter(partial(has_failed, job.work), range(PARTS)))
         raise
     job.work.metrics |= summarise_evaluation(samples, table, values, settings.conversation.tools)
 

@@ -301,6 +301,12 @@ def find_total_failure(work: Work, numbers: Iterable[int]) -> str | None:
     return error
 
 
+def has_failed(work: Work, number: int) -> bool:
+    """Tell whether a closed part has a conversation that failed."""
+    name = f"trajectories-{number:05}.parquet"
+    return work.has(name) and any(row["stop"] == StopReason.FAILED for row in read_columns([work.path(name)], ["stop"]))
+
+
 def discard_parts(work: Work, numbers: Iterable[int]) -> None:
     """Remove closed parts, so that their conversations are played again."""
     for number in numbers:

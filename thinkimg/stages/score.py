@@ -117,12 +117,16 @@ def run(job: Job[ScoreSettings]) -> None:
     parts = list(rollouts.parts())
     tally = Tally(job.progress, sum(rollouts.files[part]["rows"] for part in parts))
     early = Ahead(job.early)
-    lookup = judging.make_lookup(job.store, rollouts.digest, early.ledgers) if settings.judges else None
+
+    def ledgers_of(judge: str) -> list[Path]:
+        return early.ledgers(judge) + list_tables(work, f"judgements-{judge}")
+
+    lookup = judging.make_lookup(job.store, rollouts.digest, ledgers_of) if settings.judges else None
     judges = load_judges(settings.judges.image) if settings.judges else ()
     sentence_judge = early.extend(make_sentence_judge(job))
     for number, chunk in enumerate(group_parts(rollouts, parts)):
         verdicts = name_ledger(number)
-        if reopen_ledger(work, number) or (work.has(verdicts) and not sentences.is_complete(work.path(verdicts))):
+        if is_unreached(work, number) or (work.has(verdicts) and not sentences.is_complete(work.path(verdicts))):
             for part in chunk:
                 work.discard(name_scores(part))
         missing = {part: rollouts.files[part]["rows"] for part in chunk if not work.has(name_scores(part))}
@@ -158,7 +162,7 @@ class Ahead:
 
     def ledgers(self, component: str) -> list[Path]:
         """Return the ledgers of a judge."""
-        return list_early_tables(self._work, f"judgements-{component}") if self._work else []
+        return list_tables(self._work, f"judgements-{component}") if self._work else []
 
     def rules(self, rollouts: Artifact, part: str) -> Path | None:
         """Return the scores of a part by the rules, None without."""
@@ -169,9 +173,7 @@ class Ahead:
         """Return the judge of answers, which looks here first."""
         if judge is None or self._work is None:
             return judge
-        verdicts = [
-            v for path in list_early_tables(self._work, sentences.TABLE) for v in sentences.read_ledger(path).items()
-        ]
+        verdicts = [v for path in list_tables(self._work, sentences.TABLE) for v in sentences.read_ledger(path).items()]
         earlier = {answer.key(judge.model): verdict for answer, verdict in verdicts if verdict.value is not None}
         return replace(judge, lookup=lambda keys: judge.lookup(keys) | {k: earlier[k] for k in keys if k in earlier})
 
@@ -191,9 +193,7 @@ def score_early(job: Job[ScoreSettings], snapshots: Iterable[Artifact]) -> froze
             job.progress(0, 0)
             judge_early(job, rollouts, part, names, lookup)
             apply_rules_early(job, rollouts, part, rules, judge)
-    again = [
-        name for name in names if any(map(judging.has_refusals, list_early_tables(job.work, f"judgements-{name}")))
-    ]
+    again = [name for name in names if any(map(judging.has_refusals, list_tables(job.work, f"judgements-{name}")))]
     return frozenset[str]().union(*(judges[name].uses for name in again))
 
 
@@ -233,8 +233,8 @@ def apply_rules_early(
         job.work.table(table, build_table(rollouts.checked(part), columns))
 
 
-def list_early_tables(work: Work, table: str) -> list[Path]:
-    """Return the early tables of one kind that are closed."""
+def list_tables(work: Work, table: str) -> list[Path]:
+    """Return the closed tables of one kind."""
     return [work.path(name) for name in work.closed if name.rpartition("-")[0] == table]
 
 
@@ -307,7 +307,7 @@ def group_parts(rollouts: Artifact, parts: list[str]) -> Iterator[list[str]]:
 def fill_ledgers(
     job: Job[ScoreSettings], context: JudgeContext, number: int, chunk: list[str], lookup: judging.Lookup
 ) -> None:
-    """Close a chunk's ledgers, one per judge, unless an earlier run closed them."""
+    """Close a chunk's ledgers, one per judge, unless an earlier run closed them and reached the judge."""
     pairs: set[Pair] = set()
     for part in chunk:
         rows = list(job.inputs["rollouts"].trajectories(part))
@@ -325,28 +325,28 @@ def collect_answers(job: Job[ScoreSettings], rollouts: Rollouts, chunk: list[str
     return answers
 
 
-def reopen_ledger(work: Work, number: int) -> bool:
-    """Remove a chunk's ledgers that an earlier run closed while the teacher was unreachable; True if there were any."""
+def is_unreached(work: Work, number: int) -> bool:
+    """Tell whether an earlier run closed a chunk's ledger while the teacher could not be reached."""
     name = name_ledger(number, "teacher")
-    if not work.has(name) or not list_unreachable(work.path(name)):
-        return False
-    for judge in ("teacher", "self"):  # `self` may have stood in for it
-        work.discard(name_ledger(number, judge))
-    return True
+    return work.has(name) and bool(list_unreachable(work.path(name)))
 
 
 def judge_pairs(work: Work, context: JudgeContext, number: int, pairs: set[Pair], lookup: judging.Lookup) -> None:
     """Have all judges look at a chunk's pairs, and `self` too where it takes over for an unreachable teacher."""
 
     def close(name: str, judgements: Judgements) -> None:
+        work.discard(name_ledger(number, name))  # of a run that did not reach the judge; `lookup` has what it got
         work.table(name_ledger(number, name), judging.build_ledger(judgements))
 
     def ask(names: Iterable[str]) -> None:
-        missing = [name for name in names if not work.has(name_ledger(number, name))]
+        missing = [name for name in names if not work.has(name_ledger(number, name)) or name in again]
         if missing:
             judging.run_judges(missing, pairs, context, lookup, close)
 
     image = context.settings.image
+    again = ["teacher"] if is_unreached(work, number) else []
+    if again and "self" not in image.columns:
+        work.discard(name_ledger(number, "self"))  # it stood in for it
     ask(image.columns)
     falls_back = "teacher" in image.types and image.teacher.fallback == "self"
     if falls_back and list_unreachable(work.path(name_ledger(number, "teacher"))):
