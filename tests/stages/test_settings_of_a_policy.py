@@ -50,8 +50,8 @@ def test_an_evaluation_is_read_by_a_person(stages):
 
 
 def test_an_evaluation_of_which_most_answers_fail_is_none(stages, tmp_path, monkeypatch):
-    """And nothing is kept that might pass another time."""
+    """The conversations themselves went well, and are kept."""
     monkeypatch.setattr(module, "judge_answers", lambda rows, *_: module.np.full(len(rows), module.np.nan))
     with pytest.raises(UserError, match=r"2 of 2 answers failed, the first with: The answer can't be judged.* Hint: "):
         stages.run("evaluate", Store(tmp_path))
-    assert not list(tmp_path.rglob("trajectories-*"))
+    assert not list(Store(tmp_path).list()) and list(tmp_path.rglob("trajectories-*"))

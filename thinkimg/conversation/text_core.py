@@ -136,11 +136,7 @@ class TextCore:
     def _reply(self, turn: Turn, content: Content, new: Picture | None = None) -> None:
         last = len(self.turns) + 1 == self.config.max_turns
         if not self.tell(content, new):
-            # The model does not see the result, so the turn has none: a turn's image is always one that was shown.
-            status = turn.status and CallStatus.ERROR
-            error = turn.error or "The conversation has no room for the result."
-            turn = replace(turn, status=status, error=error, image=None, observation=None)
-            return self._end(StopReason.MAX_TURNS if last else StopReason.MAX_TOKENS, turn)
+            return self._end(StopReason.MAX_TURNS if last else StopReason.MAX_TOKENS, withhold(turn))
         self.pictures += [new] if new else []
         self.turns.append(turn)
         self.stop = StopReason.MAX_TURNS if last else None
@@ -155,6 +151,12 @@ class TextCore:
             self.turns.append(replace(self._called, status=CallStatus.ERROR, error=error))
             self._called = None
         self.stop, self.error, self.answer = StopReason.FAILED, error, None
+
+
+def withhold(turn: Turn) -> Turn:
+    """Return a turn whose result the model does not see: a turn's image is always one that was shown."""
+    status, error = turn.status and CallStatus.ERROR, turn.error or "The conversation has no room for the result."
+    return replace(turn, status=status, error=error, image=None, observation=None)
 
 
 def dump_args(args: dict[str, Any]) -> str:

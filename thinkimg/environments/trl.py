@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
 from copy import copy
-from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,14 +20,14 @@ from thinkimg.config.tree import Config
 from thinkimg.conversation.codec import Codec
 from thinkimg.conversation.protocol import Protocol, ToolCall, load_protocol
 from thinkimg.conversation.template import quote, write_template
-from thinkimg.conversation.text_core import PendingCall, TextCore
+from thinkimg.conversation.text_core import PendingCall, TextCore, withhold
 from thinkimg.engine import play
 from thinkimg.environments.task import Tasks
 from thinkimg.errors import UserError
 from thinkimg.images.decode import decode
 from thinkimg.images.tool import Tool, describe_argument
 from thinkimg.images.toolbox import load_tools
-from thinkimg.records import CallStatus, Sample, StopReason, Turn
+from thinkimg.records import Sample, StopReason
 from thinkimg.store.image_table import STORED, ImageTable
 from thinkimg.store.kinds import Dataset
 
@@ -114,12 +113,6 @@ class Environment:
         elif core.stop is None and not last.get("tool_calls"):
             core.read(last["content"], complete=last.get("finish_reason") != "length")
         return self._sample, core
-
-
-def withhold(turn: Turn) -> Turn:
-    """Return a turn whose result the model did not see, as TextCore leaves it."""
-    status, error = turn.status and CallStatus.ERROR, turn.error or "The conversation has no room for the result."
-    return replace(turn, status=status, error=error, image=None, observation=None)
 
 
 def environment(config: Config) -> type[Environment]:
