@@ -192,8 +192,20 @@ def test_resolve_takes_a_path_a_reference_or_a_unique_prefix_and_names_candidate
     with pytest.raises(UserError, match="of kind tin, not toy"):
         store.resolve(one.directory, "toy")
     for nothing in ("", "xyz"):
-        with pytest.raises(UserError, match="No toy under .* and 12 more"):
+        with pytest.raises(UserError, match=f"No toy under .*toy/{made[-2].short}, .* and 12 older ones"):
             store.resolve(nothing, "toy")
+
+
+def test_resolve_takes_the_path_of_a_part(tmp_path, monkeypatch):
+    """As of the final policy's weights, which a run prints at its end."""
+    store = Store(tmp_path / "store")
+    made = store.build("toy", RECIPE, lambda work: work.text("part", "text"))[0]
+    monkeypatch.chdir(tmp_path)
+    for path in (made.directory / "part", Path("store") / made.directory.relative_to(store.root) / "part"):
+        assert store.resolve(path).reference == store.resolve(str(path), "toy").reference == made.reference
+    for path in (made.directory / "other", tmp_path / "store" / "part"):
+        with pytest.raises(UserError, match="begins with"):
+            store.resolve(path)
 
 
 # reading --------------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def read_body(content: bytes, names: Sequence[str]) -> Question:
     except ValidationError as error:
         raise explain(error) from None
     if body.model not in names:
-        message = f"The model {shorten(ascii(body.model), 80)} does not exist; there is {names[0]}."
+        message = f"The model {shorten(ascii(body.model), 80)} does not exist; there is {' and '.join(names)}."
         raise Refusal(message, status=404, param="model", code="model_not_found")
     messages, replies = read_messages(body.messages)
     return Question(

@@ -44,7 +44,7 @@ class PictureReader:
             raise Refusal(f"A picture can't be read: {error.detail}.", param="messages") from error
         except UserError as error:  # the proxy that the environment names
             raise Refusal(str(error), status=502, param="messages") from error
-        raise Refusal("A picture's address must begin with data:, file:// or https://.", param="messages")
+        raise Refusal("A picture's address must begin with data:, file://, http:// or https://.", param="messages")
 
     def load(self, data: bytes) -> Picture:
         """Return the picture in a file's bytes, as in training. Raises Refusal."""

@@ -271,12 +271,13 @@ class Store:
     def resolve(self, reference: str | Path | Reference, kind: str | None = None) -> Artifact:
         """Return the artifact of a path, of `kind/fingerprint/attempt`, or of the beginning of a fingerprint.
 
-        Of several attempts it is the newest. Raises UserError, which lists candidates, for none, for several, and for
-        another kind.
+        The path may be that of a part, as of the final policy's weights. Of several attempts it is the newest. Raises
+        UserError, which lists candidates, for none, for several, and for another kind.
         """
         reference = str(reference)
         for path in (Path(reference), self.root / reference):
-            attempts = [path] if (path / MANIFEST).is_file() else self._attempts(path)
+            attempt = next((place for place in (path, path.parent) if (place / MANIFEST).is_file()), None)
+            attempts = [attempt] if attempt and path.exists() else self._attempts(path)
             if reference and attempts:
                 artifact = open_artifact(attempts[-1])
                 if kind not in (None, artifact.kind):
@@ -290,12 +291,12 @@ class Store:
         ]
         if len(matches) == 1 and (newest := self.find(matches[0].parent.name, matches[0].name)) is not None:
             return newest
-        names = [f"{home.parent.name}/{home.name[:12]}" for home in matches or homes]
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        others = sorted(homes, key=lambda home: home.stat().st_mtime, reverse=True)  # the newest first
+        names = [f"{home.parent.name}/{home.name[:12]}" for home in matches or others]
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} older ones" if len(names) > 8 else "")
         subject = "Several artifacts begin" if len(matches) > 1 else f"No {kind or 'artifact'} under {self.root} begins"
-        raise UserError(
-            f"{subject} with {reference!r}.", hint=f"There are {listed}." if names else "There are none yet."
-        )
+        none = f"There are none yet in {self.root.absolute()}; another store is named by where.store, or --store."
+        raise UserError(f"{subject} with {reference!r}.", hint=f"There are {listed}." if names else none)
 
     def origin(self, artifact: Artifact, role: str) -> Artifact:
         """Return the input of a role that an artifact was made from. Raises UserError if the store does not have it."""
