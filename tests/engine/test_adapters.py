@@ -105,6 +105,18 @@ def test_what_the_server_says_that_it_used_counts(plays):
         asyncio.run(run())
 
 
+def test_a_server_that_does_not_apply_an_adapter_is_refused_as_it_is_loaded():
+    """Also if it is one of several, and before any conversation."""
+    servers = [AdapterServer(), AdapterServer(plays="base")]
+
+    async def run():
+        async with EngineClient([server.url for server in servers], media="data") as client:
+            await client.load_adapter("v7", Path("adapter"))
+
+    with pytest.raises(EngineUnavailable, match="played base and not v7"):
+        asyncio.run(run())
+
+
 def test_a_server_that_takes_none_is_unavailable_and_no_row_fails_for_it():
     server = AdapterServer(takes=False)
 

@@ -20,6 +20,7 @@ from thinkimg.redaction import without_password
 log = logging.getLogger(__name__)
 A, T = TypeVar("A"), TypeVar("T")
 
+GENERATE = "/inference/v1/generate"
 RETRIES = 3
 FINISHED = ("stop", "length")  # reasons of vLLM to end a turn; with any other it gave the request up
 HEALTH_AFTER_S = 25.0  # a server that has not answered for so long is asked for its health, again and again
@@ -159,10 +160,12 @@ class EngineClient:
     async def load_adapter(self, name: str, path: Path) -> None:
         """Load an adapter into all servers that do not have it, and sample from it from now on.
 
-        Each version needs a new name: prefix caches are keyed by the name.
+        Each version needs a new name: prefix caches are keyed by the name. Raises EngineUnavailable for a server that
+        then samples from others.
         """
         await self._on_all(lambda url: self._load_adapter(url, name, path))
         self.adapter, self._adapter_path = name, path
+        await self._on_all(self._probe)
 
     async def takes_adapters(self) -> bool:
         """Tell whether every server takes adapters, as with --enable-lora."""
@@ -187,6 +190,12 @@ class EngineClient:
         except EngineError as error:
             if "already been loaded" not in error.message:
                 raise
+
+    async def _probe(self, url: str) -> None:
+        """Have a server sample a token, and say of which weights."""
+        body = {"token_ids": [1], "sampling_params": {"max_tokens": 1}, "return_token_ids": True, "model": self.adapter}
+        answer = await self._request(url, "POST", GENERATE, orjson.dumps(body))
+        read_answer(url, answer, self._read_versions)
 
     async def versions(self) -> dict[str, str]:
         """Return url -> the weight version that the server reports."""
@@ -288,7 +297,7 @@ class EngineClient:
 
     async def _watched(self, url: str, content: bytes) -> dict:
         """Send a generation; give up a server that hangs long before the request's own time-out."""
-        request = asyncio.create_task(self._request(url, "POST", "/inference/v1/generate", content))
+        request = asyncio.create_task(self._request(url, "POST", GENERATE, content))
         try:
             while not (await asyncio.wait({request}, timeout=HEALTH_AFTER_S))[0]:
                 await self._check(url)
