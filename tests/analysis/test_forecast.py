@@ -175,3 +175,14 @@ def test_a_whole_7b_that_would_fill_the_disk_is_told_how_many_to_keep(monkeypatc
     ]), geometries["7B"])  # fmt: skip
     monkeypatch.setattr(disk_forecast, "free_space", lambda store: 50 * GIB)
     assert "free some, or set where.store" in forecast.forecast_policies(config, geometries["7B"])
+
+
+def test_a_loop_of_whole_models_says_so_before_it_starts(monkeypatch, geometries, capsys):
+    from flows.loop import announce_disk
+
+    monkeypatch.setattr(forecast, "base_config", lambda config: geometries["7B"])
+    for settings in (["model.adaptation=lora"], ["model.adaptation=full", "model.tiny={}"]):
+        announce_disk(load_config("development", settings))
+    assert capsys.readouterr().err == ""
+    announce_disk(load_config("development", ["model.adaptation=full", "model.dtype=null"]))
+    assert "an iteration writes 30.9 GiB" in capsys.readouterr().err
