@@ -42,8 +42,9 @@ class Member:
         """Open the file for reading. Raises RowRefused where it is encrypted or damaged."""
         try:
             return self.opened.open(self.name)
-        # zipfile's own: a member with a password (RuntimeError), a compression that Python has not, damage.
-        except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+        # zipfile's own: of a member with a password or of a compression that Python has not (both are RuntimeErrors),
+        # and of damage. The row is refused with that reason.
+        except (RuntimeError, zipfile.BadZipFile) as error:
             raise RowRefused(Reason.PATH, f"{short(self.name)} can't be unpacked: {short(str(error))}") from error
 
 
