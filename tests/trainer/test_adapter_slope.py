@@ -14,7 +14,7 @@ from thinkimg.trainer.ranks import Ranks
 from thinkimg.trainer.rows import read_rows
 
 NOISE = 0.02  # of a token's log-probability in bfloat16, engine against trainer (docs/results.md)
-GATE = 24_000  # tokens of the gate's 16 conversations of three turns, 512 each
+GATES = [24_000, 4_800]  # tokens of the gate's 16 conversations: three turns of 512 each, or of a hundred
 STEPS = 5
 
 
@@ -41,36 +41,38 @@ def trained(world):
     return policy, rows, [adapted[i] for i in range(len(rows))], [plain[i] for i in range(len(rows))]
 
 
-def repeated(values: list[np.ndarray]) -> np.ndarray:
+def repeated(values: list[np.ndarray], tokens: int) -> np.ndarray:
     """As many tokens as the gate of a 7B compares."""
-    return np.resize(np.concatenate(values), GATE)
+    return np.resize(np.concatenate(values), tokens)
 
 
-def test_two_hundred_engines_that_apply_it_pass_and_two_hundred_that_ignore_it_do_not(trained):
-    _, _, adapted, plain = trained
+@pytest.mark.parametrize("tokens", GATES)
+def test_two_hundred_engines_that_apply_it_pass_and_those_that_ignore_it_do_not(trained, tokens):
+    """Of short turns an ignored adapter may pass one iteration's gate; none passes those of two."""
+    adapted, plain = (repeated(values, tokens) for values in trained[2:])
     rng, refused = np.random.default_rng(0), {"applied": 0, "ignored": 0}
     for _ in range(200):
         for what, played in (("applied", adapted), ("ignored", plain)):
-            engine = repeated(played) + rng.normal(0, NOISE, GATE)
-            metrics = parity.measure_slope([engine], [repeated(adapted)], [repeated(plain)])
-            assert parity.compare(engine, repeated(adapted))["parity/mean_abs"] < TRAIN.parity.max_kl
+            engine = played + rng.normal(0, NOISE, tokens)
+            metrics = parity.measure_slope([engine], [adapted], [plain])
+            assert parity.compare(engine, adapted)["parity/mean_abs"] < TRAIN.parity.max_kl
             try:
-                parity.check_slope(metrics, TRAIN.parity.min_slope)
+                parity.check_slope(metrics, TRAIN.parity.min_slope, exact=True)
             except UserError as error:
                 refused[what] += 1
                 assert "does not apply the adapter" in error.message and "--enable-lora" in error.hint
-    assert refused == {"applied": 0, "ignored": 200}
+    assert refused["applied"] == 0 and refused["ignored"] >= (200 if tokens == max(GATES) else 190)
 
 
 def test_an_engine_that_applies_it_is_never_refused_however_noisy_the_trainer_is(trained):
     """In bfloat16, where memory has no room for float32, the trainer's own two passes are as noisy as the engine."""
-    _, _, adapted, plain = trained
+    adapted, plain = (repeated(values, max(GATES)) for values in trained[2:])
     rng = np.random.default_rng(1)
     for share in (0.01, 0.1, 1.0):
-        exact = repeated(plain) + share * (repeated(adapted) - repeated(plain))
+        exact = plain + share * (adapted - plain)
         for _ in range(200):
-            engine, ours, base = (values + rng.normal(0, NOISE, GATE) for values in (exact, exact, repeated(plain)))
-            parity.check_slope(parity.measure_slope([engine], [ours], [base]), TRAIN.parity.min_slope)
+            engine, ours, base = (values + rng.normal(0, NOISE, len(plain)) for values in (exact, exact, plain))
+            parity.check_slope(parity.measure_slope([engine], [ours], [base]), TRAIN.parity.min_slope, exact=False)
 
 
 @pytest.mark.parametrize("applied", [True, False])

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grpo_world import BANNED, FULL, LORA, TRAIN
+from grpo_world import BANNED, FULL, LORA, TRAIN, World
 
 from thinkimg.errors import UserError
+from thinkimg.models.family import list_families
 from thinkimg.trainer import checkpoint, parity, parity_diagnosis
 from thinkimg.trainer.forward import logprobs, packing, shared_prompts
 from thinkimg.trainer.forward.packing import compute_mrope_positions
+from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.rows import Row, read_rows
 
 
@@ -124,14 +126,36 @@ def test_the_refusal_names_the_cause(world, change, cause):
     assert f"Most of it goes with: {cause}" in said
 
 
-def test_float32_and_back_changes_no_bit(world):
+@pytest.mark.parametrize("family", list_families())
+def test_a_pass_in_float32_is_that_of_the_widened_weights_and_changes_no_bit(family, tmp_path):
+    world = World(tmp_path, family=family)
     config = LORA.model_copy(update={"dtype": "bfloat16"})
-    held = checkpoint.load(world.policies["lora"], config, "cpu", world.base)
-    before = {name: p.clone() for name, p in held.model.named_parameters()}
+    rows, pixels = read_rows(world.artifact, world.image_token)[:3], world.patches()
+    pixels.prepare([row.conversation for row in rows])
+
+    def score(policy: PolicyModel, features: dict) -> torch.Tensor:
+        with torch.no_grad():
+            scorer = logprobs.Scorer(policy.model, pixels, temperature=0.9, banned=BANNED, features=features)
+            adapted = scorer([row.conversation for row in rows])[0]
+            with policy.model.disable_adapter():
+                return torch.stack([adapted, scorer([row.conversation for row in rows])[0]])
+
+    held, wide = (checkpoint.load(world.policies["lora"], config, "cpu", world.base) for _ in range(2))
+    for parameter in wide.model.parameters():
+        parameter.data = parameter.data.float()
+    before = {name: parameter.clone() for name, parameter in held.model.named_parameters()}
+    kept: dict[str, torch.Tensor] = {}  # features of images, as the gate finds them
+    with held.autocast():
+        rough = score(held, kept)
     with parity_diagnosis.use_float32(held):
-        assert {p.dtype for p in held.model.parameters()} == {torch.float32}
-    for name, p in held.model.named_parameters():
-        assert p.dtype == before[name].dtype and torch.equal(p, before[name]), name
+        widened, with_tower = score(held, kept), score(held, {})
+    exact = score(wide, kept)
+    noise = (rough - exact).abs().max()
+    assert (widened - exact).abs().max() < 1e-5 < noise / 100
+    assert (with_tower - score(wide, {})).abs().max() < noise  # patches are rounded on their way into the tower
+    pixels.close()
+    for name, parameter in held.model.named_parameters():
+        assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name]), name
 
 
 def test_the_sample_has_several_rows_of_a_group():

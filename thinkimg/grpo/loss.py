@@ -16,6 +16,8 @@ from torch import Tensor
 from thinkimg.grpo.settings import LOSSES, LossConfig
 from thinkimg.grpo.terms import Loss, Normaliser, Terms
 
+LARGEST = 20.0  # logarithm of a ratio in metrics: its square has to be a number
+
 
 @dataclass(frozen=True)
 class Logps:
@@ -78,8 +80,8 @@ def compute_importance(
 
     A token that the engine could not score (NaN) has ratio 1. The sequence ratio is a product, so its spread grows with
     the number of tokens. TRL 1.16, `_generate_and_score_completions`; the idea: fengyao.notion.site/off-policy-rl.
-    Metrics: (B, T) of tokens or (B,) of rows: the ratio after the cap, its square, where it is 0, and where the ratio
-    before the cap lay beyond it.
+    Metrics: (B, T) of tokens or (B,) of rows: the ratio after the cap, where it is 0, where it lay beyond the cap, and
+    before the cap the ratio and its square.
     """
     log_ratio = torch.nan_to_num((old_logps - engine_logps) * mask, nan=0.0)
     by_row = cfg.vllm_importance_sampling_mode.startswith("sequence")
@@ -96,7 +98,9 @@ def compute_importance(
         importance = torch.clamp(ratio, min=low, max=high)
     else:
         importance = ratio.masked_fill(beyond, 0.0)
-    metrics = {"mean": importance, "square": importance.square(), "zero": importance == 0, "beyond_cap": beyond}
+    finite = torch.exp(log_ratio.clamp(max=LARGEST))
+    metrics = {"mean": importance, "zero": importance == 0, "beyond_cap": beyond}
+    metrics |= {"uncapped_mean": finite, "uncapped_square": finite.square()}
     return importance, {
         f"sampling/importance_sampling_ratio/{name}": values.squeeze(1) if by_row else values
         for name, values in metrics.items()
@@ -106,9 +110,10 @@ def compute_importance(
 def estimate_effective_sample(metrics: Mapping[str, float]) -> float | None:
     """Return the effective share of a step's sample, from its metrics; None without a correction.
 
-    Kish's (sum of weights)^2 / (n x sum of squared weights); a weight of 0 counts as a part of the n.
+    Kish's (sum of weights)^2 / (n x sum of squared weights), of the ratios before the cap, which hides how far they
+    are apart.
     """
-    mean, square = (metrics.get(f"sampling/importance_sampling_ratio/{name}") for name in ("mean", "square"))
+    mean, square = (metrics.get(f"sampling/importance_sampling_ratio/uncapped_{name}") for name in ("mean", "square"))
     if mean is None or square is None:
         return None
     return mean**2 / square if square else 0.0

@@ -216,9 +216,10 @@ def _compare_numbers(job: dict, gate: ParityConfig, passes: Passes, chosen: Sequ
     logps = passes.score_together(chosen)
     trainer = [logps[i] for i in chosen]
     engine = np.concatenate([row.engine for row in rows])
-    metrics = parity.compare(engine, np.concatenate(trainer))
+    metrics, exact = parity.compare(engine, np.concatenate(trainer)), True
     if policy.config.adaptation == "lora":
-        metrics |= parity.measure_slope([row.engine for row in rows], *_score_adapter(passes, chosen, trainer))
+        *passes_of_both, exact = _score_adapter(passes, chosen, trainer)
+        metrics |= parity.measure_slope([row.engine for row in rows], *passes_of_both)
 
     def explain(worst: Sequence[int]) -> str:
         rows_of_worst, logps_of_worst = [rows[i] for i in worst], [trainer[i] for i in worst]
@@ -226,25 +227,26 @@ def _compare_numbers(job: dict, gate: ParityConfig, passes: Passes, chosen: Sequ
         return parity_diagnosis.explain(policy, scorer, banned, rows_of_worst, logps_of_worst)
 
     parity.check_numbers(metrics, rows, trainer, limit=gate.max_kl, files=policy.files, explain=explain)
-    parity.check_slope(metrics, gate.min_slope)
+    parity.check_slope(metrics, gate.min_slope, exact=exact)
     return metrics
 
 
 def _score_adapter(
     passes: Passes, chosen: Sequence[int], trainer: Sequence[np.ndarray]
-) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-    """Return the rows' log-probabilities with and without the adapter; in float32 where the memory has room for it.
+) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray], bool]:
+    """Return the rows' log-probabilities with and without the adapter, and whether they are of float32.
 
-    In bfloat16 the noise of these two hides the effect of a young adapter.
+    In bfloat16, where memory has no room for a layer in float32, their noise hides the effect of a young adapter.
     """
-    policy, exact = passes.policy, parity_diagnosis.has_room_for_float32(passes.policy)
-    with parity_diagnosis.use_float32(policy) if exact else contextlib.nullcontext():
-        if exact:
+    policy = passes.policy
+    widened = all(passes.ranks.gather(parity_diagnosis.has_room_for_float32(policy)))
+    with parity_diagnosis.use_float32(policy) if widened else contextlib.nullcontext():
+        if widened:
             scores = passes.score_together(chosen, autocast=False)
             trainer = [scores[i] for i in chosen]
         with policy.model.disable_adapter():
-            scores = passes.score_together(chosen, autocast=not exact)
-    return trainer, [scores[i] for i in chosen]
+            scores = passes.score_together(chosen, autocast=not widened)
+    return trainer, [scores[i] for i in chosen], widened or policy.config.precision == "float32"
 
 
 def _reference(

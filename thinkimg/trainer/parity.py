@@ -11,7 +11,8 @@ from thinkimg.trainer.forward import packing
 from thinkimg.trainer.rows import Row
 
 FROM_GROUP = 4
-Z = 4.0  # standard errors: one refusal in 30,000 where both explain the engine equally well
+CONFIDENCE = 1.96  # standard errors: an interval of 95 %
+CERTAIN = 4.0  # standard errors: one false refusal in 30,000 gates, as a run has many
 
 
 def check_weights(rows: Sequence[Row], version: str) -> None:
@@ -119,7 +120,7 @@ def measure_slope(
     It is (1 + D / E) / 2, with E the sum of (adapted - base)^2, and D that of (engine - base)^2 - (engine - adapted)^2.
     Without noise that is the slope of engine - base on adapted - base. Noise of the trainer is in both terms of D, and
     moves it towards 1/2, where nothing is refused. The mean difference can't tell: of an adapter of five steps at a
-    rate of 1e-5 it is a tenth of bfloat16's noise. The interval is one of Z standard errors over the tokens.
+    rate of 1e-5 it is a tenth of bfloat16's noise. The interval is of 95 %, over the tokens.
     """
     played, ours, plain = (np.concatenate(rows).astype(np.float64) for rows in (engine, adapted, base))
     effect = ours - plain
@@ -128,13 +129,20 @@ def measure_slope(
         return {}
     terms = effect * (2 * played - ours - plain)
     slope = 0.5 * (1 + float(terms.sum()) / square)
-    error = 0.5 * Z * float(terms.std()) * len(terms) ** 0.5 / square
+    error = 0.5 * CONFIDENCE * float(terms.std()) * len(terms) ** 0.5 / square
     return {"parity/slope": slope, "parity/slope_low": slope - error, "parity/slope_high": slope + error}
 
 
-def check_slope(metrics: Mapping[str, float], limit: float) -> None:
-    """Raise UserError if the whole interval of the slope lies below the limit."""
-    if metrics.get("parity/slope_high", limit) < limit:
+def check_slope(metrics: Mapping[str, float], limit: float, *, exact: bool) -> None:
+    """Raise UserError if the interval of the slope lies below the limit, and that is no accident.
+
+    exact: True if the trainer's numbers are of float32. Then an engine that applies the adapter shows 1, which has to
+    be CERTAIN standard errors away. Else it shows no less than 1/2, and so has the limit.
+    """
+    if "parity/slope" not in metrics:
+        return
+    slope, high = metrics["parity/slope"], metrics["parity/slope_high"]
+    if high < limit and slope + CERTAIN / CONFIDENCE * (high - slope) < (1 if exact else limit):
         raise UserError(
             f"The engine does not apply the adapter: of the adapter's effect on log-probabilities it shows "
             f"{metrics['parity/slope']:.2f} ({metrics['parity/slope_low']:.2f} to "

@@ -18,6 +18,7 @@ from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.rows import Row
 
 ROWS = 4
+FLOAT32 = 4  # bytes
 
 
 def compute_text_positions(tokens: np.ndarray, image_token: ImageToken, grids: np.ndarray) -> np.ndarray:
@@ -27,23 +28,59 @@ def compute_text_positions(tokens: np.ndarray, image_token: ImageToken, grids: n
 
 @contextmanager
 def use_float32(policy: PolicyModel) -> Iterator[None]:
-    """Hold the base weights in float32 within this context; there and back loses nothing."""
-    narrow = [p for p in policy.model.parameters() if p.dtype == torch.bfloat16]
+    """Compute with the weights in float32 within this context, without autocast; they stay as they are.
+
+    They are widened for a layer at a time, while it computes: those of a whole model in float32 seldom fit beside it.
+    """
+    narrow: dict[tuple[torch.nn.Module, str], torch.nn.Parameter] = {}
+
+    def widen(block: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        for module in block.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if parameter.dtype == torch.bfloat16:
+                    narrow[module, name] = parameter
+                    module._parameters[name] = torch.nn.Parameter(parameter.float(), requires_grad=False)
+        return tuple(map(_widen_tensor, args)), {name: _widen_tensor(value) for name, value in kwargs.items()}
+
+    def restore(block: torch.nn.Module, args: tuple, output: object) -> None:
+        for module in block.modules():
+            for name in module._parameters:
+                if (parameter := narrow.pop((module, name), None)) is not None:
+                    module._parameters[name] = parameter
+
+    handles = []
     try:
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
+        for block in _list_blocks(policy.model):
+            handles.append(block.register_forward_pre_hook(widen, with_kwargs=True))
+            # Before FSDP2's hook, which takes the weights away; and where a pass breaks off, too.
+            handles.append(block.register_forward_hook(restore, prepend=True, always_call=True))
         yield
     finally:
-        for parameter in narrow:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        for handle in handles:
+            handle.remove()
+
+
+def _widen_tensor(value: object) -> object:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def _list_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules that are widened one after the other: layers in lists, and what has weights beside them."""
+    blocks = []
+    for child in model.children():
+        if isinstance(child, torch.nn.ModuleList):
+            blocks += child
+        else:
+            blocks += [child] if child._parameters else _list_blocks(child)
+    return blocks
 
 
 def has_room_for_float32(policy: PolicyModel) -> bool:
-    """Tell whether the base weights can be held in float32 for a while."""
-    if policy.config.precision == "float32" or policy.sharded or policy.config.load_in_4bit:
+    """Tell whether float32 is more than what the policy has, and the largest block fits in it."""
+    if policy.config.precision == "float32" or policy.config.load_in_4bit:
         return False
-    more = sum(p.nbytes for p in policy.model.parameters() if p.dtype == torch.bfloat16)
-    return 1.5 * more < measure_free_bytes(policy)  # beside activations of one micro-batch
+    sizes = (sum(p.numel() for p in block.parameters()) for block in _list_blocks(policy.model))
+    return 2 * FLOAT32 * max(sizes) < measure_free_bytes(policy)  # beside activations of one micro-batch
 
 
 def explain(
@@ -64,7 +101,7 @@ def explain(
             return [changed([row.conversation])[0].float().cpu().numpy() for row in rows]
 
     changes: dict[str, dict] = {"batch shape and cached pixels (one row at a time)": {}}
-    if policy.config.precision != "float32" and not (policy.sharded or policy.config.load_in_4bit):
+    if policy.config.precision != "float32" and not policy.config.load_in_4bit:
         changes["precision (float32)"] = {"context": use_float32(policy)}
     if banned:
         changes["sampling mask (not renormalised)"] = {"banned": None}
