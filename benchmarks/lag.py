@@ -16,6 +16,7 @@ from statistics import mean, median
 
 from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
+from thinkimg.pipeline import outside_inputs
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.records import load_record, loop_id
@@ -50,7 +51,8 @@ def run(store: str, seed: int, iterations: int) -> None:
 def find_checkpoint(store: str) -> Path:
     """Return the directory of the warm start's model, which is made where the store has none."""
     options = [part for text in [*COMMON, f"where.store={store}"] for part in ("--set", text)]
-    reference = thinkimg("warmstart", "--preset", "tiny", *options).split()[-1]
+    dataset = thinkimg("prepare", "--preset", "tiny", *options).split()[-1]
+    reference = thinkimg("warmstart", "--dataset", dataset, "--preset", "tiny", *options).split()[-1]
     return Store(store).resolve(reference).path("policy") / "model"
 
 
@@ -72,7 +74,7 @@ def report(store: str, iterations: int) -> None:
 def read_stages(config: Config) -> list[dict[str, Artifact]] | None:
     """Return the artifacts of each iteration by stage, from 0 on; None where the loop was not run."""
     store = Store(config.where.store)
-    record = load_record(store, loop_id(config))
+    record = load_record(store, loop_id(config, outside_inputs(config)))
     if record is None:
         return None
     return [

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
+from thinkimg.pipeline import outside_inputs
 from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact
 from thinkimg.tracking.records import LoopRecord, load_record, loop_id
@@ -40,7 +41,7 @@ def run(store: str, seed: int, tools: bool) -> None:
 
 
 def record_of(config: Config) -> LoopRecord:
-    record = load_record(Store(config.where.store), loop_id(config))
+    record = load_record(Store(config.where.store), loop_id(config, outside_inputs(config)))
     assert record is not None, "this loop has not been run"
     return record
 
@@ -82,7 +83,7 @@ def report(store: str) -> None:
     curves = {}
     for seed in range(10):
         config = load_config("tiny", settings(store, seed, tools=True))
-        if load_record(Store(store), loop_id(config)) is None:
+        if load_record(Store(store), loop_id(config, outside_inputs(config))) is None:
             continue
         steps = evaluations(config)
         curves[seed] = steps
@@ -92,7 +93,7 @@ def report(store: str) -> None:
         if grey is not None:
             print(row("  the same, tool images grey", grey.metrics))
         without = load_config("tiny", settings(store, seed, tools=False))
-        other = load_record(Store(store), loop_id(without)) and evaluations(without)[-1]
+        other = load_record(Store(store), loop_id(without, outside_inputs(without))) and evaluations(without)[-1]
         for family in FAMILIES:
             print(row(f"  {family}: warm-started", steps[0].metrics, f"{family}/"))
             print(row(f"  {family}: final", steps[-1].metrics, f"{family}/"))

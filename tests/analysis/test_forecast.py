@@ -36,7 +36,7 @@ def pretend(monkeypatch):
 
 @pytest.fixture(scope="module")
 def geometries():
-    """Configs of Qwen2.5-VL's 7B and 3B."""
+    """Configs of Qwen2.5-VL's 7B, 3B and 72B."""
     import sys
 
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -44,13 +44,19 @@ def geometries():
         from workload import SEVEN_B, config_of
     finally:
         sys.path.remove(str(REPOSITORY / "benchmarks"))
-    seven, three = config_of(SEVEN_B), copy.deepcopy(config_of(SEVEN_B))
-    text = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
-    for name, value in (text | {"num_attention_heads": 16, "num_key_value_heads": 2}).items():
-        setattr(three.text_config, name, value)
-    three.text_config.layer_types = 36 * seven.text_config.layer_types[:1]
-    three.tie_word_embeddings, three.vision_config.out_hidden_size = True, 2048
-    return {"7B": seven, "3B": three}
+    seven = config_of(SEVEN_B)
+
+    def resize(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, groups: int, tied: bool):
+        other = copy.deepcopy(seven)
+        text = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate}
+        text |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups}
+        for name, value in (text | {"layer_types": layers * seven.text_config.layer_types[:1]}).items():
+            setattr(other.text_config, name, value)
+        other.tie_word_embeddings, other.vision_config.out_hidden_size = tied, hidden
+        return other
+
+    three = resize(151936, 2048, 11008, 36, 16, 2, tied=True)
+    return {"7B": seven, "3B": three, "72B": resize(152064, 8192, 29568, 80, 64, 8, tied=False)}
 
 
 def size_of(preset: str) -> int:
@@ -88,12 +94,26 @@ def test_the_7b_and_its_cache_are_counted(geometries):
     config = load_config("balanced")
     engine = engine_memory.predict_engine(config, geometries["7B"], 80 * GIB)
     assert engine.weights / GIB == pytest.approx(15.45, abs=0.05)  # 8.29 G parameters in bfloat16
-    assert engine.adapter / GIB == pytest.approx(0.30, abs=0.02)
+    assert engine.adapters / GIB == pytest.approx(0.60, abs=0.04)
     assert engine.per_token == 56 * 1024
     halves = engine_memory.predict_engine(
         load_config("balanced", ["where.engine.tensor_parallel_size=2"]), geometries["7B"], 80 * GIB
     )
     assert halves.weights == engine.weights // 2 and halves.per_token == engine.per_token // 2
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_72b_on_eight_gpus_takes_turns_with_its_engine(together, geometries, pretend):
+    """Split eight ways in both; beside one another the weights and a step are too much for 80 GB."""
+    turns = [f"where.{half}.keep={str(together).lower()}" for half in ("engine", "trainer")]
+    eight = ["where.engine.tensor_parallel_size=8", "where.trainer={processes: 8, accelerate_config: fsdp2}"]
+    path = "model.path=Qwen/Qwen2.5-VL-72B-Instruct"
+    config = load_config("high-quality", ["where.teacher.url=http://teacher/v1", path, *eight, *turns])
+    engine = engine_memory.predict_engine(config, geometries["72B"], int(VISIBLE[80] * GIB))
+    assert engine.weights / GIB == pytest.approx(73.4e9 * 2 / 8 / GIB, rel=0.01) and engine.conversations >= BUSY
+    pretend(VISIBLE[80])
+    line = forecast.forecast_trainer(config, geometries["72B"])
+    assert "beside 19.0 GiB of weights" in line and ("fits in" in line) == (not together), line
 
 
 def test_heads_of_a_width_of_their_own_are_counted():

@@ -13,6 +13,7 @@ from thinkimg.errors import UserError
 from thinkimg.pipeline import pipeline
 from thinkimg.scheduler import Plan
 from thinkimg.stages.evaluate import evaluate
+from thinkimg.stages.stage import Stage
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -35,9 +36,20 @@ def test_presets_have_the_sizes_that_the_readme_states():
 
 @pytest.mark.parametrize("name", list_presets())
 def test_no_preset_plays_more_conversations_to_evaluate_than_to_train(name):
-    config = load_config(name)
-    evaluated = config.evaluate.samples * (1 + config.evaluate.k) / config.evaluate.every
-    assert evaluated <= config.rollout.samples * config.rollout.group_size
+    """Over the whole loop, both ends included."""
+    config, samples = load_config(name), []
+
+    class Record:
+        def __call__(self, stage: Stage, **arguments) -> Stage:
+            samples.extend([arguments["samples"]] if stage is evaluate else [])
+            return stage
+
+        def report(self, iteration: int, **handles) -> None:
+            pass
+
+    pipeline(Record(), config)
+    evaluated = sum(min(count, config.data.held_out) for count in samples) * (1 + config.evaluate.k)
+    assert evaluated <= config.iterations * config.rollout.samples * config.rollout.group_size
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])])

@@ -1,7 +1,9 @@
 """A GPU's command line of the engine, through vLLM's own parser: every preset and model, every rank of an adapter."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -48,7 +50,7 @@ def on_a_gpu(monkeypatch):
 def test_vllm_reads_what_a_preset_means(parser, preset):
     config, found = parse(parser, preset, "where.engine.tensor_parallel_size=2")
     assert found.model == config.model.path and found.host == "127.0.0.1" and found.port == 8000
-    assert found.enable_lora and found.max_lora_rank >= config.model.lora_rank
+    assert found.enable_lora and found.max_lora_rank >= config.model.lora_rank and found.max_loras == 2
     assert found.enable_sleep_mode == found.sleep_mode_offload_cudagraph == (not config.where.engine.keep)
     assert found.tensor_parallel_size == 2
     assert found.gpu_memory_utilization == config.where.engine.gpu_memory_utilization
@@ -60,6 +62,12 @@ def test_vllm_reads_what_a_preset_means(parser, preset):
         else found.limit_mm_per_prompt
     )
     assert images == {"image": config.conversation.max_images, "video": 0}
+
+
+def test_what_is_started_is_not_deprecated():
+    module = server_command("Qwen/Qwen3-VL-2B-Instruct", 8000, settings(load_config("balanced")))[2]
+    source = Path(importlib.util.find_spec(module).origin).read_text()
+    assert "def main()" in source and '__name__ == "__main__"' in source and "DeprecationWarning" not in source
 
 
 @pytest.mark.parametrize("devices, size", [("[0, 1]", 2), ("[0, 1]", 1), ("[3, 1, 2, 0]", 2), ("[GPU-a, GPU-b]", 1)])

@@ -4,6 +4,7 @@ What each of them samples is compared with what the trainer computes.
 """
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from chat_codecs import CORPUS
+from original_base import write_original
 from paths import SUPPORT
 from served_families import TEMPERATURE, Served, Talk, say
 
@@ -35,12 +37,19 @@ BOUND = 1e-4  # of |difference| of log-probabilities, float32; an adapter moves 
 
 
 class World:
-    """A tiny model with grouped heads, and two adapters on it that change what it says."""
+    """A model, and two adapters on it that change what it says.
 
-    def __init__(self, root: Path):
+    tied: a tiny model, whose head is its embeddings; else one with grouped heads, in the files of the 7B.
+    """
+
+    def __init__(self, root: Path, *, tied: bool = False):
         self.root, self.media = root, root / "media"
         self.media.mkdir()
         create_tiny(root / "base", TinyModel(vocab_size=512), CORPUS, seed=0)
+        if not tied:
+            config = json.loads((root / "base" / "config.json").read_text())
+            ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
+            write_original(root / "base", 32, 512, ids)
         base = Base("tiny", directory=str(root / "base"))
         self.policies: dict[str, PolicyModel] = {}
         for seed, name in enumerate(ADAPTERS):
@@ -120,8 +129,9 @@ def world(tmp_path_factory) -> World:
     return World(tmp_path_factory.mktemp("gpu"))
 
 
-@pytest.mark.parametrize("cores, size", [("0", 1), ("0|1", 2)])
-def test_two_adapters_and_their_base_play_at_once(world, cores, size):
+@pytest.mark.parametrize("cores, size, tied", [("0", 1, False), ("0", 1, True), ("0|1", 2, False)])
+def test_two_adapters_and_their_base_play_at_once(request, tmp_path_factory, cores, size, tied):
+    world = World(tmp_path_factory.mktemp("tied"), tied=True) if tied else request.getfixturevalue("world")
     with world.serve("base", rank=8, cores=cores, size=size) as server:
         for name, talks in world.play_both(server, range(2), 8).items():
             world.check_is(name, server, talks)

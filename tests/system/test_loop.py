@@ -243,11 +243,12 @@ def lagging(place, output) -> tuple[str, dict[str, list]]:
 
 @pytest.mark.long
 def test_with_a_lag_the_same_policy_plays_on(place, lagging):
-    """The first iteration is that without a lag; in the second the first policy plays, and the second is trained."""
+    """The first step is that without a lag, of its own; in the second the first policy plays, its successor is trained."""
     _, made = lagging
-    assert {kind: len(new) for kind, new in made.items()} == dict.fromkeys(made, 1)
-    (policy,), (rollouts,) = made["policy"], made["rollouts"]
+    assert {kind: len(new) for kind, new in made.items()} == dict.fromkeys(made, 1) | {"policy": 2}
+    (again, policy), (rollouts,) = made["policy"], made["rollouts"]
     first, second = artifacts(place, "policy")[:2]
+    assert again.digest == second.digest and again.fingerprint != second.fingerprint
     assert rollouts.inputs["policy"].digest == first.digest and policy.inputs["policy"].digest == second.digest
     assert {row["weights"] for row in rollouts.table("trajectories", ["weights"]).to_pylist()} == {first.digest}
     assert policy.metrics["parity/mean_abs"] < 0.01, "against the policy that played"
@@ -258,10 +259,10 @@ def test_with_a_lag_the_same_policy_plays_on(place, lagging):
 def test_with_a_lag_the_loop_says_how_to_train_again(place, lagging):
     printed, made = lagging
     command = printed[printed.rindex("thinkimg train --scores") :].splitlines()[0]
-    expected = [made["scores"][0].short, "--policy", artifacts(place, "policy")[1].short]
+    expected = [made["scores"][0].short, "--policy", made["policy"][0].short]
     assert command.split()[3:6] == expected and "--set loop.lag=1" in command
     words = command.split()[1 : command.split().index("--preset")]
-    assert str(made["policy"][0].reference) in run(place, *words, "--set", "loop.lag=1")
+    assert str(made["policy"][1].reference) in run(place, *words, "--set", "loop.lag=1")
     refused = start(place, *words[:3], "--set", "loop.lag=1")
     answer, _ = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "train needs --policy" in answer

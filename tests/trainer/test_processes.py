@@ -5,6 +5,7 @@ FSDP2's step is that of DDP."""
 import json
 import multiprocessing
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from thinkimg.config.load import load_config
 from thinkimg.errors import UserError
 from thinkimg.models.base import Base
 from thinkimg.process import free_port
+from thinkimg.store import files
 from thinkimg.trainer import checkpoint, checksums, weight_files
 from thinkimg.trainer.client import Trainer, read_accelerate_settings
 from thinkimg.trainer.policy import PolicyModel, load_model
@@ -373,6 +375,31 @@ def test_a_lost_shard_fails_the_job_in_every_process(world, tmp_path):
         exact = [value.numel(), float(value.sum()), float(value.square().sum())]
         assert values == pytest.approx(exact, rel=1e-9, abs=1e-9) and first["expected"][name] == pytest.approx(exact)
     assert len(first["actual"]) == len(files)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_idle_process_waits_without_a_collective(rank, tmp_path):
+    """In one it would keep its GPU busy."""
+    worker, store, job = Worker.__new__(Worker), torch.distributed.HashStore(), {"kind": "grpo"}
+    ready = threading.Event()
+
+    class Asked(Ranks):
+        def gather(self, value):
+            assert ready.is_set(), "there is no job yet"
+            return [job, value] if rank else [value, None]
+
+    worker.ranks, worker.store, worker.spool = Asked(rank, 2), store, tmp_path
+
+    def give() -> None:
+        ready.set()
+        if rank:
+            store.set("1.job.json", "ready")
+        else:
+            files.write(tmp_path / "1.job.json", json.dumps(job))
+
+    threading.Timer(0.3, give).start()
+    assert worker._next("1.job.json") == job and ready.is_set()
+    assert store.check(["1.job.json"])  # the others are told
 
 
 @pytest.mark.parametrize("name", CONFIGS)

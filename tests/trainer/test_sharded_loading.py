@@ -140,7 +140,20 @@ def test_a_store_that_is_not_shared_is_named(tmp_path):
     (tmp_path / "policy" / "state.json").write_text("{}")
     job = {"policy": {"directory": str(tmp_path / "policy")}}
     seen = {str(tmp_path / "policy" / "state.json"): "2 bytes"}
-    installations.compare_files(Two(seen), job)
+    installations.compare_inputs(Two(seen), job)
     for other in ({}, {next(iter(seen)): "3 bytes"}):
         with pytest.raises(UserError, match=r"state\.json .*, and the first process 2 bytes.*\. Hint: .*where\.store"):
-            installations.compare_files(Two(other), job)
+            installations.compare_inputs(Two(other), job)
+
+
+def test_another_file_of_the_users_loss_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "loss_of_nodes.py").write_text("LOSS = None")
+    job = {"train": {"loss": {"loss_type": "loss_of_nodes"}}}
+    installations.compare_inputs(Two(installations.describe_loss(job)), job)
+    for other in ("0123456789ab", "There is no module loss_of_nodes."):
+        with pytest.raises(UserError, match="has the loss loss_of_nodes "):
+            installations.compare_inputs(Two({"the loss loss_of_nodes": other}), job)
+    missing = {"train": {"loss": {"loss_type": "no_such_loss"}}}
+    assert "no_such_loss" in installations.describe_loss(missing)["the loss no_such_loss"]
+    assert installations.describe_loss({"train": {"loss": {"loss_type": "grpo"}}}) == {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thinkimg.config.tree import Config
-from thinkimg.engine.server import round_rank
+from thinkimg.engine.server import ADAPTERS, round_rank
 from thinkimg.models.family import find_family
 from thinkimg.trainer.forward.modules import get_head_dim
 from thinkimg.trainer.memory import GIB
@@ -29,7 +29,8 @@ class EngineMemory:
     share: int
     """Part of the GPU that `gpu_memory_utilization` grants."""
     weights: int
-    adapter: int
+    adapters: int
+    """As many as play at once."""
     per_token: int
     """Key-value cache of one token."""
     per_sequence: int
@@ -40,7 +41,7 @@ class EngineMemory:
     @property
     def cache(self) -> int:
         """Bytes that are left for the key-value cache; negative if the rest does not fit."""
-        return self.share - self.weights - self.adapter - ACTIVATIONS - GRAPHS
+        return self.share - self.weights - self.adapters - ACTIVATIONS - GRAPHS
 
     @property
     def conversations(self) -> int:
@@ -67,7 +68,7 @@ def predict_engine(config: Config, base: "PretrainedConfig", gpu: int) -> Engine
     return EngineMemory(
         share=int(gpu * engine.gpu_memory_utilization),
         weights=weights // ranks,
-        adapter=adapter // ranks if config.model.adaptation == "lora" else 0,
+        adapters=ADAPTERS * adapter // ranks if config.model.adaptation == "lora" else 0,
         per_token=2 * len(family.attention_layers(text)) * heads * get_head_dim(text) * itemsize,
         per_sequence=family.state_bytes(text, itemsize) // ranks,
         max_tokens=config.conversation.max_tokens,

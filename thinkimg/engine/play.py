@@ -189,9 +189,9 @@ class Sampler:
                 if not running:
                     return
                 task = await ended.get()
-                running.remove(task)
                 done += 1
-                progress(done)
+                progress(done)  # what it raises ends this: the task is still one of those that are waited for
+                running.remove(task)
                 yield task.result()
         finally:
             gc.unfreeze()

@@ -25,6 +25,7 @@ from thinkimg.process import Child, free_port, spawn
 
 SERVED_NAME = "policy"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has kernels for
+ADAPTERS = 2  # that play at once: with a lag one policy plays while another one is evaluated, or judges
 READY_TIMEOUT_S = 1800.0  # a 7B from a cold disk, with compilation; a tiny model on a CPU takes half a minute
 REPORT_EVERY_S = 30.0
 TOKENS = 1280  # of the largest picture that the processor admits, at least; views come at their final size
@@ -213,7 +214,6 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
         "allowed-local-media-path": settings.media_dir.resolve() if settings.media_dir else None,
         "uvicorn-log-level": "warning",
         "worker-extension-cls": "thinkimg.engine.worker.WeightLoader",
-        "max-lora-rank": None if settings.max_lora_rank is None else round_rank(settings.max_lora_rank),
     }
     flags: list[str] = ["enable-scale-out", "enable-prefix-caching", "disable-uvicorn-access-log", "disable-log-stats"]
     if cpu:
@@ -221,9 +221,10 @@ def server_command(model: str, port: int, settings: ServerSettings, host: str = 
         flags += ["no-enable-chunked-prefill", "skip-mm-profiling", "enforce-eager"]
     if settings.max_lora_rank is not None:
         flags.append("enable-lora")
+        options |= {"max-lora-rank": round_rank(settings.max_lora_rank), "max-loras": ADAPTERS}
     if settings.sleeps:
         flags += ["enable-sleep-mode", "sleep-mode-offload-cudagraph"]
-    argv = [sys.executable, "-m", "thinkimg.engine.serve" if cpu else "vllm.entrypoints.openai.api_server"]
+    argv = [sys.executable, "-m", "thinkimg.engine.serve" if cpu else "vllm.entrypoints.launchers.api_server.entry"]
     options |= dict.fromkeys(flags, True) | dict(family.engine_options(cpu=cpu))
     for name, value in options.items():
         if value is not None:

@@ -47,10 +47,13 @@ class TrainSettings(Slice):
     train: TrainConfig
     """`parity` decides whether there is an output, not which."""
     seed: int
+    lag: int
+    """`loop.lag`: loops of two lags go apart after their first policy, and the first to finish trims its optimizer."""
     base: BaseSource = Field(exclude=True)
 
     def fingerprinted(self) -> dict[str, Any]:
-        tree = self.model_dump(mode="json", exclude={"mix": True, "train": {"parity"}})
+        excluded: dict[str, Any] = {"mix": True, "train": {"parity"}} | ({} if self.lag else {"lag": True})
+        tree = self.model_dump(mode="json", exclude=excluded)
         return tree | {"model": self.model.defining()} | dict(self.mix)
 
 
@@ -76,6 +79,7 @@ def settings_of(config: Config) -> TrainSettings:
         max_tokens=config.conversation.max_tokens,
         train=config.train,
         seed=config.seed,
+        lag=config.loop.lag,
         base=BaseSource.of(config.model),
         family=config.family().name,
     )

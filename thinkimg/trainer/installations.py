@@ -12,9 +12,12 @@ from pathlib import Path
 
 from thinkimg import __version__
 from thinkimg.errors import UserError
+from thinkimg.grpo.settings import LOSSES
 from thinkimg.trainer.ranks import Ranks
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow", "flash-linear-attention",
+)  # fmt: skip
 LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "OMP_NUM_THREADS")  # by which a process is told its config
 PACKAGE = Path(__file__).parents[1]
 
@@ -46,8 +49,10 @@ def find_version(package: str) -> str:
         return "none"
 
 
-def compare_files(ranks: Ranks, job: Mapping) -> None:
-    """Compare names and sizes of a job's input files with the first process's. All processes call it.
+def compare_inputs(ranks: Ranks, job: Mapping) -> None:
+    """Compare a job's input files, by name and size, and the user's loss with the first process's. All call it.
+
+    The job itself, settings and all, is what the first process sent.
 
     Raises UserError in every process, with the first difference.
     """
@@ -59,7 +64,20 @@ def compare_files(ranks: Ranks, job: Mapping) -> None:
         for directory in filter(None, directories):  # of a base the weights are compared (checksums.py)
             paths = [path for path in Path(directory).rglob("*") if path.is_file()]
             files |= {str(path): f"{path.stat().st_size} bytes" for path in paths}
-        compare(ranks, files, hint="Every machine has to see the store under the same path (where.store).")
+        hint = "Every machine has to see the store under the same path (where.store), and your own code likewise."
+        compare(ranks, files | describe_loss(job), hint=hint)
+
+
+def describe_loss(job: Mapping) -> dict[str, str]:
+    """Return a digest of the code of a job's loss if it is the user's, or why there is none; {} for one of ours."""
+    name = job.get("train", {}).get("loss", {}).get("loss_type")
+    if name is None:
+        return {}
+    try:
+        digests = LOSSES.sources([name])
+    except UserError as error:
+        return {f"the loss {name}": error.message}
+    return {f"the loss {name}": digest[:12] for digest in digests.values()}
 
 
 def compare(ranks: Ranks, facts: dict[str, str], hint: str) -> None:

@@ -27,7 +27,7 @@ from thinkimg.store import files
 from thinkimg.trainer import attention_job, checkpoint, grpo_job, warmstart_job
 from thinkimg.trainer.client import FSDP1, KINDS_HINT, NO_SPOOL, POLL_S, REJOIN_S
 from thinkimg.trainer.heartbeat import BEAT_S, SILENCE_S, Heartbeat, connect_store
-from thinkimg.trainer.installations import compare_files, compare_installations
+from thinkimg.trainer.installations import compare_inputs, compare_installations
 from thinkimg.trainer.loading import load_together
 from thinkimg.trainer.policy import PolicyModel
 from thinkimg.trainer.ranks import Ranks
@@ -138,7 +138,7 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         config = ModelConfig.model_validate(job["model"])
         base = Base(**job["base"]) if job.get("base") else None
-        compare_files(self.ranks, job)
+        compare_inputs(self.ranks, job)
         reloaded = not self._holds(job, config)
         if reloaded:
             self.policy = self.stamps = None  # before the next one takes memory
