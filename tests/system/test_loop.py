@@ -243,7 +243,7 @@ def lagging(place, output) -> tuple[str, dict[str, list]]:
 
 @pytest.mark.long
 def test_with_a_lag_the_same_policy_plays_on(place, lagging):
-    """The first step is that without a lag, of its own; in the second the first policy plays, its successor is trained."""
+    """The first step is that without a lag, of its own; then the first policy plays, and its successor is trained."""
     _, made = lagging
     assert {kind: len(new) for kind, new in made.items()} == dict.fromkeys(made, 1) | {"policy": 2}
     (again, policy), (rollouts,) = made["policy"], made["rollouts"]

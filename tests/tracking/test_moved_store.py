@@ -10,10 +10,11 @@ import pytest
 import tracking_store
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from tracking_store import contents, run_loop, settings
 
 from thinkimg.store.artifacts import Store
-from thinkimg.tracking.connection import Connection, forget_places
+from thinkimg.tracking.connection import LOOPS, STAGES, Connection, artifact_root, forget_places
 from thinkimg.tracking.loop import sync_store, ui_command
 from thinkimg.tracking.relocation import COLUMNS, location_of, move, move_records, path_of
 from thinkimg.tracking.settings import TrackingConfig
@@ -40,7 +41,8 @@ def files_of(store: Store, uri: str | None = None) -> list[bytes]:
                   for file in client.list_artifacts(run.info.run_id)]  # fmt: skip
         for trace in client.search_traces(locations=[connection.loops], run_id=run.info.run_id):
             folder = path_of(trace.info.tags["mlflow.artifactLocation"])
-            assert folder.is_relative_to(store.root.resolve()), "MLflow's UI reads a trace's images there"
+            home = artifact_root(store.root, connection.uri)
+            assert folder.is_relative_to(home if home.exists() else store.root), "MLflow's UI reads images there"
             found += sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     return found
 
@@ -98,10 +100,18 @@ def test_by_another_name_it_is_the_same_store(store, caplog):
     assert mentions(store.root / "mlflow.db", f"{link}/") == set()
 
 
+def share_as_before(store: Store, database: Path, empty_database: Path) -> str:
+    """A database elsewhere as an earlier version left it: its files are in the first of its stores."""
+    shutil.copy(empty_database, database)
+    client = MlflowClient(uri := f"sqlite:///{database}")
+    for name in (LOOPS, STAGES):
+        client.create_experiment(name, location_of(store.root / "mlartifacts" / name))
+    return uri
+
+
 def test_a_database_elsewhere_is_followed_for_the_store_that_moved_alone(store, empty_database):
     database = store.root.parent / "shared.db"
-    shutil.copy(empty_database, database)
-    uri = f"sqlite:///{database}"
+    uri = share_as_before(store, database, empty_database)
     run_loop(store, settings(store, uri=uri), iterations=1)
     files, old = files_of(store, uri), store.root
     other = Store(old.parent / "other")
@@ -119,8 +129,7 @@ def test_a_database_elsewhere_is_followed_for_the_store_that_moved_alone(store, 
 def test_a_shared_database_is_left_alone_where_a_disk_is_not_mounted(store, empty_database, caplog):
     """Of the same loop, too: another machine's store has a record of an equal id, and not the run's files."""
     database = store.root.parent / "shared.db"
-    shutil.copy(empty_database, database)
-    uri = f"sqlite:///{database}"
+    uri = share_as_before(store, database, empty_database)
     run_loop(store, settings(store, uri=uri), iterations=1)
     other = Store(store.root.parent / "other")
     other.root.mkdir()
@@ -138,8 +147,7 @@ def test_a_shared_database_is_left_alone_where_a_disk_is_not_mounted(store, empt
 
 def test_rows_whose_files_are_elsewhere_stay_in_a_shared_database(store, empty_database):
     database = store.root.parent / "shared.db"
-    shutil.copy(empty_database, database)
-    uri = f"sqlite:///{database}"
+    uri = share_as_before(store, database, empty_database)
     run_loop(store, settings(store, uri=uri), iterations=1)
     client, loops = (connection := Connection(store.root, TrackingConfig(uri=uri))).client, connection.loops
     theirs = client.create_run(loops, tags={"thinkimg.loop": "0" * 16}).info  # another machine's, with its files there
@@ -234,3 +242,25 @@ def test_what_is_inside_moves_and_nothing_else(old, new, rest):
     beside = old.with_name(old.name + "x").joinpath(*rest.parts[1:])
     for value in (str(beside), f"thinkimg:/{rest.name}", "http://host/x", "", None, f'{{"uri": "{beside}"}}', "text"):
         assert move(value, old, new) is None
+
+
+def test_a_shared_database_has_its_files_beside_it(store, empty_database, caplog):
+    """Whichever store was first, whichever is copied, and wherever the database goes with its files."""
+    folder = store.root.parent / "tracking"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "shared.db")
+    uri = f"sqlite:///{folder / 'shared.db'}"
+    run_loop(store, settings(store, uri=uri), iterations=1)
+    copy = Store(store.root.parent / "copy")
+    shutil.copytree(store.root, copy.root)
+    count = len(files_of(store, uri))
+    run_loop(copy, settings(copy, uri=uri), iterations=2)
+    shutil.rmtree(store.root)
+    assert len(files := files_of(copy, uri)) > count > 3
+    assert [path.parent for path in store.root.parent.rglob("mlartifacts")] == [folder]
+    new = folder.rename(store.root.parent / "elsewhere")
+    with caplog.at_level(logging.WARNING):
+        assert files_of(copy, moved := f"sqlite:///{new / 'shared.db'}") == files
+    assert [line for line in caplog.messages if str(folder) in line and str(new) in line]
+    run_loop(copy, settings(copy, uri=moved), iterations=2)
+    assert not folder.exists() and mentions(new / "shared.db", f"{folder}/") == set()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FILES = "mlartifacts"
 LOOPS, STAGES = "thinkimg", "thinkimg-stages"
 
 
@@ -61,9 +62,29 @@ def uri_of(root: Path, tracking: TrackingConfig) -> str:
     return tracking.uri or check_uri(f"sqlite:///{root.resolve() / 'mlflow.db'}")
 
 
-def artifact_root(root: Path) -> Path:
-    """Return the directory of MLflow's own files: tables, and images of traces."""
-    return root.resolve() / "mlartifacts"
+def database_path(uri: str) -> Path | None:
+    """Return the file of a tracking URI's database; None where it is none."""
+    from sqlalchemy import make_url
+
+    if not uri.startswith("sqlite"):
+        return None
+    database = make_url(uri).database
+    return Path(database.removeprefix("file:")).resolve() if database else None
+
+
+def is_inside(root: Path, database: Path | None) -> bool:
+    """Return True if a database is a file in the store, by whatever name the two have."""
+    return database is not None and any(is_same(folder, root) for folder in database.parents)
+
+
+def artifact_root(root: Path, uri: str) -> Path:
+    """Return the directory of MLflow's own files: tables, and images of traces.
+
+    It is in the store, or beside a database that lies elsewhere, as several stores may have that one.
+    """
+    database = database_path(uri)
+    outside = database is not None and not is_inside(root, database)
+    return (database.parent if outside else root.resolve()) / FILES
 
 
 def first_line(error: Exception) -> str:
@@ -112,7 +133,7 @@ class Connection:
     def _experiment(self, name: str) -> str:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            location = None if self.served else location_of(artifact_root(self.root) / name)
+            location = None if self.served else location_of(artifact_root(self.root, self.uri) / name)
             return self.client.create_experiment(name, location)
         if experiment.lifecycle_stage != "active":
             raise UserError(
@@ -122,39 +143,32 @@ class Connection:
         return experiment.experiment_id
 
     def _follow_store(self) -> None:
-        """Let the database name the store's place where it names one at which the store was before.
+        """Let the database name the place of its files where it names one at which they were before.
 
-        A database in the store was moved with it. Another one may be shared, and its other stores may be on machines
-        or disks that can't be seen here. There a row moves if the files of its run, whose name is random, are here.
+        A database in the store was moved with it, another one with the files beside it. An earlier version kept a
+        shared one's files in the first of its stores, and these may be on machines or disks that can't be seen here.
+        There a row moves if the files of its run, whose name is random, are here.
         """
         recorded = path_of(self.client.get_experiment(self.loops).artifact_location)
-        own = artifact_root(self.root) / LOOPS
+        own = artifact_root(self.root, self.uri) / LOOPS
         if self.served or recorded is None or recorded == own or recorded.parts[-2:] != own.parts[-2:]:
             return
         if is_same(recorded, own):  # by another name
             return
         old, new = recorded.parents[1], own.parents[1]
-        if self._is_inside():
+        if is_inside(self.root, database_path(self.uri)):
             count = move_records(self.uri, old, new)
         elif not is_gone(recorded):
             return
-        elif self._has_runs(old, new):
+        elif not is_gone(own):
+            count = move_records(self.uri, old, new)
+        elif self._has_runs(old, new := self.root.resolve()):
             count = move_records(self.uri, old, new, is_here)
         else:
             log.warning("There is nothing at %s, where MLflow's database keeps files, and not all are here.", recorded)
             return
         forget_places()
         log.warning("The store was at %s before: %d places in MLflow's database now name %s.", old, count, new)
-
-    def _is_inside(self) -> bool:
-        """Return True if the database is a file in the store, by whatever name the URI and the store have."""
-        from sqlalchemy import make_url
-
-        url = make_url(self.uri)
-        if not url.drivername.startswith("sqlite") or not url.database:
-            return False
-        path = Path(url.database.removeprefix("file:")).resolve()
-        return any(is_same(folder, self.root) for folder in path.parents)
 
     def _has_runs(self, old: Path, new: Path) -> bool:
         """Return True if this store's loops have runs in `old`, and the files of all of these are in `new`."""

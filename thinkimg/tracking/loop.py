@@ -303,7 +303,7 @@ def list_ui_arguments(store: str, tracking: TrackingConfig, port: int = PORT) ->
         page = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")
         return [sys.executable, "-m", "webbrowser", page.geturl()]
     server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return [*server, "--default-artifact-root", str(artifact_root(root))]
+    return [*server, "--default-artifact-root", str(artifact_root(root, uri))]
 
 
 def is_page(uri: str) -> bool:
