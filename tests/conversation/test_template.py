@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from chat_codecs import STOCK, THINKING, TRIMMING, qwen_tokenizer, stock_codec, stock_tokenizer
+from chat_codecs import STOCK, THINKING, TRIMMING, WHOLE, qwen_tokenizer, stock_codec, stock_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +28,8 @@ PICTURES = [make_picture(Image.fromarray(pixels), LIMITS) for pixels in PIXELS]
 STATES = [(template, None) for template in ("tiny", *STOCK, THINKING)] + [
     (template, thinking) for template in TRIMMING for thinking in (True, False)
 ]
-states = pytest.mark.parametrize("template, thinking", STATES)
+whole = pytest.param(WHOLE, None, marks=pytest.mark.long)
+states = pytest.mark.parametrize("template, thinking", [*STATES, whole])
 protocols = pytest.mark.parametrize("protocol", ["think", "qwen", "qwen_xml"])
 
 

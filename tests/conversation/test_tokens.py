@@ -12,6 +12,7 @@ from chat_codecs import (
     THINKING,
     TRIMMING,
     UNMARKED,
+    WHOLE,
     qwen_codec,
     qwen_tokenizer,
     stock_codec,
@@ -187,6 +188,16 @@ def test_every_markup_token_but_the_end_is_banned():
     ids, banned = qwen_tokenizer().get_vocab(), banned_tokens(qwen_tokenizer())
     assert ids["<|fim_prefix|>"] in banned and ids["<|image_pad|>"] in banned and ids["<|im_end|>"] not in banned
     assert ids["<tool_call>"] not in banned and min(banned) >= QWEN_RANKS
+
+
+@pytest.mark.long
+def test_the_models_own_vocabulary_gives_its_own_ids():
+    """Those that config.json and generation_config.json of Qwen2.5-VL-7B-Instruct name."""
+    codec = stock_codec(WHOLE)
+    ids = stock_tokenizer(WHOLE).get_vocab()
+    names = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|image_pad|>": 151655, "<tool_call>": 151657}
+    assert {name: ids[name] for name in names} == names and codec.end == 151645
+    assert {151643, 151644, 151655, 151659} <= set(codec.banned) and not {151645, 151657, 151658} & set(codec.banned)
 
 
 @settings(deadline=None)  # the first example loads a tokenizer

@@ -32,7 +32,10 @@ UNMARKED = [
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<tool_response>", "</tool_response>", "<think>", "</think>",
 ]  # fmt: skip
-QWEN_RANKS = 6_000  # of 151,643: a prefix of a BPE vocabulary is one, too, and loads in a twentieth of the time
+ALL_RANKS = 151_643
+QWEN_RANKS = 6_000  # a prefix of a BPE vocabulary is one, too, and loads in a twentieth of the time
+WHOLE = "qwen2_5_vl_whole"
+"""Qwen2.5-VL's template, with the vocabulary that it has: every id is the model's own."""
 
 
 @cache
@@ -120,8 +123,8 @@ def stock_tokenizer(name: str):
     """Qwen's vocabulary with one of the stock templates, "tiny" for the tiny tokenizer."""
     if name == "tiny":
         return tiny_tokenizer()
-    tokenizer = copy.copy(qwen_tokenizer())
-    tokenizer.chat_template = stock_template(name)
+    tokenizer = copy.copy(qwen_tokenizer(ALL_RANKS if name == WHOLE else QWEN_RANKS))
+    tokenizer.chat_template = stock_template(name.removesuffix("_whole"))
     return tokenizer
 
 

@@ -26,8 +26,9 @@ def original_config(head_dim: int, vocabulary: int, ids: dict[str, int]) -> dict
         "rope_scaling": {"type": "mrope", "mrope_section": [temporal, height, head_dim // 2 - temporal - height]},
         "vision_config": {
             "depth": 2, "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
-            "in_chans": 3, "out_hidden_size": hidden, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-            "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2,
+            "in_chans": 3, "out_hidden_size": hidden, "patch_size": 14, "spatial_merge_size": 2,
+            "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2,
+            "temporal_patch_size": 2,
         },
         "vocab_size": vocabulary,
     } | ids  # fmt: skip
