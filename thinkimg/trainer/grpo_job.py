@@ -218,8 +218,8 @@ def _compare_numbers(job: dict, gate: ParityConfig, passes: Passes, chosen: Sequ
     engine = np.concatenate([row.engine for row in rows])
     metrics, exact = parity.compare(engine, np.concatenate(trainer)), True
     if policy.config.adaptation == "lora":
-        *passes_of_both, exact = _score_adapter(passes, chosen, trainer)
-        metrics |= parity.measure_slope([row.engine for row in rows], *passes_of_both)
+        slope, exact = _measure_slope(passes, chosen, trainer, gate.min_slope)
+        metrics |= slope
 
     def explain(worst: Sequence[int]) -> str:
         rows_of_worst, logps_of_worst = [rows[i] for i in worst], [trainer[i] for i in worst]
@@ -231,22 +231,29 @@ def _compare_numbers(job: dict, gate: ParityConfig, passes: Passes, chosen: Sequ
     return metrics
 
 
-def _score_adapter(
-    passes: Passes, chosen: Sequence[int], trainer: Sequence[np.ndarray]
-) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray], bool]:
-    """Return the rows' log-probabilities with and without the adapter, and whether they are of float32.
+def _measure_slope(
+    passes: Passes, chosen: Sequence[int], trainer: Sequence[np.ndarray], limit: float
+) -> tuple[dict[str, float], bool]:
+    """Return parity.measure_slope of some rows, and whether the trainer's numbers in it are of float32.
 
-    In bfloat16, where memory has no room for a layer in float32, their noise hides the effect of a young adapter.
+    trainer: as trained. In bfloat16 its noise hides the effect of a young adapter: where the slope is not above the
+    limit for sure, the passes are made in float32, if the memory has room for a layer in it.
     """
-    policy = passes.policy
-    widened = all(passes.ranks.gather(parity_diagnosis.has_room_for_float32(policy)))
-    with parity_diagnosis.use_float32(policy) if widened else contextlib.nullcontext():
-        if widened:
-            scores = passes.score_together(chosen, autocast=False)
-            trainer = [scores[i] for i in chosen]
-        with policy.model.disable_adapter():
-            scores = passes.score_together(chosen, autocast=not widened)
-    return trainer, [scores[i] for i in chosen], widened or policy.config.precision == "float32"
+    policy, engine = passes.policy, [passes.rows[i].engine for i in chosen]
+
+    def score(*, adapter: bool, autocast: bool = True) -> list[np.ndarray]:
+        with contextlib.nullcontext() if adapter else policy.model.disable_adapter():
+            scores = passes.score_together(chosen, autocast=autocast)
+        return [scores[i] for i in chosen]
+
+    slope, exact = parity.measure_slope(engine, trainer, score(adapter=False)), policy.config.precision == "float32"
+    if exact or slope.get("parity/slope_low", limit) > limit:
+        return slope, exact
+    if not all(passes.ranks.gather(parity_diagnosis.has_room_for_float32(policy))):
+        return slope, False
+    with parity_diagnosis.use_float32(policy):
+        both = [score(adapter=adapter, autocast=False) for adapter in (True, False)]
+    return parity.measure_slope(engine, *both), True
 
 
 def _reference(
