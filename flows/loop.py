@@ -19,6 +19,7 @@ from thinkimg import console
 from thinkimg.analysis import alarms, console_report
 from thinkimg.closure import check_closure
 from thinkimg.config.tree import Config
+from thinkimg.importing import importing
 from thinkimg.pipeline import outside_inputs, pipeline
 from thinkimg.resources import Resources
 from thinkimg.stages.train import train
@@ -84,7 +85,8 @@ def loop(
 def announce_disk(config: Config) -> None:
     """Say what whole models take on the disk, before the first is written; the small ones of a tiny preset aside."""
     if config.model.adaptation == "full" and config.model.tiny is None:
-        from thinkimg.analysis import forecast
+        with importing:
+            from thinkimg.analysis import forecast
 
         with suppress(OSError):  # no config.json yet: the run will say so
             console.note(forecast.forecast_policies(config, forecast.base_config(config)))

@@ -29,9 +29,9 @@ from thinkimg.engine.servers import Servers
 from thinkimg.engine.settings import EngineConfig, EngineSettings
 from thinkimg.engine.users import Users
 from thinkimg.errors import UserError
+from thinkimg.importing import importing
 from thinkimg.models import clip
 from thinkimg.models.base import Base, BaseSource
-from thinkimg.models.importing import importing
 from thinkimg.resource_settings import ResourcesConfig
 from thinkimg.store import files
 from thinkimg.store.kinds import Clip, Policy

@@ -205,3 +205,37 @@ def test_help_waits_for_nothing_heavy():
     names = {line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import time:")}
     assert "thinkimg.cli.main" in names
     assert not {name for name in names if name.partition(".")[0] in NOT_FOR_HELP}
+
+
+IMPORTING = {"transformers", "peft", "open_clip"}
+"""Libraries that import transformers, which no two threads may do at a time (importing.py)."""
+ALONE = ("thinkimg.trainer.", "thinkimg.environments.", "thinkimg.engine.worker", "thinkimg.analysis.", "thinkimg.cli.")
+"""Files that run in processes without stages in threads."""
+
+
+@cache
+def imports_transformers(name: str) -> bool:
+    """Tell whether it is such a library, or a module of ours that imports one when it is imported."""
+    if name in modules():
+        return any(imports_transformers(other) for node in at_import(modules()[name]) for other in imported(node))
+    return name.partition(".")[0] in IMPORTING
+
+
+def unguarded(node: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (line, name) of imports of transformers that are not within `with importing`."""
+    guarded |= isinstance(node, ast.With) and any(ast.unparse(item) == "importing" for item in node.items)
+    for child in ast.iter_child_nodes(node):
+        yield from ((child.lineno, name) for name in imported(child) if not guarded and imports_transformers(name))
+        yield from unguarded(child, guarded)
+
+
+def test_where_stages_run_in_threads_one_imports_transformers_at_a_time():
+    found = [
+        f"{name}:{line} imports {other}"
+        for name, tree in modules().items()
+        if not name.startswith(ALONE)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for line, other in unguarded(function)
+    ]
+    assert found == [], "\n".join(found)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from thinkimg.conversation.protocol import CLOSE_THOUGHT, IMAGE_PART, OPEN_THOUGHT, Content, text_part
 from thinkimg.errors import UserError, shorten
+from thinkimg.importing import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,8 @@ class Codec:
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None, *, thinking: bool | None = None) -> Self:
         """Return the codec of a model: a directory, or an id on the Hub, with a tokenizer.json."""
-        from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports sklearn: four seconds more
+        with importing:
+            from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports sklearn: four seconds more
 
         options: dict[str, Any] = {} if revision is None else {"revision": revision}
         return cls(PreTrainedTokenizerFast.from_pretrained(path, **options), thinking)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from thinkimg.families.qwen3_vl import interpolation_inputs, spread_vectors, text_config, vision_config
 from thinkimg.images.patches import ImageProcessor
+from thinkimg.importing import importing
 from thinkimg.models.family import Family, Recurrence
-from thinkimg.models.importing import importing
 from thinkimg.models.settings import Precision, TinyModel
 from thinkimg.models.tiny_config import token_ids
 from thinkimg.records import Coordinates

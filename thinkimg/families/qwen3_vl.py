@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from thinkimg.images.patches import TEMPORAL, ImageProcessor
+from thinkimg.importing import importing
 from thinkimg.models.family import Family
-from thinkimg.models.importing import importing
 from thinkimg.models.settings import TinyModel
 from thinkimg.models.tiny_config import text_shape, token_ids
 from thinkimg.records import Coordinates

@@ -12,7 +12,7 @@ from PIL import Image
 
 from thinkimg.errors import UserError, shorten
 from thinkimg.hub import cached_commit, find_commit, require_commit
-from thinkimg.models.importing import importing
+from thinkimg.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.store import files
 from thinkimg.store.manifest import Artifact

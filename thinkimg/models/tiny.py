@@ -8,8 +8,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from thinkimg.images.patches import TEMPORAL
+from thinkimg.importing import importing
 from thinkimg.models.family import Family, load_family
-from thinkimg.models.importing import importing
 from thinkimg.models.seeding import seeded
 from thinkimg.models.settings import TinyModel
 
