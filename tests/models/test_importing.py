@@ -44,12 +44,12 @@ def merged():
 
 def codec():
     from thinkimg.conversation.codec import Codec
-    Codec.load("nowhere")
+    Codec.load("/nowhere")
 
 def run(function):
     try:
         function()
-    except (UserError, OSError):  # there is no such CLIP, policy or tokenizer
+    except (UserError, OSError, ValueError):  # there is no such CLIP, policy or tokenizer
         pass
     except BaseException as error:
         raised.append(error)
