@@ -9,14 +9,13 @@ from thinkimg.data.json_lines import refuse_twice
 from thinkimg.data.records.conversations import is_conversation
 from thinkimg.data.refusal import short
 from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly
-from thinkimg.errors import UserError, shorten
+from thinkimg.errors import UserError, name_some, shorten
 
 MAX_BYTES = 4 * 2**30
 """Bytes of a file, which is read whole."""
 HEAD = 4096
 RECORD = ("question", "image", "answer", "problem", "query", "prompt", "solution")
 """Names that an object has which is itself a record."""
-SHOWN = 4  # names in a sentence
 
 
 def open_json_array(path: Path, name: str, folder: Path) -> Table:
@@ -79,7 +78,7 @@ def _read(path: Path) -> Rows:
         names = _list_records(values)
         if len(names) != 1:
             raise UserError(
-                f"{path} holds several lists of objects: {', '.join(shorten(name, 80) for name in names[:SHOWN])}.",
+                f"{path} holds several lists of objects: {name_some(names)}.",
                 hint="Write one table of questions, answers and pictures of them, as JSONL.",
             )
         values = values[names[0]]
