@@ -104,7 +104,10 @@ def _brackets(text: str) -> str:
 
 
 def plain_formula(text: str) -> str:
-    r"""Return a formula with Unicode's signs in ASCII and LaTeX: 2⅔ is 2 2/3, 2√3 is 2\sqrt{3}, x² is x^{2}, 60° is 60."""
+    r"""Return a formula with Unicode's signs in ASCII and LaTeX: 2⅔ is 2 2/3, 2√3 is 2\sqrt{3}, x² is x^{2}.
+
+    Degrees go: 60° is 60.
+    """
     signs = []
     for index, sign in enumerate(text):
         if unicodedata.category(sign) == "No" and "⁄" in (fraction := unicodedata.normalize("NFKC", sign)):

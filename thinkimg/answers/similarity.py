@@ -108,7 +108,8 @@ def agree(one: str, other: str) -> bool:
     """
     if list_numerals(one) != list_numerals(other):
         return False
-    if any(sign and signed and sign != signed for sign, signed in zip(*map(SIGNED.findall, (one, other)), strict=False)):
+    signs = zip(SIGNED.findall(one), SIGNED.findall(other), strict=False)
+    if any(sign and other_sign and sign != other_sign for sign, other_sign in signs):
         return False
     for mark in (SUFFIX, CURRENCY):
         marks, other_marks = list_marks(mark, one), list_marks(mark, other)

@@ -16,7 +16,7 @@ LABEL = re.compile(r"\s*answer\s*:\s*(?=\S)", re.IGNORECASE)
 
 
 def drop_invisible(text: str) -> str:
-    """Return a text without characters that are not seen: of Unicode's category Cf, such as U+200B and a soft hyphen."""
+    """Return a text without characters that are not seen: Unicode's category Cf, such as U+200B."""
     return text if text.isascii() else "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
 
 
@@ -48,8 +48,8 @@ def strip_label(text: str) -> str:
 def strip_wrapping(text: str) -> str:
     r"""Return a text without brackets, quotes, asterisks or \boxed around it, and without punctuation at its end.
 
-    "The answer is" in front of it goes, and so do invisible characters. Signs and points in front stay, for they belong to numbers. A text of
-    nothing else is returned as it is.
+    "The answer is" in front of it goes, and so do invisible characters. Signs and points in front stay, for they belong
+    to numbers. A text of nothing else is returned as it is.
     """
     inner = drop_invisible(text).strip()
     while len(inner) <= MAX_WRAPPED_LENGTH:

@@ -11,7 +11,7 @@ from thinkimg.data.columns import ROLES, convert_columns, fill_in, guess_columns
 from thinkimg.data.fields import Fields, has_column
 from thinkimg.data.refusal import Reason, RowRefused, short
 from thinkimg.data.settings import SCHEMAS, Columns, RowsConfig
-from thinkimg.data.tables.table import Table
+from thinkimg.data.tables.table import Table, list_keys
 from thinkimg.errors import UserError
 from thinkimg.source_code import code_digest
 
@@ -86,9 +86,12 @@ def by_columns(data: RowsConfig) -> Recognised:
 
 def _by_columns(table: Table, data: RowsConfig, *, guess: bool) -> Recognised:
     records = _draw(table)
-    columns, guessed = guess_columns(data.columns, table.columns, records) if guess else (data.columns, ())
+    present = list_keys(table.columns, records)
+    if table.is_small or any(name.partition(".")[0] not in present for name in read_columns(data.columns)):
+        present = table.list_columns()
+    columns, guessed = guess_columns(data.columns, present, records) if guess else (data.columns, ())
     filled = fill_in(columns)
-    require_columns(filled, table.columns, table.name, records)
+    require_columns(filled, present, table.name, records)
     return _by_names(filled, guessed)
 
 

@@ -116,7 +116,7 @@ def _count(snapshot: Snapshot, name: str) -> tuple[int, frozenset[str]]:
     path = snapshot.download([name]) / name
     table = open_table(path, name, path.parent)
     rows = table.rows if table.rows is not None else sum(1 for _ in table.read(()))
-    return rows, frozenset(table.columns)
+    return rows, frozenset(table.list_columns())
 
 
 def _number(value: int | None) -> str:

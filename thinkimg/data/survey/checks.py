@@ -154,7 +154,8 @@ class Checker:
         if names:
             count = sum(self._tables[name] for name in names) or self._rows
             yield Oddity(
-                "test_split", count, f"The name of {name_some(names, SHOWN)} says that {_rows(count)} are for testing.", Level.ASK,
+                "test_split", count,
+                f"The name of {name_some(names, SHOWN)} says that {_rows(count)} are for testing.", Level.ASK,
                 "Set data.role=benchmark to hold all of it out, or name it in data.files to train on it.",
             )  # fmt: skip
 
