@@ -53,11 +53,7 @@ class Table:
     """Files that hold it."""
     values: Values = Values.TYPED
     is_open: bool = False
-    """True where each record has its own keys, and not all of them were looked at."""
-
-    def list_columns(self) -> tuple[str, ...]:
-        """Return the names of all columns, after a pass over the table where it is open."""
-        return list_keys(self.columns, (row for _, row in self.read_names(()))) if self.is_open else self.columns
+    """True where each record has its own keys, and those of some were looked at."""
 
     @property
     def is_small(self) -> bool:
