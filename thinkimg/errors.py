@@ -5,8 +5,9 @@ import socket
 import subprocess
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Sized
 from concurrent.futures import BrokenExecutor
+from itertools import islice
 from pathlib import Path
 
 LASTING = (
@@ -97,6 +98,16 @@ def check_share(errors: Sequence[str], total: int, what: str) -> None:
             f"{len(errors)} of {total} {what} failed, the first with: {errors[0]}",
             hint="Correct that and run this again: what failed is done again.",
         )
+
+
+def count_more(values: Sized, most: int) -> str:
+    """Return the number of values beyond the first `most`, in words: " and 3 more"; nothing where there are none."""
+    return f" and {len(values) - most:,} more" if len(values) > most else ""
+
+
+def name_some(names: Collection[str], most: int = 4, length: int = 80) -> str:
+    """Return the first names for an error text, each cut to `length` characters, and the number of the others."""
+    return ", ".join(shorten(name, length) for name in islice(names, most)) + count_more(names, most)
 
 
 def shorten(text: str, length: int = 200) -> str:

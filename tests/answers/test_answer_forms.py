@@ -12,6 +12,7 @@ from rewards_rows import sample
 from thinkimg.answers import compare as module
 from thinkimg.answers.choices import match_choice
 from thinkimg.answers.compare import Context, compare, list_formulas
+from thinkimg.answers.kinds import guess_type
 from thinkimg.answers.right import can_be_right, read_right
 from thinkimg.answers.text import normalise
 from thinkimg.images.coordinates import Frame
@@ -232,12 +233,80 @@ FORMULAS = [
     ("[1, 2]", "[1,2]", 1), (r"5 \pi", "5π", 1), ("7.5", "15/2", 1), (r"2\sqrt{3}", "3.464", 0), ("1:3", "1/3", 0),
     ("1:3", "1:3", 1), ("1:3", "1 : 3", 1), ("4", "four", 0), ("No", "No.", 1), ("(0, 1]", "[0, 1]", 0), ("3", "-3", 0),
     (r"\frac{3}{4}", r"The answer is \boxed{\frac{3}{4}}.", 1),
+    ("x²", "x^2", 1), ("10³", "1000", 1), ("10³", "100", 0), ("2⁻³", "1/8", 1), ("∞", r"\infty", 1), ("∞", "8", 0),
+    (r"(-\infty, 3]", "(-∞, 3]", 1), ("–5", "-5", 1), ("−5", "-5", 1), ("–5", "5", 0), ("x–3", "x-3", 1),
+    ("1e-3", "0.001", 1), ("1e-3", "10^{-3}", 1), ("1e-3", "0.01", 0), ("2·x", r"2\cdot x", 1),
+    (r"30\%", "30", 0), (r"30\%", "0.3", 1), (r"30\%", "30 %", 1), (r"30\%", "30 percent", 1), ("30", "30%", 0),
+    ("X", "x", 0), ("X", "X", 1), ("x+1", "X+1", 0), ("x+1", "1+x", 1), (r"\pi r^2", r"\pi R^2", 0), ("2x", "2X", 0),
+    ("x+X", "X+x", 1), (r"\text{X}", "x", 0), ("E=mc^2", "E=mc²", 1), ("5xy", "5yx", 1), ("5xy", "5", 0),
+    ("k+m", "m+k", 1), ("2mg+3ml", "3ml+2mg", 1), ("(1,234)", "1234", 0), ("1,234", "1234", 1), ("5 kg", "5 KG", 1),
+    (r"5\text{ l}", "5 L", 1), (r"5\text{ m}", "5 meters", 1), (r"5\text{ h}", "5 hours", 1), (r"5\text{ m}", "5", 1),
+    (r"5\text{ cm}^2", "5 cm²", 1), (r"5\text{ cm}^2", "5 cm^2", 1), (r"5\text{ cm}^2", r"5\text{ cm}^3", 0),
+    (r"2\sqrt{3}\text{ cm}", "2√3 cm", 1), (r"2\sqrt{3}\text{ cm}", "2√3 mm", 0), (r"x=5\text{ cm}", "x = 5 mm", 0),
+    (r"50\text{ km/h}", r"50\text{ km}/\text{h}", 1), (r"50\text{ km/h}", "50 m/s", 0), (r"12\text{ kg}", "12 g", 0),
 ]  # fmt: skip
+UNITS = (
+    "m",
+    "km",
+    "cm",
+    "mm",
+    "kg",
+    "g",
+    "mg",
+    "s",
+    "ms",
+    "min",
+    "h",
+    "kN",
+    "kPa",
+    "MPa",
+    "kW",
+    "MW",
+    "Hz",
+    "kHz",
+    "°C",
+)
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    """Verdicts on all of FORMULAS, of one process."""
+    return verify_formulas([(answer, right) for right, answer, _ in FORMULAS])
 
 
 @pytest.mark.parametrize("right, answer, value", FORMULAS)
-def test_formulas(right, answer, value):
-    assert worth(answer, right, "maths") == value
+def test_formulas(right, answer, value, verdicts):
+    assert compare(answer, sample(right, AnswerType.MATHS), Context(verdicts=verdicts)) == value
+
+
+@pytest.mark.parametrize(
+    "form", [r"5\text{{ {}}}", r"$5\,\mathrm{{{}}}$", r"\boxed{{5 \text{{{}}}}}", "5 {}", "5{}", "5.0 {}."]
+)
+def test_a_formula_with_another_unit_is_another(form):
+    for right, unit in itertools.product(UNITS, UNITS):
+        answers = rf"5\text{{ {right}}}", form.format(unit)
+        assert compare(answers[1], sample(answers[0], AnswerType.MATHS)) == (right == unit), answers
+
+
+INVISIBLE = ("\u200b", "\u200e", "\ufeff", "\u00ad", "\u2060", "\u202a")
+
+
+@pytest.mark.parametrize("kind, right", [
+    ("number", "5.5"), ("integer", "5"), ("exact", "yes"), ("exact", "B"), ("text", "closed on 5 May"), ("votes", "go"),
+    ("maths", "x+1"), ("box", "[1, 2, 3, 4]"), ("choice", "blue"), ("choice", "(B) blue"),
+])  # fmt: skip
+def test_what_is_not_seen_does_not_count(kind, right):
+    for sign, place in itertools.product(INVISIBLE, (0, 1, len(right))):
+        strange = right[:place] + sign + right[place:]
+        choices = ("red", "blue", "(B) blue")
+        for one, other in ((strange, right), (right, strange), (strange, strange)):
+            assert (
+                worth(one, other, kind, (*choices, strange) if kind == "choice" and other == strange else choices) == 1
+            )
+        if kind not in ("votes", "box", "choice"):
+            assert guess_type([strange], ()) == guess_type([right], ())
+    if kind in ("integer", "number"):
+        assert worth(f"6{INVISIBLE[0]}", right, kind) == 0
 
 
 def test_formulas_without_a_verdict_have_no_worth_but_for_equal_texts():

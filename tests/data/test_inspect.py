@@ -16,6 +16,7 @@ from hub_server import HubServer, ask_locally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_rows import verl
+from rewards_rows import sample as make_sample
 from small_sets import look, picture, settings_of, write_lines, write_signs
 
 from thinkimg import hub
@@ -24,15 +25,18 @@ from thinkimg.data import recognise
 from thinkimg.data.report import alike
 from thinkimg.data.report import inspect as module
 from thinkimg.data.report.alike import find_pattern, group_alike
-from thinkimg.data.report.lines import example_lines
+from thinkimg.data.report.lines import describe, example_lines, state_right, summary_facts, table_facts
 from thinkimg.data.report.overrides import add_pins, shell_command
 from thinkimg.data.report.sheet import Section, render_sheet
+from thinkimg.data.report.summary import Summary
 from thinkimg.data.sources.files import open_source
 from thinkimg.data.tables import delimited
 from thinkimg.data.tables.find import fits, open_table
 from thinkimg.data.tables.table import Table
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageLimits
+
+EMPTY = Summary("", {}, {}, 0, 0, Counter(), {}, (), {}, {}, ())
 
 
 def test_rows_are_counted_by_what_becomes_of_them(tmp_path):
@@ -337,3 +341,19 @@ def test_rows_drawn_from_a_large_table_of_texts_are_its_own(tmp_path_factory, ro
     drawn = [record for _, record in table.draw(10)]
     assert len(drawn) <= 10 and all(tuple(record.values()) in rows for record in drawn)
     assert len(drawn) >= min(2, len(rows) - 1)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 40])
+def test_what_a_report_cuts_is_counted(tmp_path, count):
+    boxes = tuple((float(i), 0.0, 5.0, 5.0) for i in range(count))
+    sample = replace(make_sample("a"), targets=boxes, answers=tuple(f"answer {i}" for i in range(count)))
+    counts = {f"change {i}": 1 for i in range(count)}
+    facts = dict(summary_facts(replace(EMPTY, changes=counts)))
+    path = write_lines(tmp_path / "a.jsonl", [{f"column {i}": i for i in range(count)}])
+    (report,) = look(path)
+    row = dict(table_facts(report, "", 1))["a row"]
+    for text, shown in (
+        (state_right(sample).partition("look at ")[2], 5), (state_right(sample).partition(" [")[0], 5),
+        (describe(dict(counts)), 5), (describe(list(counts)), 5), ("\n".join(facts["done"]), 12), ("\n".join(row), 30),
+    ):  # fmt: skip
+        assert (f"and {count - shown} more" in text) == (count > shown), text

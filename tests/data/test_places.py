@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_sets import picture, settings_of, write_lines
 
+from thinkimg.data.pictures import places
 from thinkimg.data.pictures.places import closest, count_shared, sort_by_end
 from thinkimg.data.refusal import Refused, RowRefused
 from thinkimg.data.source import open_source
@@ -142,6 +143,63 @@ def test_a_look_up_does_not_look_at_all_files_of_one_name():
     Counting.compared = 0
     assert closest(candidates, ("images", "77", "image.png")) == [("images", "77", "image.png")]
     assert Counting.compared < 100
+
+
+SPELLINGS = [
+    ("photos/\u00e9.png", "photos/e\u0301.png"), ("photos/e\u0301.png", "photos/\u00e9.png"), ("a.png", "a.PNG"),
+    ("A/b.JPG", "A/b.jpg"), ("\u00e9/a.png", "e\u0301/a.png"), ("a/b\\c.png", "a/b/c.png"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("named, stored", SPELLINGS)
+@pytest.mark.parametrize("kind", ["file", "images", "P.ZIP", "backslashes"])
+def test_a_picture_is_had_whatever_the_spelling_of_its_name(tmp_path, named, stored, kind):
+    root = tmp_path / "set"
+    path = write_lines(root / "a.jsonl", [record(named)])
+    overrides = ()
+    if kind in ("file", "images"):
+        folder = root if kind == "file" else tmp_path / "pictures" / "deep"
+        (folder / stored).parent.mkdir(parents=True, exist_ok=True)
+        (folder / stored).write_bytes(picture(1))
+        overrides = () if kind == "file" else (f"data.images={tmp_path / 'pictures'}",)
+    else:
+        member = stored.replace("/", "\\") if kind == "backslashes" else stored
+        write_zip(root / ("p.zip" if kind == "backslashes" else "P.ZIP"), {member: picture(1)})
+    assert read(path, *overrides) == [picture(1)]
+
+
+@pytest.mark.parametrize("kind", ["file", "zip"])
+def test_the_very_name_comes_before_other_spellings_which_are_ambiguous_without_it(tmp_path, kind):
+    names = ["e\u0301.png", "\u00e9.png", "\u00e9.PNG", "e\u0301.PNG"]
+    path = write_lines(tmp_path / "a.jsonl", [record(name, i) for i, name in enumerate(names)])
+    contents = {name: picture(i) for i, name in enumerate(names[:2])}
+    if kind == "zip":
+        write_zip(tmp_path / "p.zip", contents)
+    else:
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+    found = read(path)
+    assert found[:2] == [picture(0), picture(1)]
+    assert reasons(found[2:]) == ["path", "path"] and all("may be" in detail for _, detail in found[2:])
+
+
+def test_another_spelling_never_leads_out_and_two_names_share_no_picture(tmp_path):
+    (tmp_path / "secret.png").write_bytes(picture(0))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").write_bytes(picture(1))
+    names = ["a/..\\..\\secret.png", "..\\secret.PNG", "a.png", "a.PNG"]
+    found = read(write_lines(tmp_path / "set" / "a.jsonl", [record(name, i) for i, name in enumerate(names)]))
+    assert reasons(found) == ["path", "path", "ok", "path"] and "both lead to" in found[3][1]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_more_archives_than_are_opened_are_said(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(places, "MAX_ARCHIVES", 2)
+    for i in range(count):
+        write_zip(tmp_path / f"{i}.zip", {f"{i}.png": picture(i)})
+    found = read(write_lines(tmp_path / "a.jsonl", [record(f"{i}.png", i) for i in range(count)]))
+    assert found[:2] == [picture(0), picture(1)]
+    assert count == 2 or (found[2][0] == "path" and "2 ZIP archives at most, and there are 3" in found[2][1])
 
 
 # odd files ------------------------------------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ def test_a_right_whole_number_is_compared_exactly(right, answer, value):
     ("5", "5 millions", 0), ("5", "5 thousands", 0), ("5", "5 trillions", 0), ("5", "5 lakh", 0), ("5", "5 crore", 0),
     ("5", "5 MM", 0), ("5", "5 tenths", 0), ("5", "5 dozens", 0), ("5", "5 pct", 0), ("5", "5 percents", 0),
     ("5 million", "5 millions", 1), ("5 million", "$5 mn", 1), ("5 kg", "5 KG", 1), ("5 apples", "5 Apples", 1),
+    ("5 m", "5 M", 0), ("5 M", "5 M", 1), ("5 km", "5 kilometers", 1), ("5 km", "5 meters", 0), ("5 h", "5 hrs", 1),
     ("5 MW", "5 mW", 0), ("5 \u00b5m", "5 \u03bcm", 1), ("-5", "–5", 1), ("5 kg", "5 g", 0),
 ])  # fmt: skip
 def test_a_word_that_scales_a_number_is_no_unit(right, answer, value):
@@ -198,6 +199,9 @@ def test_anls_of_known_texts():
     ("10 kg", "10 g"), ("$500", "€500"), ("Gate B", "Gate C"), ("fifth floor", "sixth floor"), ("5 hours", "5 years"),
     ("no exit no entry", "no exit, entry"), ("ouvert le soir", "pas ouvert le soir"), ("не курить", "курить"),
     ("two hundred", "two thousand"), ("no two signs", "two signs"), ("1.05", "1.5"), ("10 5", "105"),
+    ("$1.2M", "$1.2B"), ("$1.2M", "$1.2"), ("20 MPa", "20 kPa"), ("5 N", "5 kN"), ("5N", "5kN"), ("10bn", "10mn"),
+    ("UTC+1", "UTC-1"), ("UTC+1", "UTC -1"), ("2+3", "2-3"), ("±5 V", "+5 V"), ("x < 5", "x > 5"), ("3 A", "3 mA"),
+    ("B2B", "B2C"), ("gate 5N", "gate 5S"), ("2 mg tablets", "2 ug tablets"), ("60 km/h", "60 mph"), ("£10m", "£10bn"),
     ("geöffnet am Abend", "nicht geöffnet am Abend"), ("kein Zutritt", "Zutritt"), ("Type A", "Type B"),
 ])  # fmt: skip
 def test_digits_and_negations_are_not_forgiven_in_texts(right, answer):
@@ -210,7 +214,10 @@ def test_digits_and_negations_are_not_forgiven_in_texts(right, answer):
     ("do not enter", "don't enter", 5 / 6), ("invoice no. 77", "invoice 77", 5 / 7), ("man", "woman", 0.6),
     ("2010-2011", "2010 - 2011", 9 / 11), ("the white house", "white house", 11 / 15), ("non-fat", "nonfat", 6 / 7),
     ("One Way", "Oneway", 6 / 7), ("Not Found", "Notfound", 8 / 9), ("1990-1995", "1990 -1995", 0.9),
-    ("7-Eleven", "7 -Eleven", 8 / 9),
+    ("7-Eleven", "7 -Eleven", 8 / 9), ("UTC+1", "UTC 1", 0.8), ("F-16", "F16", 0.75), ("1920s", "1920", 0.8),
+    ("10-12yrs", "10-12 years", 8 / 11), ("12 dogs", "12 dog", 6 / 7), ("3 x 4", "3 × 4", 0.8),
+    ("24 hr", "24 hrs", 5 / 6),
+    ("the 3 kgs bag", "the 3 kg bag", 12 / 13), ("30 metres", "30 meters", 7 / 9), ("60 km/h", "60 kmh", 6 / 7),
 ])  # fmt: skip
 def test_else_texts_are_worth_what_anls_says(right, answer, value):
     assert answered(answer, right, AnswerType.TEXT).value == pytest.approx(value)
@@ -221,7 +228,8 @@ def test_else_texts_are_worth_what_anls_says(right, answer, value):
     ("closed", "The answer is closed."), ("8.00 A.M.", "8:00 am"), ("1,234", "1234"), ("two dogs", "2 dogs"),
     ("3 cats", "٣ cats"), ("−5 °C", "-5 °C"), ("–5", "-5"), ("03/04/2010", "3/4/2010"), ("twenty-one", "21"),
     ("twenty-first", "21st"), ("$1.00", "$1"), ("don`t walk", "don't walk"), ("5 seconds", "five seconds"),
-    ("Coca  cola", "coca cola"), ("closed", "closed"),
+    ("Coca  cola", "coca cola"), ("closed", "closed"), ("$1.2M", "$1.2 million"), ("10bn", "10 billion"),
+    ("$5k", "$5 thousand"),
 ])  # fmt: skip
 def test_the_same_text_in_another_form_is_worth_all(right, answer):
     assert answered(answer, right, AnswerType.TEXT).value == answered(right, answer, AnswerType.TEXT).value == 1

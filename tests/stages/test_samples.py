@@ -142,16 +142,20 @@ PREFIXES = {
     "entries[:middle]": "halves, both of them",
     "ids[:budget]": "tokens of one turn",
     "plain[:match.start()]": "of a text",
+    "plain[:word.start()]": "of a text",
+    "islice(file, dialect.skipped, None)": "lines before the headings are left out, and none behind them",
     "value[:MAX_TURN]": "of a text",
     "rest[:MAX_LENGTH]": "of a text",
     "tail[:series[0].start]": "of a text",
     "question[:low]": "of a text",
     "text[:length].replace('\\r\\n', '\\n').split('\\n')[:lines]": "of a text, for people",
-    "islice(value.items(), 5)": "of one record, for people",
+    "islice(value.items(), MAX_VALUES)": "of one record, for people",
+    "islice(names, most)": "names in a sentence, which says how many more there are",
+    "lines[:most]": "lines for people, of which the last one says how many more there are",
     "names[:len(parts) - 1]": "names of objects in one row",
     "values[:count]": "columns of one row",
     "filled[:count]": "columns of one row",
-    "archives[:MAX_ARCHIVES]": "files beside a table",
+    "self._archives[:MAX_ARCHIVES]": "files beside a table, and a sentence says where there are more",
     "islice(decode_runs(_exactly(body, int.from_bytes(_exactly(body, 4), 'little')), limit.bit_length()), count)": (
         "of one page, as its header says"
     ),
@@ -159,7 +163,7 @@ PREFIXES = {
     "islice(sorted(complete, key=finished, reverse=True), RECENT)": "the newest, by their meaning",
     "np.hanning(2 * TAPER)[:TAPER]": "pixels",
 }
-SHOWN = {"SHOWN", "MAX_KINDS", "MAX_COLUMNS"}
+SHOWN = {"SHOWN", "MAX_KINDS", "MAX_COLUMNS", "MAX_VALUES"}
 """Limits of names in a sentence or a table for people, which says how many more there are."""
 ONE_ROW = {"path", "text", "turn", "key", "stem", "parts", "tokens", "images", "sizes", "asked", "general"}
 """Names whose beginnings are those of one text or list of tokens, not of rows."""

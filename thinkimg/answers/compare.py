@@ -15,7 +15,7 @@ from thinkimg.answers.exact import match_exactly, match_strictly
 from thinkimg.answers.formulas import Verdict, compare_texts
 from thinkimg.answers.numbers import Quantity, plain_latex, read_number, read_plain_number
 from thinkimg.answers.similarity import anls
-from thinkimg.answers.text import normalise
+from thinkimg.answers.text import drop_invisible, normalise
 from thinkimg.answers.votes import count_votes
 from thinkimg.images.coordinates import Frame
 from thinkimg.records import AnswerType
@@ -87,10 +87,15 @@ def weigh(answer: str, sample: Right, context: Context = Context()) -> Compariso
 
 def list_formulas(answer: str, sample: Right) -> list[tuple[str, str]]:
     """Return the pairs (answer, right answer) that rewards.maths.verify_formulas has to compare, in one batch."""
-    return [(answer, right) for right in sample.answers] if sample.answer_type is AnswerType.MATHS else []
+    return [_visible(answer, right) for right in sample.answers] if sample.answer_type is AnswerType.MATHS else []
+
+
+def _visible(answer: str, right: str) -> tuple[str, str]:
+    return drop_invisible(answer), drop_invisible(right)
 
 
 def _weigh(answer: str, right: str, sample: Right, context: Context) -> Comparison:
+    answer, right = _visible(answer, right)
     match sample.answer_type:
         case AnswerType.CHOICE:
             return _choice(answer, right, sample.choices)

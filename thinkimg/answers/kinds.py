@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from thinkimg.answers.choices import is_lettered
 from thinkimg.answers.formulas import may_be_formula
 from thinkimg.answers.numbers import Quantity, read_number
-from thinkimg.answers.similarity import CURRENCY, UNIT
-from thinkimg.answers.text import normalise
+from thinkimg.answers.text import drop_invisible, normalise
+from thinkimg.answers.units import CURRENCY, is_unit
 from thinkimg.answers.words import CLOSED, COLOURS, SHADES, VERBS
 from thinkimg.records import AnswerType
 
@@ -42,6 +42,7 @@ def guess_type(answers: Sequence[str], choices: Sequence[str]) -> AnswerType:
 
     A list of ten is one of annotators. A sentence among the answers makes them sentences.
     """
+    answers = list(map(drop_invisible, answers))
     if choices:
         return AnswerType.CHOICE
     if len(answers) == ANNOTATORS:
@@ -107,8 +108,7 @@ def _quantity(text: str) -> Quantity | None:
     quantity = None if re.match(r"\s*0\d", text) else read_number(text)
     if quantity is None or not quantity.unit or CURRENCY.fullmatch(quantity.unit):
         return quantity
-    unit = quantity.unit.casefold()
-    return quantity if UNIT.fullmatch(f"1{unit}") and unit not in ("am", "pm") else None
+    return quantity if is_unit(quantity.unit) and quantity.unit.casefold() not in ("am", "pm") else None
 
 
 def _is_closed(text: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from thinkimg.answers.text import strip_wrapping
+from thinkimg.answers.units import fold_unit
 
 MAX_NUMBER_LENGTH = 64  # characters; keeps exact arithmetic small
 WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+"
@@ -19,7 +20,9 @@ QUANTITY = re.compile(
 PLAIN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?)\s*(%?)\s*")
 # Signs with several forms. The micro sign and the ohm sign are the Greek letters.
 NUMBER_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "\u00b5": "\u03bc", "\u2126": "\u03a9"})
-LATEX_SIGNS = ((r"^{\circ}", "°"), (r"^\circ", "°"), (r"\%", "%"), (r"\$", "$"), ("{,}", ","), (r"\,", " "))
+LATEX_SIGNS = ((r"^{\circ}", "°"), (r"^\circ", "°"), (r"\%", "%"), (r"\$", "$"), ("{,}", ","), (r"\,", " "), ("~", " "))
+SQUARED = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{([23])\}|([23])(?![0-9]))")
+"""Power of a unit: cm^2, \\text{cm}^{3}."""
 UNIT_COMMAND = re.compile(r"\\(?:text|mathrm|textrm|operatorname)\s*\{([^{}\\]*)\}")
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SCALES |= {"lakh": 10**5, "crore": 10**7}
@@ -27,8 +30,6 @@ WORDS = SCALES | {f"{word}s": factor for word, factor in SCALES.items()} | {"bn"
 PERCENT = {"%", "percent", "percents", "pct"}
 FACTORS = {"pi", "half", "halves", "third", "thirds", "quarter", "quarters", "tenth", "tenths", "hundredth",
            "hundredths", "thousandth", "thousandths", "millionth", "millionths", "pair", "pairs"}  # fmt: skip
-CASED = {"mw", "mv", "mm", "mj", "mpa", "mhz", "kb", "mb", "gb", "tb"}
-"""Units, in lower case, that mean something else in upper case: mW and MW, Mb and MB."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,12 @@ class Quantity:
         A right integer, such as a year or a count, is compared exactly. One of the two may lack its unit, unless that
         may be a factor or a variable, such as any single letter.
         """
-        if _fold_unit(self.unit) != _fold_unit(right.unit):
+        if fold_unit(self.unit) != fold_unit(right.unit):
             unit = self.unit or right.unit
             is_factor = unit.casefold() in FACTORS or unit == "MM" or re.fullmatch("[A-Za-z]", unit)
             if (self.unit and right.unit) or is_factor:
                 return False
         return abs(self.value - right.value) <= (0 if right.is_integer else tolerance * abs(right.value))
-
-
-def _fold_unit(unit: str) -> str:
-    return unit if unit.casefold() in CASED else unit.casefold()
 
 
 def read_plain_number(text: str, *, percent: bool = False) -> float | None:
@@ -71,13 +68,13 @@ def read_plain_number(text: str, *, percent: bool = False) -> float | None:
 
 
 def plain_latex(text: str) -> str:
-    r"""Return a number of LaTeX with plain signs: 60^\circ is 60°, 12\text{ cm} is 12 cm, 1{,}234 is 1,234."""
-    if len(text) > MAX_NUMBER_LENGTH or not re.search(r"[\\{$]", text):
+    r"""Return a number of LaTeX with plain signs: 60^\circ is 60°, 12\text{ cm}^2 is 12 cm², 1{,}234 is 1,234."""
+    if len(text) > MAX_NUMBER_LENGTH or not re.search(r"[\\{$^]", text):
         return text
     text = UNIT_COMMAND.sub(r"\1", text.replace("$", "") if text.count("$") == 2 else text)
     for command, sign in LATEX_SIGNS:
         text = text.replace(command, sign)
-    return text
+    return SQUARED.sub(lambda power: "²³"[int(power[1] or power[2]) - 2], text)
 
 
 def read_number(text: str) -> Quantity | None:

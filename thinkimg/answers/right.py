@@ -10,7 +10,7 @@ from thinkimg.answers.choices import match_letter, match_text
 from thinkimg.answers.compare import Right, is_paid
 from thinkimg.answers.formulas import may_be_formula
 from thinkimg.answers.numbers import read_number
-from thinkimg.answers.text import strip_label
+from thinkimg.answers.text import drop_invisible, strip_label
 from thinkimg.records import AnswerType
 
 OWN_NUMBER = re.compile(r"\s*[(\[]?([0-9]{1,2})[)\].:、]+(?:\s+\S|[^\s0-9]).*", re.DOTALL)
@@ -67,7 +67,7 @@ def read_choice(value: Any, text: str, choices: Sequence[str], form: str, *, amb
     form: `data.answer_is`. With "any", a number is an index from 0, and a text is a choice's text or its letter.
     ambiguous: digits may be either, since a choice is a number itself, or since the source, such as CSV, has no types.
     """
-    text = strip_label(text)
+    text = strip_label(drop_invisible(text))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     either = ambiguous and (is_number or re.fullmatch("-?[0-9.]+", text) is not None)
     index = int(text) if re.fullmatch("[0-9]{1,6}", text) and int(text) < len(choices) else None

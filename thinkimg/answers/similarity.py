@@ -6,6 +6,7 @@ import unicodedata
 from rapidfuzz.distance import Levenshtein
 
 from thinkimg.answers.text import normalise
+from thinkimg.answers.units import CURRENCY, UNIT, fold_unit
 
 TEXT_SIGNS = str.maketrans(dict.fromkeys("−–—‐‑", "-") | dict.fromkeys("’‘`´", "'"))
 ONES = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -32,13 +33,13 @@ NEGATION = re.compile(
     r"|nessun[oa]?|não|nao|sem|niet|geen|nooit|zonder|inte|ikke|ingen|bez|не|нет|нельзя|без)\b"
     r"|[不没沒無无勿禁]"
 )
-UNIT = re.compile(
-    r"\d\s?(%|°\s?[cf]?|[kmµμn]?m[²³23]?|[kmµμ]?g|[mcd]?l|[kmg]?w|[km]?v|[kmgt]b|[kmg]?hz|lbs?|oz|ft|yd|mi|k|s|ms|min|h|hrs?"
-    r"|cm[²³23]?|dm[²³23]?|km/h|kmh|mph|am|pm"
-    r"|(?:kilo|milli|centi|micro|mega|giga)?(?:gram|met(?:er|re)|lit(?:er|re)|watt|hertz|byte|volt)s?"
-    r"|(?:second|minute|hour|day|week|month|year)s?)(?!\w)"
-)
-CURRENCY, LETTER = re.compile(r"[$€£¥₹]"), re.compile(r"\b[^\W\d_]\b")
+LETTER = re.compile(r"\b[^\W\d_]\b")
+SUFFIX = re.compile(rf"{UNIT.pattern}|\d(?:\s?([^\W\d_])|([^\W\d_]{{2,3}}))(?!\w)")
+"""Unit, letter or letters without a blank after a digit: 20 MPa, 5 N, B2B."""
+SCALE_SIGN = re.compile(r"(?<=\d)\s?(?:(bn)|(mn)|(tn))\b|([$€£¥₹][\d.,]*\d)\s?(?:(b)|(m)|(t)|(k))\b")
+SCALE_WORDS = ("billion", "million", "trillion", "billion", "million", "trillion", "thousand")
+"""Words of the groups of SCALE_SIGN."""
+SIGNED = re.compile(r"([-+±<>≤≥×÷]?)\s?[$€£¥₹]?\d+")
 
 
 def anls(answer: str, right: str, threshold: float = 0.5) -> tuple[float, float]:
@@ -67,6 +68,7 @@ def canonicalise(text: str) -> str:
     text = re.sub(r"(?<=\d)(\s?)([ap])\.?\s?m\b", r"\1\2m", text)
     text = re.sub(r"\b(\d{1,2})\.(\d\d)(?=\s?[ap]m\b)", r"\1:\2", text)
     text = NUMBER_WORD.sub(_in_digits, text)
+    text = SCALE_SIGN.sub(_spell_scale, text)
     text = re.sub(rf"\ban? (?={SCALE})", "1 ", text)
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
@@ -77,6 +79,12 @@ def canonicalise(text: str) -> str:
 def _in_digits(word: re.Match[str]) -> str:
     tens, unit, alone = word.groups()
     return str(VALUES[alone] if alone else VALUES[tens] + VALUES[unit])
+
+
+def _spell_scale(sign: re.Match[str]) -> str:
+    *after, amount = sign[1], sign[2], sign[3], sign[4]
+    scales = (*after, *sign.groups()[4:])
+    return f"{amount or ''} {next(word for scale, word in zip(scales, SCALE_WORDS, strict=True) if scale)}"
 
 
 def _trim_zeros(number: re.Match[str]) -> str:
@@ -93,13 +101,17 @@ def join_letters(text: str) -> str:
 
 
 def agree(one: str, other: str) -> bool:
-    """Tell whether two canonical texts agree in numerals, units, currencies and single letters.
+    """Tell whether two canonical texts agree in numerals, in what belongs to these, and in single letters.
 
-    One of the texts may lack the units or currencies, or some of the letters.
+    Signs, units and currencies belong to a numeral, and letters after its digits. One of the texts may lack them, but
+    for a minus, and some of the single letters.
     """
     if list_numerals(one) != list_numerals(other):
         return False
-    for mark in (UNIT, CURRENCY):
+    signs = zip(SIGNED.findall(one), SIGNED.findall(other), strict=False)
+    if any(sign and other_sign and sign != other_sign for sign, other_sign in signs):
+        return False
+    for mark in (SUFFIX, CURRENCY):
         marks, other_marks = list_marks(mark, one), list_marks(mark, other)
         if marks and other_marks and marks != other_marks:
             return False
@@ -122,6 +134,5 @@ def count_negations(text: str) -> int:
 
 
 def list_marks(mark: re.Pattern[str], text: str) -> list[str]:
-    """Return what a pattern finds, each without a plural's s and with er for re."""
-    tokens = [re.sub(r"\s", "", token) for token in mark.findall(text)]
-    return [re.sub(r"tre$", "ter", token.rstrip("s") or token) for token in tokens]
+    """Return what a pattern finds, by a group of its or as a whole; units as `fold_unit` does."""
+    return [fold_unit(next(filter(None, found.groups()), found[0])) for found in mark.finditer(text)]

@@ -15,9 +15,14 @@ LABEL = re.compile(r"\s*answer\s*:\s*(?=\S)", re.IGNORECASE)
 """Label in front of a right answer. Before a model's answer it stays, as in the official scorers."""
 
 
+def drop_invisible(text: str) -> str:
+    """Return a text without characters that are not seen: Unicode's category Cf, such as U+200B."""
+    return text if text.isascii() else "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
+
+
 def fold(text: str) -> str:
     """Return a text without case and with single spaces. NFC and not NFKC, which would make m2 of m²."""
-    return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
+    return " ".join(unicodedata.normalize("NFC", drop_invisible(text).casefold()).split())
 
 
 def unbox(text: str) -> str:
@@ -43,10 +48,10 @@ def strip_label(text: str) -> str:
 def strip_wrapping(text: str) -> str:
     r"""Return a text without brackets, quotes, asterisks or \boxed around it, and without punctuation at its end.
 
-    "The answer is" in front of it goes, too. Signs and points in front stay, for they belong to numbers. A text of
-    nothing else is returned as it is.
+    "The answer is" in front of it goes, and so do invisible characters. Signs and points in front stay, for they belong
+    to numbers. A text of nothing else is returned as it is.
     """
-    inner = text.strip()
+    inner = drop_invisible(text).strip()
     while len(inner) <= MAX_WRAPPED_LENGTH:
         shorter = inner.rstrip(" .,;:!?")
         pair = shorter[:1] + shorter[-1:]

@@ -1,17 +1,17 @@
 """Recognition of a table's schema, by a sample of its rows."""
 
 import importlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
 from thinkimg.data.columns import ROLES, convert_columns, fill_in, guess_columns, read_columns, require_columns
-from thinkimg.data.fields import Fields, has_column
+from thinkimg.data.fields import Fields, has_column, is_empty
 from thinkimg.data.refusal import Reason, RowRefused, short
 from thinkimg.data.settings import SCHEMAS, Columns, RowsConfig
-from thinkimg.data.tables.table import Table
+from thinkimg.data.tables.table import Table, list_keys
 from thinkimg.errors import UserError
 from thinkimg.source_code import code_digest
 
@@ -86,9 +86,14 @@ def by_columns(data: RowsConfig) -> Recognised:
 
 def _by_columns(table: Table, data: RowsConfig, *, guess: bool) -> Recognised:
     records = _draw(table)
-    columns, guessed = guess_columns(data.columns, table.columns, records) if guess else (data.columns, ())
+    present = list_keys(table.columns, records)
+    lacks_named = any(name.partition(".")[0] not in present for name in read_columns(data.columns))
+    if table.is_small or (table.is_open and lacks_named):
+        records += _draw_further(table, present, records)
+        present = list_keys(present, records)
+    columns, guessed = guess_columns(data.columns, present, records) if guess else (data.columns, ())
     filled = fill_in(columns)
-    require_columns(filled, table.columns, table.name, records)
+    require_columns(filled, present, table.name, records)
     return _by_names(filled, guessed)
 
 
@@ -150,6 +155,23 @@ def _top_columns(names: Collection[str]) -> frozenset[str]:
 
 def _draw(table: Table) -> list[dict[str, Any]]:
     return [record for _, record in table.draw(DRAWN) if isinstance(record, dict)]
+
+
+def _draw_further(table: Table, present: Collection[str], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first record that fills each column that those drawn leave empty, after a pass over the table."""
+    filled = {name for record in records for name in _filled(record)}
+    further: list[dict[str, Any]] = []
+    if not table.is_open and filled >= set(present):
+        return further
+    for _, record in table.read(present):
+        if isinstance(record, dict) and not (names := _filled(record)) <= filled:
+            filled |= names
+            further.append(record)
+    return further
+
+
+def _filled(record: Mapping[str, Any]) -> set[str]:
+    return {name for name, value in record.items() if not is_empty(value) and value not in ([], "[]", {})}
 
 
 def _fits(module: Any, record: Mapping[str, Any]) -> bool:

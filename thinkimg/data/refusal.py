@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from thinkimg.answers.text import drop_invisible
 from thinkimg.errors import shorten
 
 
@@ -78,7 +79,7 @@ def as_text(value: Any, column: str) -> str:
         value = str(int(value)) if is_whole else str(value)
     if not isinstance(value, str):
         raise RowRefused(Reason.TEXT, f"{column} is {type(value).__name__}, not a text")
-    if not value.strip():
+    if not drop_invisible(value).strip():
         raise RowRefused(Reason.EMPTY, f"{column} is empty")
     if not is_unicode(value):
         raise RowRefused(Reason.TEXT, f"{column} is no valid Unicode: {short(value)}")

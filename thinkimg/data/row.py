@@ -12,6 +12,7 @@ from typing import Any
 
 from thinkimg.answers.boxes import read_stated_box
 from thinkimg.answers.kinds import guess_type
+from thinkimg.answers.numbers import read_number
 from thinkimg.answers.right import read_choice, read_right
 from thinkimg.data.columns import fill_in, read_columns
 from thinkimg.data.fields import BoxForm, Fields, is_empty, look_up
@@ -19,6 +20,7 @@ from thinkimg.data.pictures.image_files import ImageReader
 from thinkimg.data.recognise import Recognised
 from thinkimg.data.refusal import Reason, Refused, RowRefused, as_text, is_unicode, short
 from thinkimg.data.settings import Columns, RowsConfig
+from thinkimg.data.tables.table import Values
 from thinkimg.data.texts.tidy import tidy
 from thinkimg.records import AnswerType
 
@@ -30,6 +32,10 @@ ORDERED = re.compile(
     re.IGNORECASE,
 )
 """Options that speak of the other ones, by their letters or places: these are not shuffled."""
+MAY_BE_NUMBERS = ("auto", "number", "integer", "maths")
+"""Values of `data.answer_type` under which a text may be read as a number."""
+DECIMAL_COMMA = re.compile(r"\D*[\d.]*\d,\d+\D*")
+"""One comma in a number, behind all points: 1,5 and 1,234 and 1.234,5 kg."""
 Box = tuple[float, float, float, float]
 ReaderOf = Callable[[Any], ImageReader]
 """Function that returns the reader of an image as the source has it; may raise RowRefused."""
@@ -69,15 +75,15 @@ def make_row(
     *,
     id: str,
     where: str,
-    is_untyped: bool = False,
+    values: Values = Values.TYPED,
 ) -> RawRow | Refused:
     """Return the row of a record, which maps columns to values.
 
-    id: used if no column is mapped to it. is_untyped: all values are texts. Columns that are not mapped are kept as the
+    id: used if no column is mapped to it. values: notation of the table's. Columns that are not mapped are kept as the
     user's own, except binary and long ones.
     """
     try:
-        return _make_row(record, schema, data, reader_of, id, where, is_untyped)
+        return _make_row(record, schema, data, reader_of, id, where, values)
     except RowRefused as refused:
         return Refused(where, refused.reason, refused.detail)
     except RecursionError:
@@ -93,7 +99,7 @@ def _make_row(
     reader_of: ReaderOf,
     id: str,
     where: str,
-    is_untyped: bool,
+    values: Values,
 ) -> RawRow:
     given = read_fields(record, schema, data.columns)
     fields = tidy(given)
@@ -105,10 +111,13 @@ def _make_row(
     answers = _answers(fields, choices, data, str(names.answer))
     answer_type = _answer_type(fields, answers, choices, data, str(names.answer))
     # CSV has no types: its lists are texts, and its digits may be a choice's text or an index.
-    ambiguous = is_untyped or isinstance(given.choices, str) or bool(choices and any(map(_is_plain_number, listed)))
+    has_numbers = isinstance(given.choices, str) or bool(choices and any(map(_is_plain_number, listed)))
+    ambiguous = values is not Values.TYPED or has_numbers
     read = functools.partial(read_right, answer_type=answer_type, tolerance=fields.tolerance)
     if choices:
         read = functools.partial(read_choice, choices=choices, form=data.answer_is, ambiguous=ambiguous)
+    if values is Values.COMMAS and not choices and data.answer_type in MAY_BE_NUMBERS:
+        list(map(_refuse_comma, answers))
     right = functools.partial(_right, read=read, choices=choices, answer_type=answer_type, column=str(names.answer))
     rights = [right(answer) for answer in answers]
     order = _order(choices, fields, data, row_id)
@@ -214,6 +223,14 @@ def _right(
     except ValueError as error:
         among = f" (choices: {short(choices)})" if choices else ""
         raise RowRefused(Reason.ANSWER, f"the answer {short(value)} {error}{among}") from error
+
+
+def _refuse_comma(answer: Any) -> None:
+    """Raise RowRefused for a number with one comma, which in CSV with semicolons may be a decimal point or none."""
+    is_single = isinstance(answer, str) and DECIMAL_COMMA.fullmatch(answer.strip())
+    if is_single and read_number(answer.replace(".", "").replace(",", ".")):
+        detail = f"the answer {short(answer)} may have a decimal comma, as the fields of the table end with semicolons"
+        raise RowRefused(Reason.ANSWER, f"{detail}: write it as 1234.5, or set data.answer_type=text")
 
 
 def _order(choices: Sequence[str], fields: Fields, data: RowsConfig, row_id: str) -> tuple[int, ...]:

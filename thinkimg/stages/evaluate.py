@@ -249,7 +249,7 @@ Samples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 evaluate = Stage(
     name="evaluate",
-    version=5,
+    version=6,
     makes=Evaluation,
     settings=settings_of,
     run=run,

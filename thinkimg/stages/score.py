@@ -416,7 +416,7 @@ def uses(config: Config) -> frozenset[str]:
 
 score = Stage(
     name="score",
-    version=7,
+    version=8,
     makes=Scores,
     settings=settings_of,
     run=run,

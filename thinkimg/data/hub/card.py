@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from thinkimg.errors import UserError, shorten
+from thinkimg.errors import UserError, name_some, shorten
 
 TABLES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -86,7 +86,7 @@ def choose_tables(names: Collection[str], card: Card, config: str | None, split:
         split = _choose_split(splits, split, id)
         chosen = [name for name in names if is_table(name) and any(matches(name, one) for one in splits[split])]
         if not chosen:
-            detail = ", ".join(shorten(pattern, 80) for pattern in splits[split][:SHOWN])
+            detail = name_some(splits[split], SHOWN)
             raise UserError(f"No table of {id} fits {detail}, which its card names for {split}.", hint=HINT)
         return sorted(chosen)
     paired = set(find_pairs(names))
@@ -102,8 +102,7 @@ def choose_tables(names: Collection[str], card: Card, config: str | None, split:
         return []
     chosen = sorted(by_split[_choose_split(by_split, split, id)])
     if len({PurePosixPath(name).suffix for name in chosen}) > 1:
-        listed = ", ".join(shorten(name, 80) for name in chosen[:SHOWN])
-        raise UserError(f"{id} holds tables of several kinds: {listed}.", hint=HINT)
+        raise UserError(f"{id} holds tables of several kinds: {name_some(chosen, SHOWN)}.", hint=HINT)
     return chosen
 
 
@@ -185,7 +184,7 @@ def _choose_config(card: Card, config: str | None, id: str) -> str:
         return next(iter(card.configs))
     default = card.default or ("default" if "default" in card.configs else None)
     if default is None:
-        listed = ", ".join(sorted(card.configs)[:SHOWN])
+        listed = name_some(sorted(card.configs), SHOWN)
         raise UserError(f"{id} has several configurations: {listed}.", hint="Set data.hub_config to one of them.")
     return default
 
@@ -199,6 +198,6 @@ def _choose_split(splits: Mapping[str, Any], split: str | None, id: str) -> str:
 
 
 def _missing(what: str, name: str, known: Collection[str], id: str, *, hint_name: str | None) -> UserError:
-    listed = ", ".join(shorten(one, 60) for one in list(known)[:SHOWN]) or "none"
+    listed = name_some(known, SHOWN, 60) or "none"
     hint = f"Name one of them, such as {hint_name}." if hint_name else "Set data.hub_config to one of them."
     return UserError(f"{id} has no {what} {shorten(name, 60)!a}: it has {listed}.", hint=hint)

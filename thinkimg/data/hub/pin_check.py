@@ -11,6 +11,7 @@ from thinkimg.console import format_number, format_size
 from thinkimg.data.hub.public_sets import PublicSet
 from thinkimg.data.hub.snapshot import Snapshot, explain
 from thinkimg.data.tables.find import fits, open_table
+from thinkimg.data.tables.table import list_keys
 
 COUNTED_BYTES = 2**26
 """Size of a table that is downloaded for its rows to be counted; of Parquet only the ends of the files are read."""
@@ -116,7 +117,7 @@ def _count(snapshot: Snapshot, name: str) -> tuple[int, frozenset[str]]:
     path = snapshot.download([name]) / name
     table = open_table(path, name, path.parent)
     rows = table.rows if table.rows is not None else sum(1 for _ in table.read(()))
-    return rows, frozenset(table.columns)
+    return rows, frozenset(list_keys(table.columns, (row for _, row in table.read_names(()))))
 
 
 def _number(value: int | None) -> str:

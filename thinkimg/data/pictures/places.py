@@ -1,9 +1,11 @@
 """Places of a data set's pictures: beside their table, above it, by the last parts of a path, in ZIP archives."""
 
 import functools
+import os
+import unicodedata
 import zipfile
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -17,6 +19,8 @@ from thinkimg.store.files import walk_files
 MAX_ARCHIVES = 64
 """ZIP archives beside the tables that are opened to look for pictures."""
 Parts = tuple[str, ...]
+Spell = Callable[[str], Parts]
+"""Function from a name to the parts by which it is compared."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Member:
     opened: zipfile.ZipFile
 
     @property
-    def parts(self) -> Parts:
-        """Parts of its name below the archive's own, which is a directory once it is unpacked."""
-        return (self.archive.stem, *self.name.split("/"))
+    def path(self) -> str:
+        """Its name below the archive's own, which is a directory once it is unpacked."""
+        return f"{self.archive.stem}/{self.name}"
 
     @property
     def content(self) -> tuple[int, int]:
@@ -56,7 +60,8 @@ class PicturePlaces:
 
     A name never leads out of the data set (root, images, and `also` for absolute paths). It is tried as it is, then
     without its first directories, which are those of another machine or lie above the root, then in ZIP archives, and
-    in `images` by its last parts, wherever these lie. Where two names share one file, it is that of a whole name alone.
+    in `images` by its last parts, wherever these lie. After that all of it is tried in another spelling, see `fold`.
+    Where two names share one file, it is that of a whole name alone.
     """
 
     def __init__(self, root: Path, also: Iterable[Path] = (), images: Path | None = None):
@@ -67,6 +72,8 @@ class PicturePlaces:
         self._shared: dict[tuple[str, str], str] = {}
         """Picture -> the second name, where there is one."""
         self._lock = Lock()
+        self._spelled = functools.cache(_list_spelled)
+        self._files = functools.cache(self._index_files)
 
     def locate(self, name: str, folder: Path | None = None) -> Path:
         """Return the path of a regular file. Raises RowRefused (PATH) for any other name, also of one in an archive."""
@@ -93,29 +100,51 @@ class PicturePlaces:
         return picture
 
     def _search(self, name: str, folder: Path) -> tuple[Place, bool]:
-        """Return a place, and True if the whole name leads there."""
+        """Return a place, and True if the whole name leads there as it is written."""
+        split_name(name)
+        if name.startswith("/") and (path := self._absolute(name)):
+            return path, True
+        if found := self._look(name, folder, split, _regular):
+            return found
+        if found := self._look(name.replace("\\", "/"), folder, fold, self._alike):
+            return found[0], False
+        raise RowRefused(Reason.PATH, self._missing(name))
+
+    def _look(
+        self, name: str, folder: Path, spell: Spell, find: Callable[[Path, Parts, str], Path | None]
+    ) -> tuple[Place, bool] | None:
+        """Return a place in one spelling, and True if the whole name leads there. find: a file of a directory."""
         parts = split_name(name)
-        if name.startswith("/"):
-            if path := self._absolute(name):
-                return path, True
-        else:
+        if not name.startswith("/"):
             for place in dict.fromkeys((folder, self.root)):
-                if path := _regular(place.joinpath(*parts), name):
+                if path := find(place, parts, name):
                     return path, True
-            if (self.images and self.images.is_dir()) and (path := _regular(self.images.joinpath(*parts), name)):
+            if (self.images and self.images.is_dir()) and (path := find(self.images, parts, name)):
                 return path, True
         # The first directories may be those of another machine, or the root's own names.
         for start in range(1, len(parts)):
             for place in dict.fromkeys((folder, self.root)):
-                is_own = parts[:start] == place.parts[-start:]
+                is_own = spell("/".join(parts[:start])) == spell("/".join(place.parts[-start:]))
                 is_known = name.startswith("/") and start <= len(parts) - 2  # a bare name is too little
-                if (is_own or is_known) and (path := _regular(place.joinpath(*parts[start:]), name)):
+                if (is_own or is_known) and (path := find(place, parts[start:], name)):
                     return path, is_own
-        if member := self._in_archives(parts):
-            return member, count_shared(member.parts, parts) == len(parts)
-        if self.images and self.images.is_dir() and (path := self._by_last_parts(parts, name)):
+        spelled = spell("/".join(parts))
+        if member := self._in_archives(spelled, spell, name):
+            return member, count_shared(spell(member.path), spelled) == len(parts)
+        if self.images and self.images.is_dir() and (path := self._by_last_parts(spelled, spell, name)):
             return path, False
-        raise RowRefused(Reason.PATH, self._missing(name))
+        return None
+
+    def _alike(self, place: Path, parts: Parts, name: str) -> Path | None:
+        """Return the only file below a directory whose path has these parts but for their spelling."""
+        for part in parts:
+            names = self._spelled(place).get(fold(part), [])
+            if len(names) > 1 and part not in names:
+                raise RowRefused(Reason.PATH, f"{short(name)} may be {short(names[0])} and {short(names[1])}")
+            if not names:
+                return None
+            place /= part if part in names else names[0]
+        return _regular(place, (), name)
 
     def _absolute(self, name: str) -> Path | None:
         """Return an absolute path that lies in the data set; None for any other. Raises RowRefused for a bad one."""
@@ -127,48 +156,64 @@ class PicturePlaces:
             inside = any(one.is_relative_to(place) for one in (path, path.resolve()) for place in places)
         except (OSError, ValueError, RuntimeError):
             raise RowRefused(Reason.PATH, f"{short(name)} is no path") from None
-        return _regular(path, name) if inside else None
+        return _regular(path, (), name) if inside else None
 
     def _missing(self, name: str) -> str:
         if name.startswith("/"):
             return f"{short(name)} leads out of the data set; data.images may name the folder of its pictures"
         return f"there is no file {short(name)}"
 
-    def _in_archives(self, parts: Parts) -> Member | None:
+    def _in_archives(self, parts: Parts, spell: Spell, name: str) -> Member | None:
         """Return the member of that name, or else the only one of all archives that shares the most last parts."""
 
         def rank(member: Member) -> tuple[bool, int]:
-            return member.name == "/".join(parts), count_shared(member.parts, parts)
+            return spell(member.name) == parts, count_shared(spell(member.path), parts)
 
-        members = [member for archive in self._archives for member in archive.find(parts)]
+        members = [member for archive in self._archives[:MAX_ARCHIVES] for member in archive.find(parts, spell)]
         most = max(map(rank, members), default=None)
         best = [member for member in members if rank(member) == most]
         if len({member.content for member in best}) > 1:
             shown = " and ".join(f"{short(member.name)} of {member.archive.name}" for member in best[:2])
-            raise RowRefused(Reason.PATH, f"{short('/'.join(parts))} may be {shown}")
+            raise RowRefused(Reason.PATH, f"{short(name)} may be {shown}")
+        if len(self._archives) > MAX_ARCHIVES and not (most and most[0]):
+            detail = f"{short(name)} is looked for in {MAX_ARCHIVES} ZIP archives at most, and there are "
+            detail += f"{len(self._archives)}: unpack them, or set data.images to the folder of the pictures"
+            raise RowRefused(Reason.PATH, detail)
         return best[0] if best else None
 
-    def _by_last_parts(self, parts: Parts, name: str) -> Path | None:
+    def _by_last_parts(self, parts: Parts, spell: Spell, name: str) -> Path | None:
         """Return the only file below `images` that shares the most of the name's last parts."""
         assert self.images is not None
-        best = closest(self._files_by_end, parts)
+        best = self._files(spell).closest(parts)
         if len(best) > 1:
-            shown = " and ".join(short("/".join(path)) for path in best[:2])
-            raise RowRefused(Reason.PATH, f"{short(name)} may be {shown}")
-        return _regular(self.images.joinpath(*best[0]), name) if best else None
+            raise RowRefused(Reason.PATH, f"{short(name)} may be {short(best[0])} and {short(best[1])}")
+        return _regular(self.images, (best[0],), name) if best else None
 
-    @functools.cached_property
-    def _files_by_end(self) -> list[Parts]:
+    def _index_files(self, spell: Spell) -> "NameIndex":
         assert self.images is not None
-        return sort_by_end(path.relative_to(self.images).parts for path in walk_files(self.images, "*"))
+        return NameIndex((path.relative_to(self.images).as_posix() for path in walk_files(self.images, "*")), spell)
 
     @functools.cached_property
     def _archives(self) -> list["Archive"]:
         if self.images and self.images.is_file():
             return [Archive(self.images)]
         folders = dict.fromkeys((self.root, *([self.images] if self.images else [])))
-        archives = [path for folder in folders for path in sorted(folder.glob("*.zip")) if path.is_file()]
-        return [Archive(path) for path in archives[:MAX_ARCHIVES]]
+        paths = [folder / name for folder in folders for names in self._spelled(folder).values() for name in names]
+        return [Archive(path) for path in paths if path.suffix.lower() == ".zip" and path.is_file()]
+
+
+class NameIndex:
+    """Names of files, found by their last parts in one spelling."""
+
+    def __init__(self, names: Iterable[str], spell: Spell):
+        self._names: dict[Parts, list[str]] = {}
+        for name in names:
+            self._names.setdefault(spell(name), []).append(name)
+        self._by_end = sort_by_end(self._names)
+
+    def closest(self, parts: Parts) -> list[str]:
+        """Return the names that share most last parts with a path, see the function `closest`."""
+        return [name for spelled in closest(self._by_end, parts) for name in self._names[spelled]]
 
 
 class Archive:
@@ -176,6 +221,7 @@ class Archive:
 
     def __init__(self, path: Path):
         self.path = path
+        self._index = functools.cache(self._index_members)
 
     @functools.cached_property
     def _opened(self) -> zipfile.ZipFile:
@@ -185,16 +231,40 @@ class Archive:
             hint = "data.images must be a folder or a ZIP archive; download the archive again, or unpack it."
             raise UserError(f"{self.path} is no readable ZIP archive: {error}.", hint=hint) from error
 
-    @functools.cached_property
-    def _members_by_end(self) -> list[Parts]:
-        return sort_by_end(tuple(name.split("/")) for name in self._opened.namelist() if not name.endswith("/"))
+    def _index_members(self, spell: Spell) -> NameIndex:
+        return NameIndex((name for name in self._opened.namelist() if not name.endswith("/")), spell)
 
-    def find(self, parts: Parts) -> list[Member]:
-        """Return the members that may be meant by a name: two, at most, and that of the very name."""
-        best = closest(self._members_by_end, parts)
-        if len(best) > 1 and "/".join(parts) in self._opened.NameToInfo:
-            best = [parts]
-        return [Member(self.path, "/".join(member), self._opened) for member in best]
+    def find(self, parts: Parts, spell: Spell) -> list[Member]:
+        """Return the members that may be meant by a name: that of the very name, or those that are closest."""
+        best = self._index(spell).closest(parts)
+        same = [name for name in best if spell(name) == parts]
+        return [Member(self.path, name, self._opened) for name in same or best]
+
+
+def split(name: str) -> Parts:
+    """Return the parts of a name as it is written."""
+    return tuple(name.split("/"))
+
+
+def fold(name: str) -> Parts:
+    r"""Return the parts of a name in the spelling that is common to all systems.
+
+    Composed Unicode, where macOS stores é as e and an accent; / for the \ of Windows; the suffix in lower case.
+    """
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    split_parts = (part.rpartition(".") for part in parts)
+    return tuple(f"{stem}.{suffix.lower()}" if dot else suffix for stem, dot, suffix in split_parts)
+
+
+def _list_spelled(folder: Path) -> Mapping[Parts, list[str]]:
+    """Return the names in a directory by their spelling; none where it can't be read."""
+    names: dict[Parts, list[str]] = {}
+    try:
+        for name in sorted(os.listdir(folder)):
+            names.setdefault(fold(name), []).append(name)
+    except OSError:
+        return {}
+    return names
 
 
 def split_name(name: str) -> Parts:
@@ -243,8 +313,9 @@ def is_of_kernel(path: Path) -> bool:
     return path.parts[1:2] in (("proc",), ("sys",), ("dev",)) and path.parts[:3] != ("/", "dev", "shm")
 
 
-def _regular(path: Path, name: str) -> Path | None:
-    """Return the path if it is a regular file; None if there is none. Raises RowRefused for what can't be a name."""
+def _regular(place: Path, parts: Parts, name: str) -> Path | None:
+    """Return the path of a regular file; None if there is none. Raises RowRefused for what can't be a name."""
+    path = place.joinpath(*parts)
     try:
         if not path.is_file():
             path.stat()  # says whether the name is one at all

@@ -32,7 +32,7 @@ from thinkimg.data.survey.passes import LookedRow
 from thinkimg.data.survey.samples import make_sample
 from thinkimg.data.tables.find import find_root
 from thinkimg.data.tables.parquet import spread
-from thinkimg.data.tables.table import Rows, Table
+from thinkimg.data.tables.table import Rows, Table, list_keys
 from thinkimg.errors import UserError
 from thinkimg.images.decode import ImageRefused, decode
 from thinkimg.records import AnswerType, Sample
@@ -103,7 +103,8 @@ def _inspect_group(
     try:
         drawn = [replace(table, draw=_remember(table, ROWS // len(chosen))) for table in chosen]
         records = [record for _, record in drawn[0].draw(ROWS) if isinstance(record, dict)]
-        report = replace(report, record=records[0] if records else {})
+        columns = list_keys(report.columns, records)
+        report = replace(report, columns=columns, record=records[0] if records else {})
         look = _Look(given, data, limits, recognise(drawn[0], data))
     except UserError as problem:
         return replace(report, problem=problem)
@@ -170,7 +171,7 @@ class _Look:
                 partial(self._reader_of, table),
                 id=f"{table.name}:{number or f'?{self.looked}'}",
                 where=where,
-                is_untyped=table.is_untyped,
+                values=table.values,
             )
             refused = row if isinstance(row, Refused) else self.checker.add(row)
             if refused is None:

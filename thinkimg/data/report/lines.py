@@ -1,7 +1,7 @@
 """Reports on data as labelled texts, for a terminal and for a sheet: of tables as they are, and of a prepared set."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ from thinkimg.data.report.example import Example
 from thinkimg.data.report.summary import Summary
 from thinkimg.data.report.table_report import TableReport
 from thinkimg.data.survey.oddity import Level, Oddity
-from thinkimg.errors import shorten
+from thinkimg.errors import count_more, name_some, shorten
 from thinkimg.records import AnswerType, Sample
 
 MAX_LINES, MAX_LENGTH = 30, 2000
@@ -21,6 +21,8 @@ MAX_KINDS = 12
 """Different values of one count that are named; the others are added up."""
 MAX_COLUMNS = 30
 """Columns that are named."""
+MAX_VALUES = 5
+"""Values of a list, keys of an object, right answers and boxes that are written out."""
 LABEL = 12
 """Characters in front of a value."""
 
@@ -40,12 +42,10 @@ def table_facts(report: TableReport, command: str, allowed: float) -> Facts:
 
     allowed: `data.max_refused`, the share of rows that may be left out.
     """
-    columns = [clean(name, 60) for name in report.columns[:MAX_COLUMNS]]
-    more = f" and {len(report.columns) - MAX_COLUMNS} more" if len(report.columns) > MAX_COLUMNS else ""
-    facts: Facts = [("columns", [", ".join(columns) + more])]
+    facts: Facts = [("columns", [escape_controls(name_some(report.columns, MAX_COLUMNS, 60))])]
     if report.schema is None:
         values = [f"{clean(name, 60)}: {describe(value)}" for name, value in report.record.items()]
-        return [*facts, ("a row", values[:MAX_COLUMNS]), ("problem", [clean(str(report.problem), 600)])]
+        return [*facts, ("a row", list_some(values, MAX_COLUMNS)), ("problem", [clean(str(report.problem), 600)])]
     facts += [
         ("schema", list(_schema_lines(report))),
         ("pictures", [count_text(report.pictures), *_size_lines(report)]),
@@ -61,7 +61,7 @@ def table_facts(report: TableReport, command: str, allowed: float) -> Facts:
 
 def _count_lines(counts: Mapping[str, int]) -> list[str]:
     ordered = sorted(counts.items(), key=lambda entry: -entry[1])
-    return [f"{clean(value, 600)} ({count:,})" for value, count in ordered[:MAX_KINDS]]
+    return list_some([f"{clean(value, 600)} ({count:,})" for value, count in ordered], MAX_KINDS)
 
 
 def _oddity_lines(oddities: Iterable[Oddity], level: Level) -> Iterator[str]:
@@ -75,12 +75,11 @@ def describe(value: Any) -> str:
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"
     if isinstance(value, Mapping):
-        return (
-            f"{{{', '.join(f'{clean(str(name), 40)}: {describe(inner)}' for name, inner in islice(value.items(), 5))}}}"
-        )
+        few = islice(value.items(), MAX_VALUES)
+        pairs = (f"{clean(str(name), 40)}: {describe(inner)}" for name, inner in few)
+        return f"{{{', '.join(pairs)}{count_more(value, MAX_VALUES)}}}"
     if isinstance(value, list | tuple):
-        listed = ", ".join(map(describe, value[:4]))
-        return f"[{listed}{', …' if len(value) > 4 else ''}]"
+        return f"[{', '.join(map(describe, value[:MAX_VALUES]))}{count_more(value, MAX_VALUES)}]"
     return clean(value if isinstance(value, str) else str(value), 100)
 
 
@@ -170,19 +169,19 @@ def state_right(sample: Sample) -> str:
     if sample.answer_type is AnswerType.VOTES:
         votes = Counter(given)
         given = [f"{answer} ({count} of {len(given)})" for answer, count in votes.most_common()]
-    answers = " or ".join(clean(answer, 100) for answer in given[:5])
-    more = f" and {len(given) - 5} more" if len(given) > 5 else ""
+    answers = " or ".join(clean(answer, 100) for answer in given[:MAX_VALUES])
+    more = count_more(given, MAX_VALUES)
     details = [str(sample.answer_type)]
     if sample.answer_type is AnswerType.BOX:
-        boxes_of = [read_box(answer) for answer in sample.answers[:5]]
+        boxes_of = [read_box(answer) for answer in sample.answers[:MAX_VALUES]]
         placed = " or ".join(state_box(box) for box in boxes_of if box)
         answers, details = (placed, ["box, in pixels of the picture"]) if placed else (answers, ["box"])
     if sample.tolerance is not None and read_number(sample.answer) is not None:
         details.append(f"within {100 * sample.tolerance:g} %")
     if sample.decimals is not None:
         details.append(f"{sample.decimals} decimal places")
-    boxes = "; ".join(state_box(box) for box in sample.targets[:5])
-    targets = f"; look at {boxes}" if boxes else ""
+    boxes = "; ".join(state_box(box) for box in sample.targets[:MAX_VALUES])
+    targets = f"; look at {boxes}{count_more(sample.targets, MAX_VALUES)}" if boxes else ""
     return f"right: {answers}{more} [{', '.join(details)}]{targets}"
 
 
@@ -199,6 +198,11 @@ def count_text(counts: Mapping[str, int]) -> str:
     rest = ordered[MAX_KINDS:]
     more = [f"{len(rest)} others {sum(count for _, count in rest):,}"] if rest else []
     return ", ".join(named + more) or "none"
+
+
+def list_some(lines: Sequence[str], most: int) -> list[str]:
+    """Return the first lines; a last one counts the others."""
+    return [*lines[:most], *([count_more(lines, most).strip()] if len(lines) > most else [])]
 
 
 def clean(text: str, length: int = 200) -> str:

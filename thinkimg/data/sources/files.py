@@ -92,7 +92,7 @@ def _rows(
             else:
                 yield make_row(
                     record, schema, data, reader_of, id=f"{table.name}:{number}", where=where,
-                    is_untyped=table.is_untyped,
+                    values=table.values,
                 )  # fmt: skip
 
 

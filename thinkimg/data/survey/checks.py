@@ -24,6 +24,7 @@ from thinkimg.data.survey.box_forms import Size
 from thinkimg.data.survey.oddity import Level, Oddity
 from thinkimg.data.texts.options import MAX_OPTIONS, read_options
 from thinkimg.data.texts.placeholders import has_placeholder
+from thinkimg.errors import name_some
 from thinkimg.records import AnswerType
 
 OTHER_KIND = 0.03
@@ -152,9 +153,9 @@ class Checker:
             names = [split]
         if names:
             count = sum(self._tables[name] for name in names) or self._rows
-            named = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
             yield Oddity(
-                "test_split", count, f"The name of {named} says that {_rows(count)} are for testing.", Level.ASK,
+                "test_split", count,
+                f"The name of {name_some(names, SHOWN)} says that {_rows(count)} are for testing.", Level.ASK,
                 "Set data.role=benchmark to hold all of it out, or name it in data.files to train on it.",
             )  # fmt: skip
 
@@ -372,8 +373,7 @@ def _digest(texts: Iterable[str], choices: Iterable[str]) -> bytes:
 
 
 def _join(names: Iterable[str]) -> str:
-    listed = [name or "the table" for name in names]
-    return ", ".join(listed[:SHOWN]) + (" …" if len(listed) > SHOWN else "")
+    return name_some([name or "the table" for name in names], SHOWN)
 
 
 def _rows(count: int) -> str:

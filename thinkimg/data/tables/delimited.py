@@ -1,69 +1,96 @@
 """CSV and TSV tables, by the standard library's reader: all of their values are texts."""
 
 import csv
+import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from thinkimg.data.refusal import short
-from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly
+from thinkimg.data.tables.table import Rows, Table, Values, all_of, draw_evenly
 
 MAX_FIELD = 2**27
 """Characters of a field, at most: a picture in base64."""
 SMALL = 64 * 2**20
 """Bytes up to which a file is read whole to draw a sample of it."""
+STATED = re.compile(r"sep=([,;|\t])\s*", re.IGNORECASE)
+"""First line by which spreadsheets state the mark."""
+FORMS = {"\t": "TSV", ";": "CSV with semicolons", "|": "CSV with bars"}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Form of a table. mark: between the fields. skipped: lines before the headings."""
+
+    mark: str
+    skipped: int = 0
+    is_spaced: bool = False
+    """True where a blank follows the marks, as in `image, question`."""
+
+    def reader(self, lines: Iterable[str]) -> Any:
+        """Return a reader of lines."""
+        csv.field_size_limit(min(MAX_FIELD, sys.maxsize))
+        return csv.reader(lines, delimiter=self.mark, skipinitialspace=self.is_spaced, strict=True)
 
 
 def open_delimited(path: Path, name: str, folder: Path) -> Table:
     """Return the table of a CSV or TSV file, by the marks in its first line."""
-    mark = find_delimiter(path)
-    read = partial(read_delimited, path, mark)
-    columns = tuple(_header(path, mark))
-    form = {"\t": "TSV", ";": "CSV with semicolons"}.get(mark, "CSV")
+    dialect = find_dialect(path)
+    read = partial(read_delimited, path, dialect)
     return Table(
         path,
         name,
-        form,
+        FORMS.get(dialect.mark, "CSV"),
         "line",
-        columns,
+        tuple(_header(path, dialect)),
         None,
         all_of(read),
         all_of(read),
-        partial(_seek, path, mark) if path.stat().st_size > SMALL else partial(draw_evenly, read),
+        partial(_seek, path, dialect) if path.stat().st_size > SMALL else partial(draw_evenly, read),
         folder,
         (path,),
-        is_untyped=True,
+        values=Values.COMMAS if dialect.mark == ";" else Values.TEXTS,
     )
 
 
-def find_delimiter(path: Path) -> str:
-    """Return the mark that the first line of a table has most of: a tab, a comma or a semicolon."""
+def find_dialect(path: Path) -> Dialect:
+    """Return the form of a table: by the mark that its first line states, or has most of, a tab, comma or semicolon.
+
+    A bar is one where there are none of these.
+    """
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         line = file.readline(4096)
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    return max((",", "\t", ";"), key=line.count)
+        stated = STATED.fullmatch(line)
+        line = file.readline(4096) if stated else line
+    mark = max((",", "\t", ";"), key=line.count)
+    mark = "|" if mark not in line and "|" in line else mark
+    mark = "\t" if path.suffix.lower() == ".tsv" else mark
+    mark = stated[1] if stated else mark
+    return Dialect(mark, int(stated is not None), f"{mark} " in line)
 
 
-def read_delimited(path: Path, mark: str) -> Rows:
+def read_delimited(path: Path, dialect: Dialect) -> Rows:
     """Yield the rows of a table; their numbers are those of the lines that they begin on."""
-    csv.field_size_limit(min(MAX_FIELD, sys.maxsize))
     # Bytes that are no UTF-8 become surrogates, which refuse their own row instead of ending the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=mark, strict=True)
+        reader = dialect.reader(islice(file, dialect.skipped, None))
         try:
-            header = next(reader, [])
+            header = _trim(next(reader, []))
         except csv.Error as error:
-            yield 1, f"no CSV: {short(str(error))}"
+            yield 1 + dialect.skipped, f"no CSV: {short(str(error))}"
             return
         twice = sorted({name for name in header if header.count(name) > 1})
         while True:
-            number = reader.line_num + 1
+            number = reader.line_num + dialect.skipped + 1
             try:
                 fields = next(reader, None)
             except csv.Error as error:
                 # A quote that is not closed takes the lines behind it along: each was a row.
-                for line in range(number, max(number, reader.line_num) + 1):
+                for line in range(number, max(number, reader.line_num + dialect.skipped) + 1):
                     yield line, f"no CSV: {short(str(error))}"
                 continue
             if fields is None:
@@ -78,13 +105,12 @@ def read_delimited(path: Path, mark: str) -> Rows:
                 yield number, dict(zip(header, fields, strict=True))
 
 
-def _seek(path: Path, mark: str, count: int) -> Rows:
+def _seek(path: Path, dialect: Dialect, count: int) -> Rows:
     """Yield rows that begin after evenly spread places of the file; their numbers are not known, and 0.
 
     A line that is none of the table's rows is passed over: it may lie within a field.
     """
-    csv.field_size_limit(min(MAX_FIELD, sys.maxsize))
-    header, size, seen = _header(path, mark), path.stat().st_size, set()
+    header, size, seen = _header(path, dialect), path.stat().st_size, set()
     if len(set(header)) < len(header):
         return  # each row would be refused for its heading
     with path.open("rb") as file:
@@ -97,16 +123,20 @@ def _seek(path: Path, mark: str, count: int) -> Rows:
                 continue
             seen.add(start)
             try:
-                lines = list(csv.reader([line.decode(errors="surrogateescape")], delimiter=mark, strict=True))
+                lines = list(dialect.reader([line.decode(errors="surrogateescape")]))
             except csv.Error:
                 continue
-            if len(lines) == 1 and len(lines[0]) == len(header):
+            if len(lines) == 1 and len(lines[0]) == len(header) and _trim(lines[0]) != header:
                 yield 0, dict(zip(header, lines[0], strict=True))
 
 
-def _header(path: Path, mark: str) -> list[str]:
+def _header(path: Path, dialect: Dialect) -> list[str]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         try:
-            return next(csv.reader(file, delimiter=mark, strict=True), [])
+            return _trim(next(dialect.reader(islice(file, dialect.skipped, None)), []))
         except csv.Error:
             return []
+
+
+def _trim(names: Iterable[str]) -> list[str]:
+    return [name.strip() for name in names]

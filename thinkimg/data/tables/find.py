@@ -16,7 +16,7 @@ from thinkimg.data.tables.json_lines import open_json_lines
 from thinkimg.data.tables.pairs import has_picture, open_pairs
 from thinkimg.data.tables.parquet import open_parquet
 from thinkimg.data.tables.table import Table
-from thinkimg.errors import UserError, shorten
+from thinkimg.errors import UserError, name_some, shorten
 from thinkimg.store.files import walk_files
 
 Opener = Callable[[Path, str, Path], Table]
@@ -30,7 +30,6 @@ SPLITS = {
     "test": re.compile(r"(?<![a-z])(test|testdev|teststd)(?![a-z])"),
 }
 """Words in a table's name that say what it is for."""
-SHOWN = 4  # tables in a sentence
 
 
 def find_root(path: Path) -> Path:
@@ -171,9 +170,3 @@ def printable(name: str) -> str:
 def quote(name: str) -> str:
     """Return a name for a hint."""
     return shorten(name, 80)
-
-
-def name_some(names: Sequence[str]) -> str:
-    """Return a list of a few names, and the number of the others."""
-    shown = ", ".join(shorten(name, 80) for name in names[:SHOWN])
-    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

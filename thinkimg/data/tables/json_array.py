@@ -1,4 +1,4 @@
-"""One JSON array of objects, as a file, or one object that holds a list of them, as CLEVR and DocVQA have it."""
+"""One JSON array of objects, or one object that holds a list of them, as CLEVR and DocVQA have it, or columns."""
 
 import json
 from functools import partial
@@ -8,15 +8,14 @@ from typing import Any
 from thinkimg.data.json_lines import refuse_twice
 from thinkimg.data.records.conversations import is_conversation
 from thinkimg.data.refusal import short
-from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly
-from thinkimg.errors import UserError, shorten
+from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly, list_keys
+from thinkimg.errors import UserError, name_some, shorten
 
 MAX_BYTES = 4 * 2**30
 """Bytes of a file, which is read whole."""
 HEAD = 4096
 RECORD = ("question", "image", "answer", "problem", "query", "prompt", "solution")
 """Names that an object has which is itself a record."""
-SHOWN = 4  # names in a sentence
 
 
 def open_json_array(path: Path, name: str, folder: Path) -> Table:
@@ -24,7 +23,7 @@ def open_json_array(path: Path, name: str, folder: Path) -> Table:
     rows = list(_read(path))
     if rows and not any(isinstance(record, dict) for _, record in rows):
         raise _no_array(path)
-    columns = tuple(dict.fromkeys(key for _, record in rows if isinstance(record, dict) for key in record))
+    columns = list_keys((), (record for _, record in rows))
     read = partial(_read, path)
     return Table(
         path,
@@ -52,9 +51,19 @@ def is_document(path: Path) -> bool:
         document = _load(path)
     except UserError:
         return False  # read as JSONL, which says what is wrong
-    is_record = isinstance(document, dict) and any(name in document for name in RECORD)
-    is_table = isinstance(document, dict) and (_is_map(document) or bool(_list_records(document)))
-    return is_table and not is_record
+    if not isinstance(document, dict):
+        return False
+    is_record = any(name in document for name in RECORD)
+    return _is_by_columns(document) or (not is_record and (_is_map(document) or bool(_list_records(document))))
+
+
+def _is_by_columns(document: dict[str, Any]) -> bool:
+    """Tell whether an object maps columns to values by the number of their row, as pandas' to_json writes a table."""
+    columns = list(document.values())
+    if not columns or not all(isinstance(column, dict) and column for column in columns):
+        return False
+    is_numbered = all(number.isdecimal() for number in columns[0]) and not any(map(str.isdecimal, document))
+    return is_numbered and all(column.keys() == columns[0].keys() for column in columns)
 
 
 def _is_map(document: dict[str, Any]) -> bool:
@@ -73,13 +82,16 @@ def _list_records(document: dict[str, Any]) -> list[str]:
 
 def _read(path: Path) -> Rows:
     values = _load(path)
-    if isinstance(values, dict) and _is_map(values):
+    if isinstance(values, dict) and _is_by_columns(values):
+        numbers = next(iter(values.values()))
+        values = [{name: column[number] for name, column in values.items()} for number in numbers]
+    elif isinstance(values, dict) and _is_map(values):
         values = [{"id": name, **value} for name, value in values.items()]
     if isinstance(values, dict):
         names = _list_records(values)
         if len(names) != 1:
             raise UserError(
-                f"{path} holds several lists of objects: {', '.join(shorten(name, 80) for name in names[:SHOWN])}.",
+                f"{path} holds several lists of objects: {name_some(names)}.",
                 hint="Write one table of questions, answers and pictures of them, as JSONL.",
             )
         values = values[names[0]]

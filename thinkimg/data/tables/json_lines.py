@@ -6,12 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 from thinkimg.data.json_lines import LINE, parse_line, read_json_lines, require_json_lines
-from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly
+from thinkimg.data.tables.table import SMALL, Rows, Table, all_of, draw_evenly, list_keys
 
 PEEK = 100
-"""Rows of a table whose keys say which columns there are."""
-SMALL = 16 * 2**20
-"""Bytes up to which a file is read whole to draw a sample of it."""
+"""Rows of a table whose keys are looked at when it is opened."""
 
 
 def open_json_lines(path: Path, name: str, folder: Path) -> Table:
@@ -20,10 +18,22 @@ def open_json_lines(path: Path, name: str, folder: Path) -> Table:
     head = (record for _, record in islice(read_json_lines(path), PEEK))
     first = [record if isinstance(record, str) else dict.fromkeys(record) for record in head]
     require_json_lines(path, first)
-    columns = tuple(dict.fromkeys(key for record in first if isinstance(record, dict) for key in record))
     read = partial(read_json_lines, path)
     draw = partial(_seek, path) if path.stat().st_size > SMALL else partial(draw_evenly, read)
-    return Table(path, name, "JSON lines", "line", columns, None, all_of(read), all_of(read), draw, folder, (path,))
+    return Table(
+        path,
+        name,
+        "JSON lines",
+        "line",
+        list_keys((), first),
+        None,
+        all_of(read),
+        all_of(read),
+        draw,
+        folder,
+        (path,),
+        is_open=True,
+    )
 
 
 def _seek(path: Path, count: int) -> Rows:

@@ -6,11 +6,11 @@ from itertools import islice
 from pathlib import Path
 
 from thinkimg.data.json_lines import parse_line
-from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly
+from thinkimg.data.tables.table import Rows, Table, all_of, draw_evenly, list_keys
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
 PEEK = 100
-"""Files whose keys say which columns there are."""
+"""Files whose keys are looked at when the pairs are opened."""
 IMAGE = "image"
 """Column that the picture's path gets."""
 
@@ -23,8 +23,7 @@ def has_picture(path: Path) -> bool:
 def open_pairs(root: Path, paths: Sequence[Path]) -> Table:
     """Return the table of all pairs below a folder. paths: the .json files, sorted."""
     read = partial(_read, root, paths)
-    first = [record for _, record in islice(read(), PEEK)]
-    columns = tuple(dict.fromkeys(key for record in first if isinstance(record, dict) for key in record))
+    columns = list_keys((), (record for _, record in islice(read(), PEEK)))
     return Table(
         root,
         ".",
@@ -37,6 +36,7 @@ def open_pairs(root: Path, paths: Sequence[Path]) -> Table:
         partial(draw_evenly, read),
         root,
         tuple(paths),
+        is_open=True,
     )
 
 

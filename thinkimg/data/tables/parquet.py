@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from thinkimg.data.refusal import short
+from thinkimg.data.tables.arrow_rows import to_rows
 from thinkimg.data.tables.parquet_drawing import draw_rows
 from thinkimg.data.tables.table import Rows, Table
 from thinkimg.errors import UserError, shorten
@@ -95,11 +96,11 @@ def spread(total: int, count: int) -> list[int]:
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
     """Yield the records of a batch; a text instead of one that Python can't hold: no UTF-8, a year above 9999."""
     try:
-        yield from batch.to_pylist()
+        yield from to_rows(batch)
     except ODD_VALUES:
         for row in range(batch.num_rows):
             try:
-                yield from batch.slice(row, 1).to_pylist()
+                yield from to_rows(batch.slice(row, 1))
             except ODD_VALUES as error:
                 yield short(str(error))
 

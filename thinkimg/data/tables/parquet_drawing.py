@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from thinkimg.data.tables.arrow_rows import to_rows
 from thinkimg.data.tables.parquet_head import HEAVY, Chunk, Unsupported, read_rows
 
 ROOM = 32 * 2**20
@@ -58,7 +59,7 @@ def draw_rows(path: Path, file: pq.ParquetFile, group: int, count: int) -> list[
 def _read_light(file: pq.ParquetFile, group: int, leaves: Sequence[str], count: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(leaves)):
-        records += batch.to_pylist()
+        records += to_rows(batch)
         if len(records) >= count:
             break
     return records[:count]

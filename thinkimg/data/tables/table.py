@@ -1,13 +1,29 @@
 """Table of a data set: its columns, and its records in order or as a sample."""
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 Rows = Iterator[tuple[int, dict[str, Any] | str]]
 """(number from 1: of a line or row, record) of a table's rows; instead of a bad record, a text that says why."""
+
+
+SMALL = 16 * 2**20
+"""Bytes up to which a table is read whole to draw a sample of it, or to list its columns."""
+
+
+class Values(StrEnum):
+    """Notation of a table's values."""
+
+    TYPED = "typed"
+    """Numbers, lists and texts are told apart."""
+    TEXTS = "texts"
+    """All are texts, as in CSV."""
+    COMMAS = "commas"
+    """All are texts, and a comma may be a decimal point, as in CSV with semicolons."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,7 @@ class Table:
     unit: str
     """Unit of the rows' numbers: "line" or "row"."""
     columns: tuple[str, ...]
-    """Names of the top-level columns."""
+    """Names of the top-level columns; of some of its records, where `is_open`."""
     rows: int | None
     """Number of rows, where it is known without reading them."""
     read: Callable[[Collection[str]], Rows]
@@ -35,8 +51,19 @@ class Table:
     """Directory that the images' paths are relative to."""
     files: tuple[Path, ...]
     """Files that hold it."""
-    is_untyped: bool = False
-    """True where all values are texts, as in CSV."""
+    values: Values = Values.TYPED
+    is_open: bool = False
+    """True where each record has its own keys, and those of some were looked at."""
+
+    @property
+    def is_small(self) -> bool:
+        """True where a pass over the table takes no time that counts."""
+        return sum(path.stat().st_size for path in self.files) <= SMALL
+
+
+def list_keys(columns: Iterable[str], records: Iterable[dict[str, Any] | str]) -> tuple[str, ...]:
+    """Return some columns and the further keys of records, in their order."""
+    return tuple(dict.fromkeys([*columns, *(key for one in records if isinstance(one, dict) for key in one)]))
 
 
 def all_of(read: Callable[[], Rows]) -> Callable[[Collection[str]], Rows]:
