@@ -62,8 +62,10 @@ class Table:
 
 
 def list_keys(columns: Iterable[str], records: Iterable[dict[str, Any] | str]) -> tuple[str, ...]:
-    """Return some columns and the further keys of records, in their order."""
-    return tuple(dict.fromkeys([*columns, *(key for one in records if isinstance(one, dict) for key in one)]))
+    """Return some columns, as they are, and the further keys of records, in their order."""
+    first = tuple(columns)
+    further = dict.fromkeys(key for one in records if isinstance(one, dict) for key in one)
+    return first + tuple(key for key in further if key not in first)
 
 
 def all_of(read: Callable[[], Rows]) -> Callable[[Collection[str]], Rows]:
