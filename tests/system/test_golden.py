@@ -24,7 +24,7 @@ from thinkimg.store.artifacts import Store
 from thinkimg.store.manifest import Artifact, canonical_json
 
 GOLDEN = {
-    "prepare": (5, "158e72d8371085c5922621b18494dd011bf27ceecd91caa13a4733cf65d77863"),
+    "prepare": (6, "158e72d8371085c5922621b18494dd011bf27ceecd91caa13a4733cf65d77863"),
     "demonstrate": (4, "62328ce49efae05b85780ebeb2792dc2b95d74b252d20684f4de26014fda2e4b"),
     "pairs": (2, "d0fe6a6a0a5d02ed6292e32a5adf8c74dd71590a026318e5cad681dfbe95db36"),
     "compare": (4, "81f96eb7989bebccee513815096548e95a50a79eb639f3ebf8ddc5c68a78430e"),

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from thinkimg.errors import shorten
+from thinkimg.redaction import without_password
 
 
 class Reason(StrEnum):
@@ -62,8 +63,8 @@ class Refused:
 
 
 def short(value: object) -> str:
-    """Return a value for an error text: quoted, and cut to 60 characters."""
-    return shorten(ascii(value), 60)
+    """Return a value for an error text: quoted, without passwords in addresses, and cut to 60 characters."""
+    return shorten(without_password(ascii(value)), 60)
 
 
 def as_text(value: Any, column: str) -> str:

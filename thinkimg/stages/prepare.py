@@ -316,7 +316,7 @@ def _column(path: Path, name: str) -> list[str]:
 
 prepare = Stage(
     name="prepare",
-    version=5,
+    version=6,
     makes=Dataset,
     settings=settings_of,
     run=run,
