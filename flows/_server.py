@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as
 
 from thinkimg import console
 from thinkimg.disk import writing
-from thinkimg.environment import check_proxies, child_environment, is_healthy
+from thinkimg.environment import child_environment, is_healthy
 from thinkimg.errors import shorten
 from thinkimg.process import free_port, spawn
 from thinkimg.store import files
@@ -44,7 +44,7 @@ _own: Future | None = None
 
 def is_embedded() -> bool:
     """Tell whether this process has an embedded server, which nobody else sees."""
-    return _own is not None or PREFECT_API_URL.value() is None
+    return _own is not None or not PREFECT_API_URL.value()
 
 
 class PrefectUnavailable(RuntimeError):
@@ -54,16 +54,15 @@ class PrefectUnavailable(RuntimeError):
 def start_server() -> None:
     """Start the embedded server if one is needed and none runs; does not wait for it."""
     global _own
-    if _own is None and PREFECT_API_URL.value() is None:
+    if _own is None and not PREFECT_API_URL.value():
         _own = Future()
         threading.Thread(target=_settle, args=[_own], name="prefect-server", daemon=True).start()
 
 
 def use_server() -> None:
     """Point this process and its children to an API: the configured one, or the embedded server once it answers."""
-    check_proxies(os.environ)
     start_server()
-    if PREFECT_API_URL.value() is None:
+    if not PREFECT_API_URL.value():
         if not wait([_own], timeout=ANNOUNCE_S).done:
             console.note("waiting for Prefect's server to start")
         os.environ.update(_own.result())

@@ -13,12 +13,9 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
-
-from thinkimg.errors import UserError
 
 Kind = Literal["tool", "maths", "engine", "prefect", "mlflow", "trainer"]
 
@@ -66,6 +63,10 @@ DATABASE = (
 BROWSER = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 HUB = ("HF_", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+NOTHING_IF_EMPTY = (
+    "PREFECT_", "MLFLOW_", "OPENAI_", "XDG_", *MODEL_CACHES, *HUB, "HOME", "TMPDIR", "TEMP", "TMP", "SSL_CERT_FILE",
+    "SSL_CERT_DIR", "SSLKEYLOGFILE",
+)  # fmt: skip
 
 CONNECTION_ERRORS = (OSError, HTTPException)
 """Errors of `open_local`, and of reading its answer: URLError, HTTPError and time-outs are OSErrors."""
@@ -180,19 +181,14 @@ def exempt_localhost(environment: MutableMapping[str, str]) -> None:
     environment["no_proxy"] = environment["NO_PROXY"] = "*" if "*" in hosts else exceptions
 
 
-def check_proxies(environment: Mapping[str, str]) -> None:
-    """Raise UserError for a proxy that httpx can't use; it raises then for every host, localhost included."""
-    socks = ("socks5", "socks5h")
-    usable = ("http", "https", *(socks if find_spec("socksio") else ()))
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        proxy = environment.get(name) or environment.get(name.upper(), "")
-        scheme = proxy.partition("://")[0] if "://" in proxy else "http"
-        if proxy and scheme not in usable and "*" not in environment.get("NO_PROXY", "").split(","):
-            hint = "Run pip install 'httpx[socks]'" if scheme in socks else "Name one that begins with http://"
-            raise UserError(
-                f"The proxy in {name.upper()} begins with {scheme}://, which Prefect's client can't use.",
-                hint=f"{hint}, or unset the variable.",
-            )
+def drop_empty(environment: MutableMapping[str, str]) -> None:
+    """Remove variables that hold nothing, as Compose and CI pass those that nobody has set.
+
+    Their readers take "" for a value: an API without an address, a folder that is the working directory. The others
+    stay: an empty CUDA_VISIBLE_DEVICES hides all GPUs, an empty http_proxy stands for none in place of HTTP_PROXY.
+    """
+    for name in [name for name, value in environment.items() if not value.strip() and is_among(name, NOTHING_IF_EMPTY)]:
+        del environment[name]
 
 
 def is_loopback(host: str) -> bool:

@@ -17,8 +17,8 @@ LASTING = (
 """Errors of the system that are about a name or a descriptor, and so fail again."""
 HTTP_LIBRARIES = ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "http.client")
 """Libraries whose errors are those of a connection, unless they have a status."""
-PASSING_STATUSES = (401, 403, 408, 425, 429)
-"""HTTP statuses beside 5xx that another time, or with another key, may be 200."""
+LASTING_STATUSES = (400, 404, 405, 406, 410, 411, 413, 414, 415, 416, 417, 422, 431, 451)
+"""HTTP statuses from 400 on that say the same each time; others may be 200 another time, or with another key."""
 
 
 class UserError(ValueError):
@@ -57,10 +57,15 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
+def is_passing_status(status: int) -> bool:
+    """Tell whether a server that answered with this status of HTTP may answer another time with what was asked for."""
+    return 400 <= status < 1000 and status not in LASTING_STATUSES
+
+
 def _is_passing_itself(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", error), "status_code", getattr(error, "code", None))
     if isinstance(status, int) and not isinstance(error, OSError):
-        return status in PASSING_STATUSES or 500 <= status < 600
+        return is_passing_status(status)
     if isinstance(error, subprocess.CalledProcessError):
         return error.returncode < 0  # by a signal, as of a kernel that is short of memory
     if isinstance(error, OSError) and error.errno is not None:

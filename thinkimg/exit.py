@@ -14,15 +14,16 @@ from typing import NoReturn
 
 from thinkimg.crash import write_report
 from thinkimg.disk import NO_SPACE, disk_number
-from thinkimg.environment import exempt_localhost
+from thinkimg.environment import drop_empty, exempt_localhost
 from thinkimg.errors import UserError, shorten
-from thinkimg.redaction import without_secrets
+from thinkimg.redaction import redact_logs, without_secrets
 from thinkimg.registry import allow_user_modules
 
 EXPLAINED = {"EngineError", "TrainerError", "PrefectUnavailable", "StoppedByAlarm"}
 """Names of errors, and of their base classes, whose text is complete; by name, so that their modules need not load."""
 GO_ON = "The same command goes on from what is complete."
 HTTP_LIBRARIES = {"httpx", "httpcore", "h11", "anyio", "sniffio"}
+LIBRARIES = HTTP_LIBRARIES | {"pydantic", "pydantic_core", "pydantic_settings"}
 
 
 class Termination(KeyboardInterrupt):
@@ -45,6 +46,8 @@ def run_guarded(command: Callable[[], object]) -> None:
     The exit code is 2 for a user's mistake, 1 for a broken engine, trainer or server, for an alarm and for an error
     that nobody expected, and 128 + n for signal n.
     """
+    drop_empty(os.environ)
+    redact_logs()
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # Prefect logs every exception once per flow level
     open_streams()
     atexit.register(skip_last_collection)
@@ -142,6 +145,8 @@ def explain_error(error: Exception) -> tuple[str, int]:
         return " ".join(str(error).split()), 2
     if EXPLAINED & kinds:
         return str(error), 1
+    if (sentence := explain_setting(error)) is not None:
+        return sentence, 2
     if "PrefectHTTPStatusError" in kinds:
         return explain_status(error), 1
     library = type(error).__module__.partition(".")[0]
@@ -155,6 +160,17 @@ def explain_error(error: Exception) -> tuple[str, int]:
     return f"Nobody expected this: {cause}. Hint: {GO_ON} If it happens again, report it with {report}", 1
 
 
+def explain_setting(error: Exception) -> str | None:
+    """Return a sentence for a setting of Prefect's own that does not validate; None for another error."""
+    if type(error).__name__ != "ValidationError" or not is_of_prefect(error):
+        return None
+    first = error.errors()[0]  # type: ignore[attr-defined]  # pydantic's
+    field = str(first["loc"][-1]) if first["loc"] else ""
+    names = [name for name in os.environ if name.startswith("PREFECT_") and name.endswith(f"_{field.upper()}")]
+    where = " or ".join(names) or f"{field} (a variable, a profile or prefect.toml)"
+    return f"Prefect does not take its setting {where}: {first['msg']}. Hint: Correct it, or unset it."
+
+
 def explain_status(error: Exception) -> str:
     """Return a sentence for a request that Prefect's server refused."""
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -165,8 +181,8 @@ def explain_status(error: Exception) -> str:
 
 
 def is_of_prefect(error: Exception) -> bool:
-    """Tell whether Prefect's client made the request that failed, and not another library or a user's code."""
+    """Tell whether Prefect made the request or read the setting that failed, and no other library or user's code."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [name.partition(".")[0] for name in frames]
-    callers = [name for name in packages if name not in HTTP_LIBRARIES and name not in sys.stdlib_module_names]
+    callers = [name for name in packages if name not in LIBRARIES and name not in sys.stdlib_module_names]
     return callers[-1:] == ["prefect"]

@@ -140,7 +140,7 @@ def run_directory() -> Path:
     It is in TMPDIR; where that is too long for the sockets of children, or another user has taken the name, elsewhere.
     Raises UserError without one.
     """
-    roots = [temporary_root(), *SHORT_ROOTS, Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere"))]
+    roots = [temporary_root(), *SHORT_ROOTS, Path(os.environ.get("XDG_RUNTIME_DIR") or "/nowhere")]
     usable = []
     for root in roots:
         directory = root / f"thinkimg-{os.getuid()}"

@@ -13,10 +13,20 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from thinkimg.errors import UserError, shorten
+from thinkimg.keys import check_variable
 from thinkimg.redaction import without_password
 from thinkimg.registry import Registry, short_name
 from thinkimg.user_paths import expand_path
@@ -41,6 +51,8 @@ Weight = Annotated[float, Field(ge=0, le=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(expand_path)]
+KeyVariable = Annotated[str, BeforeValidator(check_variable)]
+"""Name of an environment variable that holds a key."""
 Url = Annotated[str, AfterValidator(check_url)]
 
 

@@ -12,8 +12,9 @@ import httpx
 import pytest
 from paths import REPOSITORY
 from prefect.exceptions import PrefectHTTPStatusError
+from pydantic import TypeAdapter, ValidationError
 
-from thinkimg.exit import explain_error
+from thinkimg.exit import explain_error, explain_setting
 
 KEYS = {"OPENAI_API_KEY": "canary-one", "MY_TEACHER": "canary-two", "HF_TOKEN": "canary-three"}
 LOCATED = "postgresql://me:canary-four@host/db"
@@ -171,3 +172,23 @@ except KeyError as error:
     command = [sys.executable, "-c", code, b"--set", b"data.path=\xff"]
     done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0 and b"\\udcff" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PREFECT_LOGGING_LEVEL", "foo"), ("PREFECT_API_REQUEST_TIMEOUT", "abc"), ("PREFECT_SERVER_API_PORT", "x")],
+)
+def test_a_setting_that_prefect_does_not_take_is_a_sentence_with_its_variable(monkeypatch, name, value):
+    from prefect.context import refresh_global_settings_context
+
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as caught:
+        refresh_global_settings_context()
+    sentence, code = explain_error(caught.value)
+    assert code == 2 and name in sentence and "Hint: Correct it" in sentence and "\n" not in sentence
+
+
+def test_another_librarys_setting_is_not_prefects():
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(int).validate_python("x")
+    assert explain_setting(caught.value) is None

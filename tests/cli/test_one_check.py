@@ -27,7 +27,9 @@ FAULTS = [
     "conversation.system=" + "x" * MAX_LENGTH, "conversation.tools=[crop_img]",
     "rewards.rules=[nowhere]", "image.types=[nobody]", "train.loss.loss_type=nothing", "data.source=nowhere",
     "where.store=~nobody-here/x", "where.store=a\0b", "seed=-1", "images.min_pixels=99999999", "model.path=x\udcff",
-    "preset=tiny", "mix={answer: .inf}", "where.engine.urls=[x]",
+    "preset=tiny", "mix={answer: .inf}", "where.engine.urls=[x]", "where.store=s3://bucket/x", "where.store=$HOME/x",
+    "where.tracking.uri=$HOME/runs", "where.tracking.uri=file:$HOME/runs", "where.tracking.uri=sqlite://",
+    "where.tracking.uri=sqlite+pysqlite:///:memory:", "where.teacher.api_key_env=$MY_KEY", "mix={}", "mix={answer: 0}",
 ]  # fmt: skip
 
 

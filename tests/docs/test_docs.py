@@ -204,7 +204,7 @@ def check_python(words: list[str]) -> None:
 
 
 def check(words: list[str], partial: bool = False) -> None:
-    program, *rest = words
+    program, *rest = (re.sub(r"^\$(\w+)$", r"\1", word) for word in words)  # a variable of the shell
     if program == "thinkimg":
         check_thinkimg(rest, partial)
     elif program == "make":

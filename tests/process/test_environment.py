@@ -1,13 +1,17 @@
 """Environments of children are made by rule: nothing of a hostile shell arrives, and what a kind needs does."""
 
+import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+
+import flows._environment
 
 import pytest
 from hostile import CANARY, GOOD, HOSTILE, HUB_KEYS, PROXIES, shadow
@@ -16,23 +20,26 @@ from hypothesis import strategies as st
 
 from thinkimg import closure, resources
 from thinkimg.cli import main as cli
+from thinkimg.data.pictures.urls import UrlReader
 from thinkimg.engine import server
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.server import Server, ServerSettings
-from thinkimg.engine.settings import EngineSettings
+from thinkimg.engine.settings import EngineSettings, TeacherEndpoint
 from thinkimg.environment import (
     LOOPBACK,
     NAMED_BY_USER,
     PACKAGE_ROOT,
     RULES,
     child_environment,
+    drop_empty,
     exempt_localhost,
     is_loopback,
     python_path,
 )
 from thinkimg.errors import UserError
 from thinkimg.models.base import BaseSource
-from thinkimg.process import spawn
+from thinkimg.process import run_directory, spawn
+from thinkimg.rewards.endpoint import connect
 from thinkimg.rewards.maths import Checker
 from thinkimg.store import manifest
 from thinkimg.trainer.client import Trainer
@@ -258,3 +265,62 @@ def test_what_a_compiler_and_a_network_need_reaches_engine_and_trainer():
     for kind in ("engine", "trainer"):
         assert set(names) <= child_environment(kind, dict.fromkeys(names, "x")).keys()
     assert child_environment("engine", {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
+
+
+def ask_prefect() -> None:
+    importlib.reload(flows._environment)
+
+
+MAKERS = {
+    "images": lambda: UrlReader({"h"}, 1).read("http://h/1.png"),
+    "teacher": lambda: connect("http://h/v1", TeacherEndpoint(url="http://h/v1")),
+    "prefect": ask_prefect,
+}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SSL_CERT_FILE", "/missing"), ("SSL_CERT_FILE", "/dev/null"), ("HTTP_PROXY", "foo:geheim"),
+     ("https_proxy", "socks4://u:geheim@x"), ("ALL_PROXY", "socks9://x"), ("http_proxy", "http://127.0.0.1:port"),
+     ("ALL_PROXY", "socks5://127.0.0.1:9")],
+)  # fmt: skip
+def test_certificates_and_proxies_that_cannot_be_used_are_a_sentence_of_every_client(monkeypatch, make, name, value):
+    for variable in PROXIES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(UserError, match=name) as caught:
+        MAKERS[make]()
+    assert "geheim" not in str(caught.value)
+
+
+def test_all_clients_of_httpx_are_made_in_one_place():
+    sources = [path for folder in ("thinkimg", "flows") for path in (PACKAGE_ROOT / folder).rglob("*.py")]
+    making = [path.name for path in sources if re.search(r"trust_env|httpx\.(Async)?Client\(", path.read_text())]
+    assert making == ["http_clients.py"]
+
+
+def test_an_empty_variable_is_none(monkeypatch, tmp_path):
+    """As Compose passes them: Prefect took "" for an address, and XDG_RUNTIME_DIR was the working directory."""
+    names = ["PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_LEVEL", "MLFLOW_TRACKING_URI", "HF_HOME", "HOME"]
+    environment = dict.fromkeys([*names, "TMPDIR"], "") | {"PREFECT_API_KEY": " "}
+    kept = {"CUDA_VISIBLE_DEVICES": "", "http_proxy": "", "PREFECT_API_AUTH_STRING": "x", "MINE": ""}
+    drop_empty(environment := environment | kept)
+    assert environment == kept
+    monkeypatch.setattr("thinkimg.process.temporary_root", lambda: tmp_path / ("d" * 200))
+    monkeypatch.setattr("thinkimg.process.SHORT_ROOTS", ())
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="too long"):
+        run_directory()
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_without_an_address_prefects_server_is_ours(value):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows import _server
+
+    with temporary_settings({PREFECT_API_URL: value}):
+        assert _server.is_embedded()

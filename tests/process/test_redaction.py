@@ -1,6 +1,8 @@
 """Redaction: a secret is in no text that is shown, in whatever form a library, a driver or Python writes it."""
 
 import json
+import logging
+import shlex
 
 import pytest
 from hypothesis import given
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 
 from thinkimg.config.load import load_config
 from thinkimg.engine.errors import EngineError
-from thinkimg.redaction import without_password, without_query, without_secrets
+from thinkimg.errors import UserError
+from thinkimg.keys import read_key
+from thinkimg.redaction import redact_logs, without_password, without_query, without_secrets
 
 SECRETS = st.from_regex(r"zq[A-Za-z0-9/+_.!$]{6,20}", fullmatch=True)
 NAMES = st.sampled_from(
@@ -95,3 +99,56 @@ def test_what_is_no_secret_stays(monkeypatch, tmp_path):
 def test_an_engines_error_has_no_password_in_sentence_and_hint():
     error = EngineError("http://u:secret@h is down", hint="start http://u:secret@h, or http://secret@i")
     assert "secret" not in f"{error} {error.message} {error.hint}" and "start http://u:***@h" in str(error)
+
+
+KEYS = [
+    "AIzaSyD4iE2xVSpkLLOXoyqT-RuPwURN3ddScAI", "AIzaSyD4iE2xVSpkLLOXoyqTRuPwURN3ddScAI", "sk-x", "$MY_KEY",
+    "${MY_KEY}", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "a1b2c3d4e5f60718293a4b5c6d7e8f90", "7c3d", "my key", "key=x",
+    "Bearer zq9",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("form", ["{}", "'{}'", '"{}"'])
+def test_a_key_in_place_of_its_variables_name_is_refused_and_not_shown(tmp_path, key, form):
+    (tmp_path / "my.yaml").write_text(json.dumps({"where": {"teacher": {"api_key_env": form.format(key)}}}))
+    written = f"where.teacher.api_key_env={form.format(key)}"
+    for preset, overrides in ((str(tmp_path / "my.yaml"), []), ("tiny", [written])):
+        with pytest.raises(UserError) as caught:
+            load_config(preset, overrides)
+        assert key not in without_secrets(str(caught.value))
+    if " " not in written or form != "{}":  # a text does not tell where a value without quotes ends
+        assert key not in without_secrets(f"thinkimg run --set {written!r}")
+    assert key not in without_secrets(shlex.join(["thinkimg", "chat", "--api-key-env", key]))
+
+
+def test_a_variable_that_is_set_or_reads_as_one_is_named(monkeypatch):
+    monkeypatch.setenv("MyCompanysOpenAIKey2Of3", "x")
+    for name in ("MY_KEY", "OPENAI_API_KEY", "_q", "a_teacher_of_our_department", "MyCompanysOpenAIKey2Of3", "K" * 40):
+        assert load_config("tiny", [f"where.teacher.api_key_env={name}"]).where.teacher.api_key_env == name
+        assert without_secrets(f"api_key_env={name}, or --api-key-env {name}.").count(name) == 2
+
+
+@pytest.fixture
+def redacting():
+    factory = logging.getLogRecordFactory()
+    redact_logs()
+    redact_logs()
+    yield
+    logging.setLogRecordFactory(factory)
+
+
+@pytest.mark.usefixtures("redacting")
+def test_what_is_logged_has_no_secret_whoever_logs_it(monkeypatch, caplog):
+    """MLflow's client shows a token that is no header in its error, and the warning showed it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "zq-token\n")
+    monkeypatch.setenv("MY_OWN", "zq-mine")
+    read_key("MY_OWN")
+    logging.getLogger("a.library").warning("Header value %s is invalid; %d", repr("zq-token\n"), 7)
+    try:
+        raise ValueError("zq-mine is refused")
+    except ValueError as error:
+        logging.getLogger("thinkimg.x").exception("MLflow did not take it (%s)", error)
+    logging.getLogger("a.library").warning("%s and %s are kept", "arguments", 2)
+    assert "zq-" not in caplog.text and "***MLFLOW_TRACKING_TOKEN***" in caplog.text and "ValueError" in caplog.text
+    assert caplog.records[-1].args == ("arguments", 2)

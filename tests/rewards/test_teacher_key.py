@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from thinkimg.config.load import load_config
 from thinkimg.engine.settings import TeacherEndpoint
 from thinkimg.errors import UserError
-from thinkimg.rewards.endpoint import api_key, connect
+from thinkimg.rewards.endpoint import api_key, connect, describe
 
 # What openai's client takes from the environment and sends to whatever it talks to.
 ENVIRONMENT = {
@@ -123,3 +123,32 @@ def test_a_key_that_is_not_there_is_one_sentence(monkeypatch):
     with pytest.raises(UserError, match=r"variable MY_KEY is not set.*Hint: Set it"):
         api_key(TeacherEndpoint(url="http://localhost:1/v1", api_key_env="MY_KEY"))
     assert api_key(TeacherEndpoint(api_key_env="MY_KEY")) is None  # our own server wants none
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", " ", "\t\n"])
+def test_blanks_around_a_key_are_left_out(monkeypatch, ends):
+    """A key from `$(cat file)` in a .env file was no header, so that the teacher counted as unreachable."""
+    monkeypatch.setenv("MY_KEY", f" canary-mine{ends}")
+    with recorder() as (url, seen):
+        ask(TeacherEndpoint(url=url, api_key_env="MY_KEY"))
+    assert seen[0]["authorization"] == "Bearer canary-mine"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+def test_what_no_header_takes_is_a_sentence_without_it(text):
+    key = f"canary{text}-key"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MY_KEY", key)
+        try:
+            assert api_key(TeacherEndpoint(url="http://localhost:1/v1", api_key_env="MY_KEY")) == key
+            assert key.isascii() and key.isprintable() and " " not in key
+        except UserError as error:
+            assert "MY_KEY" in error.message and "canary" not in str(error)
+            assert not (key.isascii() and key.isprintable()) or " " in key
+
+
+def test_a_reason_has_no_key_in_it(monkeypatch):
+    """An endpoint or a proxy may repeat what it was sent, and reasons are stored as evidence."""
+    monkeypatch.setenv("MY_OWN", "canary-mine")
+    api_key(TeacherEndpoint(url="http://localhost:1/v1", api_key_env="MY_OWN"))
+    assert describe(ValueError("refused: canary-mine")) == "refused: ***MY_OWN***"

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from thinkimg import __version__
 from thinkimg.errors import UserError
 from thinkimg.store.artifacts import Problem, Store
-from thinkimg.store.manifest import Recipe, Reference, directory_digest
+from thinkimg.store.gc import find_garbage
+from thinkimg.store.manifest import MANIFEST, Recipe, Reference, directory_digest
 from thinkimg.store.tables import write_table
 
 RECIPE = Recipe(
@@ -374,7 +375,7 @@ def test_a_closed_part_that_was_damaged_before_the_next_run_is_made_again(tmp_pa
     assert made == [] and artifact.checked("adapter/config.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE])
 def test_a_full_or_unwritable_disk_is_one_clear_sentence_and_the_next_run_gets_through(tmp_path, monkeypatch, code):
     events = events_of_a_run(tmp_path / "counted", monkeypatch)
     for stop_at in range(1, events + 1, 5):
@@ -404,6 +405,21 @@ def test_a_real_file_in_the_way_and_a_real_full_device(tmp_path):
 
     with pytest.raises(PermissionError, match=r"samples\.jsonl"):
         Store(tmp_path).build("toy", RECIPE, read_elsewhere)
+
+
+def test_what_else_lies_beside_attempts_is_left_alone(tmp_path):
+    """macOS's `._0001.work` ended each build, and a sweep would have removed `old.work`."""
+    store, first = Store(tmp_path), build(tmp_path)
+    odd = ["._0001.work", "old.work", "0002.work.bak", "._0001", "1", "notes.jsonl", "\u0661\u0661\u0661\u0661"]
+    for name in odd:
+        (first.directory.parent / name).mkdir()
+        (first.directory.parent / name / MANIFEST).write_text("odd")
+    second, _ = store.build("toy", RECIPE, toy_stage, force=True)
+    assert second.attempt == "0002" and store.sweep(remove=True) == []
+    assert [artifact.attempt for artifact in store.list()] == ["0001", "0002"]
+    assert list(store.directories()) == [first.directory, second.directory]
+    assert all((first.directory.parent / name).is_dir() for name in odd)
+    find_garbage(store)
 
 
 def test_sweep_lists_what_a_failed_run_left_and_leaves_work_in_progress_alone(tmp_path):

@@ -112,6 +112,7 @@ CLIENTS = {
     "thinkimg/engine/client.py": {"aiohttp"},  # the engine: no proxies, no keys
     "thinkimg/rewards/endpoint.py": {"httpx", "openai"},  # keys and proxies: test_teacher_key.py
     "thinkimg/data/pictures/urls.py": {"httpx"},  # images
+    "flows/_environment.py": {"httpx"},  # one that asks nothing: whether certificates and proxies can be used
     "thinkimg/serving/app.py": {"aiohttp"},  # its server alone
     "thinkimg/serving/page.py": {"aiohttp"},  # files of that server
     "thinkimg/environments/verifiers/thinkimg_env.py": {"httpx"},  # verifiers' interception: its secret, no proxies

@@ -113,13 +113,12 @@ def verify(
     from thinkimg.analysis.verify_calls import can_replay, replay
     from thinkimg.console import show_progress
     from thinkimg.store.kinds import open_artifact
-    from thinkimg.store.manifest import MANIFEST
 
     opened_store = open_store(store)
     if references:
         directories = [opened_store.resolve(reference).directory for reference in references]
     else:  # a list would leave out those whose manifest is damaged
-        directories = sorted(path.parent for path in store.glob(f"*/*/*/{MANIFEST}") if path.parent.name.isdigit())
+        directories = list(opened_store.directories())
     damaged = 0
     for directory in directories:
         problems, checks = opened_store.verify(directory), []

@@ -1,6 +1,5 @@
 """Verb `thinkimg chat`: the policy with its tools behind an OpenAI-compatible endpoint."""
 
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from cyclopts.validators import Number
 from thinkimg.cli.flags import ArtifactFlag, PortFlag, PresetFlag, SetFlag, check_port, open_config, read_path
 from thinkimg.environment import is_loopback
 from thinkimg.errors import UserError, shorten
+from thinkimg.keys import read_key
 
 
 def chat(
@@ -33,7 +33,7 @@ def chat(
     set: SetFlag = None,
 ) -> None:
     """Serve a policy with its tools: OpenAI's chat completions at /v1, until it is stopped."""
-    key = read_key(api_key_env)
+    key = None if api_key_env is None else read_key(api_key_env)
     if key is None and not is_loopback(host):
         raise UserError(
             f"Without a key, whoever reaches {shorten(host)} could use the endpoint.",
@@ -66,12 +66,3 @@ def chat(
     )
     with Resources(config.where) as resources:
         serve_chat(chosen, settings, resources, sources, access, (host, port))
-
-
-def read_key(variable: str | None) -> str | None:
-    """Return the key in an environment variable; None where none is named. Raises UserError for an empty one."""
-    if variable is None:
-        return None
-    if not (key := os.environ.get(variable, "").strip()):
-        raise UserError(f"The environment variable {shorten(variable)} holds no key.", hint="Set it.")
-    return key

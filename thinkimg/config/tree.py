@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from thinkimg.conversation.settings import ConversationConfig
 from thinkimg.data.settings import DataConfig
@@ -13,6 +13,7 @@ from thinkimg.models.family import Family, family_of
 from thinkimg.models.settings import ModelConfig
 from thinkimg.redaction import without_query
 from thinkimg.resource_settings import ResourcesConfig
+from thinkimg.rewards.mix import check_weights
 from thinkimg.rewards.settings import ImageConfig, RewardsConfig
 from thinkimg.settings import Seed, Settings, Weight
 from thinkimg.tracking.settings import TrackingConfig
@@ -63,7 +64,9 @@ class Config(Settings):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     image: ImageConfig = ImageConfig()
-    mix: dict[str, Weight] = {"format": 0.2, "tool": 0.3, "answer": 0.3, "image": 0.2}
+    mix: Annotated[dict[str, Weight], AfterValidator(check_weights)] = {
+        "format": 0.2, "tool": 0.3, "answer": 0.3, "image": 0.2,
+    }  # fmt: skip
     """Weight of each reward component; applied when advantages are computed, so that another mix needs no new
     scores."""
     train: TrainConfig = TrainConfig()

@@ -7,6 +7,7 @@ from typing import Any
 
 from thinkimg.answers.text import drop_invisible
 from thinkimg.errors import shorten
+from thinkimg.redaction import without_password
 
 
 class Reason(StrEnum):
@@ -63,8 +64,8 @@ class Refused:
 
 
 def short(value: object) -> str:
-    """Return a value for an error text: quoted, and cut to 60 characters."""
-    return shorten(ascii(value), 60)
+    """Return a value for an error text: quoted, without passwords in addresses, and cut to 60 characters."""
+    return shorten(without_password(ascii(value)), 60)
 
 
 def as_text(value: Any, column: str) -> str:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from thinkimg.devices import Devices, OneDevice
-from thinkimg.settings import Name, Positive, Settings, Share, Url
+from thinkimg.settings import KeyVariable, Name, Positive, Settings, Share, Url
 
 
 class RolloutConfig(Settings):
@@ -125,7 +125,7 @@ class TeacherEndpoint(Settings):
 
     url: Url | None = None
     """Base URL of an OpenAI-compatible API, as http://host:8000/v1."""
-    api_key_env: Name | None = None
+    api_key_env: KeyVariable | None = None
     """Environment variable that holds the key for `url`; null: OPENAI_API_KEY for https://api.openai.com, none for
     others."""
     concurrency: Positive = 32

@@ -5,7 +5,6 @@ judges/teacher, sentences ──► connect, Asker ──► where.teacher.url
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -14,8 +13,10 @@ import httpx
 
 from thinkimg.engine.errors import REFUSED
 from thinkimg.engine.settings import TeacherEndpoint
-from thinkimg.environment import is_loopback
 from thinkimg.errors import UserError, shorten
+from thinkimg.http_clients import make_client
+from thinkimg.keys import read_key
+from thinkimg.redaction import without_secrets
 from thinkimg.rewards.judgement import Judgement
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
 
     openai takes keys, organisation, project and further headers from the environment, for any host. So each request
     keeps only the headers in HEADERS and, at the host of `url`, its key or the name and password in `url`. Organisation
-    and project are kept where the host is OpenAI's own. Raises UserError as api_key.
+    and project are kept where the host is OpenAI's own. Raises UserError as api_key and make_client.
     """
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
@@ -56,8 +57,8 @@ def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
         if at_home and key:
             request.headers["authorization"] = f"Bearer {key}"
 
-    proxies = not is_loopback(origin.host)
-    http = DefaultAsyncHttpxClient(event_hooks={"request": [only_ours]}, timeout=where.timeout_s, trust_env=proxies)
+    hooks = {"request": [only_ours]}
+    http = make_client(DefaultAsyncHttpxClient, origin.host, event_hooks=hooks, timeout=where.timeout_s)
     return AsyncOpenAI(
         base_url=url, api_key="unused", timeout=where.timeout_s, max_retries=where.retries, http_client=http
     )
@@ -66,19 +67,14 @@ def connect(url: str, where: TeacherEndpoint) -> "AsyncOpenAI":
 def api_key(where: TeacherEndpoint) -> str | None:
     """Return the key for `where.url`, from the variable where.api_key_env; by default OPENAI_API_KEY for OpenAI alone.
 
-    Raises UserError if the variable is not set.
+    Raises UserError as `read_key`.
     """
     if where.url is None:  # our own server
         return None
     variable = where.api_key_env or (OPENAI_KEY if is_openai(where.url) else None)
     if variable is None:
         return None
-    key = os.environ.get(variable)
-    if not key:
-        raise UserError(
-            f"The environment variable {variable} is not set, which holds the teacher's key.",
-            hint="Set it, or name another one in where.teacher.api_key_env.",
-        )
+    key = read_key(variable)
     log.info("the key in %s is sent to %s", variable, urlsplit(where.url).hostname)
     return key
 
@@ -87,6 +83,11 @@ def is_openai(url: str) -> bool:
     """Tell whether a URL is that of OpenAI's own API, encrypted."""
     parts = urlsplit(url)
     return (parts.scheme, parts.hostname, parts.port or 443) == ("https", "api.openai.com", 443)
+
+
+def describe(error: object) -> str:
+    """Return a failure's text for logs and for the scores, in one line and without keys."""
+    return shorten(without_secrets(str(error)))
 
 
 class Asker:
@@ -109,7 +110,7 @@ class Asker:
             try:
                 return await ask()
             except APIStatusError as error:
-                reason = f"The endpoint answered {error.status_code}: {shorten(error.message)}"
+                reason = f"The endpoint answered {error.status_code}: {describe(error.message)}"
                 if error.status_code in LOCKED:  # it will not pass, and no other judge is to take its place
                     raise UserError(
                         f"The teacher {self.model} does not let us in. {reason}",
@@ -120,11 +121,11 @@ class Asker:
                     await self._probe(reason)
                 return Judgement(None, reason, {}, unreachable=not refused, refused=refused)
             except APIConnectionError as error:  # time-outs included
-                reason = f"No answer: {error.__cause__ or error}".strip()
+                reason = f"No answer: {describe(error.__cause__ or error)}".strip()
                 await self._probe(reason)
                 return Judgement(None, reason, {}, unreachable=True)
             except (APIError, *UNREADABLE) as error:
-                reason = f"The answer can't be read: {type(error).__name__}: {shorten(str(error))}"
+                reason = f"The answer can't be read: {type(error).__name__}: {describe(error)}"
                 return Judgement(None, reason, {}, unreachable=True)
 
     async def complete(self, read: Callable[["ChatCompletion"], T], **request: Any) -> T:

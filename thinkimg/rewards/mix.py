@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Field, StrictBool, ValidationError
+from pydantic import AfterValidator, Field, StrictBool, ValidationError
 
 from thinkimg.errors import UserError
 from thinkimg.grpo.advantages import mix_rewards
@@ -130,6 +130,15 @@ class Mix:
         return " + ".join(texts) or "nothing"
 
 
+def check_weights(weights: dict[str, float]) -> dict[str, float]:
+    """Return the weights of a mix. Raises UserError where none is above 0."""
+    if not any(weights.values()):
+        raise UserError(
+            "The mix has no weight above 0: there would be nothing to learn.", hint="Write it as mix={answer: 1.0}."
+        )
+    return weights
+
+
 class ImageOverrides(Settings):
     """Image settings of a mix file."""
 
@@ -141,7 +150,7 @@ class ImageOverrides(Settings):
 class MixFile(Settings):
     """File of a user that states a mix."""
 
-    mix: dict[str, _Weight]
+    mix: Annotated[dict[str, _Weight], AfterValidator(check_weights)]
     image: ImageOverrides = ImageOverrides()
 
 
@@ -159,7 +168,7 @@ def read_mix(tree: Any, path: str, default: Mix, scored: Collection[str]) -> Mix
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "mix"
         hint = "Write it as `mix: {answer: 0.8, image: 0.2}`; image.types, .weights and .only_if_right may follow."
-        problem = PROBLEMS.get(first["type"], first["msg"])
+        problem = PROBLEMS.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise UserError(f"{path} does not fit at '{name}': {problem}.", hint=hint) from None
     image, types = file.image, file.image.types
     names = map(short_name, types if types is not None else list(image.weights) or default.types)

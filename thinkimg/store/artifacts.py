@@ -47,7 +47,7 @@ from thinkimg.store.tables import write_table
 log = logging.getLogger(__name__)
 
 PART_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-ATTEMPT = re.compile(r"\d{4,}")
+ATTEMPT = re.compile(r"[0-9]{4,}")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Work:
         """Held by who reads closed parts while others are made; who renames or removes them waits for it."""
         self._home, self._started = home, utc_now()
         self._parts: dict[str, list[dict[str, Any]]] = {}
-        unfinished = [int(path.stem) for path in home.glob("*.work")]
-        complete = [int(path.name) for path in home.iterdir() if ATTEMPT.fullmatch(path.name)]
-        self.attempt = f"{max(unfinished) if unfinished else 1 + max(complete, default=0):04}"
+        unfinished, complete = list_attempts(home, ".work"), list_attempts(home)
+        number = int(unfinished[-1].stem) if unfinished else 1 + (int(complete[-1].name) if complete else 0)
+        self.attempt = f"{number:04}"
         self.directory = home / f"{self.attempt}.work"
         self._journal = _journal(self.directory)
         if anew:
@@ -348,7 +348,8 @@ class Store:
         """
         remains = []
         for home in self._homes(None):
-            paths = sorted([*home.glob("*.work"), *home.glob("*.jsonl"), *home.glob(files.TEMPORARY + "*")])
+            remainders = (*list_attempts(home, ".work"), *list_attempts(home, ".jsonl"))
+            paths = sorted([*remainders, *home.glob(files.TEMPORARY + "*")])
             if not paths:
                 continue
             with files.locked(home / ".lock", wait=False) as free:
@@ -372,17 +373,29 @@ class Store:
 
     @staticmethod
     def _attempts(home: Path) -> list[Path]:
-        complete = [path for path in home.glob("*") if ATTEMPT.fullmatch(path.name) and (path / MANIFEST).is_file()]
-        return sorted(complete, key=lambda path: int(path.name))
+        return [path for path in list_attempts(home) if (path / MANIFEST).is_file()]
+
+    def directories(self, kind: str | None = None) -> Iterator[Path]:
+        """Yield the directory of every complete attempt, by kind, fingerprint and attempt."""
+        for home in self._homes(kind):
+            yield from self._attempts(home)
 
     def list(self, kind: str | None = None) -> Iterator[Artifact]:
         """Yield every complete attempt, by kind, fingerprint and attempt; a damaged manifest is logged, not listed."""
-        for home in self._homes(kind):
-            for directory in self._attempts(home):
-                try:
-                    yield as_kind(directory, read_manifest(directory))
-                except UserError as error:
-                    log.warning("%s", error)
+        for directory in self.directories(kind):
+            try:
+                yield as_kind(directory, read_manifest(directory))
+            except UserError as error:
+                log.warning("%s", error)
+
+
+def list_attempts(home: Path, suffix: str = "") -> list[Path]:
+    """Return what a directory <kind>/<fingerprint> has by the names of attempts with a suffix, in their order.
+
+    What people or other programs put there (`old.work`, macOS's `._0001.work`) is left alone.
+    """
+    named = [path for path in home.glob(f"*{suffix}") if ATTEMPT.fullmatch(path.name.removesuffix(suffix))]
+    return sorted(named, key=lambda path: int(path.stem))
 
 
 def _journal(attempt: Path) -> Path:

@@ -24,6 +24,12 @@ log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp-"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FAILED = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN}
+"""A disk, or the network to it, has failed."""
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+"""A file system without flock, as NFS and FUSE are mounted at times."""
+NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
+"""A file system whose directories need no fsync, or take none."""
 NO_ENTRY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -33,7 +39,7 @@ def hook(event: str, *paths: Path) -> None:
 
 @contextmanager
 def op(name: str, *paths: Path) -> Iterator[None]:
-    """Run one operation on `paths`. Raises UserError for a full or unwritable disk; other errors pass."""
+    """Run one operation on `paths`. Raises UserError for a full, unwritable or broken disk; other errors pass."""
     try:
         hook(f"before {name}", *paths)
         yield
@@ -45,17 +51,24 @@ def op(name: str, *paths: Path) -> Iterator[None]:
             hint = "Free some space and run again: closed parts are kept."
         elif error.errno in NO_ENTRY and concerns_path:
             hint = "Set where.store to a directory that this user can write to."
+        elif error.errno in FAILED and concerns_path:
+            hint = "Run again when the disk, or the network to it, is mended: closed parts are kept."
+        elif error.errno in NO_LOCKS and name == "lock":
+            hint = "Set where.store to a file system that has locks (flock)."
         else:
             raise
         raise UserError(f"Cannot {name} {paths[0]}: {os.strerror(error.errno)}.", hint=hint) from error
 
 
 def sync_path(path: Path) -> None:
-    """Fsync one file or one directory."""
+    """Fsync one file or one directory; a directory that its file system can't sync is left to it."""
     with op("sync", path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in NO_SYNC or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
 
@@ -139,7 +152,7 @@ def locked(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: 
         log.info("Waiting for another process that works on %s.", path.parent)
         while not lock.is_locked:
             waiting()
-            with suppress(Timeout):
+            with suppress(Timeout), op("lock", path):
                 lock.acquire(timeout=0.5)
     try:
         yield True

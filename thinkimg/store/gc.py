@@ -46,9 +46,8 @@ def find_garbage(store: Store, keep: Sequence[Artifact] = (), keep_last: int | N
     were trained on; None keeps all.
     Raises UserError for a damaged manifest, as its inputs cannot be read.
     """
-    for path in store.root.glob("*/*/*/" + MANIFEST):
-        if path.parent.name.isdigit():
-            Artifact.open(path.parent)
+    for directory in store.directories():
+        Artifact.open(directory)
     graph = Graph.of(store)
     kept = [str(artifact.reference) for artifact in keep] or find_last_policies(graph)
     needed = graph.ancestors(kept) | find_next_rollouts(graph, kept)

@@ -1,5 +1,6 @@
 """Settings of MLflow."""
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -9,13 +10,21 @@ from thinkimg.redaction import without_query
 from thinkimg.settings import Name, Settings
 from thinkimg.user_paths import expand_path
 
+MEMORY = re.compile(r"sqlite[^/]*:/{0,3}(:memory:)?")
+"""SQLite without a file."""
+
 
 def check_uri(uri: str) -> str:
-    """Return a tracking URI, with a path in it expanded. Raises UserError for one that SQL would cut."""
+    """Return a tracking URI, with a path in it expanded. Raises UserError for one that SQL would cut, or lose."""
+    if MEMORY.fullmatch(uri):
+        raise UserError(
+            f"{uri} names no file: what is tracked would be gone with the process.",
+            hint="Write it as sqlite:////data/mlflow.db, or leave it out: then it is in the store.",
+        )
     scheme, mark, path = uri.partition(":///")
     if not (mark and scheme.startswith("sqlite")):
         path = uri.removeprefix("file:")
-        if path.startswith("~"):
+        if not path.startswith("//") and "://" not in path:
             uri = uri.removesuffix(path) + expand_path(path)
         if not uri.isprintable() or " " in uri:
             raise UserError(f"{without_query(uri)!a} is no tracking URI.", hint="Write it as http://host:5000.")

@@ -94,7 +94,7 @@ class ImageFiles:
             detail = f"a text of {len(content):,} characters is no path, and no picture in base64: {short(content)}"
             raise RowRefused(Reason.IMAGE, detail)
         if scheme in ("http", "https"):
-            host = content.partition("://")[2].partition("/")[0]
+            host = content.partition("://")[2].partition("/")[0].rpartition("@")[2]
             return ImageReader(functools.partial(self._urls.read, content), content, host)
         if scheme:
             raise RowRefused(Reason.URL, f"{short(content)} is neither http, https nor data")

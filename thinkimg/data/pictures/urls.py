@@ -1,7 +1,10 @@
 """Images by URL: from allowed hosts only, through the environment's proxies, but never to this machine itself."""
 
+import contextlib
 import functools
+import re
 import time
+import zlib
 from collections.abc import Collection
 from contextlib import closing
 
@@ -9,11 +12,16 @@ import httpx
 
 from thinkimg.data.refusal import Reason, RowRefused, short
 from thinkimg.environment import is_loopback
-from thinkimg.errors import UserError
+from thinkimg.errors import is_passing_status
+from thinkimg.http_clients import make_client
 
 FETCH_SECONDS, REDIRECTS, CONNECTS, PAUSE_S = 60, 5, 3, 0.2
-PASSING = (408, 425, 429)
-"""Statuses beside 5xx after which another time may be better."""
+PLAIN, ZIPPED = ("", "identity"), ("gzip", "x-gzip", "deflate")
+"""Codings of an answer: what is asked for, and what some hosts send all the same."""
+PAGES = re.compile(r"(text/(html|plain)|application/(xhtml\+xml|(\w+\+)?json))\b", re.IGNORECASE)
+"""Types of what people and programs read."""
+MAGIC = (b"\x89PNG", b"\xff\xd8", b"RIFF")
+"""First bytes of the pictures that are decoded (images.decode.FORMATS)."""
 
 
 class UrlReader:
@@ -37,13 +45,12 @@ class UrlReader:
                     if response.has_redirect_location:
                         url = url.join(response.headers["location"])
                         continue
-                    response.raise_for_status()
+                    status = response.status_code
+                    if status != 200:
+                        passing = status < 300 or is_passing_status(status)
+                        raise RowRefused(Reason.URL, f"{short(name)} answered {status}", passing=passing)
                     return self._body(response, deadline)
             raise RowRefused(Reason.URL, f"{short(name)} redirects more than {REDIRECTS} times")
-        except httpx.HTTPStatusError as error:
-            status = error.response.status_code
-            passing = status >= 500 or status in PASSING
-            raise RowRefused(Reason.URL, f"{short(name)} answered {status}", passing=passing) from error
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             detail = f"{short(name)}: {type(error).__name__} {short(str(error))}"
             passing = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.LocalProtocolError)
@@ -61,29 +68,54 @@ class UrlReader:
         raise AssertionError("the last attempt returns or raises")
 
     def _body(self, response: httpx.Response, deadline: float) -> bytes:
-        body = bytearray()
+        raw = bytearray()
         for block in response.iter_raw(65536):
-            body += block
-            if len(body) > self.max_bytes:
+            raw += block
+            if len(raw) > self.max_bytes:
                 break  # enough for the decoder to refuse it
             if time.monotonic() > deadline:
                 raise RowRefused(Reason.URL, f"{response.url.host} took more than {FETCH_SECONDS} s", passing=True)
-        return bytes(body)
+        coding = response.headers.get("content-encoding", "").strip().lower()
+        body = unzip(bytes(raw), coding, self.max_bytes + 1)
+        if body.startswith(MAGIC):
+            return body
+        if coding not in PLAIN + ZIPPED:
+            detail = f"{response.url.host} sent the coding {short(coding)}, which was not asked for"
+            raise RowRefused(Reason.URL, detail, passing=True)
+        if is_page(body, response.headers.get("content-type", "")):
+            raise RowRefused(Reason.URL, f"{response.url.host} answered with a page, and no picture", passing=True)
+        return body
 
     @functools.cached_property
     def _client(self) -> httpx.Client:
-        try:
-            return make_client(proxies=True)
-        except (ImportError, ValueError, httpx.InvalidURL) as error:  # no package for SOCKS; no scheme of a proxy
-            message = f"The proxy that the environment names can't be used for images: {short(str(error))}"
-            raise UserError(message, hint="Correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY.") from error
+        return self._make_client("")
 
     @functools.cached_property
     def _local(self) -> httpx.Client:
-        return make_client(proxies=False)
+        return self._make_client("localhost")
+
+    def _make_client(self, host: str) -> httpx.Client:
+        # A transport of its own would ignore the proxies.
+        return make_client(httpx.Client, host, timeout=20, headers={"Accept-Encoding": "identity"})
 
 
-def make_client(*, proxies: bool) -> httpx.Client:
-    """Return a client. proxies: use those of the environment. Raises ImportError or ValueError for a strange one."""
-    # Without compression a small answer cannot become a large one. A transport of its own would ignore the proxies.
-    return httpx.Client(timeout=20, headers={"Accept-Encoding": "identity"}, trust_env=proxies)
+def unzip(body: bytes, coding: str, limit: int) -> bytes:
+    """Return a body without its coding, of at most `limit` bytes: a small answer can't become a large one.
+
+    One that is not in the coding that its header names is returned as it is.
+    """
+    for window in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS) if coding in ZIPPED else ():  # with a header, and without
+        with contextlib.suppress(zlib.error):
+            return zlib.decompressobj(window).decompress(body, limit)
+    return body
+
+
+def is_page(body: bytes, kind: str) -> bool:
+    """Tell whether an answer is a page or nothing, as limiters and logins send with status 200, and no file.
+
+    kind: its Content-Type.
+    """
+    head = body.lstrip()
+    if not head or PAGES.match(kind):
+        return True
+    return head.startswith((b"{", b"[")) or (head.startswith(b"<") and b"<svg" not in head)

@@ -25,9 +25,9 @@ from thinkimg.conversation.picture import Picture
 from thinkimg.conversation.protocol import IMAGE_PART, Content
 from thinkimg.conversation.text_core import PendingCall, TextCore
 from thinkimg.engine import play
-from thinkimg.environment import is_loopback
 from thinkimg.environments.task import Tasks
 from thinkimg.errors import UserError, is_passing
+from thinkimg.http_clients import make_client
 from thinkimg.images.decode import encode_png
 from thinkimg.records import Sample, StopReason
 from thinkimg.store.artifacts import Store
@@ -146,14 +146,14 @@ class ThinkHarness(vf.Harness[vf.HarnessConfig]):
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         messages += [message.model_dump(exclude_none=True) for message in prompt]
 
-        proxies = not is_loopback(httpx.URL(endpoint).host)
         headers = {"Authorization": f"Bearer {secret}"}
         # verifiers leaves it to a harness to ask again: a server may close a connection just when it is used.
         patience, pauses = tenacity.stop_after_attempt(ATTEMPTS), tenacity.wait_exponential(0.5)
         again = tenacity.AsyncRetrying(
             stop=patience, wait=pauses, retry=tenacity.retry_if_exception(is_passing), reraise=True
         )
-        async with httpx.AsyncClient(headers=headers, timeout=None, trust_env=proxies) as client:
+        host = httpx.URL(endpoint).host
+        async with make_client(httpx.AsyncClient, host, headers=headers, timeout=None) as client:
 
             async def sample() -> dict[str, Any]:
                 body = {"model": ctx.model, "messages": messages, "max_tokens": core.config.max_turn_tokens}
