@@ -142,7 +142,11 @@ class Plan:
         return self.add(stage, **inputs_and_parameters) if stage.wanted(self.config) else None
 
     def add(self, stage: Stage[Any], /, **inputs_and_parameters: Any) -> Handle:
-        """Add a stage, wanted or not. Inputs are handles or artifacts; those that are not read are left out."""
+        """Add a stage, wanted or not. Inputs are handles or artifacts; those that are not read are left out.
+
+        Raises UserError where its run would fail.
+        """
+        stage.check(self.config)  # before hours are spent, not after
         arguments = {name: value for name, value in inputs_and_parameters.items() if value is not None}
         given = {role: arguments[role] for role in stage.counting(self.config) if role in arguments}
         parameters = {name: inputs_and_parameters[name] for name in stage.parameters if name in inputs_and_parameters}
@@ -195,11 +199,6 @@ class Scheduler(Plan):
         self.execute, self.execute_early = execute, execute_early
         self.turns, self.on_report, self.on_stop = turns, on_report, on_stop
         self.stopped = threading.Event()
-
-    def add(self, stage: Stage[Any], /, **inputs_and_parameters: Any) -> Handle:
-        """Add a stage as Plan does. Raises UserError where its run would fail."""
-        stage.check(self.config)  # before hours are spent, not after
-        return super().add(stage, **inputs_and_parameters)
 
     def wait(self) -> None:
         """Run all stages. Raises the first failure, when all stages under way have ended."""

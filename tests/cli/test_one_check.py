@@ -48,6 +48,19 @@ def test_what_a_run_refuses_its_dry_run_refuses(fault, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [(["mix={mine: 1.0}"], "names 'mine'"), (["image.types=[teacher]", "image.teacher.model=x"], "where.teacher.url")],
+)
+def test_what_a_stage_would_refuse_the_loops_dry_run_refuses(settings, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    overrides = [f"--set={setting}" for setting in settings]
+    with pytest.raises(UserError) as error:
+        app(["run", "--dry-run", "--preset", "tiny", *overrides])
+    assert said in str(error.value)
+
+
 NAMES = st.text("aZ_0.é= -\t日\n", max_size=8)
 
 
