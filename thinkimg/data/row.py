@@ -12,7 +12,7 @@ from typing import Any
 
 from thinkimg.answers.boxes import read_stated_box
 from thinkimg.answers.kinds import guess_type
-from thinkimg.answers.numbers import read_number
+from thinkimg.answers.numbers import MAX_NUMBER_LENGTH, read_number
 from thinkimg.answers.right import read_choice, read_right
 from thinkimg.data.columns import fill_in, read_columns
 from thinkimg.data.fields import BoxForm, Fields, is_empty, look_up
@@ -227,8 +227,8 @@ def _right(
 
 def _refuse_comma(answer: Any) -> None:
     """Raise RowRefused for a number with one comma, which in CSV with semicolons may be a decimal point or none."""
-    is_single = isinstance(answer, str) and DECIMAL_COMMA.fullmatch(answer.strip())
-    if is_single and read_number(answer.replace(".", "").replace(",", ".")):
+    is_short = isinstance(answer, str) and len(answer) <= MAX_NUMBER_LENGTH
+    if is_short and DECIMAL_COMMA.fullmatch(answer.strip()) and read_number(answer.replace(".", "").replace(",", ".")):
         detail = f"the answer {short(answer)} may have a decimal comma, as the fields of the table end with semicolons"
         raise RowRefused(Reason.ANSWER, f"{detail}: write it as 1234.5, or set data.answer_type=text")
 
