@@ -120,7 +120,7 @@ HTML, JSON = b"<!DOCTYPE html><title>Slow down</title>", b' {"error": "rate limi
 
 
 @pytest.mark.parametrize("kind", ["image/png", "text/html; charset=utf-8", "application/json", ""])
-@pytest.mark.parametrize("body", [HTML, b"\n<html>", JSON, b"[]", b"", b"  ", gzip.compress(HTML)])
+@pytest.mark.parametrize("body", [HTML, b"\n<html>", JSON, b"[]", b"", b"  ", gzip.compress(HTML)], ids=range(7))
 def test_a_page_in_place_of_a_picture_passes(kind, body):
     """A limiter's page with status 200 was a row that was refused for good."""
     headers = {"Content-Type": kind, "Content-Encoding": "gzip" if body[:1] == b"\x1f" else "identity"}
