@@ -144,6 +144,7 @@ LOSS, PROTOCOL, SOURCE, RULE, JUDGE = (
     f"users_own.{name}"
     for name in ("losses.reinforce", "protocols.brackets", "sources.colours", "rules.brevity", "judges.redness")
 )
+UNJUDGED = ["image.types=[]", "mix={answer: 1.0}"]
 JUDGED = [f"image.types=[embedding, {JUDGE}]", "image.weights.redness=0.5"]
 TINY_IMAGES = "images: {min_pixels: 784, max_pixels: 12544}"
 
@@ -290,11 +291,11 @@ def test_a_tools_file_enters_the_fingerprint_of_what_it_plays_in_and_of_the_judg
     tools, path = ("users_own.tools.magnify",), project / "users_own" / "tools" / "magnify.py"
     monkeypatch.setattr(ROLLOUTS, "tools", tools)
     own = [f"conversation.tools=[{tools[0]}]"]
-    plain = [fingerprints(load_config("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
+    plain = [fingerprints(load_config("tiny", more)) for more in ([*own, *JUDGED], [*own, *UNJUDGED])]
     text = path.read_text()
     path.write_text(text + "# another version\n")
     source_digest.cache_clear()
-    edited = [fingerprints(load_config("tiny", more)) for more in ([*own, *JUDGED], [*own, "image.types=[]"])]
+    edited = [fingerprints(load_config("tiny", more)) for more in ([*own, *JUDGED], [*own, *UNJUDGED])]
     path.write_text(text)
     source_digest.cache_clear()
     judged, unjudged = (

@@ -33,7 +33,8 @@ from thinkimg.store.manifest import Artifact, Recipe
 
 RECORD = Path(__file__).parent / "golden" / "fingerprints.json"
 PRESETS = ("tiny", "development", "memory-efficient", "balanced", "high-quality", "research")
-NO_DATA = ["data.source=hub", "data.path=owner/name"]  # presets but tiny are for a user's own; opened by nobody here
+# Presets but tiny are for a user's own data and teacher, which nobody opens here.
+NO_DATA = ["where.teacher.url=http://teacher/v1", "data.source=hub", "data.path=owner/name"]
 TEXTS = {
     "mix": [{"answer": 1.0}, {"answer": 0.5, "tool": 0.5}],
     "image.weights": [{"self": 1.0}],

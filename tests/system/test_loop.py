@@ -172,7 +172,7 @@ def test_one_stage_runs_again_from_its_artifacts_with_another_mix(place, output)
 def test_with_nothing_to_learn_no_step_is_taken(place, output):
     scores = artifacts(place, "scores")[0]
     start_policy = artifacts(place, "policy")[0]
-    made = run(place, "train", "--scores", scores.fingerprint[:10], "--set", "mix={brevity: 0.0}").splitlines()[-1]
+    made = run(place, "train", "--scores", scores.fingerprint[:10], "--set", "train.min_std=100").splitlines()[-1]
     policy = Store(place / "artifacts").resolve(made)
     assert policy.metrics["train/rows"] == 0
     weights = "policy/model/model.safetensors"
