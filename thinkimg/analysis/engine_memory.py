@@ -30,7 +30,7 @@ class EngineMemory:
     """Part of the GPU that `gpu_memory_utilization` grants."""
     weights: int
     adapters: int
-    """As many as play at once."""
+    """Room for ADAPTERS of them."""
     per_token: int
     """Key-value cache of one token."""
     per_sequence: int

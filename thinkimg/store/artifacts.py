@@ -390,7 +390,7 @@ class Store:
 
 
 def list_attempts(home: Path, suffix: str = "") -> list[Path]:
-    """Return what a directory <kind>/<fingerprint> has by the names of attempts with a suffix, in their order.
+    """Return the paths in a directory <kind>/<fingerprint> that are named as attempts, with a suffix, in their order.
 
     What people or other programs put there (`old.work`, macOS's `._0001.work`) is left alone.
     """
