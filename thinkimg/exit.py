@@ -34,6 +34,14 @@ class Termination(KeyboardInterrupt):
     """
 
 
+class Interruption(KeyboardInterrupt):
+    """SIGINT in the main thread.
+
+    No KeyboardInterrupt itself: where that leaves an `exec` of text (dataclasses and namedtuples are made by one, in
+    any import), Python run with -m ends by the signal in place of our exit code (seen with 3.11).
+    """
+
+
 def skip_last_collection() -> None:
     """Make the interpreter skip its last garbage collection: 1.2 s of each command."""
     if "triton" not in sys.modules:  # it would print eighty lines about the objects that remain
@@ -100,7 +108,7 @@ def hearing_signals(signals: list[int]) -> Iterator[None]:
         signals.append(number)
         with contextlib.suppress(OSError):  # nobody reads stderr: another exception than ours might be caught
             os.write(2, b"thinkimg: stopping\n")  # print might be interrupted within itself
-        raise KeyboardInterrupt if number == signal.SIGINT else Termination
+        raise Interruption if number == signal.SIGINT else Termination
 
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     heard = [number for number, handler in kept.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
