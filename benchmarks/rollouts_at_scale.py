@@ -188,6 +188,8 @@ async def play(
                     done += 1
                     if done % max(1, conversations // SAMPLES_OF_MEMORY) == 0:
                         memory.append(resident())
+                        spent = time.perf_counter() - started
+                        print(f"  {done} after {spent:.0f} s, {memory[-1] / 2**20:.0f} MiB", file=sys.stderr)
                     if figures is None and jobs.empty.is_set():
                         figures, done_at_end = asyncio.create_task(ask(urls, "GET", "/simulation")), done
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from thinkimg.data.refusal import short
-from thinkimg.data.tables.table import Rows, Table, Values, all_of, draw_evenly
+from thinkimg.data.tables.table import SMALL, Rows, Table, Values, all_of, draw_evenly
 
 MAX_FIELD = 2**27
 """Characters of a field, at most: a picture in base64."""
-SMALL = 64 * 2**20
-"""Bytes up to which a file is read whole to draw a sample of it."""
 STATED = re.compile(r"sep=([,;|\t])\s*", re.IGNORECASE)
 """First line by which spreadsheets state the mark."""
 FORMS = {"\t": "TSV", ";": "CSV with semicolons", "|": "CSV with bars"}
