@@ -7,6 +7,7 @@ decides for whole groups: rows of one group are comparable only by one judge.
 import asyncio
 import base64
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +88,14 @@ def identity(context: JudgeContext) -> JudgeIdentity:
         assert context.first is not None
         weights = context.first.digest
     return JudgeIdentity("teacher", teacher.model, weights, prompt(context.settings))
+
+
+def start(context: JudgeContext, questions: set[str]) -> None:
+    """Start the loop's own second server beside the engine, unless the two take turns in a memory."""
+    where = context.resources.where
+    if where.teacher.url is None and not where.takes_turns:
+        with suppress(EngineError):  # `judge` tries once more, and says so
+            find_endpoint(context, questions)
 
 
 def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
