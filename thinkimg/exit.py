@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -68,18 +68,27 @@ def run_guarded(command: Callable[[], object]) -> None:
                 command()
         finally:
             sys.stdout.flush()  # at the interpreter's end a broken pipe would be a traceback
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and (is_abandoned(1) or is_abandoned(2)):
-            leave(None, 128 + (signals[0] if signals else signal.SIGPIPE))
-        leave(*explain_error(error))
-    except Termination:
-        leave(f"Terminated. {GO_ON}", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        leave(f"Interrupted. {GO_ON}", 128 + signal.SIGINT)
     except BaseException as error:
-        if type(error).__name__ != "TerminationSignal":  # Prefect's
+        number = find_signal(error, signals)
+        if isinstance(error, BrokenPipeError) and (is_abandoned(1) or is_abandoned(2)):
+            leave(None, 128 + (number or signal.SIGPIPE))
+        if number:
+            leave(f"{'Interrupted' if number == signal.SIGINT else 'Terminated'}. {GO_ON}", 128 + number)
+        if not isinstance(error, Exception):
             raise
-        leave(f"Terminated. {GO_ON}", 128 + signal.SIGTERM)
+        leave(*explain_error(error))
+
+
+def find_signal(error: BaseException, heard: Sequence[int]) -> int | None:
+    """Return the number of the signal that ended a command; None where there was none.
+
+    heard: those that arrived. A library may turn the exception that they raise into one of its own (pydantic does).
+    """
+    if isinstance(error, Termination) or type(error).__name__ == "TerminationSignal":  # Prefect's
+        return signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return signal.SIGINT
+    return heard[0] if heard else None
 
 
 def leave(sentence: str | None, code: int) -> None:
