@@ -131,7 +131,7 @@ def test_the_first_signal_ends_a_start_where_stderr_takes_nothing(tmp_path, stde
 
 
 INTERRUPTED = """
-import os, sys
+import os, sys, time
 import pydantic
 from thinkimg.exit import run_guarded
 
@@ -144,6 +144,14 @@ class Model(pydantic.BaseModel):
     def serialize(self):
         os.kill(os.getpid(), number)
 
+class Destroyed:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+
+def destroy():
+    del (it := [Destroyed()])[0]
+    time.sleep(60)
+
 def wrap():
     try:
         os.kill(os.getpid(), number)
@@ -153,6 +161,7 @@ def wrap():
 run_guarded({
     "in a text": lambda: exec("os.kill(os.getpid(), number)"),
     "in pydantic": Model().model_dump,
+    "in a destructor": destroy,
     "as an error": wrap,
     "as an exit": wrap,
 }[sys.argv[1]])
@@ -160,10 +169,10 @@ run_guarded({
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["in a text", "in pydantic", "as an error", "as an exit"])
+@pytest.mark.parametrize("moment", ["in a text", "in pydantic", "in a destructor", "as an error", "as an exit"])
 def test_a_signal_has_its_exit_code_whatever_is_made_of_its_exception(tmp_path, moment, number):
     """Out of a text that is executed, as every import of a dataclass does, Python ended by the signal itself; pydantic
-    made an error of its own of it, which nobody expected.
+    made an error of its own of it, which nobody expected; out of a destructor it was lost, and the command went on.
     """
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     done = subprocess.run(
