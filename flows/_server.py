@@ -8,6 +8,7 @@ import atexit
 import os
 import re
 import secrets
+import ssl
 import sys
 import threading
 import time
@@ -17,13 +18,13 @@ import flows._environment  # noqa: F401
 
 import prefect
 from prefect.context import refresh_global_settings_context
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, PREFECT_HOME, get_current_settings
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as STARTUP_TIMEOUT
 
 from thinkimg import console
 from thinkimg.disk import writing
 from thinkimg.environment import child_environment, is_healthy
-from thinkimg.errors import shorten
+from thinkimg.errors import UserError, shorten
 from thinkimg.process import free_port, spawn
 from thinkimg.store import files
 
@@ -61,12 +62,23 @@ def start_server() -> None:
 
 def use_server() -> None:
     """Point this process and its children to an API: the configured one, or the embedded server once it answers."""
+    check_certificates()
     start_server()
     if not PREFECT_API_URL.value():
         if not wait([_own], timeout=ANNOUNCE_S).done:
             console.note("waiting for Prefect's server to start")
         os.environ.update(_own.result())
         refresh_global_settings_context()
+
+
+def check_certificates() -> None:
+    """Raise UserError for certificates that Prefect's client could not read, which it does for any address."""
+    path = PREFECT_API_SSL_CERT_FILE.value()
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:
+        message = f"The certificates that PREFECT_API_SSL_CERT_FILE names can't be used: {path}."
+        raise UserError(message, hint="Correct it, or unset it.") from error
 
 
 def _settle(future: Future) -> None:

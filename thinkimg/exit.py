@@ -7,8 +7,9 @@ import os
 import select
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ EXPLAINED = {"EngineError", "TrainerError", "PrefectUnavailable", "StoppedByAlar
 """Names of errors, and of their base classes, whose text is complete; by name, so that their modules need not load."""
 GO_ON = "The same command goes on from what is complete."
 HTTP_LIBRARIES = {"httpx", "httpcore", "h11", "anyio", "sniffio"}
+AGAIN_S = 0.1  # until a signal whose exception was ignored is raised again
 LIBRARIES = HTTP_LIBRARIES | {"pydantic", "pydantic_core", "pydantic_settings"}
 
 
@@ -68,18 +70,27 @@ def run_guarded(command: Callable[[], object]) -> None:
                 command()
         finally:
             sys.stdout.flush()  # at the interpreter's end a broken pipe would be a traceback
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and (is_abandoned(1) or is_abandoned(2)):
-            leave(None, 128 + (signals[0] if signals else signal.SIGPIPE))
-        leave(*explain_error(error))
-    except Termination:
-        leave(f"Terminated. {GO_ON}", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        leave(f"Interrupted. {GO_ON}", 128 + signal.SIGINT)
     except BaseException as error:
-        if type(error).__name__ != "TerminationSignal":  # Prefect's
+        number = find_signal(error, signals)
+        if isinstance(error, BrokenPipeError) and (is_abandoned(1) or is_abandoned(2)):
+            leave(None, 128 + (number or signal.SIGPIPE))
+        if number:
+            leave(f"{'Interrupted' if number == signal.SIGINT else 'Terminated'}. {GO_ON}", 128 + number)
+        if not isinstance(error, Exception):
             raise
-        leave(f"Terminated. {GO_ON}", 128 + signal.SIGTERM)
+        leave(*explain_error(error))
+
+
+def find_signal(error: BaseException, heard: Sequence[int]) -> int | None:
+    """Return the number of the signal that ended a command; None where there was none.
+
+    heard: those that arrived. A library may turn the exception that they raise into one of its own (pydantic does).
+    """
+    if isinstance(error, Termination) or type(error).__name__ == "TerminationSignal":  # Prefect's
+        return signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return signal.SIGINT
+    return heard[0] if heard else None
 
 
 def leave(sentence: str | None, code: int) -> None:
@@ -105,18 +116,29 @@ def hearing_signals(signals: list[int]) -> Iterator[None]:
     """
 
     def hear(number: int, frame: FrameType | None) -> NoReturn:
+        is_first = not signals
         signals.append(number)
-        with contextlib.suppress(OSError):  # nobody reads stderr: another exception than ours might be caught
-            os.write(2, b"thinkimg: stopping\n")  # print might be interrupted within itself
+        if is_first:
+            with contextlib.suppress(OSError):  # nobody reads stderr: another exception than ours might be caught
+                os.write(2, b"thinkimg: stopping\n")  # print might be interrupted within itself
         raise Interruption if number == signal.SIGINT else Termination
+
+    def raise_again(ignored: "sys.UnraisableHookArgs") -> None:
+        if isinstance(ignored.exc_value, Interruption | Termination):  # out of a destructor: nothing would end
+            main = threading.main_thread().ident or 0
+            threading.Timer(AGAIN_S, signal.pthread_kill, [main, signals[0]]).start()
+        else:
+            kept_hook(ignored)
 
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     heard = [number for number, handler in kept.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
     for number in heard:
         signal.signal(number, hear)
+    kept_hook, sys.unraisablehook = sys.unraisablehook, raise_again
     try:
         yield
     finally:
+        sys.unraisablehook = kept_hook
         for number in heard:
             signal.signal(number, kept[number])
 

@@ -37,6 +37,7 @@ from thinkimg.store import files
 from thinkimg.store.kinds import Clip, Policy
 from thinkimg.trainer.client import Trainer
 
+Name = Literal["engine", "teacher", "trainer"]
 Device = Callable[[Callable[[], None]], contextlib.AbstractContextManager]
 """Makes the context in which a run has the machine's device to itself; called with a function that ends the wait by
 raising."""
@@ -55,7 +56,11 @@ class Resources:
         self._stack = contextlib.ExitStack()
         self._lock, self._users = threading.RLock(), Users()
         self._loading = threading.Lock()
-        self._starting: Servers | None = None
+        names: tuple[Name, ...] = ("engine", "teacher", "trainer")
+        single = threading.RLock()
+        # Held while one is started, and taken before `_lock`; a single one where that has to be one after the other.
+        self._starts = {name: threading.RLock() if self._start_apart else single for name in names}
+        self._starting: set[Servers] = set()
         self._holds_device = self._closed = False
         self._servers: dict[str, Servers] = {}
         self._trainer: Trainer | None = None
@@ -71,20 +76,21 @@ class Resources:
     def close(self) -> None:
         """End everything; later requests are refused."""
         self._closed = True
-        while not self._lock.acquire(timeout=0.1):
-            if (starting := self._starting) is not None:
-                starting.stop()  # the thread that starts it holds the lock, and sees that it ended
-        try:
+        with contextlib.ExitStack() as locks:
+            for lock in (*self._starts.values(), self._lock):
+                while not lock.acquire(timeout=0.1):
+                    for servers in tuple(self._starting):
+                        servers.stop()  # the thread that starts them holds the lock, and sees that they ended
+                locks.callback(lock.release)
             self._stack.close()
-        finally:
-            self._lock.release()
 
     def _begin(self) -> None:
-        self._check()
-        if not self._holds_device:
-            self.where.check_devices()  # before hours are spent, not after
-            self._stack.enter_context(self._device(self._check))
-            self._holds_device = True
+        with self._lock:
+            self._check()
+            if not self._holds_device:
+                self.where.check_devices()  # before hours are spent, not after
+                self._stack.enter_context(self._device(self._check))
+                self._holds_device = True
 
     def _check(self) -> None:
         if self._closed:
@@ -93,7 +99,7 @@ class Resources:
     @property
     def trainer(self) -> Trainer:
         """The trainer, started with its first use."""
-        with self._lock:
+        with self._starts["trainer"]:
             self._begin()
             self._make_room("trainer")
             if self._trainer is None:
@@ -103,7 +109,7 @@ class Resources:
                 self._trainer = self._stack.enter_context(Trainer(config, log_path=self.log("trainer")))
             return self._trainer
 
-    def _make_room(self, wanted: Literal["engine", "teacher", "trainer"]) -> None:
+    def _make_room(self, wanted: Name) -> None:
         """Put the servers that share a GPU with `wanted` to sleep, or end those that can't, where they take turns."""
         if not self.where.engine.keep:
             for name, servers in self._servers.items():
@@ -112,6 +118,12 @@ class Resources:
                         servers.sleep()
                     else:
                         servers.stop()
+
+    @property
+    def _start_apart(self) -> bool:
+        """True where they may be started at the same time: vLLM measures what is free on a GPU, and takes its share."""
+        apart = self.where.apart and not self.where.share_device("engine", "teacher")
+        return self.where.engine.keep and (closure.on_cpu() or apart)
 
     @property
     def _sleeps(self) -> bool:
@@ -209,7 +221,7 @@ class Resources:
         self, name: Literal["engine", "teacher"], asked: ServerSettings, model: Callable[[], Path], version: str
     ) -> Servers:
         """Return the kept servers of this name, started (again) where none run with limits as wide as these."""
-        with self._lock:
+        with self._starts[name]:
             self._begin()
             self._make_room(name)
             servers = self._servers.get(name)
@@ -222,14 +234,13 @@ class Resources:
                 closure.check_closure()
                 if name == "engine":
                     asked = replace(asked, media_dir=self.media)
-                self._starting = servers = Servers(
-                    model(), log=self.log, version=version, settings=asked, progress=self.say, name=name
-                )
+                servers = Servers(model(), log=self.log, version=version, settings=asked, progress=self.say, name=name)
                 self._stack.callback(servers.stop)  # of servers that were stopped it does nothing
+                self._starting.add(servers)
                 try:
                     servers.start()
                 finally:
-                    self._starting = None
+                    self._starting.remove(servers)
                 self._servers[name] = servers
             servers.wake()
             return servers

@@ -295,6 +295,17 @@ def test_certificates_and_proxies_that_cannot_be_used_are_a_sentence_of_every_cl
     assert "geheim" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["/missing", "/dev/null", "/"])
+def test_certificates_of_prefects_own_setting_are_a_sentence_before_its_server_is_started(path, monkeypatch):
+    from prefect.settings import PREFECT_API_SSL_CERT_FILE, temporary_settings
+
+    from flows import _server
+
+    monkeypatch.setattr(_server, "start_server", pytest.fail)
+    with temporary_settings({PREFECT_API_SSL_CERT_FILE: path}), pytest.raises(UserError, match=f"CERT_FILE.*{path}"):
+        _server.use_server()
+
+
 def test_all_clients_of_httpx_are_made_in_one_place():
     sources = [path for folder in ("thinkimg", "flows") for path in (PACKAGE_ROOT / folder).rglob("*.py")]
     making = [path.name for path in sources if re.search(r"trust_env|httpx\.(Async)?Client\(", path.read_text())]

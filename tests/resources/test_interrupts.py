@@ -130,16 +130,55 @@ def test_the_first_signal_ends_a_start_where_stderr_takes_nothing(tmp_path, stde
         process.wait()
 
 
+INTERRUPTED = """
+import os, sys, time
+import pydantic
+from thinkimg.exit import run_guarded
+
+number = int(sys.argv[2])
+
+class Model(pydantic.BaseModel):
+    field: int = 0
+
+    @pydantic.model_serializer
+    def serialize(self):
+        os.kill(os.getpid(), number)
+
+class Destroyed:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+
+def destroy():
+    del (it := [Destroyed()])[0]
+    time.sleep(60)
+
+def wrap():
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException as error:
+        raise (ValueError if sys.argv[1] == "as an error" else SystemExit)(1) from error
+
+run_guarded({
+    "in a text": lambda: exec("os.kill(os.getpid(), number)"),
+    "in pydantic": Model().model_dump,
+    "in a destructor": destroy,
+    "as an error": wrap,
+    "as an exit": wrap,
+}[sys.argv[1]])
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_text_is_executed_has_the_exit_code_of_any_other(tmp_path, number):
-    """Every import of a dataclass has such a moment: the command ended by the signal itself."""
-    statement = "import os, signal; os.kill(os.getpid(), number)"
-    (tmp_path / "interrupted.py").write_text(
-        f"from thinkimg.exit import run_guarded\nnumber = {int(number)}\nrun_guarded(lambda: exec({statement!r}))\n"
-    )
+@pytest.mark.parametrize("moment", ["in a text", "in pydantic", "in a destructor", "as an error", "as an exit"])
+def test_a_signal_has_its_exit_code_whatever_is_made_of_its_exception(tmp_path, moment, number):
+    """Out of a text that is executed, as every import of a dataclass does, Python ended by the signal itself; pydantic
+    made an error of its own of it, which nobody expected; out of a destructor it was lost, and the command went on.
+    """
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     done = subprocess.run(
-        [sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+        [sys.executable, "-m", "interrupted", moment, str(int(number))],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert done.returncode == 128 + number
     assert done.stderr.startswith("thinkimg: stopping\nthinkimg: ") and len(done.stderr.splitlines()) == 2
 

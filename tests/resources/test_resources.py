@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from thinkimg import resources as resources_module
 from thinkimg.config.load import load_config
 from thinkimg.engine.errors import EngineError
 from thinkimg.engine.settings import EngineSettings
@@ -148,6 +149,49 @@ def test_a_trainer_on_gpus_of_its_own_stays_and_is_no_rival_of_the_engine(tmp_pa
 
 def test_where_there_is_room_for_all_nobody_leaves(tmp_path, notes):
     assert without_wakes(turns(tmp_path, notes)) == ["engine starts", "trainer starts", "teacher starts"]
+
+
+@pytest.mark.parametrize(
+    "settings, beside",
+    [
+        (["where.engine.devices=[0]", "where.teacher.devices=[1]", "where.trainer.devices=[2]"], True),
+        (["where.engine.devices=[0]", "where.teacher.devices=[0]", "where.trainer.devices=[2]"], False),
+        (["where.engine.devices=[0]", "where.teacher.devices=[1]", "where.trainer.devices=[0]"], False),
+        (["where.engine.devices=[0]", "where.teacher.devices=[1]", "where.trainer.devices=[2]", *IN_TURNS], False),
+        (None, True),  # on a CPU
+        (IN_TURNS, False),
+    ],
+)
+def test_engine_and_teacher_start_side_by_side_where_no_other_takes_their_memory(
+    tmp_path, notes, request, monkeypatch, settings, beside
+):
+    if settings not in (None, IN_TURNS):
+        request.getfixturevalue("four_gpus")
+    starting, most, servers = [], [], resources_module.Servers
+
+    class Slow(servers):
+        def start(self):
+            starting.append(self.name)
+            deadline = time.monotonic() + (20 if beside else 0.3)
+            while len(starting) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            most.append(len(starting))
+            super().start()
+            time.sleep(0.1)
+            starting.remove(self.name)
+
+    monkeypatch.setattr("thinkimg.resources.Servers", Slow)
+    with resources_of(tmp_path, *(settings or [])) as resources:
+        threads = [
+            threading.Thread(target=resources.servers, args=(POLICY, None, SETTINGS, BASE)),
+            threading.Thread(target=resources.teacher, args=(POLICY, SETTINGS, BASE)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert max(most) == 1 + beside
+    assert sorted(note for note in notes if "starts" in note) == ["engine starts", "teacher starts"]
 
 
 def test_a_server_that_made_room_comes_back_as_wide_as_it_was(tmp_path, notes):
@@ -291,23 +335,29 @@ def test_closing_ends_a_server_that_is_being_started(tmp_path, monkeypatch, mome
         threading.Timer(0.5, begun.set).start()
         return ["sleep", "600"]
 
-    def ask():
+    def ask(serve, *arguments):
         try:
-            resources.servers(POLICY, None, SETTINGS, BASE)
+            serve(*arguments)
         except Exception as error:
             raised.append(error)
 
     monkeypatch.setattr(Resources, "weights", weights)
     monkeypatch.setattr("thinkimg.engine.server.server_command", command)
     with resources_of(tmp_path) as resources:
-        thread = threading.Thread(target=ask)
-        thread.start()
+        threads = [
+            threading.Thread(target=ask, args=(resources.servers, POLICY, None, SETTINGS, BASE)),
+            threading.Thread(target=ask, args=(resources.teacher, POLICY, SETTINGS, BASE)),
+        ]
+        for thread in threads:
+            thread.start()
         assert begun.wait(20)
         started = time.monotonic()
         resources.close()
         assert time.monotonic() - started < 8
-        thread.join(8)
-        assert not thread.is_alive() and [type(error) for error in raised] == [EngineError], raised
+        for thread in threads:
+            thread.join(8)
+            assert not thread.is_alive()
+        assert {type(error) for error in raised} <= {EngineError, RuntimeError} and len(raised) == 2, raised
         with pytest.raises(RuntimeError, match="closed"):
             resources.servers(POLICY, None, SETTINGS, BASE)
     assert not [pid for pid in descendants(os.getpid()) if b"sleep\x00600" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from thinkimg.config.load import load_config
 from thinkimg.conversation import compare
 from thinkimg.engine.client import EngineClient
+from thinkimg.engine.request import ImageRef
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.errors import UserError
 from thinkimg.images.decode import pixel_hash
@@ -28,6 +30,7 @@ from thinkimg.rewards.judge import Judge
 from thinkimg.rewards.judgement import Judgement, Pair
 from thinkimg.rewards.judges import self as policy_judge
 from thinkimg.rewards.judges import teacher
+from thinkimg.rewards.views import Views
 from thinkimg.stages.score import judge_pairs, judge_settings, name_ledger
 from thinkimg.store.artifacts import Store
 from thinkimg.store.image_table import ImageTable, encode_lossless, image_writer
@@ -131,12 +134,21 @@ def test_the_policys_judgement_is_the_distribution_of_one_step_in_both_orders(wo
         assert one.value == pytest.approx(np.mean(expected), abs=1e-3)
 
 
+def lend(context: JudgeContext, folder: Path | None, pair: Pair) -> list[ImageRef]:
+    async def see() -> list[ImageRef]:
+        with ThreadPoolExecutor(1) as pool:
+            async with Views(context, folder, 1, pool).lend(pair) as images:
+                return images
+
+    return asyncio.run(see())
+
+
 def test_the_endpoint_sees_the_very_prompt_of_the_policys_judgement(world):
     """Two ways to the same distribution: our tokens, and messages through the endpoint's chat template."""
     from openai import OpenAI
 
     context, pair = world.context(), world.pairs[1]
-    urls = [teacher.encode_view(context, sha) for sha in (pair.original, pair.processed)]
+    urls = [image.url("data") for image in lend(context, None, pair)]
     request = teacher.build_messages(pair.question, urls, prefix=True)
     request["extra_body"] |= {"return_tokens_as_token_ids": True}
     with OpenAI(base_url=f"{world.url}/v1", api_key="none") as client:
@@ -148,9 +160,10 @@ def test_the_endpoint_sees_the_very_prompt_of_the_policys_judgement(world):
 
     async def ask() -> list[float]:
         async with EngineClient([world.url], media="file") as engine:
-            refs = policy_judge.encode_views([pair], context, world.media)
-            shown = [refs[pair.original], refs[pair.processed]]
-            return await engine.next_token_logprobs(compare.encode_comparison(context.codec, pair.question), shown, ids)
+            with ThreadPoolExecutor(1) as pool:
+                async with Views(context, world.media, 1, pool).lend(pair) as shown:
+                    tokens = compare.encode_comparison(context.codec, pair.question)
+                    return await engine.next_token_logprobs(tokens, shown, ids)
 
     np.testing.assert_allclose([entry.logprob for entry in entries], asyncio.run(ask()), atol=1e-3)
     assert len(set(ids)) == 20

@@ -54,6 +54,9 @@ def test_each_snapshot_holds_what_is_closed_and_the_last_is_the_artifact(tmp_pat
 
     with making.run(produce):
         for snapshot in follow(making, lambda: None):
+            if not snapshot.files:
+                assert not seen, "it has only begun"
+                continue
             values = snapshot.table("rows").column("n").to_pylist()
             assert values == list(range(len(values))) and len(snapshot.files) == len(values)
             seen.append(sorted(snapshot.files))
@@ -72,7 +75,7 @@ def test_a_snapshot_keeps_its_place_until_the_next_is_asked_for(tmp_path):
 
     with making.run(produce):
         snapshots = follow(making, lambda: None)
-        snapshot = next(snapshots)
+        snapshot = next(snapshot for snapshot in snapshots if snapshot.files)
         read.set()  # it is about to be published
         time.sleep(0.05)
         assert not making.done and snapshot.table("rows").num_rows == 1
@@ -92,8 +95,24 @@ def test_of_what_fails_there_is_no_last_snapshot(tmp_path, closed):
     snapshots: list = []
     with pytest.raises(UserError, match="in vain"), making.run(produce):
         for snapshot in follow(making, lambda: None):
-            snapshots.append(snapshot)
+            snapshots += [snapshot] if snapshot.files else []
     assert len(snapshots) == closed
+
+
+def test_it_is_there_when_it_has_begun(tmp_path):
+    """With its recipe, before anything of it is closed: whoever follows it prepares meanwhile."""
+    making, followed = Growing(Store(tmp_path)), threading.Event()
+
+    def produce(work) -> None:
+        assert followed.wait(ENDS_S)
+        work.table("rows-00000.parquet", pa.table({"n": [1]}))
+
+    with making.run(produce):
+        snapshots = follow(making, lambda: None)
+        first = next(snapshots)
+        assert not first.files and first.fingerprint and not build.is_complete(first)
+        followed.set()
+        assert [bool(snapshot.files) for snapshot in snapshots][-1]
 
 
 # build ----------------------------------------------------------------------------------------------------------------
@@ -114,7 +133,8 @@ class Pair:
 
     def begin(self, job: Job, snapshots) -> None:
         for snapshot in snapshots:
-            self.first.set()
+            if snapshot.files:
+                self.first.set()
             for name in snapshot.files:
                 if not job.work.has(name):
                     self.early(job, snapshot)
@@ -244,6 +264,36 @@ def test_a_part_that_is_played_again_is_scored_again(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "compute_columns", apply)
     it.follow(produce)
     assert it.finish().digest == it.plain.digest and scored.count(first) == 2
+
+
+def test_a_judge_starts_before_there_is_anything_to_judge(tmp_path, monkeypatch):
+    """It is told what questions are like; once, and never where the rollouts are complete."""
+    it, started = Scoring(tmp_path), []
+
+    class Own:
+        uses = frozenset()
+
+        def start(self, context, questions):
+            started.append(questions)
+            assert len(context.images) == 0 and context.tables == [it.inputs["dataset"]]
+
+    def produce(work: Work) -> None:
+        it.making.wait_for(lambda: started)
+        assert started, "it waits for the first part"
+        grow(it.making, work, it.source, lambda count: True)
+
+    monkeypatch.setattr(score, "load_judges", lambda image: {"own": Own()})
+    monkeypatch.setattr(score, "judge_early", lambda job, rollouts, part, names, lookup: None)
+    monkeypatch.setattr(score, "apply_rules_early", lambda *arguments: None)
+    settings = SimpleNamespace(judges=SimpleNamespace(image=None), types=("own",), components=())
+    with it.store.create("early", Recipe("score early", 1, 1, {})) as work:
+        resources = SimpleNamespace(where=config().where)
+        job = Job(settings, it.inputs, work, it.store, resources, lambda done, total: None, map)
+        monkeypatch.setattr(score, "make_sentence_judge", lambda job: None)
+        with it.making.run(produce):
+            score.score_early(job, follow(it.making, lambda: None))
+        score.score_early(job, [it.making.result()])
+    assert started == [{"Which colour?"}]
 
 
 @pytest.mark.parametrize("value", [None, 0.5])

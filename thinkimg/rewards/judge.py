@@ -48,6 +48,14 @@ class Judge:
             return replace(identity, prompt=code) if self.is_own else identity
         return JudgeIdentity(self.name, self.module.__name__, "", self.prompt(context.settings))
 
+    def start(self, context: JudgeContext, questions: set[str]) -> None:
+        """Start what it judges with, when the rollouts have only begun; by default nothing.
+
+        questions: some of those that it will be asked about.
+        """
+        if hasattr(self.module, "start"):
+            self.module.start(context, questions)
+
     def judge(self, pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
         """Return one judgement per pair, in order; for a pair that can't be judged it has no value."""
         return self.module.judge(pairs, context)

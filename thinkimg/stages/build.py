@@ -163,12 +163,12 @@ def build_early(
 
 
 def follow(making: Making, check: Callable[[], None]) -> Generator[Artifact]:
-    """Yield an artifact in the making whenever more of it is closed, and at last complete.
+    """Yield an artifact in the making once it has begun, whenever more of it is closed, and at last complete.
 
     Its files keep their place until the next one is asked for. Where its stage fails there is no last one. check:
     called meanwhile; what it raises ends this.
     """
-    count = 0
+    count = -1
     while not making.done:
         check()
         work, snapshot = making.work, None

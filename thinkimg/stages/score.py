@@ -8,6 +8,7 @@ that measure by the trainer, and scores it by the rules.
 """
 
 import logging
+import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -26,7 +27,7 @@ from thinkimg.models.base import BaseSource
 from thinkimg.models.clip import weights_digest
 from thinkimg.rewards import judging, sentences
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
-from thinkimg.rewards.judge import load_judges
+from thinkimg.rewards.judge import Judge, load_judges
 from thinkimg.rewards.judgement import Judgements, Pair
 from thinkimg.rewards.judges.teacher import FROZEN, check_teacher
 from thinkimg.rewards.part import PartJob, Scoring, build_table, compute_columns, score_part
@@ -41,6 +42,7 @@ from thinkimg.store.manifest import Artifact, Reference
 
 log = logging.getLogger(__name__)
 
+TYPICAL = 1000  # questions, of which the longest is about as long as any
 CHUNK_ROWS = 4096  # trajectories whose images are judged together, at least
 
 
@@ -189,12 +191,24 @@ def score_early(job: Job[ScoreSettings], snapshots: Iterable[Artifact]) -> froze
     rules = tuple(name for name in job.settings.components if name not in judges)
     judge, lookup = make_sentence_judge(job), judging.make_lookup(job.store, rollouts="")
     for rollouts in snapshots:
+        if names and not rollouts.files:  # they have only begun
+            start_judges(job, rollouts, [judges[name] for name in names])
         for part in rollouts.parts() if rollouts.has_table("trajectories") else ():
             job.progress(0, 0)
             judge_early(job, rollouts, part, names, lookup)
             apply_rules_early(job, rollouts, part, rules, judge)
     again = [name for name in names if any(map(judging.has_refusals, list_tables(job.work, f"judgements-{name}")))]
     return frozenset[str]().union(*(judges[name].uses for name in again))
+
+
+def start_judges(job: Job[ScoreSettings], rollouts: Rollouts, judges: Iterable[Judge]) -> None:
+    """Have judges start what takes long to start, for questions as the data set has them."""
+    context = make_context(job, rollouts)
+    batches = job.inputs["dataset"].batches("samples", ["question"])
+    questions = [question for batch in batches for question in batch.column(0).to_pylist()]
+    drawn = set(random.Random(0).sample(questions, min(TYPICAL, len(questions))))
+    for judge in judges:
+        judge.start(context, drawn)
 
 
 def judge_early(
@@ -256,7 +270,7 @@ def make_context(
 ) -> JudgeContext:
     """Return the judges' context; expect, judged: as it has them."""
     assert job.settings.judges is not None
-    tables = (job.inputs["dataset"], rollouts)
+    tables = [job.inputs["dataset"], *([rollouts] if rollouts.files else [])]
     policies = (job.inputs.get(role) for role in ("player", "first", "clip"))
     return JudgeContext(job.settings.judges, job.resources, *policies, tables, ImageTable(tables), expect, judged)
 

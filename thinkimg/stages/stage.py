@@ -118,9 +118,9 @@ class Early(Generic[S]):
     follows: str
     """Role of that input."""
     run: Callable[[Job[S], Iterable[TypedArtifact]], frozenset[str]]
-    """Called with a job that has a work of its own, and with the input as it is whenever more of it is closed; the last
-    time it is complete. The job's inputs are those without it. Returns the names of the resources that the stage
-    occupies besides its own, to make up for what this part has left."""
+    """Called with a job that has a work of its own, and with the input as it is when it has begun and whenever more of
+    it is closed; the last time it is complete. The job's inputs are those without it. Returns the names of the
+    resources that the stage occupies besides its own, to make up for what this part has left."""
     uses: Callable[[Config], frozenset[str]]
     """Names of the resources that it occupies, the engine with the stage's own player."""
 

@@ -12,15 +12,16 @@ import asyncio
 import math
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from thinkimg.conversation import compare
 from thinkimg.engine.client import EngineClient, EngineUnavailable
 from thinkimg.engine.errors import EngineError
-from thinkimg.engine.media import Media
 from thinkimg.engine.request import ImageRef
 from thinkimg.rewards.context import JudgeContext, JudgeSettings
 from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
+from thinkimg.rewards.views import Views
 
 USES = ("engine",)
 
@@ -45,32 +46,24 @@ async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement
     prompts = {
         question: compare.encode_comparison(context.codec, question) for question in {pair.question for pair in pairs}
     }
-    engine = await context.resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
+    resources = context.resources
+    engine = await resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
     async with engine:
-        with tempfile.TemporaryDirectory(dir=context.resources.media) as scratch:
+        with (
+            tempfile.TemporaryDirectory(dir=resources.media) as scratch,
+            ThreadPoolExecutor(resources.where.workers) as pool,
+        ):
             folder = Path(scratch) if engine.media == "file" else None
-            refs = await asyncio.to_thread(encode_views, pairs, context, folder)
+            views = Views(context, folder, resources.where.engine.concurrency, pool)
             ratings = compare.rating_tokens(context.codec)
 
             async def judge_pair(pair: Pair) -> Judgement:
-                images = [refs[pair.original], refs[pair.processed]]
-                judgement = await _compare(engine, images, prompts[pair.question], ratings)
+                async with views.lend(pair) as images:
+                    judgement = await _compare(engine, images, prompts[pair.question], ratings)
                 context.judged(1)
                 return judgement
 
             return await asyncio.gather(*(judge_pair(pair) for pair in pairs))
-
-
-def encode_views(pairs: Sequence[Pair], context: JudgeContext, folder: Path | None) -> dict[str, ImageRef]:
-    """Return content hash -> reference to an image's view, for the engine; each is encoded once."""
-    media = Media(folder)
-
-    def refer(sha256: str) -> ImageRef:
-        seen = context.picture(sha256)
-        return media.ref(seen.uuid, seen.view)
-
-    hashes = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
-    return dict(zip(hashes, context.map(refer, hashes), strict=True))
 
 
 async def _compare(engine: EngineClient, images: list[ImageRef], prompt: list[int], ratings: list[int]) -> Judgement:

@@ -5,8 +5,9 @@ decides for whole groups: rows of one group are comparable only by one judge.
 """
 
 import asyncio
-import base64
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ from thinkimg.rewards.judgement import JudgeIdentity, Judgement, Pair
 from thinkimg.rewards.judges.self import judge_ratings
 from thinkimg.rewards.pairs import group_rows, pair_images, score_images
 from thinkimg.rewards.settings import ImageConfig
-from thinkimg.store.image_table import encode_lossless
+from thinkimg.rewards.views import Views
 
 if TYPE_CHECKING:
     from thinkimg.rewards.endpoint import ChatCompletion
@@ -89,6 +90,14 @@ def identity(context: JudgeContext) -> JudgeIdentity:
     return JudgeIdentity("teacher", teacher.model, weights, prompt(context.settings))
 
 
+def start(context: JudgeContext, questions: set[str]) -> None:
+    """Start the loop's own second server beside the engine, unless the two take turns in a memory."""
+    where = context.resources.where
+    if where.teacher.url is None and not where.takes_turns:
+        with suppress(EngineError):  # `judge` tries once more, and says so
+            find_endpoint(context, questions)
+
+
 def judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement]:
     """Judge by the endpoint. Raises UserError where it can't be reached and the fallback is "error"."""
     return asyncio.run(_judge(pairs, context))
@@ -104,17 +113,17 @@ async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement
         reason = f"The teacher's server does not start: {error.message}"
         return [Judgement(None, reason, {}, unreachable=True)] * len(pairs)
     async with connect(url, where) as client:
-        asker = PairAsker(Asker(client, model, asyncio.Semaphore(where.concurrency)), teacher.prefix)
-        shas = sorted({sha for pair in pairs for sha in (pair.original, pair.processed)})
-        views = await asyncio.to_thread(context.map, lambda sha: encode_view(context, sha), shas)
-        images = dict(zip(shas, views, strict=True))
+        with ThreadPoolExecutor(context.resources.where.workers) as pool:
+            asker = PairAsker(Asker(client, model, asyncio.Semaphore(where.concurrency)), teacher.prefix)
+            views = Views(context, None, where.concurrency, pool)
 
-        async def judge_pair(pair: Pair) -> Judgement:
-            judgement = await asker.compare(pair, images)
-            context.judged(1)
-            return judgement
+            async def judge_pair(pair: Pair) -> Judgement:
+                async with views.lend(pair) as images:
+                    judgement = await asker.compare(pair.question, [image.url("data") for image in images])
+                context.judged(1)
+                return judgement
 
-        judgements = await asyncio.gather(*(judge_pair(pair) for pair in pairs))
+            judgements = await asyncio.gather(*(judge_pair(pair) for pair in pairs))
     unreached = [judgement for judgement in judgements if judgement.unreachable]
     if unreached and teacher.fallback == "error":
         raise UserError(
@@ -155,11 +164,6 @@ def check_teacher(image: ImageConfig, where: TeacherEndpoint) -> None:
         )
 
 
-def encode_view(context: JudgeContext, sha256: str) -> str:
-    """Return the view of an image that the policy sees, as a data URL."""
-    return f"data:image/webp;base64,{base64.b64encode(encode_lossless(context.picture(sha256).view)).decode()}"
-
-
 @dataclass(frozen=True)
 class PairAsker:
     """Client that asks about pairs of images. prefix: the reply is begun for the model."""
@@ -167,13 +171,12 @@ class PairAsker:
     asker: Asker
     prefix: bool
 
-    async def compare(self, pair: Pair, images: dict[str, str]) -> Judgement:
-        """Return the judgement of a pair. images: content hash -> data URL. Raises UserError if a key is refused."""
-        shown = [images[pair.original], images[pair.processed]]
+    async def compare(self, question: str, images: Sequence[str]) -> Judgement:
+        """Return the judgement of (original, processed). images: data URLs. Raises UserError if a key is refused."""
 
         async def ask() -> Judgement:
-            forward = await self._rate(pair.question, shown)
-            backward = await self._rate(pair.question, shown[::-1])
+            forward = await self._rate(question, images)
+            backward = await self._rate(question, images[::-1])
             if forward is None or backward is None:
                 return Judgement(None, f"A rating is not among the {TOP} likeliest tokens.", {})
             return judge_ratings(forward, backward)

@@ -1,0 +1,50 @@
+"""Views of images on their way to a judge's server: encoded when a pair is asked about, kept while there is room.
+
+judge ──► Views.lend(pair) ──► a thread of the pool ──► see, Media.hold ──► two references, until they are given back
+"""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from thinkimg.engine.media import Media
+from thinkimg.engine.request import ImageRef
+from thinkimg.rewards.context import JudgeContext
+from thinkimg.rewards.judgement import Pair
+
+CACHE_BYTES = 2**28  # an original is in pairs that follow each other
+SEEN = 32  # views that are not encoded again
+
+
+class Views:
+    """Lender of the images of `slots` pairs at a time, as the model sees them: files of `folder`, or data without one.
+
+    Memory: CACHE_BYTES of encoded images and those that are lent, SEEN views, and an image for each thread of `pool`.
+    """
+
+    def __init__(self, context: JudgeContext, folder: Path | None, slots: int, pool: Executor):
+        self._context, self._slots, self._pool = context, asyncio.Semaphore(slots), pool
+        self._media = Media(folder, CACHE_BYTES)
+        self._view = functools.lru_cache(SEEN)(self._see)
+
+    @asynccontextmanager
+    async def lend(self, pair: Pair) -> AsyncIterator[list[ImageRef]]:
+        """Yield the references to the original and to the processed image, which are good within the context."""
+        async with self._slots:
+            refs = await asyncio.get_running_loop().run_in_executor(self._pool, self._hold, pair)
+            try:
+                yield refs
+            finally:
+                self._media.release(refs)
+
+    def _hold(self, pair: Pair) -> list[ImageRef]:
+        return self._media.hold([self._view(pair.original), self._view(pair.processed)])
+
+    def _see(self, sha256: str) -> tuple[str, Image.Image]:
+        seen = self._context.picture(sha256)
+        return seen.uuid, seen.view
