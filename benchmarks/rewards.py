@@ -24,6 +24,7 @@ from thinkimg.analysis.calibrate import calibrate_attention, known_side
 from thinkimg.config.load import load_config
 from thinkimg.config.tree import Config
 from thinkimg.conversation import compare
+from thinkimg.engine.media import Media
 from thinkimg.engine.request import Sampling
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.models import clip
@@ -216,7 +217,9 @@ async def prefill(context: JudgeContext, both: Sequence[Pair]) -> tuple[float, f
     prompts = {pair.question: compare.encode_comparison(context.codec, pair.question) for pair in both}
     settings, resources = context.settings, context.resources
     engine = await resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
-    refs = await asyncio.to_thread(self.encode_views, both, context, resources.media)
+    media = Media(resources.media)
+    seen = {sha: context.picture(sha) for pair in both for sha in (pair.original, pair.processed)}
+    refs = {sha: media.ref(picture.uuid, picture.view) for sha, picture in seen.items()}
     ratings = compare.rating_tokens(context.codec)
     sampling = Sampling(temperature=1.0, max_tokens=1, seed=0, stop_token_ids=())
     seconds = {"judge": [], "prefill": []}

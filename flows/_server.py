@@ -18,7 +18,13 @@ import flows._environment  # noqa: F401
 
 import prefect
 from prefect.context import refresh_global_settings_context
-from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, PREFECT_HOME, get_current_settings
+from prefect.settings import (
+    PREFECT_API_SSL_CERT_FILE,
+    PREFECT_API_TLS_INSECURE_SKIP_VERIFY,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    get_current_settings,
+)
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS as STARTUP_TIMEOUT
 
 from thinkimg import console
@@ -55,6 +61,7 @@ class PrefectUnavailable(RuntimeError):
 def start_server() -> None:
     """Start the embedded server if one is needed and none runs; does not wait for it."""
     global _own
+    check_certificates()
     if _own is None and not PREFECT_API_URL.value():
         _own = Future()
         threading.Thread(target=_settle, args=[_own], name="prefect-server", daemon=True).start()
@@ -62,7 +69,6 @@ def start_server() -> None:
 
 def use_server() -> None:
     """Point this process and its children to an API: the configured one, or the embedded server once it answers."""
-    check_certificates()
     start_server()
     if not PREFECT_API_URL.value():
         if not wait([_own], timeout=ANNOUNCE_S).done:
@@ -74,6 +80,8 @@ def use_server() -> None:
 def check_certificates() -> None:
     """Raise UserError for certificates that Prefect's client could not read, which it does for any address."""
     path = PREFECT_API_SSL_CERT_FILE.value()
+    if path is None or PREFECT_API_TLS_INSECURE_SKIP_VERIFY.value():
+        return
     try:
         ssl.create_default_context(cafile=path)
     except OSError as error:

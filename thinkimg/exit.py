@@ -8,8 +8,9 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -25,6 +26,7 @@ EXPLAINED = {"EngineError", "TrainerError", "PrefectUnavailable", "StoppedByAlar
 GO_ON = "The same command goes on from what is complete."
 HTTP_LIBRARIES = {"httpx", "httpcore", "h11", "anyio", "sniffio"}
 AGAIN_S = 0.1  # until a signal whose exception was ignored is raised again
+SOON_S = 10.0  # after a signal, in which an error is its consequence
 LIBRARIES = HTTP_LIBRARIES | {"pydantic", "pydantic_core", "pydantic_settings"}
 
 
@@ -61,17 +63,18 @@ def run_guarded(command: Callable[[], object]) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # Prefect logs every exception once per flow level
     open_streams()
     atexit.register(skip_last_collection)
-    signals: list[int] = []
+    heard: list[tuple[float, int]] = []
     try:
         allow_user_modules(in_command=True)
         exempt_localhost(os.environ)
         try:
-            with hearing_signals(signals):
+            with hearing_signals(heard):
                 command()
         finally:
             sys.stdout.flush()  # at the interpreter's end a broken pipe would be a traceback
     except BaseException as error:
-        number = find_signal(error, signals)
+        recent = [number for moment, number in heard if time.monotonic() - moment < SOON_S]
+        number = find_signal(error) or next(iter(recent), None)
         if isinstance(error, BrokenPipeError) and (is_abandoned(1) or is_abandoned(2)):
             leave(None, 128 + (number or signal.SIGPIPE))
         if number:
@@ -81,16 +84,26 @@ def run_guarded(command: Callable[[], object]) -> None:
         leave(*explain_error(error))
 
 
-def find_signal(error: BaseException, heard: Sequence[int]) -> int | None:
-    """Return the number of the signal that ended a command; None where there was none.
+def find_signal(error: BaseException | None) -> int | None:
+    """Return the number of the signal whose exception ended a command; None where there was none.
 
-    heard: those that arrived. A library may turn the exception that they raise into one of its own (pydantic does).
+    A library may make an exception of its own of it (pydantic does), which names it as its cause or its context; one
+    whose import is interrupted may name nothing, and is told by its time.
     """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if (number := signal_of(error)) is not None:
+            return number
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def signal_of(error: BaseException | None) -> int | None:
+    """Return the number of the signal that an exception stands for; None for any other."""
     if isinstance(error, Termination) or type(error).__name__ == "TerminationSignal":  # Prefect's
         return signal.SIGTERM
-    if isinstance(error, KeyboardInterrupt):
-        return signal.SIGINT
-    return heard[0] if heard else None
+    return signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
 
 
 def leave(sentence: str | None, code: int) -> None:
@@ -107,39 +120,43 @@ def leave(sentence: str | None, code: int) -> None:
 
 
 @contextlib.contextmanager
-def hearing_signals(signals: list[int]) -> Iterator[None]:
+def hearing_signals(heard: list[tuple[float, int]]) -> Iterator[None]:
     """Have the first Ctrl-C, or SIGTERM, say so at once, and end what the main thread does by an exception.
 
-    signals: the numbers of those that arrive are added to it.
+    heard: gets the time (monotonic) and the number of each. One that is ignored, as out of a destructor, is raised
+    again.
     asyncio would take Python's own handler for one of its own, which waits until a coroutine waits: an engine that
     starts would be waited for.
     """
+    again: list[threading.Timer] = []
 
     def hear(number: int, frame: FrameType | None) -> NoReturn:
-        is_first = not signals
-        signals.append(number)
+        is_first = not heard
+        heard.append((time.monotonic(), number))
         if is_first:
             with contextlib.suppress(OSError):  # nobody reads stderr: another exception than ours might be caught
                 os.write(2, b"thinkimg: stopping\n")  # print might be interrupted within itself
         raise Interruption if number == signal.SIGINT else Termination
 
     def raise_again(ignored: "sys.UnraisableHookArgs") -> None:
-        if isinstance(ignored.exc_value, Interruption | Termination):  # out of a destructor: nothing would end
-            main = threading.main_thread().ident or 0
-            threading.Timer(AGAIN_S, signal.pthread_kill, [main, signals[0]]).start()
-        else:
+        if (number := signal_of(ignored.exc_value)) is None:
             kept_hook(ignored)
+            return
+        again.append(threading.Timer(AGAIN_S, signal.pthread_kill, [threading.main_thread().ident, number]))
+        again[-1].start()
 
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heard = [number for number, handler in kept.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
-    for number in heard:
+    ours = [number for number, handler in kept.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:
         signal.signal(number, hear)
     kept_hook, sys.unraisablehook = sys.unraisablehook, raise_again
     try:
         yield
     finally:
+        for timer in again:
+            timer.cancel()
         sys.unraisablehook = kept_hook
-        for number in heard:
+        for number in ours:
             signal.signal(number, kept[number])
 
 

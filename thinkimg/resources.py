@@ -59,7 +59,8 @@ class Resources:
         names: tuple[Name, ...] = ("engine", "teacher", "trainer")
         single = threading.RLock()
         # Held while one is started, and taken before `_lock`; a single one where that has to be one after the other.
-        self._starts = {name: threading.RLock() if self._start_apart else single for name in names}
+        self._starts = {name: threading.RLock() if self.start_apart else single for name in names}
+        self._scratch: Path | None = None
         self._starting: set[Servers] = set()
         self._holds_device = self._closed = False
         self._servers: dict[str, Servers] = {}
@@ -120,7 +121,7 @@ class Resources:
                         servers.stop()
 
     @property
-    def _start_apart(self) -> bool:
+    def start_apart(self) -> bool:
         """True where they may be started at the same time: vLLM measures what is free on a GPU, and takes its share."""
         apart = self.where.apart and not self.where.share_device("engine", "teacher")
         return self.where.engine.keep and (closure.on_cpu() or apart)
@@ -262,11 +263,13 @@ class Resources:
                 self._encoder = None
                 torch.cuda.empty_cache()
 
-    @functools.cached_property
+    @property
     def scratch(self) -> Path:
         """Temporary directory, removed with the resources."""
         with self._lock:
-            return self._stack.enter_context(process.scratch())
+            if self._scratch is None:
+                self._scratch = self._stack.enter_context(process.scratch())
+            return self._scratch
 
     @property
     def media(self) -> Path:
@@ -277,7 +280,10 @@ class Resources:
         return folder
 
     def weights(self, policy: Policy, base: BaseSource) -> Path:
-        """Return a complete model directory: the policy's, or the base model's with the adapter merged (in scratch)."""
+        """Return a complete model directory: the policy's, or the base model's with the adapter merged (in scratch).
+
+        Beside the teacher's there is one merged model, of the last policy that was asked for.
+        """
         if policy.is_full:
             return policy.model_directory
         with importing:
@@ -288,8 +294,10 @@ class Resources:
         with self._lock:  # two judges may ask for two policies at a time
             merged = self.scratch / f"merged-{policy.digest[:16]}"
             if not merged.exists():
-                for old in self.scratch.glob("merged-*"):
-                    if self._frozen is None or old.name != f"merged-{self._frozen[:16]}":
+                frozen = self._frozen and f"merged-{self._frozen[:16]}"
+                # While the teacher's is made, the engine may be starting with the other one.
+                for old in self.scratch.glob("merged-*") if merged.name != frozen else ():
+                    if old.name != frozen:
                         shutil.rmtree(old)
                 half = self.scratch / "half-merged"
                 shutil.rmtree(half, ignore_errors=True)

@@ -301,9 +301,10 @@ def test_certificates_of_prefects_own_setting_are_a_sentence_before_its_server_i
 
     from flows import _server
 
-    monkeypatch.setattr(_server, "start_server", pytest.fail)
+    monkeypatch.setattr(_server, "_settle", pytest.fail)
+    monkeypatch.setattr(_server, "_own", None)
     with temporary_settings({PREFECT_API_SSL_CERT_FILE: path}), pytest.raises(UserError, match=f"CERT_FILE.*{path}"):
-        _server.use_server()
+        _server.start_server()
 
 
 def test_all_clients_of_httpx_are_made_in_one_place():

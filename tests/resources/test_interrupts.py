@@ -152,6 +152,13 @@ def destroy():
     del (it := [Destroyed()])[0]
     time.sleep(60)
 
+def forget():
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException:
+        pass
+    raise ImportError("multiarray failed to import")
+
 def wrap():
     try:
         os.kill(os.getpid(), number)
@@ -162,6 +169,7 @@ run_guarded({
     "in a text": lambda: exec("os.kill(os.getpid(), number)"),
     "in pydantic": Model().model_dump,
     "in a destructor": destroy,
+    "as an error of nothing": forget,
     "as an error": wrap,
     "as an exit": wrap,
 }[sys.argv[1]])
@@ -169,7 +177,9 @@ run_guarded({
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["in a text", "in pydantic", "in a destructor", "as an error", "as an exit"])
+@pytest.mark.parametrize(
+    "moment", ["in a text", "in pydantic", "in a destructor", "as an error of nothing", "as an error", "as an exit"]
+)
 def test_a_signal_has_its_exit_code_whatever_is_made_of_its_exception(tmp_path, moment, number):
     """Out of a text that is executed, as every import of a dataclass does, Python ended by the signal itself; pydantic
     made an error of its own of it, which nobody expected; out of a destructor it was lost, and the command went on.
@@ -181,6 +191,27 @@ def test_a_signal_has_its_exit_code_whatever_is_made_of_its_exception(tmp_path, 
     )  # fmt: skip
     assert done.returncode == 128 + number
     assert done.stderr.startswith("thinkimg: stopping\nthinkimg: ") and len(done.stderr.splitlines()) == 2
+
+
+LATER = """
+import contextlib, os, signal, time
+import thinkimg.exit
+from thinkimg.errors import UserError
+thinkimg.exit.SOON_S = 0.1
+
+def command():
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+    raise UserError("The disk is full.")
+
+thinkimg.exit.run_guarded(command)
+"""
+
+
+def test_an_error_long_after_a_signal_that_a_users_code_ignored_is_told():
+    done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "The disk is full." in done.stderr
 
 
 GUARDED = """

@@ -5,6 +5,7 @@ server can sleep.
 import asyncio
 import contextlib
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -357,7 +358,46 @@ def test_closing_ends_a_server_that_is_being_started(tmp_path, monkeypatch, mome
         for thread in threads:
             thread.join(8)
             assert not thread.is_alive()
-        assert {type(error) for error in raised} <= {EngineError, RuntimeError} and len(raised) == 2, raised
+        kinds = {type(error) for error in raised}
+        assert len(raised) == 2 and EngineError in kinds and kinds <= {EngineError, RuntimeError}, raised
         with pytest.raises(RuntimeError, match="closed"):
             resources.servers(POLICY, None, SETTINGS, BASE)
     assert not [pid for pid in descendants(os.getpid()) if b"sleep\x00600" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_the_teachers_model_is_merged_beside_the_one_that_the_engine_starts_with(tmp_path, monkeypatch):
+    """An adapter's loop goes on with a later policy: the engine's merged model was removed before it was read."""
+    merged = SimpleNamespace(export_merged=lambda policy, directory, base: directory.mkdir())
+    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "thinkimg.trainer.checkpoint", merged)
+    monkeypatch.setattr(BaseSource, "entry", lambda self, policy: {"directory": "d"})
+    monkeypatch.setattr("thinkimg.resources.Base", lambda **_: None)
+
+    def adapter(digest: str):
+        return SimpleNamespace(digest=digest, is_full=False, directory=tmp_path)
+
+    with resources_of(tmp_path) as resources:
+        resources._frozen = "first"
+        later = resources.weights(adapter("later"), BASE)
+        first = resources.weights(adapter("first"), BASE)
+        assert later.is_dir() and first.is_dir()
+        assert resources.weights(adapter("latest"), BASE).is_dir() and first.is_dir() and not later.exists()
+
+
+def test_a_scratch_folder_is_one_whoever_asks_first(tmp_path):
+    """One thread that holds the lock, as for a merged model, and one that has just begun to ask."""
+    with resources_of(tmp_path) as resources:
+        asked, found = threading.Event(), []
+
+        def ask():
+            asked.set()
+            found.append(resources.scratch)
+
+        with resources._lock:
+            thread = threading.Thread(target=ask)
+            thread.start()
+            assert asked.wait(20)
+            time.sleep(0.1)
+            found.append(resources.scratch)
+        thread.join(20)
+        assert not thread.is_alive() and found[0] == found[1]

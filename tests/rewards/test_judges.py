@@ -4,7 +4,6 @@ import asyncio
 import json
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from thinkimg.config.load import load_config
 from thinkimg.conversation import compare
 from thinkimg.engine.client import EngineClient
+from thinkimg.engine.errors import EngineError
 from thinkimg.engine.request import ImageRef
 from thinkimg.engine.server import SERVED_NAME
 from thinkimg.errors import UserError
@@ -72,7 +72,9 @@ class World:
         """The context of settings of `image.teacher`, and of `where.teacher` as `where`."""
         where = {"url": f"{self.url}/v1", "timeout_s": 10, "retries": 0} | teacher.pop("where", {})
         settings = {"model": SERVED_NAME} | teacher
-        return self.context(f"image.teacher={json.dumps(settings)}", f"where.teacher={json.dumps(where)}")
+        # With one worker the pairs are asked about in their order.
+        texts = f"image.teacher={json.dumps(settings)}", f"where.teacher={json.dumps(where)}", "where.workers=1"
+        return self.context(*texts)
 
     def context(self, *overrides: str) -> JudgeContext:
         config = load_config("tiny", overrides)
@@ -136,8 +138,8 @@ def test_the_policys_judgement_is_the_distribution_of_one_step_in_both_orders(wo
 
 def lend(context: JudgeContext, folder: Path | None, pair: Pair) -> list[ImageRef]:
     async def see() -> list[ImageRef]:
-        with ThreadPoolExecutor(1) as pool:
-            async with Views(context, folder, 1, pool).lend(pair) as images:
+        with Views(context, folder, 1) as views:
+            async with views.lend(pair) as images:
                 return images
 
     return asyncio.run(see())
@@ -160,8 +162,8 @@ def test_the_endpoint_sees_the_very_prompt_of_the_policys_judgement(world):
 
     async def ask() -> list[float]:
         async with EngineClient([world.url], media="file") as engine:
-            with ThreadPoolExecutor(1) as pool:
-                async with Views(context, world.media, 1, pool).lend(pair) as shown:
+            with Views(context, world.media, 1) as views:
+                async with views.lend(pair) as shown:
                     tokens = compare.encode_comparison(context.codec, pair.question)
                     return await engine.next_token_logprobs(tokens, shown, ids)
 
@@ -283,6 +285,28 @@ def test_a_key_that_is_wrong_or_lacking_is_the_users_to_mend_and_nobody_judges_i
         ),
     ):
         teacher.judge(world.pairs, world.teaching(where=at(url)))
+
+
+@pytest.mark.parametrize(
+    "where, apart, starts", [({}, True, True), ({}, False, False), ({"url": "http://h/v1"}, True, False)]
+)
+def test_the_loops_own_teacher_starts_before_it_is_asked_where_nobody_waits_for_it(
+    world, monkeypatch, where, apart, starts
+):
+    """And a start that fails is told when it is asked, as the fallback has it."""
+    context = world.teaching(model=teacher.FROZEN if not where else SERVED_NAME, where={"url": None} | where)
+    asked: list[int] = []
+
+    def fail(first, engine, base):
+        asked.append(engine.max_tokens)
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(type(context.resources), "teacher", lambda self, *arguments: fail(*arguments))
+    monkeypatch.setattr(Resources, "start_apart", apart)
+    teacher.start(context, set(QUESTIONS))
+    assert len(asked) == starts
+    if not where:
+        assert all(one.unreachable and "no memory" in one.reason for one in teacher.judge(world.pairs, context))
 
 
 def test_without_a_fallback_the_stage_stops_with_one_sentence(world):

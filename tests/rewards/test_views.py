@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +19,11 @@ LIMITS = ViewLimits(min_pixels=56 * 56, max_pixels=SIDE * SIDE)
 
 
 class Context:
-    """A context whose images are noise; it counts how many are in full resolution at a time."""
+    """A context whose images are noise; it notes which are asked for."""
 
-    def __init__(self):
+    def __init__(self, workers: int = 3):
         self.seen, self.lock = [], threading.Lock()
+        self.resources = SimpleNamespace(where=SimpleNamespace(workers=workers))
 
     def picture(self, sha256: str):
         with self.lock:
@@ -56,8 +57,7 @@ def test_what_is_encoded_at_a_time_is_bounded_and_nothing_is_encoded_twice(tmp_p
     monkeypatch.setattr(views, "CACHE_BYTES", room)
 
     async def judge() -> None:
-        with ThreadPoolExecutor(3) as pool:
-            lender = views.Views(context, tmp_path if to_file else None, SLOTS, pool)
+        with views.Views(context, tmp_path if to_file else None, SLOTS) as lender:
 
             async def ask(pair: Pair) -> None:
                 nonlocal lent
@@ -82,11 +82,10 @@ def test_what_is_encoded_at_a_time_is_bounded_and_nothing_is_encoded_twice(tmp_p
 
 
 def test_an_image_that_several_pairs_share_is_seen_once(tmp_path):
-    context = Context()
+    context = Context(workers=1)
 
     async def judge() -> None:
-        with ThreadPoolExecutor(1) as pool:
-            lender = views.Views(context, None, SLOTS, pool)
+        with views.Views(context, None, SLOTS) as lender:
             for pair in pairs():
                 async with lender.lend(pair):
                     pass

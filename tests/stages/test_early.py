@@ -66,6 +66,23 @@ def test_each_snapshot_holds_what_is_closed_and_the_last_is_the_artifact(tmp_pat
         assert len(seen) > len(steps)
 
 
+def test_who_follows_what_has_only_begun_keeps_nobody_waiting(tmp_path):
+    """A judge may start its server meanwhile, for minutes: a killed run's parts are discarded, and all is published."""
+    making = Growing(Store(tmp_path))
+
+    def produce(work) -> None:
+        work.table("rows-00000.parquet", pa.table({"n": [1]}))
+        work.discard("rows-00000.parquet")
+        work.table("rows-00000.parquet", pa.table({"n": [2]}))
+
+    with making.run(produce):
+        snapshots = follow(making, lambda: None)
+        next(snapshots)
+        making.wait_for(lambda: making.done)
+        assert making.succeeded
+        assert [snapshot.table("rows").column("n").to_pylist() for snapshot in snapshots] == [[2]]
+
+
 def test_a_snapshot_keeps_its_place_until_the_next_is_asked_for(tmp_path):
     making, read = Growing(Store(tmp_path)), threading.Event()
 
@@ -267,7 +284,7 @@ def test_a_part_that_is_played_again_is_scored_again(tmp_path, monkeypatch):
 
 
 def test_a_judge_starts_before_there_is_anything_to_judge(tmp_path, monkeypatch):
-    """It is told what questions are like; once, and never where the rollouts are complete."""
+    """It is told the longest questions; once, and never where the rollouts are complete."""
     it, started = Scoring(tmp_path), []
 
     class Own:

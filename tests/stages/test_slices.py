@@ -440,7 +440,6 @@ def runs(tmp_path_factory) -> Runs:
 
 KEPT = {  # these are not changed
     "score": {"where.teacher.url": "a teacher answers there, the first policy by its name as well"},
-    "train_clip": {"where.trainer.threads": "on a CPU results are bit-equal at a fixed number"},
 }
 ALONE = {  # these are refused beside others
     "where.engine.devices": "of servers of our own, and engine.urls are others'",

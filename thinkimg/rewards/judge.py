@@ -49,9 +49,9 @@ class Judge:
         return JudgeIdentity(self.name, self.module.__name__, "", self.prompt(context.settings))
 
     def start(self, context: JudgeContext, questions: set[str]) -> None:
-        """Start what it judges with, when the rollouts have only begun; by default nothing.
+        """Start what it judges with, when rollouts have only begun; by default nothing.
 
-        questions: some of those that it will be asked about.
+        questions: the longest of those that it may be asked about.
         """
         if hasattr(self.module, "start"):
             self.module.start(context, questions)

@@ -6,9 +6,10 @@ judge ──► Views.lend(pair) ──► a thread of the pool ──► see, M
 import asyncio
 import functools
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, Self
 
 from PIL import Image
 
@@ -18,19 +19,32 @@ from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judgement import Pair
 
 CACHE_BYTES = 2**28  # an original is in pairs that follow each other
-SEEN = 32  # views that are not encoded again
+SEEN = 32  # views that are kept: an original is not decoded again for the next pair
 
 
 class Views:
     """Lender of the images of `slots` pairs at a time, as the model sees them: files of `folder`, or data without one.
 
-    Memory: CACHE_BYTES of encoded images and those that are lent, SEEN views, and an image for each thread of `pool`.
+    Memory: CACHE_BYTES of encoded images and those that are lent, SEEN views, and an image for each of where.workers
+    threads, which end with the context.
     """
 
-    def __init__(self, context: JudgeContext, folder: Path | None, slots: int, pool: Executor):
-        self._context, self._slots, self._pool = context, asyncio.Semaphore(slots), pool
-        self._media = Media(folder, CACHE_BYTES)
-        self._view = functools.lru_cache(SEEN)(self._see)
+    def __init__(self, context: JudgeContext, folder: Path | None, slots: int):
+        self._slots, self._media = asyncio.Semaphore(slots), Media(folder, CACHE_BYTES)
+        self._pool = ThreadPoolExecutor(context.resources.where.workers)
+
+        @functools.lru_cache(SEEN)
+        def see(sha256: str) -> tuple[str, Image.Image]:
+            picture = context.picture(sha256)
+            return picture.uuid, picture.view  # without the full resolution
+
+        self._see = see
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     @asynccontextmanager
     async def lend(self, pair: Pair) -> AsyncIterator[list[ImageRef]]:
@@ -43,8 +57,4 @@ class Views:
                 self._media.release(refs)
 
     def _hold(self, pair: Pair) -> list[ImageRef]:
-        return self._media.hold([self._view(pair.original), self._view(pair.processed)])
-
-    def _see(self, sha256: str) -> tuple[str, Image.Image]:
-        seen = self._context.picture(sha256)
-        return seen.uuid, seen.view
+        return self._media.hold([self._see(pair.original), self._see(pair.processed)])

@@ -163,12 +163,17 @@ def build_early(
 
 
 def follow(making: Making, check: Callable[[], None]) -> Generator[Artifact]:
-    """Yield an artifact in the making once it has begun, whenever more of it is closed, and at last complete.
+    """Yield an artifact in the making as soon as it has begun, whenever more of it is closed, and at last complete.
 
     Its files keep their place until the next one is asked for. Where its stage fails there is no last one. check:
     called meanwhile; what it raises ends this.
     """
-    count = -1
+    while making.work is None and not making.done:
+        check()
+        time.sleep(POLL_S)
+    if making.work is not None and not making.done:
+        yield making.work.snapshot(0)  # it has no files whose place is to be kept
+    count = 0
     while not making.done:
         check()
         work, snapshot = making.work, None

@@ -7,8 +7,8 @@ While the rollouts are still being played, its early part has the judges look at
 that measure by the trainer, and scores it by the rules.
 """
 
+import heapq
 import logging
-import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -42,7 +42,7 @@ from thinkimg.store.manifest import Artifact, Reference
 
 log = logging.getLogger(__name__)
 
-TYPICAL = 1000  # questions, of which the longest is about as long as any
+LONGEST = 16  # questions in characters, among which is the longest in tokens, or nearly so
 CHUNK_ROWS = 4096  # trajectories whose images are judged together, at least
 
 
@@ -202,13 +202,13 @@ def score_early(job: Job[ScoreSettings], snapshots: Iterable[Artifact]) -> froze
 
 
 def start_judges(job: Job[ScoreSettings], rollouts: Rollouts, judges: Iterable[Judge]) -> None:
-    """Have judges start what takes long to start, for questions as the data set has them."""
+    """Have judges start what takes long to start, for the longest questions of the data set."""
     context = make_context(job, rollouts)
     batches = job.inputs["dataset"].batches("samples", ["question"])
-    questions = [question for batch in batches for question in batch.column(0).to_pylist()]
-    drawn = set(random.Random(0).sample(questions, min(TYPICAL, len(questions))))
+    questions = (question for batch in batches for question in batch.column(0).to_pylist())
+    longest = set(heapq.nlargest(LONGEST, questions, key=len))
     for judge in judges:
-        judge.start(context, drawn)
+        judge.start(context, longest)
 
 
 def judge_early(

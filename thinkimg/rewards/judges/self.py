@@ -9,10 +9,10 @@ P is normalised over the two ratings; 0.5 is no preference.
 """
 
 import asyncio
+import contextlib
 import math
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from thinkimg.conversation import compare
@@ -49,12 +49,10 @@ async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement
     resources = context.resources
     engine = await resources.engine(context.policy, settings.engine(prompts.values()), settings.base)
     async with engine:
-        with (
-            tempfile.TemporaryDirectory(dir=resources.media) as scratch,
-            ThreadPoolExecutor(resources.where.workers) as pool,
-        ):
-            folder = Path(scratch) if engine.media == "file" else None
-            views = Views(context, folder, resources.where.engine.concurrency, pool)
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=resources.media)))
+            folder, slots = scratch if engine.media == "file" else None, resources.where.engine.concurrency
+            views = stack.enter_context(Views(context, folder, slots))
             ratings = compare.rating_tokens(context.codec)
 
             async def judge_pair(pair: Pair) -> Judgement:

@@ -6,7 +6,6 @@ decides for whole groups: rows of one group are comparable only by one judge.
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,9 +90,9 @@ def identity(context: JudgeContext) -> JudgeIdentity:
 
 
 def start(context: JudgeContext, questions: set[str]) -> None:
-    """Start the loop's own second server beside the engine, unless the two take turns in a memory."""
-    where = context.resources.where
-    if where.teacher.url is None and not where.takes_turns:
+    """Start the loop's own second server where it may start beside the engine: else that would wait for it."""
+    resources = context.resources
+    if resources.where.teacher.url is None and resources.start_apart:
         with suppress(EngineError):  # `judge` tries once more, and says so
             find_endpoint(context, questions)
 
@@ -113,9 +112,9 @@ async def _judge(pairs: Sequence[Pair], context: JudgeContext) -> list[Judgement
         reason = f"The teacher's server does not start: {error.message}"
         return [Judgement(None, reason, {}, unreachable=True)] * len(pairs)
     async with connect(url, where) as client:
-        with ThreadPoolExecutor(context.resources.where.workers) as pool:
-            asker = PairAsker(Asker(client, model, asyncio.Semaphore(where.concurrency)), teacher.prefix)
-            views = Views(context, None, where.concurrency, pool)
+        asker = PairAsker(Asker(client, model, asyncio.Semaphore(where.concurrency)), teacher.prefix)
+        # While a pair's images are encoded, others are asked about.
+        with Views(context, None, where.concurrency + context.resources.where.workers) as views:
 
             async def judge_pair(pair: Pair) -> Judgement:
                 async with views.lend(pair) as images:
