@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from chat_server import LIMITS, Endpoint, data_uri, encode, picture, show
+from processes import title
 
 from thinkimg.config.load import load_config
 from thinkimg.conversation.episode import ConversationSpec, Episode
@@ -122,14 +123,23 @@ def test_32_at_once_get_what_each_gets_alone(served):
 
 
 def test_a_killed_engine_is_started_again_behind_the_endpoint(served):
-    """Requests under way get 503, those of the next seconds too; then the same answers come again."""
+    """Requests under way get 503, those of the next seconds too; then the same answers come again.
+
+    What the server has started ends with it, though nobody ends it: its port is not kept open.
+    """
     before = ask(served, served.samples[0]).choices[0].message.reasoning
     child = served.resources._servers["engine"].each[0]._child
+    (server,) = (pid for pid in descendants(child.pid) if title(pid).split()[1:3] == ["-m", "thinkimg.engine.serve"])
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(keep_asking, served) for _ in range(8)]
         time.sleep(1)
-        for pid in [*descendants(child.pid), child.pid]:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(child.pid, signal.SIGSTOP)  # the watchdog, which would end the rest
+        os.kill(server, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while left := [title(pid) for pid in descendants(child.pid) if "VLLM" in title(pid)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+        os.kill(child.pid, signal.SIGKILL)
         assert {future.result() for future in asked} == {503}
     assert httpx.get(f"{served.endpoint.url}/health").status_code == 503
     deadline = time.monotonic() + 240
