@@ -53,7 +53,7 @@ def test_what_is_encoded_at_a_time_is_bounded_and_nothing_is_encoded_twice(tmp_p
         return encode(self, uuid, image)
 
     monkeypatch.setattr(media.Media, "_encode", count)
-    room = 10 * 3 * SIDE**2
+    room = 40 * 3 * SIDE**2
     monkeypatch.setattr(views, "CACHE_BYTES", room)
 
     async def judge() -> None:

@@ -18,8 +18,8 @@ from thinkimg.engine.request import ImageRef
 from thinkimg.rewards.context import JudgeContext
 from thinkimg.rewards.judgement import Pair
 
-CACHE_BYTES = 2**28  # an original is in pairs that follow each other
-SEEN = 32  # views that are kept: an original is not decoded again for the next pair
+CACHE_BYTES = 256 * 2**20  # an original is in pairs that follow each other
+SEEN = 64  # views that are kept: an original is not decoded again for the next pair
 
 
 class Views:
