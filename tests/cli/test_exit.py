@@ -14,7 +14,7 @@ from paths import REPOSITORY
 from prefect.exceptions import PrefectHTTPStatusError
 from pydantic import TypeAdapter, ValidationError
 
-from thinkimg.exit import explain_error, explain_setting
+from thinkimg.exit import explain_error, explain_setting, find_signal
 
 KEYS = {"OPENAI_API_KEY": "canary-one", "MY_TEACHER": "canary-two", "HF_TOKEN": "canary-three"}
 LOCATED = "postgresql://me:canary-four@host/db"
@@ -79,6 +79,17 @@ def test_a_signal_is_a_sentence(tmp_path, number, code):
         f"from thinkimg.exit import run_guarded\ndef command(): raise {raised}\nrun_guarded(command)", tmp_path
     )
     assert done.returncode == code and len(done.stderr.splitlines()) == 1 and "goes on" in done.stderr
+
+
+@pytest.mark.parametrize("kind, number", [("TerminationSignal", 15), ("Other", None)])
+@pytest.mark.parametrize("way", ["itself", "as a cause", "as a context"])
+def test_prefects_exception_of_a_signal_counts_whatever_is_made_of_it(kind, number, way):
+    """In a flow SIGTERM is Prefect's, and no handler of ours has heard it."""
+    error = type(kind, (BaseException,), {})()
+    if way != "itself":
+        inner, error = error, ValueError("of a library")
+        setattr(error, "__cause__" if way == "as a cause" else "__context__", inner)
+    assert find_signal(error) == number
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
